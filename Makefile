@@ -1,0 +1,45 @@
+# The two commands of the README: make demo, make test. `make env` is what both need first.
+# Package indexes and proxies come from your own pip configuration; none is named here.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Test processes; each computes with one thread.
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: env demo test lint types clean
+.DELETE_ON_ERROR:
+
+env: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ichpipe needs Python 3.11 or later; name one: make env PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# DVC calls `ichpipe` and `python` by name: the environment's own come first.
+demo: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@cat artifacts/metrics/ladder.txt
+	@echo
+	@echo "The same as a picture: artifacts/plots/ladder.png"
+
+test: env lint types
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy can't see through the folder mapping of setup.cfg, so it checks an installed copy.
+types: env
+	rm -rf build/typed build/lib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p ichpipe
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,13 @@
+"""The six classes of RSNA 2019 in the one order used everywhere: in tables, logits and metrics."""
+
+from __future__ import annotations
+
+from typing import Final
+
+CLASSES: Final = ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+"""``any`` first, as in ``slices.csv``. The Kaggle table lists ``any`` last: join by name, never by position."""
+
+SUBTYPES: Final = CLASSES[1:]
+
+METRIC_WEIGHTS: Final = (2.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+"""RSNA 2019 weights per class, in the order of CLASSES; the metric divides by their sum, 7."""

@@ -1,0 +1,43 @@
+"""A Dask client for one stage: in this process, in worker processes, or on a cluster that is there."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import dask
+from distributed import Client, LocalCluster
+
+from ichpipe.errors import IchpipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
+    """Yield a client with ``workers`` single-threaded workers, or that of the scheduler at an address.
+
+    One worker runs in this process, which saves starting a second interpreter with torch in it.
+    """
+    # Daemonic workers may not have children, and a decoding pool would need them.
+    settings = {"distributed.worker.daemon": False, "distributed.logging.distributed": "error"}
+    with dask.config.set(settings):
+        if scheduler:
+            with _connect_to(scheduler) as client:
+                yield client
+            return
+        with (
+            LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=workers > 1, dashboard_address=None
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+
+
+def _connect_to(address: str) -> Client:
+    try:
+        return Client(address, timeout="20s")
+    except (OSError, ValueError, TimeoutError) as error:
+        raise IchpipeError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error

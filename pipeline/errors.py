@@ -1,0 +1,35 @@
+"""The project's errors. Library code raises them; only the command line prints and exits.
+
+Each child is also the builtin that a caller would catch. A message says what was sought, where,
+what is there instead, and what to do. It never holds a patient's name or birth date.
+"""
+
+from __future__ import annotations
+
+
+class IchpipeError(Exception):
+    """Base of every error that a user's input, data or machine can cause."""
+
+
+class ParamsError(IchpipeError, ValueError):
+    """A parameter file or a ``--set`` holds an unknown key or a value out of range."""
+
+
+class MissingFileError(IchpipeError, FileNotFoundError):
+    """An input that an earlier stage should have written, or the user should have named, is absent."""
+
+
+class DataError(IchpipeError, ValueError):
+    """A table or a set of DICOM files can't be used as it stands."""
+
+
+class UnreadableDicomError(DataError):
+    """One file is no DICOM slice that can be used; the message is the reason for ``rejected.csv``."""
+
+
+class WeightsError(IchpipeError, ValueError):
+    """A weights file can't be read, or belongs to another model."""
+
+
+class TrainingError(IchpipeError, RuntimeError):
+    """Training can't start or can't go on (nothing to learn from, loss not finite)."""

@@ -1,0 +1,105 @@
+"""From DICOM files to tensors of Hounsfield units of one size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from ichpipe import ct
+from ichpipe.errors import UnreadableDicomError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+AIR_HU = -1024
+HOLD_BYTES = 2**30
+"""A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
+
+
+def load_slice(path: str | Path, size_px: int) -> Tensor:
+    """Read one file as int16 HU (1, size, size); see `fit_to_size`."""
+    return fit_to_size(ct.read_hu(Path(path)), size_px)
+
+
+def load_slices(paths: Sequence[str | Path], size_px: int) -> Tensor:
+    """Read files as int16 HU (n, 1, size, size)."""
+    return torch.stack([load_slice(path, size_px) for path in paths])
+
+
+def load_readable(paths: Sequence[str], size_px: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Like `load_slices`, leaving out what can't be decoded: returns also (path, reason) of those."""
+    slices, bad = [], []
+    for path in paths:
+        try:
+            slices.append(load_slice(path, size_px))
+        except UnreadableDicomError as error:
+            bad.append((path, str(error)))
+    return (torch.stack(slices) if slices else torch.empty((0, 1, size_px, size_px))), bad
+
+
+def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
+    """Pad a slice with air to a square, then resize it to (1, size, size), int16 HU.
+
+    Bilinear with antialiasing, in HU before any window, rounded to whole HU; the aspect is kept.
+    """
+    rows, columns = hu.shape
+    side = max(rows, columns)
+    if rows != columns:
+        square = np.full((side, side), AIR_HU, dtype=np.int16)
+        top, left = (side - rows) // 2, (side - columns) // 2
+        square[top : top + rows, left : left + columns] = hu
+        hu = square
+    image = torch.from_numpy(np.ascontiguousarray(hu)).view(1, 1, side, side)
+    if side == size_px:
+        return image[0]
+    resized = F.interpolate(image.float(), size=(size_px, size_px), mode="bilinear", antialias=True)
+    return resized.round_().to(torch.int16)[0]
+
+
+class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
+    """Slices with labels: HU int16 (1, size, size), labels (6,), row number."""
+
+    def __init__(self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int) -> None:
+        self.paths = list(paths)
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        self.size_px = size_px
+        # A set that fits is decoded once and held; a larger one is read again every epoch.
+        self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, int]:
+        """Read one slice."""
+        return self._slice(row), self.labels[row], row
+
+    def _slice(self, row: int) -> Tensor:
+        if self._held is None:
+            return load_slice(self.paths[row], self.size_px)
+        if row not in self._held:
+            self._held[row] = load_slice(self.paths[row], self.size_px)
+        return self._held[row]
+
+
+def slice_loader(
+    dataset: SliceDataset, batch_size: int, order: Sequence[int], workers: int
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of slices in the given order, decoded by ``workers`` processes (0: in this one)."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=list(order),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=False,
+    )  # type: ignore[call-overload, no-any-return]

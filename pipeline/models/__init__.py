@@ -1,0 +1,1 @@
+"""The networks: slice CNN, sequence model, and the two joined."""

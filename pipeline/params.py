@@ -1,0 +1,234 @@
+"""Every number a user may change: one frozen section per stage, read from YAML and ``--set``.
+
+An unknown or missing key, a wrong type or a value out of range is an error that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ichpipe.errors import MissingFileError, ParamsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of the sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class PhantomParams(Section):
+    """The synthetic data set of the demo."""
+
+    studies: Positive = 120
+    size_px: Annotated[int, Field(ge=32, le=1024)] = 128  # rows and columns of each slice
+    seed: Count = 0
+
+
+class PrepareParams(Section):
+    """Where the DICOM files and labels are, and how patients are split."""
+
+    dataset: Literal["rsna", "cq500", "folder"] = "rsna"
+    dicom_dir: str = "data/phantom/dicom"
+    labels: str | None = "data/phantom/stage_2_train.csv"  # null: no labels, prediction only
+    size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
+    val_fraction: Fraction = 0.15  # of all patients
+    test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
+    folds: Annotated[int, Field(ge=2)] = 5
+    test_fold: Count | None = None  # cross-validation: this fold is the test set
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> PrepareParams:
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError("val_fraction + test_fraction must stay below 1: nothing is left to train on")
+        if self.test_fold is not None and self.test_fold >= self.folds:
+            raise ValueError(f"test_fold must be below folds ({self.folds})")
+        return self
+
+
+class WindowParams(Section):
+    """One CT window: what lies outside ``level_hu`` ± ``width_hu`` / 2 is clipped."""
+
+    level_hu: float
+    width_hu: PositiveFloat
+
+
+PAPER_WINDOWS = (  # Nguyen et al. 2020, section 2: brain, subdural, bone
+    WindowParams(level_hu=40.0, width_hu=80.0),
+    WindowParams(level_hu=75.0, width_hu=215.0),
+    WindowParams(level_hu=600.0, width_hu=2800.0),
+)
+
+
+class AugmentParams(Section):
+    """Ranges from which one random change per slice is drawn (see ``augment``)."""
+
+    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # left-right
+    rotation_deg: Annotated[float, Field(ge=0.0)] = 15.0  # plus or minus
+    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # plus or minus this share
+    shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # of the image side, plus or minus
+    offset_hu: Annotated[float, Field(ge=0.0)] = 2.0  # plus or minus, one value for the whole slice
+    noise_hu: Annotated[float, Field(ge=0.0)] = 3.0  # largest standard deviation of added Gaussian noise
+
+
+class SliceParams(Section):
+    """Stage one: the slice CNN."""
+
+    backbone: str = "resnet10t"  # any timm name
+    pretrained: str | None = None  # path of a weights file, package:NAME/FILE, imagenet, or null
+    epochs: Positive = 8
+    batch_size: Positive = 32  # slices
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2  # none on biases and norms
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    dropout: Fraction = 0.0  # on the embedding, before the classifier
+    max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    augment: AugmentParams = AugmentParams()
+    seed: Count = 0
+
+
+class ExtractParams(Section):
+    """The embedding store."""
+
+    chunk_rows: Annotated[int, Field(ge=1)] = 2048  # slices per Zarr chunk = per Dask task
+    batch_size: Positive = 64  # slices per forward pass
+
+
+class SequenceParams(Section):
+    """Stage two: one arm, a recurrent network over each series' cached embeddings."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    hidden: Positive = 512  # units per direction
+    layers: Positive = 2
+    bidirectional: bool = True
+    dropout: Fraction = 0.0  # between layers and before the head
+    inputs: Annotated[tuple[Literal["embedding", "logits"], ...], Field(min_length=1, strict=False)] = ("embedding",)
+    epochs: Positive = 30
+    batch_series: Positive = 8
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    max_grad_norm: PositiveFloat = 5.0
+    seed: Count = 0
+
+
+class FinetuneParams(Section):
+    """Step three: slice CNN and one sequence arm, unfrozen, end to end on whole series."""
+
+    arm: str = "paper"
+    epochs: Positive = 2
+    batch_series: Positive = 2  # series per optimiser step
+    chunk_slices: Positive = 16  # slices held with a graph at one time
+    learning_rate_cnn: PositiveFloat = 3e-5
+    learning_rate_sequence: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.2
+    max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    augment: AugmentParams = AugmentParams()
+    seed: Count = 0
+
+
+class EvaluateParams(Section):
+    """Scoring on the held-out patients."""
+
+    bootstrap_samples: Positive = 1000  # resamples of patients
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    seed: Count = 0
+
+
+class Params(Section):
+    """All sections; a section or key that the file leaves out keeps its default."""
+
+    phantom: PhantomParams = PhantomParams()
+    prepare: PrepareParams = PrepareParams()
+    windows: Annotated[tuple[WindowParams, ...], Field(min_length=1, max_length=8, strict=False)] = PAPER_WINDOWS
+    fit_slices: SliceParams = Field(default=SliceParams(), alias="fit-slices")
+    extract: ExtractParams = ExtractParams()
+    sequence: dict[str, SequenceParams] = Field(default={"paper": SequenceParams()}, min_length=1)
+    finetune: FinetuneParams = FinetuneParams()
+    evaluate: EvaluateParams = EvaluateParams()
+
+    @model_validator(mode="after")
+    def _finetune_names_an_arm(self) -> Params:
+        if self.finetune.arm not in self.sequence:
+            raise ValueError(f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}")
+        return self
+
+
+def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool = False) -> Params:
+    """Read ``path`` (the defaults where it is absent), apply ``SECTION.KEY=VALUE`` overrides, validate."""
+    raw = _read_yaml(path) if path.exists() or must_exist else {}
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError(_explain(error, str(path))) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"parameter file {path} does not exist; name one with --params FILE") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ParamsError(f"parameter file {path} can't be read as YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ParamsError(f"parameter file {path} must hold sections (key: value), found {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ParamsError(f"--set {override!r}: write SECTION.KEY=VALUE, for example fit-slices.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"--set {override!r}: the value is not YAML: {error}") from error
+    node = raw
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ParamsError(f"--set {override!r}: {key} holds a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [f"parameters ({source}) are not valid:"]
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"]) or "(top)"
+        hint = _did_you_mean(problem["loc"]) if problem["type"] == "extra_forbidden" else ""
+        what = f"unknown key{hint}" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"  {place}: {what}")
+    return "\n".join(lines)
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    close = difflib.get_close_matches(str(location[-1]), _known_keys(Params), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    sections = (PhantomParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ExtractParams)
+    rest = (SequenceParams, FinetuneParams, EvaluateParams)
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    return names + [name for section in sections + rest for name in section.model_fields]

@@ -1,0 +1,189 @@
+"""The five haemorrhages, each in its true place and shape, over several slices.
+
+Every kind is drawn by one function that returns a weight per voxel; where a drawing spans too few slices
+it is drawn again. The mimics use the same functions (see ``ichpipe.phantom.mimics``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ichpipe.classes import SUBTYPES
+from ichpipe.phantom.anatomy import cerebellum
+from ichpipe.phantom.fields import ellipsoid, inside, lay, ripple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from ichpipe.phantom.anatomy import Anatomy
+    from ichpipe.phantom.fields import Floats
+
+    Draw = Callable[[np.random.Generator, Anatomy], tuple[Floats, Floats | None]]
+
+MIN_SLICES = 3  # a true bleed lies in at least so many neighbouring slices
+MIN_AREA_MM2 = 30.0  # less of a bleed than this in a slice is not drawn and not labelled
+ATTEMPTS = 40
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One bleed, or one mimic, on the voxels of an ``Anatomy`` (arrays of shape [m])."""
+
+    kind: str  # one of SUBTYPES
+    blood: Floats  # weight in [0, 1]; above one half is what the label's mask counts
+    oedema: Floats | None  # weight of the darker rim
+    hu: float  # of the blood
+    slices: tuple[int, int]  # first and last slice, both included
+    is_mimic: bool = False
+
+    @property
+    def n_slices(self) -> int:
+        """How many slices it lies in."""
+        return self.slices[1] - self.slices[0] + 1
+
+
+def draw_lesion(rng: np.random.Generator, anatomy: Anatomy, kind: str) -> Lesion | None:
+    """Draw a bleed of ``kind`` that spans at least MIN_SLICES neighbouring slices; None if it won't fit."""
+    for _ in range(ATTEMPTS):
+        blood, oedema = DRAW[kind](rng, anatomy)
+        hu = float(rng.uniform(*HU_RANGE[kind]))
+        span = _longest_run(slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2)
+        if span is not None and span[1] - span[0] + 1 >= MIN_SLICES:
+            return keep_slices(anatomy, Lesion(kind, blood, oedema, hu, span), span)
+    return None
+
+
+def keep_slices(anatomy: Anatomy, lesion: Lesion, span: tuple[int, int]) -> Lesion:
+    """Return ``lesion`` with everything outside the slices ``span`` (both included) taken away."""
+    level = slice_of_voxel(anatomy)
+    kept = ((level >= span[0]) & (level <= span[1])).astype(np.float32)
+    oedema = None if lesion.oedema is None else lesion.oedema * kept
+    return replace(lesion, blood=lesion.blood * kept, oedema=oedema, slices=span)
+
+
+def slice_of_voxel(anatomy: Anatomy) -> NDArray[np.int64]:
+    """Slice number of each voxel, shape [m]."""
+    return np.asarray(anatomy.voxels // anatomy.geometry.size_px**2, dtype=np.int64)
+
+
+def slice_area_mm2(anatomy: Anatomy, blood: Floats) -> NDArray[np.float64]:
+    """Area of the mask (weight above one half) in each slice, mm2, shape [slices]."""
+    counted = np.bincount(slice_of_voxel(anatomy)[blood > 0.5], minlength=anatomy.geometry.n_slices)
+    return np.asarray(counted * anatomy.geometry.pixel_mm**2, dtype=np.float64)
+
+
+def lay_lesion(values: Floats, lesion: Lesion, texture: Floats) -> None:
+    """Write a lesion into ``values`` (HU, shape [m]), in place. ``texture``: unevenness of clot, deviation 1."""
+    if lesion.oedema is not None:
+        lay(values, 19.0, lesion.oedema)
+    lay(values, lesion.hu + 2.0 * texture, lesion.blood)
+
+
+def _longest_run(present: NDArray[np.bool_]) -> tuple[int, int] | None:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
+    if not edges.size:
+        return None
+    starts, ends = edges[0::2], edges[1::2] - 1
+    best = int(np.argmax(ends - starts))
+    return int(starts[best]), int(ends[best])
+
+
+def _on_vault(rng: np.random.Generator, anatomy: Anatomy, lowest_mm: float, highest_mm: float) -> NDArray[np.int64]:
+    """Voxels just under the vault between two heights, away from the midline; flat positions in [m]."""
+    at = anatomy.points
+    near = (anatomy.depth_mm > 0) & (anatomy.depth_mm < 3) & (anatomy.brain > 0.9)
+    side = np.sign(rng.uniform(-1, 1)) * at.x > 28
+    return np.flatnonzero(near & side & (at.z > lowest_mm) & (at.z < highest_mm))
+
+
+def _epidural(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
+    """A lens between skull and dura: the vault cut by a ball that bulges inward."""
+    seat = int(rng.choice(_on_vault(rng, anatomy, 0, 62)))
+    at = anatomy.points
+    centre = np.array([at.x[seat], at.y[seat], at.z[seat]], dtype=np.float64)
+    out = centre - (0, 0, 20)
+    out /= np.linalg.norm(out)
+    half_length, thickness = rng.uniform(15, 32), rng.uniform(5, 15)
+    radius = (half_length**2 + thickness**2) / (2 * thickness)
+    x, y, z = centre + out * (radius - thickness)
+    ball = ellipsoid(at, (x, y, z), (radius, radius, radius))
+    return inside(ball) * inside(-anatomy.depth_mm) * anatomy.brain, None
+
+
+def _subdural(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
+    """A crescent along one hemisphere; it crosses sutures and stops at the falx."""
+    at = anatomy.points
+    side = np.float32(rng.choice([-1, 1]))
+    angle = np.arctan2(at.y, side * at.x)
+    spread = np.deg2rad(rng.uniform(35, 75))
+    along = (angle - np.deg2rad(rng.uniform(-25, 35))) / np.float32(spread)
+    up = (at.z - np.float32(rng.uniform(12, 55))) / np.float32(rng.uniform(14, 40))
+    profile = np.sqrt(np.clip(1 - along**2, 0, 1) * np.clip(1 - up**2, 0, 1))
+    thickness = np.float32(rng.uniform(4, 13)) * profile * (1 + 0.12 * ripple(rng, at, 40))
+    crescent = np.maximum(anatomy.depth_mm - thickness, 2 - side * at.x)
+    return inside(crescent) * (profile > 0) * (at.z > 0) * anatomy.brain, None
+
+
+# Where bleeds within the brain arise: lentiform nucleus, thalamus, lobes, cerebellum, pons (x, y, z, mm).
+SEATS = ((26, -4, 24), (12, 11, 25), (40, -35, 38), (42, 20, 45), (38, 48, 40), (44, 0, 0), (24, 45, -4), (0, 4, -2))
+
+
+def _intraparenchymal(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, Floats]:
+    """A lumpy clot in the brain with a rim of oedema around it."""
+    seat = np.array(SEATS[int(rng.choice(len(SEATS), p=[0.25, 0.14, 0.14, 0.14, 0.13, 0.06, 0.1, 0.04]))], dtype=float)
+    x, y, z = seat * (rng.choice([-1, 1]), 1, 1) + rng.normal(0, 3.5, 3)
+    size = float(np.exp(rng.uniform(np.log(5.5), np.log(18))))
+    radii = size * rng.uniform(0.8, 1.25, 3)
+    at = anatomy.points
+    near = np.flatnonzero((np.abs(at.x - x) < 45) & (np.abs(at.y - y) < 45) & (np.abs(at.z - z) < 45))
+    place = at.take(near)
+    lump = ellipsoid(place, (x, y, z), (radii[0], radii[1], max(radii[2], 7.0)))
+    lump += np.float32(0.13 * size) * ripple(rng, place, 22)
+    fits = anatomy.brain[near] * inside(3 - anatomy.depth_mm[near])
+    rim = np.float32(rng.uniform(2, 6)) * (1 + 0.4 * ripple(rng, place, 25))
+    blood, oedema = np.zeros_like(at.x), np.zeros_like(at.x)
+    blood[near] = inside(lump) * fits
+    oedema[near] = inside(lump - rim, 3.0) * fits * inside(-anatomy.ventricle_mm[near])
+    return blood, oedema
+
+
+def _intraventricular(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
+    """Blood in the ventricles: a level in the dependent horns, or a cast of one side or of all."""
+    at = anatomy.points
+    chamber = inside(anatomy.ventricle_mm)
+    if rng.random() < 0.6:  # the patient lies on the back: blood settles behind
+        level = np.float32(rng.uniform(8, 42))
+        part = inside(level - at.y, 1.5) * (at.z > 8)
+    else:
+        part = inside(np.float32(rng.uniform(-35, 10)) - at.y)
+    sides = rng.choice(3, p=[0.3, 0.3, 0.4])
+    if sides < 2:
+        part *= inside(np.float32(1 - 2 * sides) * at.x)
+    return np.asarray(chamber * part * anatomy.brain, dtype=np.float32), None
+
+
+# Where subarachnoid blood gathers: suprasellar cistern, Sylvian fissures, convexities, between the hemispheres.
+POOLS = ((0, -10, 8), (42, -8, 20), (48, 10, 40), (40, -40, 45), (35, 45, 48), (2, -50, 40))
+
+
+def _subarachnoid(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
+    """Blood in place of the fluid of sulci and cisterns, around one pool."""
+    pool = np.array(POOLS[int(rng.choice(len(POOLS), p=[0.3, 0.3, 0.1, 0.1, 0.1, 0.1]))], dtype=float)
+    x, y, z = pool * (rng.choice([-1, 1]), 1, 1) + rng.normal(0, 4, 3)
+    reach = rng.uniform(18, 45)
+    at = anatomy.points
+    ball = ellipsoid(at, (x, y, z), (reach, reach, 0.8 * reach)) + np.float32(0.15 * reach) * ripple(rng, at, 35)
+    # Blood swells a sulcus, so that a thin one counts too; the cerebellum's own folia are left alone.
+    filled = np.clip(1.7 * anatomy.fluid, 0, 1) * (anatomy.depth_mm > 1.0) * (1 - 0.6 * cerebellum(at))
+    return np.asarray(inside(ball, 8.0) * filled * anatomy.brain, dtype=np.float32), None
+
+
+DRAW: dict[str, Draw] = dict(
+    zip(SUBTYPES, (_epidural, _intraparenchymal, _intraventricular, _subarachnoid, _subdural), strict=True)
+)
+HU_RANGE = dict(zip(SUBTYPES, ((58, 76), (56, 80), (50, 74), (50, 68), (48, 74)), strict=True))

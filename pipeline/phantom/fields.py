@@ -1,0 +1,99 @@
+"""Soft shapes and smooth random fields, the clay of the phantom. Lengths in mm, weights in [0, 1], float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import fft, ndimage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.floating[Any]]  # float32 in practice; the stubs promote to float64
+    Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points in head coordinates, mm: x to the patient's left, y to the back, z to the vertex."""
+
+    x: Floats
+    y: Floats
+    z: Floats
+
+    def take(self, chosen: NDArray[np.int64]) -> Points:
+        """Return the points at flat positions ``chosen``, shape [m]."""
+        return Points(self.x.ravel()[chosen], self.y.ravel()[chosen], self.z.ravel()[chosen])
+
+    def mirrored(self) -> Points:
+        """Return the points with the right half folded onto the left: x becomes its magnitude."""
+        return Points(np.abs(self.x), self.y, self.z)
+
+
+def inside(distance_mm: Floats, edge_mm: float = 2.0) -> Floats:
+    """Weight 1 deep inside (negative distance), 0 outside, and a linear ramp of width ``edge_mm`` between."""
+    return np.asarray(np.clip(0.5 - distance_mm / np.float32(edge_mm), 0.0, 1.0), dtype=np.float32)
+
+
+def lay(hu: Floats, value: Floats | float, weight: Floats) -> None:
+    """Blend ``value`` (HU) into ``hu`` in place with ``weight``, as partial volume does."""
+    hu += weight * (np.float32(value) - hu if isinstance(value, float | int) else value - hu)
+
+
+def ellipsoid(points: Points, centre: Triple, radii: Triple) -> Floats:
+    """Approximate signed distance (mm, negative inside) to an ellipsoid with axes along x, y, z."""
+    u = (points.x - np.float32(centre[0])) / np.float32(radii[0])
+    v = (points.y - np.float32(centre[1])) / np.float32(radii[1])
+    w = (points.z - np.float32(centre[2])) / np.float32(radii[2])
+    norm = np.sqrt(u * u + v * v + w * w)
+    slope = np.sqrt((u / radii[0]) ** 2 + (v / radii[1]) ** 2 + (w / radii[2]) ** 2) + np.float32(1e-6)
+    return np.asarray(norm * (norm - 1.0) / slope, dtype=np.float32)
+
+
+def capsule(points: Points, start: Triple, end: Triple, radii: tuple[float, float]) -> Floats:
+    """Signed distance (mm) to a tube from ``start`` to ``end`` whose radius runs from the first to the second."""
+    ax, ay, az = (np.float32(b - a) for a, b in zip(start, end, strict=True))
+    px, py, pz = points.x - np.float32(start[0]), points.y - np.float32(start[1]), points.z - np.float32(start[2])
+    along = np.clip((px * ax + py * ay + pz * az) / (ax * ax + ay * ay + az * az), 0.0, 1.0)
+    gap = np.sqrt((px - along * ax) ** 2 + (py - along * ay) ** 2 + (pz - along * az) ** 2)
+    return np.asarray(gap - (radii[0] + along * np.float32(radii[1] - radii[0])), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class RandomField:
+    """A random function of head coordinates with mean 0, deviation 1 and one typical wavelength."""
+
+    lattice: Floats  # [z, y, x]
+    step_mm: float
+    corner_mm: float  # head coordinate of the first lattice point on each axis
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, wavelength_mm: float, *, reach_mm: float = 115.0) -> RandomField:
+        """Draw band-passed Gaussian noise on a cube of half-side ``reach_mm``; it repeats beyond."""
+        step = wavelength_mm / 4.0
+        side = fft.next_fast_len(int(np.ceil(2 * reach_mm / step)), real=True)
+        frequency = fft.fftfreq(side, step).astype(np.float32) * np.float32(wavelength_mm)
+        half = frequency[: side // 2 + 1]
+        radius = np.sqrt(frequency[:, None, None] ** 2 + frequency[None, :, None] ** 2 + half[None, None, :] ** 2)
+        band = np.exp(-((np.abs(radius) - 1.0) ** 2) / np.float32(2 * 0.25**2))
+        parts = rng.standard_normal((2, *band.shape), dtype=np.float32)
+        lattice = fft.irfftn((parts[0] + 1j * parts[1]) * band, s=(side, side, side)).astype(np.float32)
+        return cls(lattice / lattice.std(), step, -reach_mm)
+
+    def at(self, points: Points) -> Floats:
+        """Return the field at ``points``, same shape; linear between lattice points."""
+        axes = [(axis - self.corner_mm) / self.step_mm for axis in (points.z, points.y, points.x)]
+        values = ndimage.map_coordinates(self.lattice, axes, order=1, mode="grid-wrap", output=np.float32)
+        return np.asarray(values, dtype=np.float32)
+
+
+def ripple(rng: np.random.Generator, points: Points, wavelength_mm: float, waves: int = 5) -> Floats:
+    """A cheap smooth random function at ``points``: mean 0, deviation about 1, from a few plane waves."""
+    directions = rng.standard_normal((waves, 3))
+    directions *= (2 * np.pi / wavelength_mm) / np.linalg.norm(directions, axis=1, keepdims=True)
+    total = np.zeros_like(points.x)
+    for (kx, ky, kz), phase in zip(directions.astype(np.float32), rng.uniform(0, 2 * np.pi, waves), strict=True):
+        total += np.cos(kx * points.x + ky * points.y + kz * points.z + np.float32(phase))
+    return np.asarray(total * np.float32(np.sqrt(2.0 / waves)), dtype=np.float32)

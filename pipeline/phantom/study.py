@@ -1,0 +1,116 @@
+"""One synthetic study from a seed and a number; the same whatever else is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ichpipe.classes import SUBTYPES
+from ichpipe.phantom.anatomy import Anatomy, build_anatomy, draw_head
+from ichpipe.phantom.bleeds import Lesion, lay_lesion
+from ichpipe.phantom.fields import RandomField
+from ichpipe.phantom.geometry import Geometry, draw_geometry
+from ichpipe.phantom.mimics import draw_lesions
+from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden, slice_profile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SECOND_STUDY_CHANCE = 0.1  # of a patient
+_HEX_DIGITS = 9
+_MODULUS = 1 << (4 * _HEX_DIGITS)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One series of one patient with its truth."""
+
+    patient_id: str
+    study_uid: str
+    series_uid: str
+    sop_uids: tuple[str, ...]  # slice 0 is the lowest
+    hu: NDArray[np.int16]  # [slices, rows, columns]
+    lesions: tuple[Lesion, ...]
+    geometry: Geometry
+    scanner: Scanner
+    voxels: NDArray[np.int64]  # flat positions of the lesions' voxels in ``hu``
+
+    def mask(self, lesion: Lesion) -> NDArray[np.bool_]:
+        """Voxels of one lesion, [slices, rows, columns]."""
+        full = np.zeros(self.hu.shape, dtype=np.bool_)
+        full.ravel()[self.voxels[lesion.blood > 0.5]] = True
+        return full
+
+    @cached_property
+    def masks(self) -> NDArray[np.bool_]:
+        """True bleeds per subtype, [5, slices, rows, columns] in the order of SUBTYPES; no mimic is in it."""
+        full = np.zeros((len(SUBTYPES), *self.hu.shape), dtype=np.bool_)
+        for lesion in self.lesions:
+            if not lesion.is_mimic:
+                full[SUBTYPES.index(lesion.kind)] |= self.mask(lesion)
+        return full
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8]:
+        """0 or 1, [slices, 6] in the order of CLASSES: any mask voxel in the slice; ``any`` is the maximum."""
+        subtypes: NDArray[np.bool_] = np.any(self.masks, axis=(2, 3)).T
+        return np.concatenate([subtypes.any(axis=1, keepdims=True), subtypes], axis=1).astype(np.uint8)
+
+
+def make_study(seed: int, study_index: int, size_px: int) -> Study:
+    """Make study ``study_index`` (from 0) of the data set of ``seed`` at ``size_px`` rows and columns."""
+    patient = patient_of(seed, study_index)
+    rng = np.random.default_rng([seed, 1, study_index])
+    head = draw_head(np.random.default_rng([seed, 0, patient]))
+    geometry, scanner = draw_geometry(rng, size_px), draw_scanner(rng, size_px)
+    anatomy = build_anatomy(head, geometry)
+    lesions = draw_lesions(rng, anatomy)
+    return Study(
+        patient_id=_identifier(seed, 0, patient),
+        study_uid=_identifier(seed, 1, study_index),
+        series_uid=_identifier(seed, 2, study_index),
+        sop_uids=tuple(_identifier(seed, 3, study_index * 64 + k) for k in range(geometry.n_slices)),
+        hu=_scan(anatomy, lesions, scanner, rng),
+        lesions=lesions,
+        geometry=geometry,
+        scanner=scanner,
+        voxels=anatomy.voxels,
+    )
+
+
+def patient_of(seed: int, study_index: int) -> int:
+    """Number of the patient of a study. About one patient in ten has two studies, one after the other."""
+    # The first n draws of a generator are the same whatever n is.
+    returns = np.random.default_rng([seed, 2]).random(study_index + 1) < SECOND_STUDY_CHANCE
+    patient, may_return = 0, True
+    for wants in returns[1:]:
+        may_return = not (may_return and wants)
+        patient += may_return
+    return patient
+
+
+def _scan(
+    anatomy: Anatomy, lesions: tuple[Lesion, ...], scanner: Scanner, rng: np.random.Generator
+) -> NDArray[np.int16]:
+    hu = slice_profile(anatomy.hu)
+    values = hu.ravel()[anatomy.voxels]
+    texture = RandomField.draw(rng, 9.0).at(anatomy.points)
+    for lesion in lesions:
+        lay_lesion(values, lesion, texture)
+    harden(values, anatomy, scanner, rng)
+    hu.ravel()[anatomy.voxels] = values
+    return expose(hu, scanner, rng, anatomy.geometry.pixel_mm)
+
+
+def _identifier(seed: int, family: int, number: int) -> str:
+    """An identifier of the RSNA form, ``ID_`` and nine hexadecimal digits, unique by construction."""
+    offset = int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest()) % _MODULUS
+    value = (family << 32 | number) ^ offset
+    for shift, odd in ((17, 0x9E3779B97), (15, 0x5851F42D5), (19, 0x2545F4915)):  # each step can be undone
+        value ^= value >> shift
+        value = value * odd % _MODULUS
+    return f"ID_{value ^ value >> 18:0{_HEX_DIGITS}x}"

@@ -1,0 +1,121 @@
+"""Held-out predictions: one table a model, and the scores that compare several on the same patients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ichpipe.classes import CLASSES
+from ichpipe.errors import DataError
+from ichpipe.files import atomic_path
+from ichpipe.metrics import paired_difference, score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from ichpipe.params import EvaluateParams
+
+KEYS = ["patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
+LABELS = [f"label_{name}" for name in CLASSES]
+
+SLICE_CNN = "slice_cnn"
+FINETUNED = "finetuned"
+
+
+def sequence_name(arm: str) -> str:
+    """Return the name of an arm's predictions."""
+    return f"sequence-{arm}"
+
+
+def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.DataFrame:
+    """Join the identifiers and labels of the held-out slices with probabilities (n, 6)."""
+    if np.isnan(probabilities).any():
+        missing = index["series_uid"][np.isnan(probabilities).any(axis=1)].iloc[0]
+        raise DataError(f"series {missing} has no prediction; run: ichpipe extract")
+    table = index[KEYS].reset_index(drop=True)
+    table[list(CLASSES)] = probabilities
+    table[LABELS] = index[list(CLASSES)].to_numpy()
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write one model's predictions as parquet."""
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def score_all(tables: dict[str, pd.DataFrame], section: EvaluateParams, finetuned_arm: str) -> dict[str, Any]:
+    """Score every model on the same slices: the content of ``metrics/evaluate.json``.
+
+    ``paired`` compares each rung of the ladder with the one before, by a bootstrap over patients: a positive
+    ``weighted_log_loss`` or ``auc_any`` means the later model is better.
+    """
+    settings = section.model_dump()
+    scores = {name: score(*_arrays(table), **settings) for name, table in tables.items()}
+    first = next(iter(tables.values()))
+    prefix = sequence_name("")
+    arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
+    pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
+    pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
+    return {
+        SLICE_CNN: scores[SLICE_CNN],
+        "sequence": arms,
+        FINETUNED: scores[FINETUNED],
+        "paired": {f"{later} against {earlier}": compare(tables, earlier, later, settings) for earlier, later in pairs},
+        "n_slices": len(first),
+        "n_studies": int(first["study_uid"].nunique()),
+        "n_patients": int(first["patient_id"].nunique()),
+    }
+
+
+def compare(tables: dict[str, pd.DataFrame], earlier: str, later: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Compare two models on the same slices; other slices in the two tables are an error."""
+    first, second = tables[earlier], tables[later]
+    if first["sop_uid"].tolist() != second["sop_uid"].tolist():
+        raise DataError(f"{earlier} and {later} were scored on different slices; run: ichpipe evaluate")
+    labels, probabilities, patients, _ = _arrays(first)
+    return paired_difference(labels, probabilities, second[list(CLASSES)].to_numpy(), patients, **settings)
+
+
+def ladder_text(metrics: dict[str, Any]) -> str:
+    """Return the ladder of models as a table of plain text."""
+    rows = [("slice CNN", metrics[SLICE_CNN])]
+    rows += [(f"sequence, {arm}", values) for arm, values in metrics["sequence"].items()]
+    rows += [("fine-tuned", metrics[FINETUNED])]
+    head = f"{'model':<24}{'weighted log loss':>28}{'AUC any, slice':>26}{'AUC any, study':>26}"
+    lines = [_line(name, values) for name, values in rows]
+    counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies, {metrics['n_patients']} patients held out"
+    paired = [_paired_line(name, value) for name, value in metrics["paired"].items()]
+    return "\n".join(
+        [head, *lines, "", counts, "paired bootstrap over patients (positive: the first is better)", *paired]
+    )
+
+
+def _arrays(table: pd.DataFrame) -> tuple[Any, Any, Any, Any]:
+    labels, probabilities = table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()
+    return labels, probabilities, table["patient_id"].to_numpy(), table["series_uid"].to_numpy()
+
+
+def _line(name: str, values: dict[str, Any]) -> str:
+    low, high = values.get("weighted_log_loss_ci") or (None, None)
+    loss = _interval(values["weighted_log_loss"], low, high)
+    aucs = [values[kind]["any"] for kind in ("auc", "study_auc")]
+    return f"{name:<24}{loss:>28}" + "".join(f"{_interval(a['value'], a['ci_low'], a['ci_high']):>26}" for a in aucs)
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "not defined"
+    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _paired_line(name: str, value: dict[str, Any]) -> str:
+    loss, auc = value["weighted_log_loss"], value["auc_any"]
+    return (
+        f"  {name}: log loss {_interval(loss['value'], loss['ci_low'], loss['ci_high'])}"
+        f", AUC any {_interval(auc['value'], auc['ci_low'], auc['ci_high'])}"
+    )

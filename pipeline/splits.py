@@ -1,0 +1,96 @@
+"""Patients dealt out to train, val and test, and to folds, with the classes spread evenly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+
+from ichpipe.classes import CLASSES
+from ichpipe.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ichpipe.params import PrepareParams
+
+SPLITS: Final = ("train", "val", "test")
+
+
+def assign_splits(index: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
+    """Return ``index`` with ``split`` (``train``, ``val``, ``test``) and ``fold`` (int32), both by patient.
+
+    Iterative stratification (Sechidis et al. 2011) over one label vector a patient: the maximum over the
+    patient's slices per class, and whether nothing is known. Depends on the set of patients, their labels
+    and ``params.seed``, not on row order. With ``params.test_fold`` that fold is the test set; else it is
+    ``test_fraction`` of all patients. ``val_fraction`` counts in all patients too. Raises DataError where
+    there are too few patients.
+    """
+    patients, labels = _patient_labels(index)
+    folds = _deal(labels, np.full(params.folds, 1 / params.folds), params.seed, "prepare.folds")
+    splits = _split(labels, folds, params)
+    table = pd.DataFrame({"split": splits, "fold": folds.astype(np.int32)}, index=patients)
+    row_of = table.index.get_indexer(pd.Index(index["patient_id"]))
+    result = index.assign(split=table["split"].to_numpy()[row_of], fold=table["fold"].to_numpy()[row_of])
+    require_patients_apart(result)
+    return result
+
+
+def require_patients_apart(index: pd.DataFrame) -> None:
+    """Raise DataError if a patient stands in two splits or two folds."""
+    kinds = index.groupby("patient_id")[["split", "fold"]].nunique()
+    torn = kinds.index[(kinds > 1).any(axis=1)]
+    if len(torn):
+        raise DataError(f"{len(torn)} patient(s) stand in more than one split or fold; run prepare again")
+
+
+def _patient_labels(index: pd.DataFrame) -> tuple[pd.Index, NDArray[np.bool_]]:
+    """Patients sorted by identifier, and their labels (patients, 7); the last column is `nothing known`."""
+    present = [name for name in CLASSES if name in index]
+    highest = index.groupby("patient_id", sort=True)[present].max()
+    unknown = highest.isna().all(axis=1).to_numpy(bool)
+    return highest.index, np.column_stack([highest.fillna(0).to_numpy(np.float32) > 0, unknown])
+
+
+def _split(labels: NDArray[np.bool_], folds: NDArray[np.int64], params: PrepareParams) -> NDArray[np.object_]:
+    names = np.array(SPLITS, dtype=object)
+    val, seed = params.val_fraction, params.seed + 1  # not the draws of the folds
+    if params.test_fold is None:
+        shares = np.array([1 - val - params.test_fraction, val, params.test_fraction])
+        return names[_deal(labels, shares, seed, "prepare.val_fraction and prepare.test_fraction")]
+    splits = np.full(len(labels), "test", dtype=object)
+    rest = folds != params.test_fold
+    share = val * len(labels) / max(int(rest.sum()), 1)
+    if share >= 1:
+        raise DataError("prepare.val_fraction leaves no patient to train on beside prepare.test_fold; lower it")
+    splits[rest] = names[_deal(labels[rest], np.array([1 - share, share]), seed, "prepare.val_fraction")]
+    return splits
+
+
+def _deal(labels: NDArray[np.bool_], shares: NDArray[np.float64], seed: int, keys: str) -> NDArray[np.int64]:
+    """Deal patients (n, labels) into groups of about these shares: (n,) group numbers.
+
+    Every group with a share above 0 gets a patient, or DataError names the parameters ``keys``.
+    """
+    from iterstrat.ml_stratifiers import IterativeStratification  # noqa: PLC0415  (brings in scikit-learn)
+
+    wanted = np.flatnonzero(shares > 0)
+    if len(labels) < len(wanted):
+        raise DataError(f"{len(labels)} patient(s) are too few for {len(wanted)} groups; add patients or change {keys}")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    groups = np.empty(len(labels), dtype=np.int64)
+    groups[order] = wanted[IterativeStratification(labels[order], shares[wanted], generator)]
+    if len(np.unique(groups)) < len(wanted):  # a handful of patients: even labels left a group empty
+        groups[order] = _deal_plainly(len(labels), shares, wanted)
+    return groups
+
+
+def _deal_plainly(count: int, shares: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Group numbers (count,): one patient to each group, each further one to the group most short of its share."""
+    sizes = np.zeros(len(shares))
+    sizes[wanted] = 1
+    for _ in range(count - len(wanted)):
+        sizes[np.argmax(shares * count - sizes)] += 1
+    return np.repeat(np.arange(len(shares)), sizes.astype(np.int64))

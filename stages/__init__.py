@@ -1,0 +1,1 @@
+"""The verbs: the command line and one file a stage."""

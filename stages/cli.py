@@ -1,0 +1,311 @@
+"""The front door: reads the command line, calls one stage, and turns errors into one message.
+
+Only this file prints and exits. Stages are imported inside their commands, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ichpipe.cache.errors import StoreError
+from ichpipe.errors import IchpipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ichpipe.artifacts import Artifacts
+    from ichpipe.params import Params
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that stand before the command."""
+
+    params_file: Path
+    params_named: bool
+    overrides: tuple[str, ...]
+    artifacts_root: Path
+
+    def params(self) -> Params:
+        """Read the parameters; only now, since validating them imports pydantic."""
+        from ichpipe.params import load_params
+
+        return load_params(self.params_file, self.overrides, must_exist=self.params_named)
+
+    def artifacts(self) -> Artifacts:
+        """Return where the run's files lie."""
+        from ichpipe.artifacts import Artifacts
+
+        return Artifacts(self.artifacts_root)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ichpipe")
+@click.option(
+    "--params",
+    "params_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Parameter file; params.yaml in this folder if there is one, else the built-in defaults.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change one parameter; wins over the file; may be repeated.",
+)
+@click.option(
+    "--artifacts",
+    "artifacts_root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("artifacts"),
+    envvar="ICHPIPE_ARTIFACTS",
+    show_default=True,
+    help="Folder of all outputs.",
+)
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.option("--quiet", is_flag=True, help="No progress, no log lines.")
+@click.pass_context
+def cli(
+    context: click.Context,
+    params_file: Path | None,
+    overrides: tuple[str, ...],
+    artifacts_root: Path,
+    quiet: bool,
+) -> None:
+    r"""Find intracranial haemorrhage on head CT: slice CNN, cached embeddings, LSTM, end to end.
+
+    \b
+    Example:
+      ichpipe phantom --out data/phantom && dvc repro
+    """
+    _set_up_logging(quiet)
+    context.obj = Settings(params_file or Path("params.yaml"), params_file is not None, overrides, artifacts_root)
+
+
+gpu_option = click.option(
+    "--gpu",
+    default="auto",
+    envvar="ICHPIPE_GPU",
+    show_default=True,
+    metavar="auto|cpu|N[,N]",
+    help="Device to compute on.",
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
+)
+
+
+def _quiet(_context: click.Context, _option: click.Parameter, quiet: bool) -> None:
+    if quiet:
+        _set_up_logging(quiet=True)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a command that may also be silenced behind its name."""
+
+    def register(function: Callable[..., None]) -> click.Command:
+        silenced = click.option("--quiet", is_flag=True, expose_value=False, callback=_quiet, help="No progress.")(
+            function
+        )
+        return cli.command(name)(click.pass_obj(silenced))
+
+    return register
+
+
+@command("phantom")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to.")
+@click.option(
+    "--studies", type=click.IntRange(min=1), default=None, help="Number of studies [params: phantom.studies]."
+)
+@click.option("--size", type=click.IntRange(32, 1024), default=None, help="Pixels per side [params: phantom.size_px].")
+@click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed [params: phantom.seed].")
+def phantom(settings: Settings, out: Path, studies: int | None, size: int | None, seed: int | None) -> None:
+    r"""Make a synthetic head-CT data set: DICOM series and a label table in the RSNA 2019 layout.
+
+    \b
+    Example:
+      ichpipe phantom --out data/phantom --studies 40 --size 128
+    """
+    from ichpipe.stages.phantom import run
+
+    given = {"studies": studies, "size_px": size, "seed": seed}
+    changes = {key: value for key, value in given.items() if value is not None}
+    run(settings.params().phantom.model_copy(update=changes), out)
+
+
+@command("prepare")
+@workers_option
+def prepare(settings: Settings, workers: int) -> None:
+    r"""Scan DICOM files, order slices, join labels, split by patient.
+
+    \b
+    Example:
+      ichpipe --set prepare.dicom_dir=data/phantom/dicom prepare
+    """
+    from ichpipe.stages.prepare import run
+
+    run(settings.params().prepare, settings.artifacts().index_dir, workers)
+
+
+@command("fit-slices")
+@gpu_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    envvar="ICHPIPE_LOADERS",
+    show_default=True,
+    help="Decoding processes; 0 decodes in this one.",
+)
+def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
+    r"""Stage one: train the slice CNN. Goes on where it was stopped.
+
+    \b
+    Example:
+      ichpipe --set fit-slices.epochs=3 fit-slices --gpu 0
+    """
+    from ichpipe.stages.fit_slices import run
+
+    run(settings.params(), settings.artifacts(), gpu, workers)
+
+
+@command("extract")
+@gpu_option
+@workers_option
+@click.option("--scheduler", metavar="ADDRESS", default=None, help="Dask scheduler that is there, tcp://HOST:PORT.")
+def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -> None:
+    r"""Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
+
+    \b
+    Example:
+      ichpipe extract --gpu 0
+    """
+    from ichpipe.stages.extract import run
+
+    run(settings.params(), settings.artifacts(), gpu, workers, scheduler)
+
+
+@command("fit-sequence")
+@gpu_option
+@click.option("--arm", default=None, help="One arm of params: sequence; all of them if not given.")
+def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
+    r"""Stage two: train a sequence model on the cached embeddings.
+
+    \b
+    Example:
+      ichpipe --set sequence.paper.hidden=256 fit-sequence --arm paper
+    """
+    from ichpipe.stages.fit_sequence import run
+
+    params = settings.params()
+    for name in [arm] if arm else list(params.sequence):
+        run(params, settings.artifacts(), name, gpu)
+
+
+@command("finetune")
+@gpu_option
+def finetune(settings: Settings, gpu: str) -> None:
+    r"""Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
+
+    \b
+    Example:
+      ichpipe --set finetune.chunk_slices=8 finetune --gpu 0
+    """
+    from ichpipe.stages.finetune import run
+
+    run(settings.params(), settings.artifacts(), gpu)
+
+
+@command("evaluate")
+@gpu_option
+def evaluate(settings: Settings, gpu: str) -> None:
+    r"""Score slice CNN, sequence models and the fine-tuned model on the same held-out patients.
+
+    \b
+    Example:
+      ichpipe evaluate
+    """
+    from ichpipe.stages.evaluate import run
+
+    click.echo(run(settings.params(), settings.artifacts(), gpu))
+
+
+@command("cross-validate")
+@gpu_option
+def cross_validate(settings: Settings, gpu: str) -> None:
+    r"""Run every step once per fold of patients, and score the pooled held-out predictions.
+
+    \b
+    Example:
+      ichpipe --params params/ct-ich.yaml cross-validate
+    """
+    from ichpipe.stages.cross_validate import run
+
+    click.echo(run(settings.params(), settings.artifacts(), gpu))
+
+
+@command("predict")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the tables.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of a fine-tuned model [ARTIFACTS/finetuned].",
+)
+@click.option(
+    "--kaggle",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Also write the RSNA 2019 submission format.",
+)
+@gpu_option
+@workers_option
+def predict(
+    settings: Settings,
+    paths: tuple[Path, ...],
+    out: Path,
+    model: Path | None,
+    kaggle: Path | None,
+    gpu: str,
+    workers: int,
+) -> None:
+    r"""Give each slice and each study of any DICOM folder six probabilities.
+
+    \b
+    Example:
+      ichpipe predict data/phantom/dicom --out predictions
+    """
+    from ichpipe.stages.predict import run
+
+    folder = model or settings.artifacts().finetuned
+    click.echo(run(paths, out, folder, kaggle=kaggle, gpu=gpu, workers=workers))
+
+
+def _set_up_logging(quiet: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("ichpipe")
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; exit code 0 done, 1 input or data wrong, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return cli.main(arguments, prog_name="ichpipe")
+    except (IchpipeError, StoreError) as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"ichpipe: {error}", err=True)
+        sys.exit(1)

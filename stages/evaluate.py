@@ -1,0 +1,138 @@
+"""Score slice CNN, every sequence arm and the fine-tuned model on the same held-out patients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ichpipe.artifacts import HISTORY_FILE
+from ichpipe.classes import CLASSES
+from ichpipe.device import choose_device
+from ichpipe.embedding import classify_series, open_store
+from ichpipe.errors import DataError
+from ichpipe.feeding import load_slices
+from ichpipe.figures import ladder, learning_curves, roc, study_sheet
+from ichpipe.files import atomic_path, read_json, write_json, write_text
+from ichpipe.metrics import curves
+from ichpipe.models.weights import load_end_to_end, load_sequence
+from ichpipe.predictions import (
+    FINETUNED,
+    LABELS,
+    SLICE_CNN,
+    ladder_text,
+    make_table,
+    score_all,
+    sequence_name,
+    write_table,
+)
+from ichpipe.progress import track
+from ichpipe.series import predict_rows, read_series
+from ichpipe.studies import read_index
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from ichpipe.artifacts import Artifacts
+    from ichpipe.cache.reader import EmbeddingStore
+    from ichpipe.params import Params
+
+
+def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
+    """Write metrics, plots and predictions; return the ladder of models as a table of text."""
+    device = choose_device(gpu)
+    index = read_index(artifacts.index)
+    held_out = known_slices(index, "test")
+    store = open_store(artifacts.embeddings, artifacts.slice_cnn, index)
+    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(store, held_out))}
+    for arm in params.sequence:
+        tables[sequence_name(arm)] = make_table(
+            held_out, _sequence_probabilities(artifacts, arm, store, held_out, device)
+        )
+    tables[FINETUNED] = make_table(held_out, _finetuned_probabilities(artifacts, held_out, device))
+    metrics = score_all(tables, params.evaluate, params.finetune.arm)
+    write_json(artifacts.metrics, metrics)
+    for name, table in tables.items():
+        write_table(table, artifacts.predictions / f"{name}.parquet")
+    write_plots(artifacts.plots, metrics, tables)
+    _write_learning_curves(artifacts, list(params.sequence))
+    _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
+    text = ladder_text(metrics)
+    write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
+    return text
+
+
+def known_slices(index: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Return the series of a split whose labels are all known; none is an error."""
+    chosen = index[index["split"] == split]
+    unknown = chosen["series_uid"][chosen[list(CLASSES)].isna().any(axis=1)]
+    chosen = chosen[~chosen["series_uid"].isin(unknown)].reset_index(drop=True)
+    if chosen.empty:
+        raise DataError(f"the {split} split holds no series with labels; check prepare.labels and the split's fraction")
+    return chosen
+
+
+def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
+    """Write ROC, precision-recall and calibration points as JSON for DVC, and the pictures of them."""
+    points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
+    for kind in ("roc", "precision_recall", "calibration"):
+        rows = [{"model": name, **row} for name, found in points.items() for row in found[kind]]
+        write_json(folder / f"{kind}.json", rows)
+    _write_png(folder / "ladder.png", ladder(metrics))
+    _write_png(folder / "roc.png", roc({name: found["roc"] for name, found in points.items()}))
+
+
+def _slice_probabilities(store: EmbeddingStore, index: pd.DataFrame) -> NDArray[np.float64]:
+    result = np.full((len(index), len(CLASSES)), np.nan)
+    for series in read_series(store, index, ("logits",)):
+        result[series.rows] = torch.sigmoid(series.features.double()).numpy()
+    return result
+
+
+def _sequence_probabilities(
+    artifacts: Artifacts, arm: str, store: EmbeddingStore, index: pd.DataFrame, device: torch.device
+) -> NDArray[np.float64]:
+    model = load_sequence(artifacts.sequence(arm)).to(device)
+    return predict_rows(model, read_series(store, index, model.spec.inputs), len(index), device)
+
+
+def _finetuned_probabilities(artifacts: Artifacts, index: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
+    model = load_end_to_end(artifacts.finetuned).to(device)
+    result = np.full((len(index), len(CLASSES)), np.nan)
+    groups = index.groupby("series_uid", sort=False).indices
+    for rows in track(groups.values(), "evaluate", len(groups), "series"):
+        probabilities, bad = classify_series(model, index["path"].iloc[rows].tolist(), device)
+        if bad:
+            raise DataError(f"{bad[0][0]}: {bad[0][1]}; remove the file and run: ichpipe prepare")
+        result[rows] = probabilities
+    return result
+
+
+def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
+    folders = {"slice CNN": artifacts.slice_cnn} | {f"sequence, {arm}": artifacts.sequence(arm) for arm in arms}
+    folders["fine-tuned"] = artifacts.finetuned
+    histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
+    rows = [{"model": name, **line} for name, lines in histories.items() for line in lines]
+    write_json(artifacts.plots / "learning_curves.json", rows)
+    _write_png(artifacts.plots / "learning_curves.png", learning_curves(histories))
+
+
+def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
+    """Show the held-out series with the median number of positive slices among those that have any."""
+    counts = held_out.groupby("series_uid")["any"].sum().sort_values(kind="stable")
+    positive = counts[counts > 0] if (counts > 0).any() else counts
+    uid = positive.index[len(positive) // 2]
+    rows = held_out["series_uid"] == uid
+    hu = load_slices(held_out["path"][rows].tolist(), 256).numpy()[:, 0]
+    probabilities = {name: table[list(CLASSES)].to_numpy()[rows] for name, table in tables.items()}
+    labels = held_out[list(CLASSES)].to_numpy()[rows]
+    _write_png(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))
+
+
+def _write_png(target: Path, content: bytes) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,77 @@
+"""`--help` is instant: a fresh interpreter loads no heavy library for it; and each command shows an example."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ichpipe.stages.cli import cli
+
+HEAVY = ("torch", "timm", "dask", "distributed", "zarr", "pandas", "pydicom", "matplotlib", "sklearn", "scipy")
+
+HELP_AND_MODULES = """
+import sys
+from ichpipe.stages.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("modules:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+
+
+def fresh_help(*arguments):
+    """Run in a fresh interpreter: standard output, and the top-level modules that were loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_AND_MODULES, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, set(done.stderr.rpartition("modules:")[2].split())
+
+
+def all_commands(group=cli, path=()):
+    for name, command in sorted(group.commands.items()):
+        yield (*path, name)
+        if hasattr(command, "commands"):
+            yield from all_commands(command, (*path, name))
+
+
+COMMANDS = list(all_commands())
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    text, modules = fresh_help("--help")
+    assert "click" in modules  # the list is seen at all
+    assert not modules & set(HEAVY)
+    for path in COMMANDS:
+        if len(path) == 1:
+            assert path[0] in text
+
+
+def test_help_of_a_command_loads_nothing_heavy():
+    _, modules = fresh_help("extract", "--help")
+    assert not modules & set(HEAVY)
+
+
+def test_version_loads_nothing_heavy():
+    text, modules = fresh_help("--version")
+    assert "ichpipe" in text
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize("path", [(), *COMMANDS], ids=lambda path: " ".join(path) or "ichpipe")
+def test_each_help_shows_an_example(path):
+    from click.testing import CliRunner
+
+    found = CliRunner().invoke(cli, [*path, "--help"], prog_name="ichpipe")
+    assert found.exit_code == 0
+    text = found.output
+    assert "Example" in text
+    assert "ichpipe " in text.partition("Example")[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["phantom", "prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "predict"],
+)
+def test_each_step_of_the_recipe_is_a_command(name):
+    assert (name,) in COMMANDS

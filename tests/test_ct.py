@@ -1,0 +1,284 @@
+"""DICOM file to header and Hounsfield units."""
+
+import contextlib
+import threading
+import warnings
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+
+from ichpipe import ct
+from ichpipe.errors import MissingFileError, UnreadableDicomError
+from ichpipe.quiet import quiet_pydicom
+
+SIGNED = np.array([[-2000, -1, 0], [1, 1024, 3000]], dtype=np.int16)
+
+
+def reason_of(read, path):
+    with pytest.raises(UnreadableDicomError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("syntax", [None, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_hounsfield_units_are_slope_times_stored_plus_intercept(write_ct, syntax):
+    extra = {} if syntax is None else {"transfer_syntax": syntax}
+    pixels = SIGNED.byteswap() if syntax == ExplicitVRBigEndian else SIGNED
+    hu = ct.read_hu(write_ct(pixels=pixels, RescaleSlope="2", RescaleIntercept="-1024", **extra))
+    assert hu.dtype == np.int16
+    assert hu.tolist() == [[-1024, -1024, -1024], [-1022, 1024, 4976]]
+
+
+def test_fractions_are_rounded_and_ends_are_clipped(write_ct):
+    hu = ct.read_hu(
+        write_ct(pixels=np.array([[3, 5, 32767, -32768]], np.int16), RescaleSlope="1.5", RescaleIntercept="0")
+    )
+    assert hu.tolist() == [[4, 8, 32767, -1024]]  # 4.5 and 7.5 go to the even neighbour
+
+
+def test_integer_rescale_equals_the_one_through_floats(write_ct):
+    pixels = np.random.default_rng(0).integers(-3024, 4096, (16, 16)).astype(np.int16)
+    whole = ct.read_hu(write_ct("a", pixels, RescaleIntercept="-7"))
+    through_floats = ct.read_hu(write_ct("b", pixels, RescaleIntercept="-7.0001"))
+    assert np.array_equal(whole, through_floats)
+    assert np.array_equal(whole, np.clip(pixels.astype(int) - 7, -1024, 32767))
+
+
+def test_padding_becomes_air_even_where_its_tag_is_unsigned_beside_signed_pixels(write_ct):
+    pixels = np.array([[-2000, 50, 100]], np.int16)
+    with quiet_pydicom():
+        path = write_ct(pixels=pixels, RescaleIntercept="4000")
+        dataset = pydicom.dcmread(path)
+        dataset.add_new(0x00280120, "US", 63536)  # what -2000 looks like without its sign
+        dataset.save_as(path)
+    assert ct.read_hu(path).tolist() == [[-1024, 4050, 4100]]
+
+
+def test_padding_range_covers_both_ends_in_either_order(write_ct):
+    pixels = np.array([[9, 10, 11, 12, 13]], np.uint16)
+    path = write_ct(pixels=pixels, RescaleIntercept="0", PixelPaddingValue=12, PixelPaddingRangeLimit=10)
+    assert ct.read_hu(path).tolist() == [[9, -1024, -1024, -1024, 13]]
+
+
+def test_12_bit_values_that_wrapped_come_back(write_ct):
+    true_hu = np.array([[-1000, -1, 0, 80, 3000]])
+    stored = (true_hu % 4096).astype(np.uint16)
+    path = write_ct(pixels=stored, BitsStored=12, HighBit=11, RescaleIntercept="0")
+    assert np.array_equal(ct.read_hu(path), true_hu)
+
+
+@pytest.mark.parametrize(("bits", "intercept"), [(12, "-1024"), (12, "-100"), (16, "0")])
+def test_other_unsigned_files_do_not_wrap(write_ct, bits, intercept):
+    path = write_ct(
+        pixels=np.array([[0, 3500]], np.uint16), BitsStored=bits, HighBit=bits - 1, RescaleIntercept=intercept
+    )
+    assert ct.read_hu(path).tolist() == [[int(intercept), 3500 + int(intercept)]]
+
+
+def test_bits_above_bits_stored_are_no_part_of_the_pixel(write_ct):
+    unsigned = write_ct("u", np.array([[0x8005]], np.uint16), BitsStored=12, HighBit=11)
+    assert ct.read_hu(unsigned).tolist() == [[5 - 1024]]
+    twos_complement = write_ct(
+        "s", np.array([[0x0FFF, -3024, 7]], np.int16), BitsStored=12, HighBit=11, RescaleIntercept="0"
+    )
+    assert ct.read_hu(twos_complement).tolist() == [[-1, -1024, 7]]
+
+
+def test_monochrome1_changes_the_display_and_not_the_hu(write_ct):
+    plain = ct.read_hu(write_ct("a", SIGNED))
+    assert np.array_equal(plain, ct.read_hu(write_ct("b", SIGNED, PhotometricInterpretation="MONOCHROME1")))
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless])
+def test_lossless_compression_gives_the_same_hu(write_ct, syntax):
+    pixels = np.random.default_rng(1).integers(-1000, 3000, (32, 32)).astype(np.int16)
+    path = write_ct(pixels=pixels)
+    plain = ct.read_hu(path)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(syntax, generate_instance_uid=False)
+        dataset.save_as(path)
+    assert ct.read_header(path).compressed
+    assert np.array_equal(ct.read_hu(path), plain)
+
+
+def test_a_broken_stream_names_file_and_transfer_syntax(write_ct):
+    path = write_ct(pixels=np.zeros((32, 32), np.int16))
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        dataset.PixelData = dataset.PixelData[:24] + bytes(8)
+        dataset.save_as(path)
+    reason = reason_of(ct.read_hu, path)
+    assert str(path) in reason
+    assert str(RLELossless) in reason
+
+
+def test_header_has_the_facts_and_no_more(write_ct):
+    path = write_ct("deep/er/x", number=7, z=12.5, PatientName="Secret^Person", PatientBirthDate="19010203")
+    header = ct.read_header(path)
+    assert (header.patient_id, header.series_uid, header.sop_uid) == ("P1", "1.2.3.1", "1.2.3.1.7")
+    assert (header.rows, header.columns, header.instance_number) == (4, 6, 7)
+    assert header.position == (-100.0, -100.0, 12.5)
+    assert header.row_direction + header.column_direction == (1, 0, 0, 0, 1, 0)
+    assert header.path == path.as_posix()
+    assert "Secret" not in repr(header)
+    assert "19010203" not in repr(header)
+
+
+def test_digest_follows_the_bytes(write_ct):
+    first, second = write_ct("a", z=1.0), write_ct("b", z=2.0)
+    copy = first.with_name("c")
+    copy.write_bytes(first.read_bytes())
+    digests = [ct.read_header(path).file_digest for path in (first, second, copy)]
+    assert digests[0] == digests[2] != digests[1]
+    assert all(len(digest) == 32 for digest in digests)
+
+
+@pytest.mark.parametrize("patient", ["", None])
+def test_without_patient_id_the_study_stands_for_the_patient(write_ct, patient):
+    header = ct.read_header(write_ct(PatientID=patient))
+    assert header.patient_id == header.study_uid
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"Modality": "MR"}, "Modality"),
+        ({"Modality": None}, "Modality"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "LOCALIZER"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "SCREEN SAVE"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary capture"),
+        ({"NumberOfFrames": 2}, "multi-frame"),
+        ({"SamplesPerPixel": 3}, "colour"),
+        ({"PixelData": None}, "PixelData"),
+        ({"Rows": 20}, "truncated"),
+        ({"Rows": 5000}, "5000"),
+        ({"Columns": 0}, "x 0"),
+        ({"BitsStored": 17}, "BitsStored"),
+        ({"RescaleSlope": None}, "RescaleSlope"),
+        ({"RescaleSlope": "0"}, "RescaleSlope"),
+        ({"RescaleType": "Z_EFF"}, "RescaleType"),
+        ({"StudyInstanceUID": None}, "StudyInstanceUID"),
+        ({"SeriesInstanceUID": ""}, "SeriesInstanceUID"),
+        ({"SOPInstanceUID": ""}, "SOPInstanceUID"),
+        ({"ImagePositionPatient": None}, "ImagePositionPatient"),
+        ({"ImagePositionPatient": [1.0, 2.0]}, "ImagePositionPatient"),
+        ({"ImageOrientationPatient": None}, "ImageOrientationPatient"),
+        ({"ImageOrientationPatient": [1.0, 0, 0, 1.0, 0, 0]}, "perpendicular"),
+    ],
+)
+def test_what_is_no_usable_slice_is_rejected_with_the_reason(write_ct, tags, expected):
+    assert expected in reason_of(ct.read_header, write_ct(**tags))
+
+
+def test_files_that_are_not_dicom_say_so(tmp_path):
+    for name, data in {"t.csv": b"ID,Label\n" * 99, "p.png": b"\x89PNG\r\n\x1a\n" + bytes(300), "short": b"x"}.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert "not a DICOM file" in reason_of(ct.read_header, path)
+    (tmp_path / "nothing").touch()
+    assert "empty" in reason_of(ct.read_header, tmp_path / "nothing")
+
+
+def test_a_dicomdir_says_so(write_ct):
+    path = write_ct()
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.840.10008.1.3.10\0\0\0\0\0\0", 1))
+    assert "DICOMDIR" in reason_of(ct.read_header, path)
+
+
+def test_no_cut_of_a_file_passes_or_raises_anything_else(write_ct):
+    path = write_ct(pixels=SIGNED)
+    data = path.read_bytes()
+    for length in range(len(data) - 1):
+        path.write_bytes(data[:length])
+        reason_of(ct.read_header, path)
+
+
+def test_no_flipped_byte_raises_anything_else(write_ct):
+    path = write_ct(pixels=SIGNED)
+    data, generator = path.read_bytes(), np.random.default_rng(0)
+    for place in range(128, len(data)):
+        path.write_bytes(data[:place] + bytes([int(generator.integers(256))]) + data[place + 1 :])
+        for read in (ct.read_header, ct.read_hu):
+            with contextlib.suppress(UnreadableDicomError):
+                read(path)
+
+
+def test_a_file_without_preamble_is_read(write_ct):
+    path = write_ct(pixels=SIGNED, transfer_syntax=ImplicitVRLittleEndian)
+    before = ct.read_hu(path)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(b"\x08\x00\x08\x00") :])  # from ImageType (0008,0008) on
+    assert ct.read_header(path).transfer_syntax == ImplicitVRLittleEndian
+    assert np.array_equal(ct.read_hu(path), before)
+
+
+def test_rsna_identifiers_pass_without_a_warning(write_ct):
+    path = write_ct(
+        SOPInstanceUID="ID_07c9bea25", StudyInstanceUID="ID_1", SeriesInstanceUID="ID_2", InstanceNumber=None
+    )
+    header = ct.read_header(path)  # pytest turns any warning into an error
+    assert (header.sop_uid, header.instance_number) == ("ID_07c9bea25", None)
+
+
+def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
+    path, errors = write_ct(SOPInstanceUID="ID_07c9bea25"), []
+
+    def read_often():
+        try:
+            for _ in range(30):
+                ct.read_header(path)
+        except Exception as error:
+            errors.append(error)
+
+    filters = list(warnings.filters)
+    threads = [threading.Thread(target=read_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert warnings.filters == filters
+
+
+def test_find_files_takes_all_names_but_hidden_ones_once_and_sorted(tmp_path):
+    for name in ("b/IM1", "a/x.dcm", "a/.hidden", ".git/y", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = ct.find_files([tmp_path / "b", tmp_path, tmp_path / "z"])
+    assert found == [tmp_path / "a/x.dcm", tmp_path / "b/IM1", tmp_path / "z"]
+
+
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(MissingFileError, match="nowhere"):
+        ct.find_files([tmp_path / "nowhere"])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("codec", ["RLE", "JPLL", "JLSL", "J2KR"])
+@pytest.mark.parametrize("image", ["CT1", "CT2"])
+def test_real_lossless_codecs_equal_the_raw_pixels(real_data, image, codec):
+    folder = real_data / "nema_wg04_ct_codecs"
+    assert np.array_equal(ct.read_hu(folder / f"{image}_{codec}.dcm"), ct.read_hu(folder / f"{image}_UNC.dcm"))
+
+
+@pytest.mark.real_data
+def test_real_odd_files_are_read_or_refused_as_documented(real_data):
+    paths = ct.find_files([real_data / "odd_and_corrupt_dicom"])
+    readable = set()
+    for path in paths:
+        try:
+            ct.read_header(path)
+            hu = ct.read_hu(path)
+        except UnreadableDicomError:
+            continue
+        assert -1024 <= hu.min() < hu.max() <= 32767
+        readable.add(path.name)
+    assert readable == {
+        "CT_small.dcm", "bad_sequence.dcm", "explicit_VR-UN.dcm", "ct_head_picker_explicit_le.dcm",
+        "ct_no_dicm_prefix.dcm", "ct_rle_fragments.dcm",
+    }  # fmt: skip

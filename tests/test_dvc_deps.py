@@ -1,0 +1,137 @@
+"""DVC does not follow Python imports: each stage's `deps` must hold every file of ours that its code imports."""
+
+import ast
+import re
+from pathlib import Path, PurePosixPath
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"ichpipe.stages": "stages", "ichpipe.cache": "cache", "ichpipe": "pipeline"}  # longest name first
+
+
+def file_of(module, root=ROOT):
+    """The file of a module of ours, relative to the checkout; None where the name is no module."""
+    for package, folder in ROOMS.items():
+        if module == package or module.startswith(package + "."):
+            place = Path(folder, *module.removeprefix(package).strip(".").split("."))
+            for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+                if (root / candidate).is_file():
+                    return candidate.as_posix()
+            return None
+    return None
+
+
+class Imports(ast.NodeVisitor):
+    """Names that a file imports when it runs: inside functions too, but not under TYPE_CHECKING."""
+
+    def __init__(self):
+        self.names = set()
+
+    def visit_If(self, node):
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for child in node.orelse:
+                self.visit(child)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        self.names |= {alias.name for alias in node.names}
+
+    def visit_ImportFrom(self, node):
+        self.names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+
+
+def direct_imports(file, root=ROOT):
+    visitor = Imports()
+    visitor.visit(ast.parse((root / file).read_text(encoding="utf-8")))
+    names = {".".join(name.split(".")[: depth + 1]) for name in visitor.names for depth in range(name.count(".") + 1)}
+    return {found for name in names if (found := file_of(name, root))}
+
+
+def closure(file, root=ROOT):
+    """All files of the checkout that running ``file`` can import, itself included."""
+    seen, waiting = set(), [file]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += sorted(direct_imports(current, root) - seen)
+    return seen
+
+
+def is_docstring_only(file):
+    """An __init__.py that holds nothing but its docstring can't change a result."""
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    return all(isinstance(node, ast.Expr | ast.ImportFrom) and not _imports_ours(node) for node in body)
+
+
+def _imports_ours(node):
+    return isinstance(node, ast.ImportFrom) and node.module != "__future__"
+
+
+def read_stages():
+    recipe = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8")) or {}
+    return {name: body.get("do", body) for name, body in recipe.get("stages", {}).items()}
+
+
+STAGES = read_stages()
+
+
+def commands_of(body):
+    lines = body["cmd"] if isinstance(body["cmd"], list) else [body["cmd"]]
+    return " && ".join(lines)
+
+
+def test_recipe_has_stages():
+    assert set(STAGES) >= {"prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_word_names_stage_command_and_file(name):
+    assert re.search(rf"\bichpipe\b[^&|;]*\s{re.escape(name)}\b", commands_of(STAGES[name]))
+    assert (ROOT / "stages" / f"{name.replace('-', '_')}.py").is_file()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_deps_hold_every_imported_file(name):
+    deps = [PurePosixPath(next(iter(dep)) if isinstance(dep, dict) else dep) for dep in STAGES[name].get("deps", [])]
+    needed = closure(f"stages/{name.replace('-', '_')}.py")
+    missing = sorted(
+        file
+        for file in needed
+        if not any(PurePosixPath(file).is_relative_to(dep) for dep in deps) and not is_docstring_only(file)
+    )
+    assert not missing, f"add to the deps of {name} in dvc.yaml: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_listed_source_files_exist(name):
+    deps = [next(iter(dep)) if isinstance(dep, dict) else dep for dep in STAGES[name].get("deps", [])]
+    gone = [dep for dep in deps if dep.split("/")[0] in ROOMS.values() and not (ROOT / dep).exists()]
+    assert not gone, f"the deps of {name} name files that are not there"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_device_and_workers_stay_out_of_the_recipe(name):
+    assert not re.search(r"--(gpu|workers|scheduler)\b", commands_of(STAGES[name]))
+
+
+def test_closure_follows_lazy_imports_packages_and_cycles(tmp_path):
+    files = {
+        "stages/__init__.py": "",
+        "stages/one.py": "def run():\n    from ichpipe.ct import read\n",
+        "pipeline/__init__.py": "",
+        "pipeline/ct.py": "import numpy\nfrom ichpipe import errors\nfrom ichpipe.cache.reader import open_store\n",
+        "pipeline/errors.py": "if TYPE_CHECKING:\n    import ichpipe.typing_only\nimport ichpipe.ct\n",
+        "pipeline/typing_only.py": "",
+        "pipeline/unused.py": "",
+        "cache/__init__.py": "",
+        "cache/reader.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    expected = set(files) - {"pipeline/unused.py", "pipeline/typing_only.py", "stages/__init__.py"}
+    assert closure("stages/one.py", tmp_path) == expected

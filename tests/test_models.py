@@ -1,0 +1,145 @@
+"""The networks: shapes and counts of the paper, padding that changes nothing, chunked gradient equal to full."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ichpipe.errors import ParamsError
+from ichpipe.losses import weighted_bce
+from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
+from ichpipe.models.sequence import SequenceModel, SequenceSpec
+from ichpipe.models.slice_cnn import SliceCnn, spec_for
+from ichpipe.params import PAPER_WINDOWS
+
+SIZE = 32
+
+
+def small_cnn(dropout: float = 0.0, backbone: str = "resnet10t") -> SliceCnn:
+    torch.manual_seed(0)
+    return SliceCnn(spec_for(backbone, PAPER_WINDOWS, SIZE, dropout))
+
+
+def sequence(cell: str = "lstm", inputs: tuple[str, ...] = ("embedding",), dim: int = 8, **changes: object) -> SequenceModel:
+    settings_ = {"cell": cell, "hidden": 6, "layers": 2, "bidirectional": True, "dropout": 0.0} | changes
+    torch.manual_seed(1)
+    return SequenceModel(SequenceSpec(inputs=inputs, embedding_dim=dim, **settings_)).eval()
+
+
+def test_the_paper_has_40_3_million_parameters() -> None:
+    cnn = SliceCnn(spec_for("resnet50", PAPER_WINDOWS, 512, 0.0))
+    spec = SequenceSpec(
+        cell="lstm", hidden=512, layers=2, bidirectional=True, dropout=0.0, inputs=("embedding",), embedding_dim=2048
+    )
+    recurrent = SequenceModel(spec)
+    total = sum(p.numel() for p in cnn.backbone.parameters()) + sum(p.numel() for p in recurrent.parameters())
+    assert cnn.embedding_dim == 2048
+    assert round(total / 1e6, 1) == 40.3
+    assert torch.equal(recurrent.head.bias, torch.zeros(6))
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto"])
+def test_the_embedding_is_what_the_classifier_sees(backbone: str) -> None:
+    cnn = small_cnn(backbone=backbone).eval()
+    hu = torch.randint(-1000, 1500, (2, 1, SIZE, SIZE), dtype=torch.int16)
+    with torch.no_grad():
+        embedding, logits = cnn(hu)
+        again = cnn.classify(embedding)
+    assert embedding.shape == (2, cnn.embedding_dim)
+    assert torch.equal(logits, again)
+
+
+def test_a_backbone_that_timm_does_not_know_is_named() -> None:
+    with pytest.raises(ParamsError, match=r"fit-slices\.backbone.*resnet51"):
+        spec_for("resnet51", PAPER_WINDOWS, SIZE, 0.0)
+
+
+def test_another_image_size_than_the_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="32 px"):
+        small_cnn()(torch.zeros(1, 1, 16, 16, dtype=torch.int16))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    cell=st.sampled_from(["lstm", "gru"]),
+    padding=st.floats(-1e3, 1e3),
+)
+def test_padding_never_changes_an_output(lengths: list[int], cell: str, padding: float) -> None:
+    model = sequence(cell)
+    generator = torch.Generator().manual_seed(sum(lengths))
+    series = [torch.randn(length, 8, generator=generator) for length in lengths]
+    padded = torch.full((len(series), max(lengths) + 3, 8), padding)
+    for row, features in enumerate(series):
+        padded[row, : len(features)] = features
+    with torch.no_grad():
+        together = model(padded, torch.tensor(lengths))
+        for row, features in enumerate(series):
+            alone = model(features.unsqueeze(0), torch.tensor([len(features)]))[0]
+            torch.testing.assert_close(together[row, : len(features)], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("inputs", [("embedding",), ("logits",), ("embedding", "logits")])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_chunked_gradient_equals_plain_backpropagation(inputs: tuple[str, ...], dropout: float) -> None:
+    cnn = small_cnn(dropout)
+    model = EndToEnd(cnn, sequence(inputs=inputs, dim=cnn.embedding_dim, dropout=dropout)).train()
+    hu = torch.randint(-100, 200, (7, 1, SIZE, SIZE), dtype=torch.int16)
+    labels = (torch.rand(7, 6) < 0.4).float()
+    chunks = [functools.partial(hu.__getitem__, slice(start, start + 3)) for start in (0, 3, 6)]
+
+    loss = backward_in_chunks(
+        model, chunks, lambda logits: weighted_bce(logits, labels), context=contextlib.nullcontext, seed=3
+    )
+    chunked = gradients(model)
+    one = backward_in_chunks(
+        model, [lambda: hu], lambda logits: weighted_bce(logits, labels), context=contextlib.nullcontext, seed=3
+    )
+    if dropout == 0.0:  # other chunks draw other dropout masks
+        model.zero_grad()
+        plain = weighted_bce(model(hu), labels)
+        plain.backward()
+        assert loss == pytest.approx(float(plain.detach()), rel=1e-6)
+        assert one == pytest.approx(loss, rel=1e-6)
+        for name, gradient in gradients(model).items():
+            scale = gradient.abs().max().item() + 1e-12
+            assert (chunked[name] - gradient).abs().max().item() / scale < 1e-4, name
+    assert any(value.abs().sum() > 0 for name, value in chunked.items() if name.startswith("cnn"))
+
+
+def test_dropout_draws_the_same_in_both_passes_of_a_chunk() -> None:
+    """With one chunk the two-pass gradient must equal backpropagation through the same dropout masks."""
+    cnn = small_cnn(dropout=0.5)
+    model = EndToEnd(cnn, sequence(inputs=("logits",), dim=cnn.embedding_dim)).train()
+    hu = torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16)
+    labels = torch.ones(4, 6)
+    settings_ = {"context": contextlib.nullcontext, "seed": 5}
+    first = backward_in_chunks(model, [lambda: hu], lambda logits: weighted_bce(logits, labels), **settings_)
+    gradient = gradients(model)
+    model.zero_grad()
+    second = backward_in_chunks(model, [lambda: hu], lambda logits: weighted_bce(logits, labels), **settings_)
+    assert first == second
+    for name, value in gradients(model).items():
+        assert torch.equal(value, gradient[name]), name
+    model.zero_grad()
+    other = backward_in_chunks(
+        model, [lambda: hu], lambda logits: weighted_bce(logits, labels), context=contextlib.nullcontext, seed=6
+    )
+    assert other != first
+
+
+def test_batch_norm_keeps_its_statistics_end_to_end() -> None:
+    cnn = small_cnn()
+    model = EndToEnd(cnn, sequence(dim=cnn.embedding_dim)).train()
+    before = {name: value.clone() for name, value in cnn.named_buffers()}
+    model(torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16))
+    for name, value in cnn.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
