@@ -6,9 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# Test processes; each computes with one thread.
+# Test processes; each computes with one thread, since threads that share a core wait for each other by spinning.
 WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: env demo test lint types clean
 .DELETE_ON_ERROR:
@@ -26,19 +25,21 @@ demo: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	@cat artifacts/metrics/ladder.txt
 	@echo
-	@echo "The same as a picture: artifacts/plots/ladder.png"
+	@echo "The same as a picture: artifacts/plots/ladder.png; a held-out study: artifacts/plots/study.png"
 
 test: env lint types
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy can't see through the folder mapping of setup.cfg, so it checks an installed copy.
+# mypy can't see through the folder mapping of setup.cfg, so it checks an installed copy. Built with the setuptools
+# that torch brings, so that nothing is downloaded.
 types: env
 	rm -rf build/typed build/lib
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p ichpipe
 
 clean:

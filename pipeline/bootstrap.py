@@ -32,7 +32,7 @@ def draw_patients(patients: int, samples: int, seed: int) -> NDArray[np.int32]:
 
 def group_sums(values: Floats, patient: NDArray[np.intp], patients: int) -> Floats:
     """Sum ``values`` (n,) over the slices of each patient: (patients,)."""
-    return np.bincount(patient, weights=values, minlength=patients)
+    return np.bincount(patient, weights=values, minlength=patients).astype(np.float64, copy=False)
 
 
 def percentile_interval(values: Floats, confidence: float) -> list[float] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ichpipe.artifacts import MODEL_FILE
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -106,34 +106,29 @@ def plan_store(index: pd.DataFrame, cnn: SliceCnn, made_by: dict[str, Any], chun
     )
 
 
-def classify_files(model: EndToEnd, paths: list[str], chunk_slices: int, device: torch.device) -> torch.Tensor:
-    """Return logits (T, 6) of one series in evaluation, holding the images of one chunk at a time."""
-    size = model.cnn.spec.size_px
-    outputs = [
-        model.cnn(load_slices(paths[start : start + chunk_slices], size).to(device))
-        for start in range(0, len(paths), chunk_slices)
-    ]
-    embedding = torch.cat([output[0] for output in outputs]).float()
-    logits: torch.Tensor = model.sequence.one_series(embedding, torch.cat([output[1] for output in outputs]).float())
-    return logits.float()
-
-
 @torch.inference_mode()
 def classify_series(
-    model: EndToEnd, paths: list[str], device: torch.device, chunk_slices: int = 32
-) -> tuple[NDArray[np.float64], list[tuple[str, str]]]:
-    """Return probabilities (readable slices, 6) of one series, and (path, reason) of what can't be decoded."""
+    model: EndToEnd, paths: list[str], device: torch.device, precision: str = "auto", chunk_slices: int = 32
+) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
+
+    Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series.
+    """
     size, outputs, bad = model.cnn.spec.size_px, [], []
     model.eval()
-    for start in range(0, len(paths), chunk_slices):
-        hu, unreadable = load_readable(paths[start : start + chunk_slices], size)
-        bad += unreadable
-        if len(hu):
-            with autocast(device, "auto"):
+    with autocast(device, precision):
+        for start in range(0, len(paths), chunk_slices):
+            hu, unreadable = load_readable(paths[start : start + chunk_slices], size)
+            bad += unreadable
+            if len(hu):
                 outputs.append(model.cnn(hu.to(device)))
-    if not outputs:
-        return np.empty((0, len(model.cnn.spec.classes))), bad
-    embedding, logits = (torch.cat([output[part] for output in outputs]).float() for part in (0, 1))
-    with autocast(device, "auto"):
-        final = model.sequence.one_series(embedding, logits)
-    return torch.sigmoid(final.double()).cpu().numpy(), bad
+        if not outputs:
+            return torch.empty((0, len(model.cnn.spec.classes))), bad
+        embedding, cnn_logits = (torch.cat([output[part] for output in outputs]).float() for part in (0, 1))
+        logits = model.sequence.one_series(embedding, cnn_logits)
+    return logits.float(), bad
+
+
+def to_probabilities(logits: torch.Tensor) -> NDArray[np.float64]:
+    """Return the sigmoid of logits (n, 6), in float64."""
+    return torch.sigmoid(logits.double()).cpu().numpy()

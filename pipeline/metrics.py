@@ -112,7 +112,7 @@ def _known(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Floats, Floats,
             f"labels {true.shape} and probabilities {predicted.shape} must both be (slices, {len(CLASSES)}), "
             f"columns {', '.join(CLASSES)}"
         )
-    known = ~np.isnan(true).any(axis=1)
+    known: NDArray[np.bool_] = np.asarray(~np.isnan(true).any(axis=1))
     if not known.any():
         raise DataError(f"none of {len(true)} rows has all six labels; check the label table (prepare.labels)")
     true, predicted = true[known], predicted[known]

@@ -80,7 +80,7 @@ def cli(
     artifacts_root: Path,
     quiet: bool,
 ) -> None:
-    r"""Find intracranial haemorrhage on head CT: slice CNN, cached embeddings, LSTM, end to end.
+    """Find intracranial haemorrhage on head CT: slice CNN, cached embeddings, LSTM, end to end.
 
     \b
     Example:
@@ -128,7 +128,7 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 @click.option("--size", type=click.IntRange(32, 1024), default=None, help="Pixels per side [params: phantom.size_px].")
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed [params: phantom.seed].")
 def phantom(settings: Settings, out: Path, studies: int | None, size: int | None, seed: int | None) -> None:
-    r"""Make a synthetic head-CT data set: DICOM series and a label table in the RSNA 2019 layout.
+    """Make a synthetic head-CT data set: DICOM series and a label table in the RSNA 2019 layout.
 
     \b
     Example:
@@ -144,7 +144,7 @@ def phantom(settings: Settings, out: Path, studies: int | None, size: int | None
 @command("prepare")
 @workers_option
 def prepare(settings: Settings, workers: int) -> None:
-    r"""Scan DICOM files, order slices, join labels, split by patient.
+    """Scan DICOM files, order slices, join labels, split by patient.
 
     \b
     Example:
@@ -166,7 +166,7 @@ def prepare(settings: Settings, workers: int) -> None:
     help="Decoding processes; 0 decodes in this one.",
 )
 def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
-    r"""Stage one: train the slice CNN. Goes on where it was stopped.
+    """Stage one: train the slice CNN. Goes on where it was stopped.
 
     \b
     Example:
@@ -182,7 +182,7 @@ def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
 @workers_option
 @click.option("--scheduler", metavar="ADDRESS", default=None, help="Dask scheduler that is there, tcp://HOST:PORT.")
 def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -> None:
-    r"""Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
+    """Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
 
     \b
     Example:
@@ -197,7 +197,7 @@ def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -
 @gpu_option
 @click.option("--arm", default=None, help="One arm of params: sequence; all of them if not given.")
 def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
-    r"""Stage two: train a sequence model on the cached embeddings.
+    """Stage two: train a sequence model on the cached embeddings.
 
     \b
     Example:
@@ -213,7 +213,7 @@ def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
 @command("finetune")
 @gpu_option
 def finetune(settings: Settings, gpu: str) -> None:
-    r"""Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
+    """Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
 
     \b
     Example:
@@ -227,7 +227,7 @@ def finetune(settings: Settings, gpu: str) -> None:
 @command("evaluate")
 @gpu_option
 def evaluate(settings: Settings, gpu: str) -> None:
-    r"""Score slice CNN, sequence models and the fine-tuned model on the same held-out patients.
+    """Score slice CNN, sequence models and the fine-tuned model on the same held-out patients.
 
     \b
     Example:
@@ -241,7 +241,7 @@ def evaluate(settings: Settings, gpu: str) -> None:
 @command("cross-validate")
 @gpu_option
 def cross_validate(settings: Settings, gpu: str) -> None:
-    r"""Run every step once per fold of patients, and score the pooled held-out predictions.
+    """Run every step once per fold of patients, and score the pooled held-out predictions.
 
     \b
     Example:
@@ -278,7 +278,7 @@ def predict(
     gpu: str,
     workers: int,
 ) -> None:
-    r"""Give each slice and each study of any DICOM folder six probabilities.
+    """Give each slice and each study of any DICOM folder six probabilities.
 
     \b
     Example:

@@ -29,6 +29,7 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     root = artifacts.root / "cv"
     folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
     from ichpipe.stages import evaluate
+
     for number, fold in enumerate(folds):
         log.info("fold %d\n%s", number, evaluate.run(params, fold, gpu))
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]

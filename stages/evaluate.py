@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ichpipe.artifacts import HISTORY_FILE
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series, open_store
-from ichpipe.errors import DataError
+from ichpipe.embedding import classify_series, open_store, to_probabilities
+from ichpipe.errors import DataError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.figures import ladder, learning_curves, roc, study_sheet
 from ichpipe.files import atomic_path, read_json, write_json, write_text
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    import torch
     from numpy.typing import NDArray
 
     from ichpipe.artifacts import Artifacts
@@ -89,7 +89,7 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
 def _slice_probabilities(store: EmbeddingStore, index: pd.DataFrame) -> NDArray[np.float64]:
     result = np.full((len(index), len(CLASSES)), np.nan)
     for series in read_series(store, index, ("logits",)):
-        result[series.rows] = torch.sigmoid(series.features.double()).numpy()
+        result[series.rows] = to_probabilities(series.features)
     return result
 
 
@@ -105,10 +105,10 @@ def _finetuned_probabilities(artifacts: Artifacts, index: pd.DataFrame, device: 
     result = np.full((len(index), len(CLASSES)), np.nan)
     groups = index.groupby("series_uid", sort=False).indices
     for rows in track(groups.values(), "evaluate", len(groups), "series"):
-        probabilities, bad = classify_series(model, index["path"].iloc[rows].tolist(), device)
+        logits, bad = classify_series(model, index["path"].iloc[rows].tolist(), device)
         if bad:
-            raise DataError(f"{bad[0][0]}: {bad[0][1]}; remove the file and run: ichpipe prepare")
-        result[rows] = probabilities
+            raise UnreadableDicomError(bad[0][1])
+        result[rows] = to_probabilities(logits)
     return result
 
 

@@ -12,8 +12,8 @@ import torch
 from ichpipe import augment
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
-from ichpipe.embedding import classify_files
-from ichpipe.errors import TrainingError
+from ichpipe.embedding import classify_series
+from ichpipe.errors import TrainingError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of, digest_of_file
 from ichpipe.losses import weighted_bce, weighted_bce_sum
@@ -126,8 +126,12 @@ class EndToEndFitting:
         self.model.eval()
         total, count = 0.0, 0
         for series in self.val:
-            with self.context():
-                logits = classify_files(self.model, series.paths, self.section.chunk_slices, self.device)
+            section = self.section
+            logits, bad = classify_series(
+                self.model, series.paths, self.device, section.precision, section.chunk_slices
+            )
+            if bad:
+                raise UnreadableDicomError(bad[0][1])
             total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
             count += int((~series.labels.isnan().any(dim=1)).sum())
         return total / count

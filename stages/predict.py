@@ -11,7 +11,7 @@ import pandas as pd
 from ichpipe.classes import CLASSES, SUBTYPES
 from ichpipe.ct import find_files
 from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series
+from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
 from ichpipe.models.weights import load_end_to_end
@@ -76,10 +76,10 @@ def _predict_all(model: EndToEnd, index: pd.DataFrame, device: torch.device) -> 
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
     groups = index.groupby("series_uid", sort=False)
     for _, group in track(groups, "predict", len(groups), "series"):
-        probabilities, bad = classify_series(model, group["path"].tolist(), device)
+        logits, bad = classify_series(model, group["path"].tolist(), device)
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
-        table = pd.DataFrame(probabilities, columns=list(CLASSES))
+        table = pd.DataFrame(to_probabilities(logits), columns=list(CLASSES))
         parts.append(pd.concat([readable.drop(columns=list(CLASSES), errors="ignore"), table], axis=1))
     whole = [part for part in parts if len(part)]
     return pd.concat(whole, ignore_index=True) if whole else parts[0], pd.DataFrame(
