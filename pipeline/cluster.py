@@ -27,13 +27,20 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
             with _connect_to(scheduler) as client:
                 yield client
             return
-        with (
-            LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=workers > 1, dashboard_address=None
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+        with _local(workers) as cluster, Client(cluster) as client:
             yield client
+
+
+def _local(workers: int) -> LocalCluster:
+    """Every port is bound to this machine alone."""
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=workers > 1,
+        host="127.0.0.1" if workers > 1 else None,
+        dashboard_address="127.0.0.1:0",
+        worker_dashboard_address="127.0.0.1:0",
+    )
 
 
 def _connect_to(address: str) -> Client:

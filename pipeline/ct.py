@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
 from ichpipe.dicom_files import (
@@ -115,6 +116,10 @@ def _stored_pixels(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
 
 
 def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
+    if not _has_decoder(facts.transfer_syntax):
+        raise UnreadableDicomError(
+            f"no decoder for transfer syntax {facts.transfer_syntax}; run: pip install 'ichpipe[dicom-codecs]'"
+        )
     dataset.file_meta.TransferSyntaxUID = UID(facts.transfer_syntax)
     dataset.SamplesPerPixel = 1  # pydicom demands both; old files leave them out
     dataset.PhotometricInterpretation = dataset.get("PhotometricInterpretation") or "MONOCHROME2"
@@ -127,3 +132,10 @@ def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
     if stored.shape != (facts.rows, facts.columns):
         raise UnreadableDicomError(f"decoded to {stored.shape}, the header says {facts.rows} x {facts.columns}")
     return stored
+
+
+def _has_decoder(transfer_syntax: str) -> bool:
+    try:
+        return bool(get_decoder(UID(transfer_syntax)).is_available)
+    except NotImplementedError:
+        return False

@@ -10,7 +10,7 @@ import pandas as pd
 from ichpipe.artifacts import Artifacts
 from ichpipe.files import digest_of, read_json, write_json, write_text
 from ichpipe.predictions import FINETUNED, SLICE_CNN, ladder_text, score_all, sequence_name, write_table
-from ichpipe.stages import extract, finetune, fit_sequence, fit_slices, prepare
+from ichpipe.stages import evaluate, extract, finetune, fit_sequence, fit_slices, prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,10 +28,8 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     """
     root = artifacts.root / "cv"
     folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
-    from ichpipe.stages import evaluate
-
-    for number, fold in enumerate(folds):
-        log.info("fold %d\n%s", number, evaluate.run(params, fold, gpu))
+    for number, fold in enumerate(folds, start=1):
+        log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold, gpu))
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
     whole = Artifacts(root)

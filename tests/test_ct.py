@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -282,3 +283,15 @@ def test_real_odd_files_are_read_or_refused_as_documented(real_data):
         "CT_small.dcm", "bad_sequence.dcm", "explicit_VR-UN.dcm", "ct_head_picker_explicit_le.dcm",
         "ct_no_dicm_prefix.dcm", "ct_rle_fragments.dcm",
     }  # fmt: skip
+
+
+def test_a_syntax_without_decoder_names_the_extra_that_brings_it(write_ct, monkeypatch):
+    path = write_ct()
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        dataset.save_as(path)
+    ct.read_hu(path)
+    monkeypatch.setattr(ct, "get_decoder", lambda uid: SimpleNamespace(is_available=False))
+    with pytest.raises(UnreadableDicomError, match=r"no decoder.*1\.2\.840\.10008\.1\.2\.5.*dicom-codecs"):
+        ct.read_hu(path)
