@@ -37,7 +37,7 @@ class EmbeddingStore:
         """
         self.path = path
         group = layout.open_group(path)
-        self.fingerprint: dict[str, Any] = dict(group.attrs["fingerprint"])  # type: ignore[call-overload]
+        self.fingerprint: dict[str, Any] = dict(group.attrs["fingerprint"])  # type: ignore[arg-type]
         if group.attrs.get("complete") is not True:
             raise StoreError(f"{path} is not complete; run: ichpipe extract")
         wrong = differences(self.fingerprint, expected) if expected is not None else []

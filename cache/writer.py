@@ -31,7 +31,7 @@ TASKS_PER_WORKER = 2
 """Enough to keep a worker busy, few enough that memory stays flat."""
 
 
-class ComputePlugin(WorkerPlugin):  # type: ignore[misc]
+class ComputePlugin(WorkerPlugin):
     """Builds the compute function once per worker: the model is not sent with every task."""
 
     name = PLUGIN
@@ -87,12 +87,12 @@ def write_store(
         inputs = list(row_inputs[plan.rows_of_chunk(chunk)])
         return client.submit(_compute_chunk, str(building), plan, chunk, inputs, pure=False)
 
-    running = as_completed([submit(chunk) for _, chunk in zip(range(limit), waiting, strict=False)])
+    running = as_completed([submit(chunk) for _, chunk in zip(range(limit), waiting, strict=False)])  # type: ignore[no-untyped-call]
     for future in running:
         yield future.result()
         following = next(waiting, None)
         if following is not None:
-            running.add(submit(following))
+            running.add(submit(following))  # type: ignore[no-untyped-call]
     _publish(building, path)
 
 
@@ -130,7 +130,7 @@ def _compute_chunk(building: str, plan: layout.StorePlan, chunk: int, inputs: li
     """Run on a worker: compute one chunk and write it. Returns the number of its rows."""
     from pathlib import Path  # noqa: PLC0415 - typing only above; a worker unpickles this function
 
-    plugin = get_worker().plugins[PLUGIN]
+    plugin: Any = get_worker().plugins[PLUGIN]
     embedding, logit = plugin.compute(inputs)
     rows = plan.rows_of_chunk(chunk)
     _check(embedding, (len(inputs), plan.embedding_dim), inputs)

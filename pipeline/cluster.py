@@ -27,13 +27,13 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
             with _connect_to(scheduler) as client:
                 yield client
             return
-        with _local(workers) as cluster, Client(cluster) as client:
+        with _local(workers) as cluster, Client(cluster) as client:  # type: ignore[no-untyped-call]
             yield client
 
 
 def _local(workers: int) -> LocalCluster:
     """Every port is bound to this machine alone."""
-    return LocalCluster(
+    return LocalCluster(  # type: ignore[no-untyped-call]
         n_workers=workers,
         threads_per_worker=1,
         processes=workers > 1,
@@ -45,6 +45,6 @@ def _local(workers: int) -> LocalCluster:
 
 def _connect_to(address: str) -> Client:
     try:
-        return Client(address, timeout="20s")
+        return Client(address, timeout="20s")  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise IchpipeError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error

@@ -64,8 +64,8 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
-class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
-    """Slices with labels: HU int16 (1, size, size), labels (6,), row number."""
+class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
     def __init__(self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int) -> None:
         self.paths = list(paths)
@@ -78,9 +78,9 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, int]]):
         """Return the number of slices."""
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read one slice."""
-        return self._slice(row), self.labels[row], row
+        return self._slice(row), self.labels[row], torch.tensor(row)
 
     def _slice(self, row: int) -> Tensor:
         if self._held is None:
@@ -102,4 +102,4 @@ def slice_loader(
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
         persistent_workers=False,
-    )  # type: ignore[call-overload, no-any-return]
+    )

@@ -34,7 +34,7 @@ def sequence_name(arm: str) -> str:
 def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.DataFrame:
     """Join the identifiers and labels of the held-out slices with probabilities (n, 6)."""
     if np.isnan(probabilities).any():
-        missing = index["series_uid"][np.isnan(probabilities).any(axis=1)].iloc[0]
+        missing = index["series_uid"].iloc[int(np.argmax(np.isnan(probabilities).any(axis=1)))]
         raise DataError(f"series {missing} has no prediction; run: ichpipe extract")
     table = index[KEYS].reset_index(drop=True)
     table[list(CLASSES)] = probabilities

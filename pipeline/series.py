@@ -48,7 +48,7 @@ def read_series(store: EmbeddingStore, index: pd.DataFrame, inputs: tuple[str, .
                 f"series {series_uid}: slices in {store.path} are not those of the index; run: ichpipe extract"
             )
         features = select_inputs(inputs, torch.from_numpy(cached.embedding), torch.from_numpy(cached.logit))
-        found.append(LabelledSeries(str(series_uid), rows, features, labels[torch.from_numpy(rows)]))
+        found.append(LabelledSeries(str(series_uid), np.asarray(rows), features, labels[torch.from_numpy(rows)]))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ichpipe.device import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from ichpipe.models.sequence import SequenceModel
@@ -46,7 +46,7 @@ class EndToEnd(nn.Module):
 
 def backward_in_chunks(
     model: EndToEnd,
-    chunks: list[Callable[[], Tensor]],
+    chunks: Sequence[Callable[[], Tensor]],
     loss_of: Callable[[Tensor], Tensor],
     *,
     context: Callable[[], AbstractContextManager[object]],

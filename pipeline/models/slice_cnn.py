@@ -5,7 +5,7 @@ Windows and normalisation are part of the model, so that no caller can feed it o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import timm
 import torch
@@ -16,9 +16,6 @@ from ichpipe.classes import CLASSES
 from ichpipe.errors import ParamsError
 from ichpipe.params import WindowParams
 from ichpipe.windows import Windows
-
-if TYPE_CHECKING:
-    from typing import Any
 
 
 class SliceCnnSpec(BaseModel):
@@ -46,7 +43,7 @@ class SliceCnn(nn.Module):
         self.spec = spec
         self.windows = Windows(spec.windows)
         self.backbone = _create_backbone(spec.backbone, len(spec.windows))
-        self.embedding_dim = int(self.backbone.head_hidden_size)
+        self.embedding_dim = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(self.embedding_dim, len(spec.classes))
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
@@ -60,8 +57,9 @@ class SliceCnn(nn.Module):
             raise ValueError(f"slices are {tuple(hu.shape[-2:])}, the model wants {self.spec.size_px} px")
         image = (self.windows(hu) - self.mean) / self.std  # (N, C, S, S)
         image = image.contiguous(memory_format=torch.channels_last)
-        features = self.backbone.forward_features(image)
-        embedding: Tensor = self.backbone.forward_head(features, pre_logits=True)  # (N, D)
+        backbone: Any = self.backbone
+        features = backbone.forward_features(image)
+        embedding: Tensor = backbone.forward_head(features, pre_logits=True)  # (N, D)
         return embedding
 
     def classify(self, embedding: Tensor) -> Tensor:
@@ -99,7 +97,9 @@ def _pretrained_config(backbone: str) -> dict[str, Any]:
         hint = f" (timm has {near})" if near else "; see timm.list_models()"
         raise ParamsError(f"fit-slices.backbone: timm knows no model {backbone!r}{hint}")
     config = timm.get_pretrained_cfg(backbone)
-    return config.to_dict() if config else {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    if config is None:
+        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+    return {"mean": config.mean, "std": config.std}
 
 
 def _create_backbone(name: str, channels: int) -> nn.Module:
