@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING
 
 import dask
@@ -13,6 +14,9 @@ from ichpipe.errors import IchpipeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CONNECT_SECONDS = 20
+"""How long to wait for a scheduler that someone else started."""
+
 
 @contextlib.contextmanager
 def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
@@ -21,8 +25,7 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
     One worker runs in this process, which saves starting a second interpreter with torch in it.
     """
     # Daemonic workers may not have children, and a decoding pool would need them.
-    settings = {"distributed.worker.daemon": False, "distributed.logging.distributed": "error"}
-    with dask.config.set(settings):
+    with dask.config.set({"distributed.worker.daemon": False}):
         if scheduler:
             with _connect_to(scheduler) as client:
                 yield client
@@ -40,11 +43,12 @@ def _local(workers: int) -> LocalCluster:
         host="127.0.0.1" if workers > 1 else None,
         dashboard_address="127.0.0.1:0",
         worker_dashboard_address="127.0.0.1:0",
+        silence_logs=logging.CRITICAL,  # a task's error is raised here, and said once
     )
 
 
 def _connect_to(address: str) -> Client:
     try:
-        return Client(address, timeout="20s")  # type: ignore[no-untyped-call]
+        return Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
         raise IchpipeError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error

@@ -6,6 +6,7 @@ An unknown or missing key, a wrong type or a value out of range is an error that
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -169,6 +170,15 @@ class Params(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC reads it: PyYAML alone takes ``1e-4`` (no point) for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool = False) -> Params:
     """Read ``path`` (the defaults where it is absent), apply ``SECTION.KEY=VALUE`` overrides, validate."""
     raw = _read_yaml(path) if path.exists() or must_exist else {}
@@ -182,7 +192,7 @@ def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
         raise MissingFileError(f"parameter file {path} does not exist; name one with --params FILE") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -200,7 +210,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or len(keys) < 2 or not all(keys):
         raise ParamsError(f"--set {override!r}: write SECTION.KEY=VALUE, for example fit-slices.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ParamsError(f"--set {override!r}: the value is not YAML: {error}") from error
     node = raw

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ichpipe.errors import ParamsError
 from ichpipe.losses import weighted_bce
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
@@ -24,7 +25,9 @@ def small_cnn(dropout: float = 0.0, backbone: str = "resnet10t") -> SliceCnn:
     return SliceCnn(spec_for(backbone, PAPER_WINDOWS, SIZE, dropout))
 
 
-def sequence(cell: str = "lstm", inputs: tuple[str, ...] = ("embedding",), dim: int = 8, **changes: object) -> SequenceModel:
+def sequence(
+    cell: str = "lstm", inputs: tuple[str, ...] = ("embedding",), dim: int = 8, **changes: object
+) -> SequenceModel:
     settings_ = {"cell": cell, "hidden": 6, "layers": 2, "bidirectional": True, "dropout": 0.0} | changes
     torch.manual_seed(1)
     return SequenceModel(SequenceSpec(inputs=inputs, embedding_dim=dim, **settings_)).eval()

@@ -1,0 +1,313 @@
+"""The whole recipe on a tiny phantom, through the front door: files, columns, equalities and errors."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ichpipe.classes import CLASSES
+from ichpipe.embedding import SliceEmbedder, open_store
+from ichpipe.models.weights import load_slice_cnn
+from ichpipe.stages.cli import cli, main
+from ichpipe.studies import read_index
+
+TINY = """
+phantom: {studies: 16, size_px: 48, seed: 3}
+prepare: {dicom_dir: DATA/dicom, labels: DATA/stage_2_train.csv, size_px: 48, val_fraction: 0.2, test_fraction: 0.3,
+  folds: 2}
+fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
+extract: {chunk_rows: 100, batch_size: 50}
+sequence:
+  paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
+  gru-logits: {cell: gru, hidden: 8, layers: 1, epochs: 2, inputs: [embedding, logits]}
+finetune: {arm: paper, epochs: 1, chunk_slices: 9}
+evaluate: {bootstrap_samples: 50}
+"""
+
+
+class Run:
+    """One folder of parameters and artifacts."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.params = folder / "params.yaml"
+        self.artifacts = folder / "artifacts"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.params.write_text(TINY.replace("DATA", str(data)))
+
+    def arguments(self, *rest):
+        return ["--params", str(self.params), "--artifacts", str(self.artifacts), *map(str, rest)]
+
+    def __call__(self, *rest):
+        return CliRunner().invoke(cli, self.arguments(*rest), catch_exceptions=False)
+
+    def steps(self, *names):
+        for name in names:
+            result = self(name)
+            assert result.exit_code == 0, result.output
+        return self
+
+    def copy(self, folder):
+        other = Run(folder, self.data)
+        shutil.copytree(self.artifacts, other.artifacts)
+        return other
+
+    def metrics(self):
+        return (self.artifacts / "metrics" / "evaluate.json").read_bytes()
+
+
+STEPS = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = folder / "phantom"
+    made = Run(folder / "one", data)
+    assert made("phantom", "--out", data).exit_code == 0
+    return made.steps(*STEPS)
+
+
+@pytest.fixture
+def branch(run, tmp_path):
+    """A copy of the finished run, for a test that changes it."""
+    return run.copy(tmp_path / "branch")
+
+
+@pytest.fixture(scope="session")
+def index(run):
+    return read_index(run.artifacts / "index" / "slices.parquet")
+
+
+def error_of(run, capsys, *rest):
+    """Run through the outermost door; return the one message of a failure."""
+    with pytest.raises(SystemExit) as stop:
+        main(run.arguments(*rest))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_the_contract_s_files_are_there(run):
+    wanted = """index/slices.parquet index/rejected.csv index/summary.json slice-cnn/model.safetensors
+        slice-cnn/record.json embeddings.zarr sequence/paper/model.safetensors sequence/paper/record.json
+        sequence/gru-logits/model.safetensors
+        finetuned/model.safetensors finetuned/record.json metrics/evaluate.json plots/ladder.png plots/study.png
+        predictions/slice_cnn.parquet predictions/sequence-paper.parquet predictions/finetuned.parquet"""
+    assert [name for name in wanted.split() if not (run.artifacts / name).exists()] == []
+
+
+def test_nothing_to_resume_is_left_behind(run):
+    assert list((run.artifacts / ".resume").iterdir()) == []
+
+
+def test_evaluate_json_follows_the_contract(run):
+    metrics = json.loads(run.metrics())
+    assert set(metrics["sequence"]) == {"paper", "gru-logits"}
+    for model in (metrics["slice_cnn"], metrics["finetuned"], *metrics["sequence"].values()):
+        assert 0 < model["weighted_log_loss"] < 5
+        assert set(model["log_loss"]) == set(model["auc"]) == set(model["study_auc"]) == set(CLASSES)
+        assert set(model["auc"]["any"]) >= {"value", "ci_low", "ci_high", "n_positive"}
+        assert model["weighted_log_loss"] == pytest.approx(
+            (sum(model["log_loss"].values()) + model["log_loss"]["any"]) / 7
+        )
+
+
+def test_every_model_is_scored_on_the_same_patients_and_none_of_them_is_trained_on(run, index):
+    tables = [pd.read_parquet(path) for path in sorted((run.artifacts / "predictions").glob("*.parquet"))]
+    assert len(tables) == 4
+    for table in tables[1:]:
+        assert table["sop_uid"].tolist() == tables[0]["sop_uid"].tolist()
+    others = index.loc[index["split"] != "test", "patient_id"]
+    assert not set(tables[0]["patient_id"]) & set(others)
+    assert index.groupby("patient_id")["split"].nunique().max() == 1
+
+
+def test_a_second_run_gives_byte_identical_metrics(run, tmp_path):
+    again = Run(tmp_path / "two", run.data).steps(*STEPS)
+    assert again.metrics() == run.metrics()
+
+
+def test_a_store_made_again_gives_byte_identical_metrics(branch):
+    before = branch.metrics()
+    shutil.rmtree(branch.artifacts / "embeddings.zarr")
+    branch.steps("extract", "fit-sequence", "finetune", "evaluate")
+    assert branch.metrics() == before
+
+
+def test_two_worker_processes_write_the_same_store(branch, run):
+    shutil.rmtree(branch.artifacts / "embeddings.zarr")
+    assert branch("extract", "--workers", 2).exit_code == 0
+    files = {
+        p.relative_to(run.artifacts): p.read_bytes()
+        for p in (run.artifacts / "embeddings.zarr").rglob("*")
+        if p.is_file()
+    }
+    assert len(files) > 8
+    for name, content in files.items():
+        assert (branch.artifacts / name).read_bytes() == content, name
+
+
+def test_a_current_store_is_left_alone(branch):
+    before = {p: p.stat().st_mtime_ns for p in (branch.artifacts / "embeddings.zarr").rglob("*")}
+    branch.steps("extract")
+    assert {p: p.stat().st_mtime_ns for p in (branch.artifacts / "embeddings.zarr").rglob("*")} == before
+
+
+def test_cached_embeddings_equal_those_made_on_the_fly(run, index):
+    folder = run.artifacts / "slice-cnn"
+    store = open_store(run.artifacts / "embeddings.zarr", folder, index)
+    embed = SliceEmbedder(load_slice_cnn(folder), torch.device("cpu"), 7)
+    uid, rows = next(iter(index.groupby("series_uid")))
+    cached = store.series(uid)
+    embedding, logits = embed(rows["path"].tolist())
+    assert list(cached.sop_uids) == rows["sop_uid"].tolist()
+    bound = 2.0**-11 * np.abs(embedding) + 2.0**-24 + 1e-4  # half a unit in the last place of float16, other batches
+    assert (np.abs(cached.embedding.astype(np.float64) - embedding) <= bound).all()
+    np.testing.assert_allclose(cached.logit, logits, atol=1e-4)
+
+
+def test_a_store_of_other_weights_is_refused_by_stage_two_and_replaced_by_extract(branch, capsys):
+    assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
+    message = error_of(branch, capsys, "fit-sequence")
+    assert "weights: store has" in message
+    assert "ichpipe extract" in message
+    branch.steps("extract", "fit-sequence")
+
+
+@pytest.mark.parametrize(
+    ("delete", "command", "remedy"),
+    [
+        ("index", "fit-slices", "prepare"),
+        ("slice-cnn", "extract", "fit-slices"),
+        ("embeddings.zarr", "fit-sequence", "extract"),
+        ("sequence", "finetune", "fit-sequence"),
+        ("finetuned", "evaluate", "finetune"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command_that_makes_it(branch, capsys, delete, command, remedy):
+    shutil.rmtree(branch.artifacts / delete)
+    message = error_of(branch, capsys, command)
+    assert delete in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["fit-sequence", "--arm", "papr"], "arms are paper, gru-logits"),
+        (["fit-slices", "--gpu", "gpu7"], "write auto, cpu, a number"),
+        (["fit-slices", "--gpu", "99"], "no GPU 99"),
+        (["--set", "fit-slices.backbone=resnet51", "fit-slices"], "resnet51"),
+        (["--set", "fit-slices.pretrained=nowhere.pth", "fit-slices"], "nowhere.pth"),
+        (["extract", "--scheduler", "tcp://127.0.0.1:1"], "no Dask scheduler"),
+    ],
+)
+def test_bad_input_gives_one_message(branch, capsys, monkeypatch, arguments, part):
+    monkeypatch.setattr("ichpipe.cluster.CONNECT_SECONDS", 1)
+    if "extract" in arguments:
+        shutil.rmtree(branch.artifacts / "embeddings.zarr")
+    assert part in error_of(branch, capsys, *arguments)
+
+
+def test_wrong_usage_exits_with_2(run):
+    assert run("prepaer").exit_code == 2
+    assert run("phantom").exit_code == 2
+
+
+@pytest.fixture
+def folder_of_one_series(index, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    uid = index.loc[index["split"] == "test", "series_uid"].iloc[0]
+    rows = index[index["series_uid"] == uid]
+    for number, path in enumerate(rows["path"].sample(frac=1, random_state=0)):
+        shutil.copy(path, folder / f"{number}")  # no extension, file names out of order
+    return folder, rows
+
+
+def test_predict_equals_evaluate_and_lists_what_it_left_out(run, folder_of_one_series, tmp_path):
+    folder, rows = folder_of_one_series
+    (folder / "notes.txt").write_text("no image")
+    result = run("predict", folder, "--out", tmp_path / "out", "--kaggle", tmp_path / "out" / "submission.csv")
+    assert result.exit_code == 0, result.output
+    slices = pd.read_csv(tmp_path / "out" / "slices.csv")
+    identifiers = ["patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
+    assert list(slices.columns) == [*identifiers, *CLASSES]
+    assert slices["sop_uid"].tolist() == rows["sop_uid"].tolist()
+    assert slices["position_mm"].is_monotonic_increasing
+    scored = pd.read_parquet(run.artifacts / "predictions" / "finetuned.parquet").set_index("sop_uid")
+    np.testing.assert_allclose(slices[list(CLASSES)], scored.loc[slices["sop_uid"], list(CLASSES)], atol=2e-6)
+    studies = pd.read_csv(tmp_path / "out" / "studies.csv")
+    assert list(studies.columns) == ["patient_id", "study_uid", "series_uid", "n_slices", *CLASSES]
+    np.testing.assert_allclose(studies[list(CLASSES)].iloc[0], slices[list(CLASSES)].max(), atol=2e-6)
+    rejected = pd.read_csv(tmp_path / "out" / "rejected.csv")
+    assert [Path(path).name for path in rejected["path"]] == ["notes.txt"]
+    submission = pd.read_csv(tmp_path / "out" / "submission.csv")
+    assert list(submission.columns) == ["ID", "Label"]
+    first = rows["sop_uid"].min()
+    order = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
+    assert submission["ID"].head(6).tolist() == [f"{first}_{name}" for name in order]
+    label = submission.set_index("ID")["Label"]
+    assert label[f"{first}_any"] == slices.set_index("sop_uid").loc[first, "any"]
+
+
+def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.txt").write_text("no image")
+    assert "none of 1 files" in error_of(run, capsys, "predict", tmp_path / "scans", "--out", tmp_path / "out")
+
+
+def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run, index, tmp_path):
+    small = [
+        "--set",
+        "fit-slices.epochs=1",
+        "--set",
+        "sequence.paper.epochs=1",
+        "--set",
+        "sequence.gru-logits.epochs=1",
+    ]
+    other = Run(tmp_path / "cv", run.data)
+    assert other(*small, "cross-validate").exit_code == 0
+    root = other.artifacts / "cv"
+    table = pd.read_parquet(root / "predictions" / "finetuned.parquet")
+    assert sorted(table["sop_uid"]) == sorted(index["sop_uid"])
+    metrics = (root / "metrics" / "evaluate.json").read_bytes()
+    weights = root / "fold-0" / "slice-cnn" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert other(*small, "cross-validate").exit_code == 0
+    assert weights.stat().st_mtime_ns == before
+    assert (root / "metrics" / "evaluate.json").read_bytes() == metrics
+
+
+def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
+    slow = ["--set", "fit-slices.epochs=4"]
+    whole, killed = Run(tmp_path / "whole", run.data), Run(tmp_path / "killed", run.data)
+    for each in (whole, killed):
+        each.steps("prepare")
+    assert whole(*slow, "fit-slices").exit_code == 0
+    code = "import sys; from ichpipe.stages.cli import main; main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, *killed.arguments(*slow, "fit-slices")])
+    checkpoint = killed.artifacts / ".resume" / "fit-slices.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists(), "the run ended before it could be killed"
+    assert not (killed.artifacts / "slice-cnn" / "model.safetensors").exists()
+    assert killed(*slow, "fit-slices").exit_code == 0
+    for name in ("model.safetensors", "history.json"):
+        assert (killed.artifacts / "slice-cnn" / name).read_bytes() == (
+            whole.artifacts / "slice-cnn" / name
+        ).read_bytes()
