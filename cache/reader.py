@@ -48,6 +48,7 @@ class EmbeddingStore:
         self._sop_uids = layout.decode_uids(self._read(group, "sop_uid"))
         self.series_uids = layout.decode_uids(self._read(group, "series_uid"))
         self._offset = self._read(group, "series_offset")
+        self._check_names()
         self._number = {uid: number for number, uid in enumerate(self.series_uids)}
         self._group = group
         self._rows: tuple[NDArray[np.float16], NDArray[np.float32]] | None = None
@@ -76,6 +77,14 @@ class EmbeddingStore:
             self._check_whole(embedding, logit)
             self._rows = embedding, logit
         return self._rows
+
+    def _check_names(self) -> None:
+        """A file of UIDs or offsets that vanished reads as the fill value, 0: nameless rows, empty series."""
+        named = all(self._sop_uids) and all(self.series_uids)
+        if not named or int(self._offset[-1]) != len(self._sop_uids):
+            raise StoreError(
+                f"{self.path}: the names of rows are incomplete; remove the store and run: ichpipe extract"
+            )
 
     def _check_whole(self, embedding: NDArray[np.float16], logit: NDArray[np.float32]) -> None:
         """A chunk file that vanished reads as the fill value, NaN."""

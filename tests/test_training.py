@@ -1,0 +1,246 @@
+"""Windows, augmentation, loss, schedule, and training that goes on where it was stopped."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ichpipe import augment
+from ichpipe.errors import TrainingError
+from ichpipe.feeding import SliceDataset, fit_to_size
+from ichpipe.losses import weighted_bce
+from ichpipe.metrics import weighted_log_loss
+from ichpipe.params import PAPER_WINDOWS, AugmentParams
+from ichpipe.training import Trainer, make_optimizer, make_schedule
+from ichpipe.windows import PREPROCESSING_VERSION, Windows
+
+GOLDEN = Path(__file__).parent / "golden" / "preprocessing.json"
+STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)
+
+
+def random_hu(n=3, size=16, seed=0):
+    return torch.randint(-1024, 2000, (n, 1, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.int16)
+
+
+@pytest.mark.parametrize(
+    ("hu", "brain", "subdural", "bone"),
+    [
+        (-1000, 0, 0, 0),
+        (0, 0, 32.5 / 215, 800 / 2800),  # brain 0…80, subdural -32.5…182.5, bone -800…2000
+        (40, 0.5, 72.5 / 215, 840 / 2800),
+        (75, 75 / 80, 0.5, 875 / 2800),
+        (100, 1, 132.5 / 215, 900 / 2800),
+        (600, 1, 1, 0.5),
+        (2000, 1, 1, 1),
+        (3000, 1, 1, 1),
+    ],
+)
+def test_the_paper_s_windows_by_hand(hu, brain, subdural, bone):
+    channels = Windows(PAPER_WINDOWS)(torch.full((1, 1, 1, 1), hu, dtype=torch.int16)).flatten()
+    assert channels.tolist() == pytest.approx([brain, subdural, bone], abs=1e-6)
+
+
+def test_other_numbers_need_another_preprocessing_version():
+    """Resize and windows of a fixed slice. If this fails on purpose, raise PREPROCESSING_VERSION and the file."""
+    rows, columns = np.mgrid[:40, :36]
+    hu = (37 * rows - 23 * columns + (rows * columns) % 97).astype(np.int16)
+    made = Windows(PAPER_WINDOWS)(fit_to_size(hu, 16).unsqueeze(0))[0, :, ::5, ::5]
+    golden = json.loads(GOLDEN.read_text())
+    assert golden["preprocessing_version"] == PREPROCESSING_VERSION
+    np.testing.assert_allclose(made.numpy(), golden["channels"], atol=1e-6)
+
+
+def test_fitting_keeps_what_fits_and_pads_with_air():
+    square = random_hu(1)[0, 0].numpy()
+    assert torch.equal(fit_to_size(square, 16)[0], torch.from_numpy(square))
+    wide = np.full((10, 20), 50, dtype=np.int16)
+    fitted = fit_to_size(wide, 20)[0]
+    assert (fitted[5:15] == 50).all()
+    assert (fitted[:5] == -1024).all()
+    assert (fitted[15:] == -1024).all()
+    assert (fit_to_size(np.full((64, 64), 37, np.int16), 20) == 37).all()
+
+
+def test_held_slices_equal_those_read_again(write_ct):
+    paths = [str(write_ct(f"{n}", np.full((16, 16), 1000 + n, np.int16), number=n)) for n in range(3)]
+    dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
+    first = [dataset[row][0] for row in range(3)]
+    dataset._held = None
+    assert all(torch.equal(dataset[row][0], first[row]) for row in range(3))
+    assert [int(image[0, 0, 0]) for image in first] == [-24, -23, -22]
+
+
+def test_nothing_drawn_changes_nothing():
+    hu = random_hu()
+    drawn = augment.draw(STILL, len(hu), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augment.apply(hu, drawn), hu.float(), atol=0.01, rtol=0)
+
+
+def test_the_same_draw_gives_the_same_images_whole_or_in_parts():
+    hu = random_hu(5)
+    drawn = augment.draw(AugmentParams(), 5, torch.Generator().manual_seed(1))
+    whole = augment.apply(hu, drawn)
+    assert torch.equal(whole, augment.apply(hu, drawn))
+    parts = [augment.apply(hu[rows], drawn.part(rows)) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-3, rtol=0)
+    other = augment.apply(hu, augment.draw(AugmentParams(), 5, torch.Generator().manual_seed(2)))
+    assert not torch.allclose(whole, other)
+
+
+def test_a_series_moves_as_one_and_single_slices_apart():
+    generator = torch.Generator().manual_seed(3)
+    together = augment.draw(AugmentParams(), 6, generator, together=True)
+    assert (together.affine == together.affine[0]).all()
+    assert len(together.noise_seed.unique()) == 6
+    apart = augment.draw(AugmentParams(), 6, generator)
+    assert len({tuple(row.flatten().tolist()) for row in apart.affine}) == 6
+
+
+def test_a_certain_flip_mirrors_left_and_right():
+    hu = random_hu(2)
+    drawn = augment.draw(STILL.model_copy(update={"flip_probability": 1.0}), 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augment.apply(hu, drawn), hu.flip(-1).float(), atol=0.01, rtol=0)
+
+
+def test_what_moves_in_from_outside_is_air():
+    drawn = augment.draw(STILL, 1, torch.Generator().manual_seed(0))
+    affine = drawn.affine.clone()
+    affine[:, 0, 2] = 2.0  # a whole image to the side
+    moved = augment.apply(torch.full((1, 1, 16, 16), 60, dtype=torch.int16), replace(drawn, affine=affine))
+    assert (moved == augment.AIR_HU).all()
+
+
+def test_the_loss_is_the_metric_and_divides_by_seven():
+    generator = torch.Generator().manual_seed(4)
+    logits, labels = torch.randn(50, 6, generator=generator), (torch.rand(50, 6, generator=generator) < 0.3).float()
+    expected = weighted_log_loss(labels.numpy(), torch.sigmoid(logits.double()).numpy())
+    assert float(weighted_bce(logits, labels)) == pytest.approx(expected, rel=1e-5)
+    assert float(weighted_bce(torch.zeros(9, 6), torch.ones(9, 6))) == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_a_slice_with_an_unknown_label_counts_nothing():
+    logits, labels = torch.randn(8, 6), torch.ones(8, 6)
+    labels[3, 2] = float("nan")
+    kept = [row for row in range(8) if row != 3]
+    logits.requires_grad_()
+    loss = weighted_bce(logits, labels)
+    assert float(loss.detach()) == pytest.approx(float(weighted_bce(logits[kept], labels[kept]).detach()), rel=1e-6)
+    loss.backward()
+    assert (logits.grad[3] == 0).all()
+    assert (logits.grad[kept] != 0).all()
+
+
+def test_the_schedule_warms_up_then_falls_to_zero():
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer([(model, 1.0)], 0.01)
+    schedule = make_schedule(optimizer, 10, 5, 2)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(a < b for a, b in itertools.pairwise(rates[:21]))
+    assert max(rates) == pytest.approx(1.0)
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_no_weight_decay_on_biases_and_norms():
+    groups = make_optimizer([(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), 0.1)], 0.5).param_groups
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
+        (0.5, [2]),
+        (0.0, [1, 1, 1]),
+    ]
+
+
+class Toy:
+    """A linear regression whose validation loss is scripted where wanted."""
+
+    def __init__(self, folder, epochs, key="k", script=None):
+        torch.manual_seed(0)
+        self.model, self.script = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), script
+        optimizer = make_optimizer([(self.model, 0.05)], 0.01)
+        schedule = make_schedule(optimizer, 3, 6, 1)
+        self.trainer = Trainer(self.model, optimizer, schedule, 7, epochs, folder / "checkpoint.pt", key)
+        self.epochs_seen = []
+
+    def train_epoch(self, epoch):
+        self.epochs_seen.append(epoch)
+        self.model.train()
+        generator = torch.Generator().manual_seed(epoch)
+        for _ in range(3):
+            x = torch.randn(16, 4, generator=generator)
+            loss = (self.model(x) - x.sum(1, keepdim=True)).square().mean()
+            self.trainer.optimizer.zero_grad()
+            loss.backward()
+            self.trainer.optimizer.step()
+            self.trainer.schedule.step()
+        return float(loss.detach())
+
+    def validate(self):
+        if self.script is not None:
+            return self.script.pop(0)
+        self.model.eval()
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(99))
+        with torch.no_grad():
+            return float((self.model(x) - x.sum(1, keepdim=True)).square().mean())
+
+    def run(self, **options):
+        return self.trainer.run(self.train_epoch, self.validate, **options)
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_weights_and_history(tmp_path, stop):
+    (tmp_path / "whole").mkdir()
+    whole = Toy(tmp_path / "whole", 6)
+    history = whole.run()
+    Toy(tmp_path, stop).run()
+    resumed = Toy(tmp_path, 6)
+    assert resumed.run() == history
+    assert resumed.epochs_seen == list(range(stop + 1, 7))
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_a_checkpoint_of_other_parameters_or_a_torn_one_is_not_used(tmp_path):
+    Toy(tmp_path, 2, key="other").run()
+    again = Toy(tmp_path, 2)
+    again.run()
+    assert again.epochs_seen == [1, 2]
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    torn = Toy(tmp_path, 2)
+    torn.run()
+    assert torn.epochs_seen == [1, 2]
+
+
+def test_the_best_weights_on_validation_are_kept(tmp_path):
+    best = Toy(tmp_path, 2, script=[3.0, 1.0])
+    best.run()
+    (tmp_path / "more").mkdir()
+    more = Toy(tmp_path / "more", 4, script=[3.0, 1.0, 2.0, 1.0])
+    more.run()
+    assert torch.equal(more.weights(), best.weights())
+
+
+def test_weights_from_before_the_first_epoch_win_where_training_only_worsens(tmp_path):
+    toy = Toy(tmp_path, 3, script=[0.5, 0.9, 0.8, 0.7])
+    before = toy.weights().clone()
+    history = toy.run(compare_with_start=True)
+    assert torch.equal(toy.weights(), before)
+    assert [line.epoch for line in history] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_divergence_stops_with_the_remedy_and_keeps_the_last_good_state(tmp_path, value):
+    with pytest.raises(TrainingError, match=r"epoch 2.*learning rate"):
+        Toy(tmp_path, 3, script=[1.0, value]).run()
+    again = Toy(tmp_path, 3, script=[0.9, 0.8])
+    assert [line.val_loss for line in again.run()] == [1.0, 0.9, 0.8]

