@@ -282,6 +282,11 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     root = other.artifacts / "cv"
     table = pd.read_parquet(root / "predictions" / "finetuned.parquet")
     assert sorted(table["sop_uid"]) == sorted(index["sop_uid"])
+    for number in (0, 1):
+        fold = root / f"fold-{number}"
+        splits = read_index(fold / "index" / "slices.parquet")
+        scored = pd.read_parquet(fold / "predictions" / "finetuned.parquet")
+        assert not set(scored["patient_id"]) & set(splits.loc[splits["split"] != "test", "patient_id"])
     metrics = (root / "metrics" / "evaluate.json").read_bytes()
     weights = root / "fold-0" / "slice-cnn" / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -306,7 +311,9 @@ def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
     process.wait()
     assert checkpoint.exists(), "the run ended before it could be killed"
     assert not (killed.artifacts / "slice-cnn" / "model.safetensors").exists()
-    assert killed(*slow, "fit-slices").exit_code == 0
+    resumed = killed(*slow, "fit-slices")
+    assert resumed.exit_code == 0
+    assert "going on after epoch" in resumed.output  # starting anew would give the same bytes
     for name in ("model.safetensors", "history.json"):
         assert (killed.artifacts / "slice-cnn" / name).read_bytes() == (
             whole.artifacts / "slice-cnn" / name
