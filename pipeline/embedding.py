@@ -108,7 +108,7 @@ def plan_store(index: pd.DataFrame, cnn: SliceCnn, made_by: dict[str, Any], chun
 
 @torch.inference_mode()
 def classify_series(
-    model: EndToEnd, paths: list[str], device: torch.device, precision: str = "auto", chunk_slices: int = 32
+    model: EndToEnd, paths: list[str], device: torch.device, chunk_slices: int = 32
 ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
 
@@ -116,7 +116,7 @@ def classify_series(
     """
     size, outputs, bad = model.cnn.spec.size_px, [], []
     model.eval()
-    with autocast(device, precision):
+    with autocast(device, "auto"):
         for start in range(0, len(paths), chunk_slices):
             hu, unreadable = load_readable(paths[start : start + chunk_slices], size)
             bad += unreadable

@@ -122,14 +122,11 @@ class EndToEndFitting:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """Return the weighted log loss on the validation slices."""
+        """Return the weighted log loss on the validation slices, in the precision of `evaluate` and `predict`."""
         self.model.eval()
         total, count = 0.0, 0
         for series in self.val:
-            section = self.section
-            logits, bad = classify_series(
-                self.model, series.paths, self.device, section.precision, section.chunk_slices
-            )
+            logits, bad = classify_series(self.model, series.paths, self.device, chunk_slices=self.section.chunk_slices)
             if bad:
                 raise UnreadableDicomError(bad[0][1])
             total += float(weighted_bce_sum(logits, series.labels.to(self.device)))

@@ -121,11 +121,11 @@ class SliceFitting:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """Return the weighted log loss on the validation slices."""
+        """Return the weighted log loss on the validation slices, in the precision of `extract` and `predict`."""
         self.cnn.eval()
         total = 0.0
         for hu, labels, _ in slice_loader(self.val, 64, range(len(self.val)), self.workers):
-            with autocast(self.device, self.section.precision):
+            with autocast(self.device, "auto"):
                 _, logits = self.cnn(hu.to(self.device))
             total += float(weighted_bce_sum(logits.float(), labels.to(self.device)))
         return total / len(self.val)
