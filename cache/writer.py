@@ -46,11 +46,6 @@ class ComputePlugin(WorkerPlugin):
         self.compute = self.make_compute(number)
 
 
-def is_current(path: Path, fingerprint: dict[str, Any]) -> bool:
-    """Say whether a whole store with this fingerprint is there already."""
-    return path.is_dir() and not disagreement(path, fingerprint)
-
-
 def disagreement(path: Path, fingerprint: dict[str, Any]) -> list[str]:
     """Name what keeps the store at ``path`` from being the one asked for; empty: it is the one."""
     try:
