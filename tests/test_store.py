@@ -17,7 +17,7 @@ from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cache.writer import is_current, write_store
+from ichpipe.cache.writer import disagreement, write_store
 from ichpipe.cluster import connect
 
 DOC = Path(__file__).parents[1] / "docs" / "store-format.md"
@@ -212,9 +212,9 @@ def test_new_store_replaces_the_old_one(tmp_path, client):
 def test_other_fingerprint_is_refused_by_field(tmp_path, client):
     plan = make_plan()
     path = write(tmp_path, plan, client)
-    assert is_current(path, plan.fingerprint)
+    assert not disagreement(path, plan.fingerprint)
     wanted = {**plan.fingerprint, "weights": "bbb", "rows": "ccc"}
-    assert not is_current(path, wanted)
+    assert disagreement(path, wanted)
     with pytest.raises(StoreError) as caught:
         EmbeddingStore(path, wanted)
     message = str(caught.value)
@@ -227,7 +227,7 @@ def test_other_fingerprint_is_refused_by_field(tmp_path, client):
 def test_incomplete_store_is_refused(tmp_path, client):
     plan = make_plan()
     building = interrupt(tmp_path, plan, client, after=1)
-    assert not is_current(building, plan.fingerprint)
+    assert disagreement(building, plan.fingerprint)
     with pytest.raises(StoreError, match="not complete"):
         EmbeddingStore(building)
 
