@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichpipe.artifacts import HISTORY_FILE
+from ichpipe.artifacts import HISTORY_FILE, MODEL_FILE
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, open_store, to_probabilities
 from ichpipe.errors import DataError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.figures import ladder, learning_curves, roc, study_sheet
-from ichpipe.files import atomic_path, read_json, write_json, write_text
+from ichpipe.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
+from ichpipe.lineage import require_made_from
 from ichpipe.metrics import curves
 from ichpipe.models.weights import load_end_to_end, load_sequence
 from ichpipe.predictions import (
@@ -48,6 +49,7 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
     store = open_store(artifacts.embeddings, artifacts.slice_cnn, index)
+    _require_one_run(params, artifacts, digest_of(store.fingerprint))
     tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(store, held_out))}
     for arm in params.sequence:
         tables[sequence_name(arm)] = make_table(
@@ -84,6 +86,18 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
         write_json(folder / f"{kind}.json", rows)
     _write_png(folder / "ladder.png", ladder(metrics))
     _write_png(folder / "roc.png", roc({name: found["roc"] for name, found in points.items()}))
+
+
+def _require_one_run(params: Params, artifacts: Artifacts, embeddings: str) -> None:
+    """Refuse models of another split, or of another network's embeddings: their scores would look like any other."""
+    index = digest_of_file(artifacts.index)
+    require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
+    for arm in params.sequence:
+        made_from = {"index": index, "embeddings": embeddings}
+        require_made_from(artifacts.sequence(arm), made_from, f"ichpipe fit-sequence --arm {arm}")
+    parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
+    digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
+    require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
 
 
 def _slice_probabilities(store: EmbeddingStore, index: pd.DataFrame) -> NDArray[np.float64]:

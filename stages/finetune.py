@@ -12,10 +12,11 @@ import torch
 from ichpipe import augment
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
-from ichpipe.embedding import classify_series
+from ichpipe.embedding import classify_series, fingerprint
 from ichpipe.errors import TrainingError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of, digest_of_file
+from ichpipe.lineage import require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
@@ -48,7 +49,13 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
     device = choose_device(gpu)
     section = params.finetune
     index = read_index(artifacts.index)
-    model = EndToEnd(load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))).to(device)
+    cnn, sequence = load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))
+    embeddings = digest_of(fingerprint(index, artifacts.slice_cnn, cnn.spec))
+    command = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
+    split = {"index": digest_of_file(artifacts.index)}
+    require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
+    require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, command)
+    model = EndToEnd(cnn, sequence).to(device)
     fitting = EndToEndFitting(model, section, device, image_series(index, "train"), image_series(index, "val"))
     made_from = {
         "index": digest_of_file(artifacts.index),

@@ -185,6 +185,61 @@ def test_a_store_of_other_weights_is_refused_by_stage_two_and_replaced_by_extrac
     branch.steps("extract", "fit-sequence")
 
 
+def test_models_of_another_split_are_not_scored(branch, capsys):
+    """The patients held out now may be those that the models were trained on."""
+    before = branch.metrics()
+    assert branch("--set", "prepare.seed=5", "prepare").exit_code == 0
+    message = error_of(branch, capsys, "evaluate")
+    assert "another index" in message
+    assert "ichpipe fit-slices" in message
+    assert branch.metrics() == before
+    assert branch("prepare").exit_code == 0  # the old split, byte by byte
+    branch.steps("evaluate")
+    assert branch.metrics() == before
+
+
+def test_a_sequence_model_of_other_embeddings_is_neither_joined_nor_scored(branch, capsys):
+    assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
+    branch.steps("extract")
+    for command in ("finetune", "evaluate"):
+        message = error_of(branch, capsys, command)
+        assert "another embedding store" in message
+        assert "fit-sequence --arm paper" in message
+    branch.steps("fit-sequence")
+    message = error_of(branch, capsys, "evaluate")
+    assert "another slice CNN and another sequence model" in message
+    branch.steps("finetune", "evaluate")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, workers):
+    other = Run(tmp_path / "cut", tmp_path / "data")
+    shutil.copytree(run.data, other.data)
+    other.steps("prepare")
+    for path in other.data.rglob("*.dcm"):
+        path.write_bytes(path.read_bytes()[:3000])
+    message = error_of(other, capsys, "fit-slices", "--workers", workers)
+    assert message.count(".dcm") == 1
+    assert "truncated" in message
+
+
+def test_an_output_that_can_not_be_made_is_one_message(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    message = error_of(run, capsys, "predict", run.data, "--out", tmp_path / "file" / "out")
+    assert "Not a directory" in message
+    assert str(tmp_path / "file") in message
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_models_of_another_split_are_never_scored_or_trained_on(branch, capsys, command):
+    """Patients held out now may be among those that the old models were trained on."""
+    other = ["--set", "prepare.seed=5"]
+    assert branch(*other, "prepare").exit_code == 0
+    message = error_of(branch, capsys, *other, command)
+    assert "was trained on another index" in message
+    assert "ichpipe fit-" in message
+
+
 @pytest.mark.parametrize(
     ("delete", "command", "remedy"),
     [

@@ -1,0 +1,35 @@
+"""A trained model is used only with what it was trained on.
+
+A model trained under another split may have seen the patients that are held out now, and a sequence model fed with
+another network's embeddings gives numbers that mean nothing. Neither shows in shapes; both show in ``made_from``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.errors import WeightsError
+from ichpipe.models.weights import read_header
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MEANING = {
+    "index": "index (slices, labels or split)",
+    "embeddings": "embedding store",
+    "slice_cnn": "slice CNN",
+    "sequence": "sequence model",
+}
+
+
+def require_made_from(folder: Path, wanted: dict[str, str], command: str) -> None:
+    """Refuse the model in ``folder`` unless its inputs have the digests ``wanted`` (by name, SHA-256).
+
+    Raises WeightsError that names each input that differs and the ``command`` that trains the model anew.
+    """
+    found = read_header(folder, f"run: {command}").made_from
+    other = [MEANING.get(name, name) for name, digest in wanted.items() if found.get(name) != digest]
+    if other:
+        what = " and another ".join(other)
+        raise WeightsError(f"{folder / MODEL_FILE} was trained on another {what} than there is now; run: {command}")
