@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    import zarr
     from distributed import Client, Worker
     from numpy.typing import NDArray
 
@@ -54,7 +55,15 @@ def disagreement(path: Path, fingerprint: dict[str, Any]) -> list[str]:
         return [str(error)]
     found = group.attrs.get("fingerprint")
     problems = differences(found if isinstance(found, dict) else {}, fingerprint)
+    absent = [chunk for chunk in range(_count_chunks(group)) if not _is_done(path, chunk)]
+    if absent:
+        problems.append(f"{len(absent)} chunks are missing, the first is number {absent[0]}")
     return problems if group.attrs.get("complete") is True else [*problems, "it is not complete"]
+
+
+def _count_chunks(group: zarr.Group) -> int:
+    rows = layout.array(group, "embedding")
+    return -(-int(rows.shape[0]) // int(rows.chunks[0]))
 
 
 def write_store(

@@ -90,14 +90,25 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self._held[row]
 
 
+def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
+    """Cut an order into batches; a single row left over joins the batch before it.
+
+    Batch normalisation has no variance to take over one slice whose last feature map is 1 x 1 (PyTorch refuses it).
+    """
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        last = batches.pop()
+        batches[-1] += last
+    return batches
+
+
 def slice_loader(
     dataset: SliceDataset, batch_size: int, order: Sequence[int], workers: int
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """Batches of slices in the given order, decoded by ``workers`` processes (0: in this one)."""
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=list(order),
+        batch_sampler=batches_of(order, batch_size),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.errors import MissingFileError
+from ichpipe.errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +48,12 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON that a stage wrote; a missing file names the file."""
+    """Read JSON that a stage wrote; a missing or torn file is an error that names it."""
     require_file(path, "run the stage that writes it (see dvc.yaml)")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise DataError(f"{path} is not whole JSON ({error}); run the stage that writes it (see dvc.yaml)") from error
 
 
 def require_file(path: Path, remedy: str) -> Path:

@@ -307,5 +307,16 @@ def main(arguments: list[str] | None = None) -> Any:
     except (IchpipeError, StoreError) as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"ichpipe: {error}", err=True)
+        click.echo(f"ichpipe: {_without_traceback(str(error))}", err=True)
         sys.exit(1)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"ichpipe: {place}{error.strerror or error}", err=True)
+        sys.exit(1)
+
+
+def _without_traceback(message: str) -> str:
+    """Torch puts the traceback of a decoding process into the error's text; the last line says what is wrong."""
+    return message.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in message else message

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ichpipe import studies
 from ichpipe.artifacts import Artifacts
-from ichpipe.files import digest_of, read_json, write_json, write_text
+from ichpipe.files import digest_of, digest_of_file, read_json, write_json, write_text
 from ichpipe.predictions import FINETUNED, SLICE_CNN, ladder_text, score_all, sequence_name, write_table
 from ichpipe.stages import evaluate, extract, finetune, fit_sequence, fit_slices, prepare
+from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,10 +25,12 @@ log = logging.getLogger("ichpipe")
 def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     """Write ``cv/fold-K/…`` per fold and ``cv/metrics``, ``cv/plots``, ``cv/predictions`` over all patients.
 
-    Each patient is scored once, by models that never saw that patient. Folds that are done are kept, so that
-    an interrupted run goes on. Returns the ladder of models as a table of text.
+    Each patient is scored once, by models that never saw that patient. The files are scanned every time; folds
+    that were fitted on the same index with the same parameters are kept, so that an interrupted run goes on.
+    Returns the ladder of models as a table of text.
     """
     root = artifacts.root / "cv"
+    prepare.run(params.prepare, Artifacts(root).index_dir)
     folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
     for number, fold in enumerate(folds, start=1):
         log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold, gpu))
@@ -47,12 +51,14 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
 def _fit_fold(params: Params, root: Path, fold: int, gpu: str) -> Artifacts:
     chosen = params.model_copy(update={"prepare": params.prepare.model_copy(update={"test_fold": fold})})
     artifacts = Artifacts(root / f"fold-{fold}")
-    mark, key = artifacts.root / "fitted.json", {"params": digest_of(chosen.model_dump(mode="json"))}
+    _split(Artifacts(root), chosen, artifacts)
+    fitted_with = chosen.model_dump(mode="json", exclude={"phantom", "evaluate"})
+    mark = artifacts.root / "fitted.json"
+    key = {"params": digest_of(fitted_with), "index": digest_of_file(artifacts.index)}
     if mark.exists() and read_json(mark) == key:
         log.info("fold %d is fitted", fold)
         return artifacts
     log.info("fold %d of %d", fold + 1, params.prepare.folds)
-    prepare.run(chosen.prepare, artifacts.index_dir, workers=1)
     fit_slices.run(chosen, artifacts, gpu)
     extract.run(chosen, artifacts, gpu)
     for arm in chosen.sequence:
@@ -60,6 +66,13 @@ def _fit_fold(params: Params, root: Path, fold: int, gpu: str) -> Artifacts:
     finetune.run(chosen, artifacts, gpu)
     write_json(mark, key)
     return artifacts
+
+
+def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
+    """Write the fold's index: that of all patients, split anew."""
+    index = studies.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
+    rejected = pd.read_csv(whole.index_dir / "rejected.csv")
+    studies.write_outputs(artifacts.index_dir, index, rejected, studies.summarise(index, rejected))
 
 
 def _pool(paths: list[Path]) -> pd.DataFrame:

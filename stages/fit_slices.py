@@ -11,7 +11,7 @@ from ichpipe import augment
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
 from ichpipe.errors import TrainingError
-from ichpipe.feeding import SliceDataset, slice_loader
+from ichpipe.feeding import SliceDataset, batches_of, slice_loader
 from ichpipe.files import digest_of, digest_of_file
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
@@ -100,7 +100,7 @@ class SliceFitting:
         self.train, self.val = _dataset(train, cnn.spec.size_px), _dataset(val, cnn.spec.size_px)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
         self.optimizer = make_optimizer([(cnn, section.learning_rate)], section.weight_decay)
-        per_epoch = -(-len(self.train) // section.batch_size)
+        per_epoch = len(batches_of(range(len(self.train)), section.batch_size))
         self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:

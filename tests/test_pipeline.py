@@ -223,6 +223,21 @@ def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, worke
     assert "truncated" in message
 
 
+def test_a_torn_history_is_named(branch, capsys):
+    history = branch.artifacts / "slice-cnn" / "history.json"
+    history.write_text(history.read_text()[:40])
+    assert f"{history} is not whole JSON" in error_of(branch, capsys, "evaluate")
+
+
+def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):
+    n_train = int((index["split"] == "train").sum())
+    size = next(size for size in range(2, n_train) if n_train % size == 1)
+    other = Run(tmp_path / "small", run.data)
+    small = ["--set", "prepare.size_px=32", "--set", f"fit-slices.batch_size={size}", "--set", "fit-slices.epochs=1"]
+    for command in ("prepare", "fit-slices"):
+        assert other(*small, command).exit_code == 0
+
+
 def test_an_output_that_can_not_be_made_is_one_message(run, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     message = error_of(run, capsys, "predict", run.data, "--out", tmp_path / "file" / "out")
@@ -348,6 +363,14 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     assert other(*small, "cross-validate").exit_code == 0
     assert weights.stat().st_mtime_ns == before
     assert (root / "metrics" / "evaluate.json").read_bytes() == metrics
+    less = next(iter(index["path"]))  # other data under the same parameters: fitted anew
+    data = tmp_path / "less"
+    shutil.copytree(run.data, data)
+    (data / Path(less).relative_to(run.data)).unlink()
+    other.params.write_text(TINY.replace("DATA", str(data)))
+    assert other(*small, "cross-validate").exit_code == 0
+    assert weights.stat().st_mtime_ns > before
+    assert len(pd.read_parquet(root / "predictions" / "finetuned.parquet")) == len(index) - 1
 
 
 def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):

@@ -232,6 +232,13 @@ def test_incomplete_store_is_refused(tmp_path, client):
         EmbeddingStore(building)
 
 
+def test_a_finished_store_that_lost_a_chunk_is_not_current(tmp_path, client):
+    plan = make_plan()
+    path = write(tmp_path, plan, client)
+    layout.chunk_files(path, 1)[1].unlink()
+    assert disagreement(path, plan.fingerprint) == ["1 chunks are missing, the first is number 1"]
+
+
 def test_absent_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(StoreError, match="does not exist; run: ichpipe extract"):
         EmbeddingStore(tmp_path / "embeddings.zarr")

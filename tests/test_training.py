@@ -12,7 +12,7 @@ from torch import nn
 
 from ichpipe import augment
 from ichpipe.errors import TrainingError
-from ichpipe.feeding import SliceDataset, fit_to_size
+from ichpipe.feeding import SliceDataset, batches_of, fit_to_size
 from ichpipe.losses import weighted_bce
 from ichpipe.metrics import weighted_log_loss
 from ichpipe.params import PAPER_WINDOWS, AugmentParams
@@ -64,6 +64,13 @@ def test_fitting_keeps_what_fits_and_pads_with_air():
     assert (fitted[:5] == -1024).all()
     assert (fitted[15:] == -1024).all()
     assert (fit_to_size(np.full((64, 64), 37, np.int16), 20) == 37).all()
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (3, [3]), (1, [1]), (0, [])])
+def test_no_slice_is_left_alone_in_a_batch_nor_left_out(rows, sizes):
+    batches = batches_of(range(rows), 4)
+    assert [len(batch) for batch in batches] == sizes
+    assert list(itertools.chain.from_iterable(batches)) == list(range(rows))
 
 
 def test_held_slices_equal_those_read_again(write_ct):
