@@ -1,145 +1,278 @@
-"""The arrays of a store and how they are created and opened (Zarr v3, documented in docs/store-format.md).
+"""Groups and arrays of a store and how they are created and opened (Zarr v3, documented in docs/store-format.md).
 
-One row is one slice; the rows of a series are contiguous and ordered along the slice normal.
-Large chunks without shards or compressor measured fastest: a chunk file is then the raw rows plus a
-4-byte CRC-32C, and a flipped byte never goes unnoticed.
+    STORE/                      attributes: format, format_version
+      <generation>/             attributes: identity, classes, embedding_dim, manifest
+        segment-<name>/         rows computed together: embedding, logit, source
+        manifest-<name>/        the slices that the generation holds now, and where each row lies
+
+Large chunks without shards or compressor measured fastest: a chunk file is then the raw rows plus a 4-byte
+CRC-32C, can be mapped into memory, and a flipped byte never goes unnoticed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION
+from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from numpy.typing import NDArray
 
-UID_BYTES = 64
-"""DICOM PS3.5 9.1: a UID has at most 64 characters."""
+    from ichpipe.cache.place import Place
+    from ichpipe.cache.rows import Codes, Rows
 
+FORMAT = "ichpipe-embeddings"
+SEGMENT, MANIFEST, COMPANION = "segment-", "manifest-", "pca-"
 EMBEDDING_DTYPE = np.float16
 EMBEDDING_LIMIT = float(np.finfo(EMBEDDING_DTYPE).max)
+CRC_BYTES: Final = 4
+ROW_ARRAYS: Final = ("logit", "embedding")
+"""The arrays of a segment that hold one row a slice, in the order in which a chunk of rows is written."""
 
 
 @dataclass(frozen=True)
-class StorePlan:
-    """All that is known of a store before its first row is computed.
+class Generation:
+    """All rows that were made the same way. ``identity`` is a flat mapping of JSON values."""
 
-    ``sop_uids`` has one entry per row; ``series_uids`` and ``series_lengths`` cut the rows into series.
-    """
-
-    sop_uids: tuple[str, ...]
-    series_uids: tuple[str, ...]
-    series_lengths: tuple[int, ...]
+    identity: dict[str, Any]
     embedding_dim: int
     classes: tuple[str, ...]
-    chunk_rows: int
-    fingerprint: dict[str, Any]
+    chunk_rows: int  # of segments that are still to be made
 
     @property
-    def n_rows(self) -> int:
-        """Number of slices."""
-        return len(self.sop_uids)
+    def name(self) -> str:
+        """Name of the generation's group."""
+        return name_of(self.identity)
+
+    def width(self, array: str) -> int:
+        """Return the number of columns of a row array."""
+        return self.embedding_dim if array == "embedding" else len(self.classes)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment as its name and the sources of its rows (n, 32) say."""
+
+    name: str
+    source: Codes
+    chunk_rows: int
 
     @property
     def n_chunks(self) -> int:
         """Number of row chunks; each is one Dask task."""
-        return -(-self.n_rows // self.chunk_rows)
+        return -(-len(self.source) // self.chunk_rows)
 
     def rows_of_chunk(self, chunk: int) -> slice:
         """Return the rows of chunk number ``chunk``; the last one may be shorter."""
-        return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.n_rows))
+        return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.source)))
 
 
-def create(path: Path, plan: StorePlan) -> None:
-    """Create the arrays of an empty, incomplete store; UIDs and offsets are written at once."""
-    group = zarr.open_group(str(path), mode="w", zarr_format=3)
-    _create_rows(group, "embedding", plan, plan.embedding_dim, "float16", "float16")
-    _create_rows(group, "logit", plan, len(plan.classes), "float32", "float32")
-    _create_small(group, "sop_uid", encode_uids(plan.sop_uids), ("slice", "character"))
-    _create_small(group, "series_uid", encode_uids(plan.series_uids), ("series", "character"))
-    offsets = np.concatenate([[0], np.cumsum(plan.series_lengths)]).astype(np.int64)
-    _create_small(group, "series_offset", offsets, ("series_boundary",))
-    group.attrs.update({
-        "format": "ichpipe-embeddings",
-        "format_version": FORMAT_VERSION,
-        "classes": list(plan.classes),
-        "fingerprint": plan.fingerprint,
-        "complete": False,
-    })  # fmt: skip
+def segment_name(source: Codes, chunk_rows: int) -> str:
+    """Name a segment by what its rows are made from, so that the name also proves the content of ``source``."""
+    return SEGMENT + name_of_bytes(source.tobytes(), str(chunk_rows).encode())
 
 
-def open_group(path: Path, mode: str = "r") -> zarr.Group:
+def chunk_name(generation: str, segment: str, array: str, chunk: int) -> str:
+    """Return the file of one row chunk, relative to the store."""
+    return f"{generation}/{segment}/{array}/c/{chunk}/0"
+
+
+def chunk_bytes(array: zarr.Array[Any]) -> int:
+    """Return the size of a whole chunk file: zarr pads the last chunk, so that all have one size."""
+    return int(np.prod(array.chunks)) * array.dtype.itemsize + CRC_BYTES
+
+
+def is_plain(array: zarr.Array[Any]) -> bool:
+    """Say whether a chunk file is raw little-endian values and a CRC-32C, so that it can be mapped."""
+    codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    return codecs == ["bytes", "crc32c"] and array.dtype.newbyteorder("<") == array.dtype
+
+
+# Opening
+
+_DAMAGED: Final = (ValueError, KeyError, TypeError, UnicodeError, AttributeError, NotImplementedError)
+"""What zarr raises at metadata that is not what it should be."""
+
+
+def open_root(place: Place, *, write: bool = False) -> zarr.Group:
     """Open a store of this format; anything else is an error that says what was found."""
-    if not path.is_dir():
-        raise StoreError(f"embedding store {path} does not exist; run: ichpipe extract")
+    if not place.exists():
+        raise StoreError(f"embedding store {place} does not exist; run: ichpipe extract")
     try:
-        group = zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise StoreError(f"{path} is no Zarr v3 group; remove it and run: ichpipe extract") from error
-    if group.attrs.get("format") != "ichpipe-embeddings":
-        raise StoreError(f"{path} is a Zarr group, but not an ichpipe embedding store")
+        store = place.zarr_store(read_only=not write)
+        group = zarr.open_group(store, mode="r+" if write else "r", zarr_format=3)
+    except (FileNotFoundError, NotADirectoryError, *_DAMAGED) as error:
+        raise StoreError(f"{place} is no Zarr v3 group; remove it and run: ichpipe extract") from error
+    if group.attrs.get("format") != FORMAT:
+        raise StoreError(f"{place} is a Zarr group, but not an ichpipe embedding store")
     version = group.attrs.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise StoreError(f"{path} has format {version}; this program reads up to {FORMAT_VERSION}: update ichpipe")
+        raise StoreError(f"{place} has format {version}; this program reads up to {FORMAT_VERSION}: update ichpipe")
+    if version < FORMAT_VERSION:
+        raise StoreError(f"{place} has format {version}, which was never released; remove it and run: ichpipe extract")
     return group
+
+
+def generations(place: Place, root: zarr.Group) -> dict[str, zarr.Group]:
+    """Return the generations of a store by name, sorted."""
+    return {name: subgroup(root, name) for name in _named(place, "", "")}
+
+
+def parts(place: Place, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
+    """Return the segments, manifests or companions of a generation by name, sorted.
+
+    A folder without metadata is what a killed creation left (zarr would warn of it); it is not among them.
+    """
+    found = {}
+    for name in _named(place, group.path, prefix):
+        with contextlib.suppress(StoreError):
+            found[name] = subgroup(group, name)
+    return found
+
+
+def _named(place: Place, folder: str, prefix: str) -> list[str]:
+    """List the folders with metadata right below one."""
+    depth = len(folder.split("/")) if folder else 0
+    split = (file.split("/") for file in place.files(folder))
+    found = {name[depth] for name in split if len(name) == depth + 2 and name[-1] == "zarr.json"}
+    return sorted(name for name in found if name.startswith(prefix))
 
 
 def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """Return one array of the group; a missing one is an error."""
-    found = group.get(name)
+    try:
+        found = group.get(name)
+    except _DAMAGED as error:
+        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
     if not isinstance(found, zarr.Array):
-        raise StoreError(f"{group.store_path}: array {name!r} is missing; remove the store and run: ichpipe extract")
+        raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify")
     return found
 
 
-def chunk_files(path: Path, chunk: int) -> tuple[Path, Path]:
-    """Return the files that hold row chunk ``chunk``, in the order in which they are written."""
-    return path / "logit" / "c" / str(chunk) / "0", path / "embedding" / "c" / str(chunk) / "0"
+def subgroup(group: zarr.Group, name: str) -> zarr.Group:
+    """Return one group of the group; a missing one is an error."""
+    try:
+        found = group.get(name)
+    except _DAMAGED as error:
+        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
+    if not isinstance(found, zarr.Group):
+        raise StoreError(f"{group.store_path}: {name} is missing; run: ichpipe extract")
+    return found
 
 
-def encode_uids(uids: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Encode UIDs as NUL-padded ASCII, shape (n, 64): Zarr v3 has no settled fixed-length string."""
-    for uid in uids:
-        if not uid.isascii() or not 0 < len(uid) <= UID_BYTES:
-            raise StoreError(f"UID {uid[:80]!r} is not 1 to {UID_BYTES} ASCII characters")
-    packed = np.array(uids, dtype=f"S{UID_BYTES}")
-    return packed.view(np.uint8).reshape(len(uids), UID_BYTES)
+def identity_of(group: zarr.Group) -> dict[str, Any]:
+    """Return what made a generation; empty where its creation was interrupted."""
+    found = group.attrs.get("identity")
+    return dict(found) if isinstance(found, dict) else {}
 
 
-def decode_uids(codes: np.ndarray[Any, np.dtype[np.uint8]]) -> list[str]:
-    """Undo `encode_uids`."""
-    packed = np.ascontiguousarray(codes).view(f"S{UID_BYTES}").reshape(-1)
-    return [value.decode("ascii") for value in packed.tolist()]
+def read(group: zarr.Group, name: str) -> Any:
+    """Read a small array whole; damage is an error that names it."""
+    found = array(group, name)
+    try:
+        return np.asarray(found[:])
+    except _DAMAGED as error:  # zarr's CRC-32C codec, or a chunk that is too short
+        raise StoreError(f"{group.store_path}: array {name} is damaged; run: ichpipe cache verify") from error
 
 
-def _create_rows(group: zarr.Group, name: str, plan: StorePlan, width: int, dtype: str, unit: str) -> None:
-    group.create_array(
-        name,
-        shape=(plan.n_rows, width),
-        chunks=(plan.chunk_rows, width),
+# Creating: every name says what is inside, so that a second creation of the same thing changes nothing.
+
+
+def create_root(place: Place) -> zarr.Group:
+    """Open the store for writing; create an empty one where nothing is."""
+    if place.exists() and place.files():
+        return open_root(place, write=True)
+    root = zarr.open_group(place.zarr_store(read_only=False), mode="a", zarr_format=3)
+    root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION})
+    return root
+
+
+def create_generation(root: zarr.Group, generation: Generation) -> zarr.Group:
+    """Open or create the group of a generation."""
+    group = root.require_group(generation.name)
+    if group.attrs.get("identity") != generation.identity:
+        group.attrs.update({
+            "identity": generation.identity,
+            "classes": list(generation.classes),
+            "embedding_dim": generation.embedding_dim,
+        })  # fmt: skip
+    return group
+
+
+def create_segment(group: zarr.Group, generation: Generation, source: Codes, known: dict[str, Any]) -> Segment:
+    """Create the arrays of rows still to be computed, named by their sources.
+
+    ``known`` holds arrays with one row a slice that are known beforehand (the parameters of a view).
+    """
+    name = segment_name(source, generation.chunk_rows)
+    segment = group.require_group(name)
+    for kind in ROW_ARRAYS:
+        create_rows(segment, kind, len(source), generation.width(kind), generation.chunk_rows)
+    for kind, values in known.items():
+        create_small(segment, kind, values, ("slice", "parameter"))
+    create_small(segment, "source", source, ("slice", "byte"))  # the last one: with it, the segment counts
+    return Segment(name, source, generation.chunk_rows)
+
+
+_ROWS: Final = {
+    "embedding": ("float16", "feature", "features of a slice, rounded to float16"),
+    "logit": ("float32", "class", "the slice CNN's outputs before the sigmoid, one a class"),
+}
+
+
+def create_rows(group: zarr.Group, kind: str, n_rows: int, width: int, chunk_rows: int) -> zarr.Array[Any]:
+    """Create an array with one row a slice, cut into chunks of whole rows; NaN until a chunk is written."""
+    dtype, columns, meaning = _ROWS[kind]
+    return _create(
+        group,
+        kind,
+        shape=(n_rows, width),
+        chunks=(chunk_rows, width),
         dtype=dtype,
         fill_value=np.nan,
-        serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
-        dimension_names=("slice", "feature" if name == "embedding" else "class"),
-        attributes={"unit": "1", "stored_as": unit},
+        dimension_names=("slice", columns),
+        attributes={"unit": "1", "meaning": meaning},
         config={"write_empty_chunks": True},
     )
 
 
-def _create_small(group: zarr.Group, name: str, data: np.ndarray[Any, Any], dimensions: tuple[str, ...]) -> None:
-    group.create_array(
-        name,
-        data=data,
-        serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
-        chunks=data.shape,
-        dimension_names=dimensions,
-    )
+def manifest_name(rows: Rows, segments: list[str], where: NDArray[np.int64]) -> str:
+    """Name a manifest by all that it says: a damaged one does not answer to its name."""
+    parts = (rows.sop_uid, rows.source, rows.series_uid, rows.study_uid, rows.offset, where)
+    text = "\n".join(segments).encode()
+    return MANIFEST + name_of_bytes(text, *(np.ascontiguousarray(part).tobytes() for part in parts))
+
+
+def create_manifest(group: zarr.Group, name: str, rows: Rows, segments: list[str], where: NDArray[np.int64]) -> None:
+    """Write the slices of a generation and where each row lies: ``where`` (n, 2) is segment number and row."""
+    manifest = group.require_group(name)
+    create_small(manifest, "sop_uid", rows.sop_uid, ("slice", "character"))
+    create_small(manifest, "source", rows.source, ("slice", "byte"))
+    create_small(manifest, "series_uid", rows.series_uid, ("series", "character"))
+    create_small(manifest, "study_uid", rows.study_uid, ("series", "character"))
+    create_small(manifest, "series_offset", rows.offset, ("series_boundary",))
+    create_small(manifest, "location", where, ("slice", "segment_and_row"))
+    manifest.attrs["segments"] = segments
+
+
+def create_small(group: zarr.Group, name: str, data: Any, dimensions: tuple[str, ...]) -> None:
+    """Write an array in one chunk, with its checksum."""
+    _create(group, name, data=np.ascontiguousarray(data), chunks=data.shape, dimension_names=dimensions)
+
+
+def _create(group: zarr.Group, name: str, **settings: Any) -> zarr.Array[Any]:
+    """Create an array; one that is there was created with the same content, or its creator was killed."""
+    codecs: dict[str, Any] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
+    overwrite = "data" in settings  # a killed creator may have left it without its chunk
+    try:
+        return group.create_array(name, **codecs, **settings, overwrite=overwrite)
+    except (ContainsArrayError, ContainsGroupError):
+        return array(group, name)

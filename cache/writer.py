@@ -1,171 +1,172 @@
-"""Writing a store with Dask: one task per whole Zarr chunk, and a chunk that is there is done.
+"""Filling a generation with Dask: only rows that are not there yet, one task per whole Zarr chunk.
 
-Chunks and tasks coincide because tasks that share a chunk lose rows silently. The worker that computed
-a chunk writes it; nothing but the file names of slices travels. The store grows in a building folder and
-is renamed when every chunk is there, so a store under its final name is always whole.
+Chunks and tasks coincide because tasks that share a chunk lose rows silently. The worker that computed a chunk
+writes it; nothing but the inputs of its rows travels. Chunk files are written once, under their final name, by
+renaming; the manifest that makes rows visible is written last. So a reader sees the former rows or all new ones.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import WorkerPlugin, as_completed, get_worker
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import differences
+from ichpipe.cache.manifest import read_manifest, write_manifest
+from ichpipe.cache.place import PARTIAL, Place
+from ichpipe.cache.survey import ABSENT, Survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from contextlib import AbstractContextManager
 
     import zarr
-    from distributed import Client, Worker
+    from distributed import Client
     from numpy.typing import NDArray
 
-    Compute = Callable[[Sequence[str]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+    from ichpipe.cache.rows import Codes, Rows
 
-PLUGIN = "ichpipe-compute"
+    Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+    Known = Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]]
+
 TASKS_PER_WORKER = 2
 """Enough to keep a worker busy, few enough that memory stays flat."""
 
 
-class ComputePlugin(WorkerPlugin):
-    """Builds the compute function once per worker: the model is not sent with every task."""
+@dataclass(frozen=True)
+class Work:
+    """How rows are computed.
 
-    name = PLUGIN
-
-    def __init__(self, make_compute: Callable[[int], Compute]) -> None:
-        self.make_compute = make_compute
-        self.compute: Compute | None = None
-
-    def setup(self, worker: Worker) -> None:
-        """Build the function; the worker's number lets it choose its device."""
-        number = worker.name if isinstance(worker.name, int) else 0
-        self.compute = self.make_compute(number)
-
-
-def disagreement(path: Path, fingerprint: dict[str, Any]) -> list[str]:
-    """Name what keeps the store at ``path`` from being the one asked for; empty: it is the one."""
-    try:
-        group = layout.open_group(path)
-    except StoreError as error:
-        return [str(error)]
-    found = group.attrs.get("fingerprint")
-    problems = differences(found if isinstance(found, dict) else {}, fingerprint)
-    absent = [chunk for chunk in range(_count_chunks(group)) if not _is_done(path, chunk)]
-    if absent:
-        problems.append(f"{len(absent)} chunks are missing, the first is number {absent[0]}")
-    return problems if group.attrs.get("complete") is True else [*problems, "it is not complete"]
-
-
-def _count_chunks(group: zarr.Group) -> int:
-    rows = layout.array(group, "embedding")
-    return -(-int(rows.shape[0]) // int(rows.chunks[0]))
-
-
-def write_store(
-    path: Path,
-    building: Path,
-    plan: layout.StorePlan,
-    row_inputs: Sequence[str],
-    make_compute: Callable[[int], Compute],
-    client: Client,
-) -> Iterator[int]:
-    """Compute and write every chunk not there yet; yield the number of rows after each one.
-
-    ``row_inputs`` has one string per row, handed to the compute function, which returns embeddings
-    (n, embedding_dim) and logits (n, classes). After the last chunk the store is renamed to ``path``.
+    ``inputs`` has one picklable value a row, handed in lists to the function that ``make_compute`` builds once per
+    worker (called with the worker's number). It returns embeddings (n, D) and logits (n, C), float32.
+    ``connect`` opens a Dask client; it is called only where there is something to compute. ``known`` gives arrays
+    with one row for each of the row numbers asked for, to be stored beside them.
     """
-    todo = _prepare_building(building, plan)
-    done_rows = plan.n_rows - sum(_rows(plan, chunk) for chunk in todo)
-    if done_rows:
-        yield done_rows
-    client.register_plugin(ComputePlugin(make_compute))
-    waiting = iter(todo)
+
+    inputs: Sequence[Any]
+    make_compute: Callable[[int], Compute]
+    connect: Callable[[], AbstractContextManager[Client]]
+    known: Known | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    segment: str
+    rows: slice  # of the segment
+    wanted: NDArray[np.intp]  # the same rows by number in `Rows`
+
+
+def update(
+    place: Place,
+    generation: layout.Generation,
+    rows: Rows,
+    work: Work,
+    *,
+    keep_vanished: bool = False,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[int]:
+    """Make ``rows`` the content of the generation; yield how many rows are there, after each chunk.
+
+    Rows whose file digest is in the generation are not computed again, wherever the file lies now. Series that are
+    no longer among ``rows`` leave the manifest (``keep_vanished``: stay in it); `prune` frees their bytes.
+    Another extraction of the same store is waited for. Raises StoreError; what was computed by then stays.
+    """
+    if len(work.inputs) != len(rows):
+        raise StoreError(f"{len(work.inputs)} inputs for {len(rows)} rows")
+    with place.lock(on_wait):
+        group = layout.create_generation(layout.create_root(place), generation)
+        _sweep(place, group.path)
+        found = survey(place, group)
+        where = found.locate(rows.source)
+        absent = np.flatnonzero(where[:, 0] == ABSENT)
+        yield len(rows) - len(absent)
+        if len(absent):
+            tasks = _plan(group, generation, found, rows.source, absent, work)
+            with work.connect() as client:
+                yield from _run(client, str(place), group.path, tasks, work)
+        _publish(place, group, rows, keep_vanished=keep_vanished)
+
+
+def _sweep(place: Place, generation: str) -> None:
+    """Remove what a killed writer left under zarr's temporary names."""
+    for name in place.files(generation):
+        if name.endswith(PARTIAL):
+            place.remove(name)
+
+
+def _plan(
+    group: zarr.Group, generation: layout.Generation, found: Survey, source: Codes, absent: NDArray[np.intp], work: Work
+) -> list[_Task]:
+    """Finish segments that an interrupted run began, then put the other rows into a new segment."""
+    number_of = {source[row].tobytes(): int(row) for row in absent}  # one number per content
+    tasks = []
+    for segment, present in zip(found.segments, found.present, strict=True):
+        for chunk in np.flatnonzero(~present).tolist():
+            rows = segment.rows_of_chunk(chunk)
+            wanted = [number_of.get(digest.tobytes(), ABSENT) for digest in segment.source[rows]]
+            if ABSENT not in wanted:
+                tasks.append(_Task(segment.name, rows, np.array(wanted, dtype=np.intp)))
+                for digest in segment.source[rows]:
+                    del number_of[digest.tobytes()]
+    rest = np.array(list(number_of.values()), dtype=np.intp)
+    if len(rest):
+        known = work.known(rest) if work.known else {}
+        segment = layout.create_segment(group, generation, source[rest], known)
+        for chunk in range(segment.n_chunks):
+            rows = segment.rows_of_chunk(chunk)
+            tasks.append(_Task(segment.name, rows, rest[rows]))
+    return tasks
+
+
+def _run(client: Client, address: str, generation: str, tasks: list[_Task], work: Work) -> Iterator[int]:
+    # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
+    from distributed import as_completed  # noqa: PLC0415
+
+    from ichpipe.cache.compute import ComputePlugin, compute_chunk  # noqa: PLC0415
+
+    client.register_plugin(ComputePlugin(work.make_compute))
+    waiting = iter(tasks)
     limit = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
 
-    def submit(chunk: int) -> Any:
-        inputs = list(row_inputs[plan.rows_of_chunk(chunk)])
-        return client.submit(_compute_chunk, str(building), plan, chunk, inputs, pure=False)
+    def submit(task: _Task) -> Any:
+        inputs = [work.inputs[row] for row in task.wanted]
+        place = f"{generation}/{task.segment}"
+        return client.submit(compute_chunk, address, place, task.rows, inputs, pure=False)
 
-    running = as_completed([submit(chunk) for _, chunk in zip(range(limit), waiting, strict=False)])  # type: ignore[no-untyped-call]
+    running = as_completed([submit(task) for _, task in zip(range(limit), waiting, strict=False)])  # type: ignore[no-untyped-call]
     for future in running:
         yield future.result()
         following = next(waiting, None)
         if following is not None:
             running.add(submit(following))  # type: ignore[no-untyped-call]
-    _publish(building, path)
 
 
-def _rows(plan: layout.StorePlan, chunk: int) -> int:
-    rows = plan.rows_of_chunk(chunk)
-    return int(rows.stop - rows.start)
+def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
+    found = survey(place, group)
+    where = found.locate(rows.source)
+    absent = where[:, 0] == ABSENT
+    if absent.any():
+        raise StoreError(f"{place}: {int(absent.sum())} of {len(rows)} rows are not there; run: ichpipe extract")
+    if keep_vanished:
+        rows, where = _with_vanished(place, group, found, rows, where)
+    write_manifest(place, group, rows, [segment.name for segment in found.segments], where)
 
 
-def _prepare_building(building: Path, plan: layout.StorePlan) -> list[int]:
-    """Return the chunks still to do; a building folder made for something else is started anew."""
-    if not _resumable(building, plan):
-        shutil.rmtree(building, ignore_errors=True)
-        building.parent.mkdir(parents=True, exist_ok=True)
-        layout.create(building, plan)
-    for orphan in building.rglob("*.partial"):  # zarr leaves these where a writer was killed
-        orphan.unlink()
-    return [chunk for chunk in range(plan.n_chunks) if not _is_done(building, chunk)]
-
-
-def _resumable(building: Path, plan: layout.StorePlan) -> bool:
-    try:
-        group = layout.open_group(building)
-        return group.attrs["fingerprint"] == plan.fingerprint and (
-            layout.array(group, "embedding").chunks == (plan.chunk_rows, plan.embedding_dim)
-        )
-    except (StoreError, KeyError):
-        return False
-
-
-def _is_done(building: Path, chunk: int) -> bool:
-    return all(file.exists() for file in layout.chunk_files(building, chunk))
-
-
-def _compute_chunk(building: str, plan: layout.StorePlan, chunk: int, inputs: list[str]) -> int:
-    """Run on a worker: compute one chunk and write it. Returns the number of its rows."""
-    from pathlib import Path  # noqa: PLC0415 - typing only above; a worker unpickles this function
-
-    plugin: Any = get_worker().plugins[PLUGIN]
-    embedding, logit = plugin.compute(inputs)
-    rows = plan.rows_of_chunk(chunk)
-    _check(embedding, (len(inputs), plan.embedding_dim), inputs)
-    _check(logit, (len(inputs), len(plan.classes)), inputs)
-    group = layout.open_group(Path(building), mode="r+")
-    layout.array(group, "logit")[rows] = logit.astype(np.float32)
-    layout.array(group, "embedding")[rows] = embedding.astype(layout.EMBEDDING_DTYPE)
-    return len(inputs)
-
-
-def _check(values: NDArray[np.float32], shape: tuple[int, int], inputs: list[str]) -> None:
-    if values.shape != shape:
-        raise StoreError(f"the model returned shape {values.shape}, the store wants {shape}")
-    bad = ~(np.abs(values) <= layout.EMBEDDING_LIMIT).all(axis=1)  # NaN compares false
-    if bad.any():
-        first = inputs[int(np.argmax(bad))]
-        raise StoreError(
-            f"{int(bad.sum())} slices have features that are not finite in float16, the first is {first}; "
-            "the weights have diverged: train the slice CNN again with a lower learning rate"
-        )
-
-
-def _publish(building: Path, path: Path) -> None:
-    group = layout.open_group(building, mode="r+")
-    group.attrs["complete"] = True
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        building.rename(path)
-        shutil.rmtree(old)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building.rename(path)
+def _with_vanished(
+    place: Place, group: zarr.Group, found: Survey, rows: Rows, where: NDArray[np.int64]
+) -> tuple[Rows, NDArray[np.int64]]:
+    former = None
+    with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
+        former = read_manifest(place, group).rows
+    if former is None:
+        return rows, where
+    now = set(map(bytes, rows.series_uid))
+    vanished = np.array([n for n, uid in enumerate(map(bytes, former.series_uid)) if uid not in now], dtype=np.intp)
+    kept = former.select(vanished)
+    place_of_kept = found.locate(kept.source)
+    if (place_of_kept[:, 0] == ABSENT).any():
+        raise StoreError(f"{place}: rows of vanished series are damaged; run: ichpipe cache verify")
+    return rows.join(kept), np.concatenate([where, place_of_kept])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 RECORD_FILE = "record.json"
 HISTORY_FILE = "history.json"
+FOLDS_FILE = "folds.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Artifacts:
     def slice_cnn(self) -> Path:
         """Folder of the slice CNN."""
         return self.root / "slice-cnn"
+
+    @property
+    def fold_cnns(self) -> Path:
+        """Folder of the slice CNNs that each left out one fold of the train patients, and of folds.json.
+
+        Always there, as DVC wants of an output; nothing in it depends on wall time, as `extract` wants of an input.
+        """
+        return self.slice_cnn / "folds"
+
+    def fold_cnn(self, fold: int) -> Path:
+        """Folder of the slice CNN that never saw fold number ``fold``."""
+        return self.fold_cnns / f"fold-{fold}"
 
     @property
     def embeddings(self) -> Path:

@@ -87,7 +87,7 @@ class SliceHeader:
     sop_uid: str  # (0008,0018)
     path: str  # as found, with forward slashes
     transfer_syntax: str  # (0002,0010)
-    file_digest: str  # BLAKE2b-128 of the file's bytes, 32 hexadecimal digits
+    file_digest: str  # SHA-256 of the file's bytes, 64 hexadecimal digits
     rows: int  # (0028,0010)
     columns: int  # (0028,0011)
     modality: str  # (0008,0060), always CT
@@ -148,7 +148,7 @@ def read_header(path: Path) -> SliceHeader:
             sop_uid=_required_text(dataset, "SOPInstanceUID"),
             path=path.as_posix(),
             transfer_syntax=facts.transfer_syntax,
-            file_digest=hashlib.blake2b(data, digest_size=16).hexdigest(),
+            file_digest=hashlib.sha256(data).hexdigest(),
             rows=facts.rows,
             columns=facts.columns,
             modality=_text(dataset, "Modality"),

@@ -7,52 +7,87 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
-from ichpipe.cache.layout import StorePlan
-from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.device import autocast
-from ichpipe.errors import WeightsError
+from ichpipe import augment
+from ichpipe.device import autocast, derive_seed, generator
 from ichpipe.feeding import load_readable, load_slices
-from ichpipe.files import digest_of_file
-from ichpipe.models.weights import load_slice_cnn, read_header
-from ichpipe.windows import PREPROCESSING_VERSION
+from ichpipe.models.weights import load_slice_cnn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
-    import pandas as pd
     from numpy.typing import NDArray
 
+    from ichpipe.caches import View
     from ichpipe.models.end_to_end import EndToEnd
-    from ichpipe.models.slice_cnn import SliceCnn, SliceCnnSpec
+    from ichpipe.models.slice_cnn import SliceCnn
+
+
+@dataclass(frozen=True)
+class SliceInput:
+    """What a worker needs to know of one slice."""
+
+    path: str
+    series_uid: str
+    file_digest: str
+
+    def __str__(self) -> str:
+        """Name the file, for messages."""
+        return self.path
 
 
 class SliceEmbedder:
-    """Maps DICOM files to embeddings (n, D) and logits (n, 6), float32."""
+    """Maps slices to embeddings (n, D) and logits (n, 6), float32; under a view, after its augmentation."""
 
-    def __init__(self, cnn: SliceCnn, device: torch.device, batch_size: int) -> None:
+    def __init__(self, cnn: SliceCnn, device: torch.device, batch_size: int, view: View | None = None) -> None:
         self.cnn = cnn.to(device).eval()
-        self.device = device
-        self.batch_size = batch_size
+        self.device, self.batch_size, self.view = device, batch_size, view
 
     @torch.inference_mode()
-    def __call__(self, paths: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def __call__(self, slices: Sequence[SliceInput]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read and embed; a file that can't be read raises UnreadableDicomError with its name."""
-        outputs = [
-            self._batch(paths[start : start + self.batch_size]) for start in range(0, len(paths), self.batch_size)
-        ]
+        size = self.batch_size
+        outputs = [self._batch(slices[start : start + size]) for start in range(0, len(slices), size)]
         embedding = torch.cat([output[0] for output in outputs])
         logits = torch.cat([output[1] for output in outputs])
         return embedding.numpy(), logits.numpy()
 
-    def _batch(self, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        hu = load_slices(paths, self.cnn.spec.size_px).to(self.device)
+    def _batch(self, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
+        hu = load_slices([one.path for one in slices], self.cnn.spec.size_px).to(self.device)
+        if self.view is not None:
+            hu = augment.apply(hu, view_draw(self.view, slices))
         with autocast(self.device, "auto"):
             embedding, logits = self.cnn(hu)
         return embedding.float().cpu(), logits.float().cpu()
+
+
+def view_draw(view: View, slices: Sequence[SliceInput]) -> augment.AugmentDraw:
+    """Draw what a view does to slices: one change a series, noise of its own for every file."""
+    uids = [one.series_uid for one in slices]
+    of_series = {
+        uid: augment.draw(view.augment, 1, generator(view.seed, "view", view.number, uid))
+        for uid in dict.fromkeys(uids)
+    }
+    seeds = [derive_seed(view.seed, "view-noise", view.number, one.file_digest) for one in slices]
+    draws = [of_series[uid] for uid in uids]
+    return augment.AugmentDraw(
+        torch.cat([draw.affine for draw in draws]),
+        torch.cat([draw.offset_hu for draw in draws]),
+        torch.cat([draw.noise_hu for draw in draws]),
+        torch.tensor(seeds, dtype=torch.int64),
+    )
+
+
+def view_parameters(view: View, slices: Sequence[SliceInput]) -> dict[str, NDArray[Any]]:
+    """Return a view's draws as arrays to be stored beside its rows.
+
+    ``augmentation`` (n, 8), float32: the affine map of `AugmentDraw` row by row, HU offset, noise (HU, standard
+    deviation); ``noise_seed`` (n, 1), int64.
+    """
+    draw = view_draw(view, slices)
+    columns = [draw.affine.flatten(1), draw.offset_hu.view(-1, 1), draw.noise_hu.view(-1, 1)]
+    return {"augmentation": torch.cat(columns, 1).numpy(), "noise_seed": draw.noise_seed.view(-1, 1).numpy()}
 
 
 @dataclass(frozen=True)
@@ -62,48 +97,12 @@ class MakeEmbedder:
     model_dir: Path
     devices: tuple[str, ...]
     batch_size: int
+    view: View | None = None
 
-    def __call__(self, worker_number: int) -> Callable[[Sequence[str]], tuple[Any, Any]]:
+    def __call__(self, worker_number: int) -> Callable[[Sequence[SliceInput]], tuple[Any, Any]]:
         """Load the model on the device that falls to this worker."""
         device = torch.device(self.devices[worker_number % len(self.devices)])
-        return SliceEmbedder(load_slice_cnn(self.model_dir), device, self.batch_size)
-
-
-def fingerprint(index: pd.DataFrame, model_dir: Path, spec: SliceCnnSpec) -> dict[str, Any]:
-    """Name all that decides the content of a store; readers and `extract` compare it field by field."""
-    rows = zip(index["series_uid"], index["sop_uid"], index["file_digest"], strict=True)
-    return {
-        "format_version": FORMAT_VERSION,
-        "preprocessing_version": PREPROCESSING_VERSION,
-        "weights": digest_of_file(model_dir / MODEL_FILE),
-        "backbone": spec.backbone,
-        "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
-        "size_px": spec.size_px,
-        "n_slices": len(index),
-        "rows": digest_rows(rows),
-    }
-
-
-def open_store(path: Path, model_dir: Path, index: pd.DataFrame) -> EmbeddingStore:
-    """Open the store and refuse it where it is not that of this slice CNN and index."""
-    header = read_header(model_dir, "run: ichpipe fit-slices")
-    if header.slice_cnn is None:
-        raise WeightsError(f"{model_dir} holds a {header.kind} model; run: ichpipe fit-slices")
-    return EmbeddingStore(path, fingerprint(index, model_dir, header.slice_cnn))
-
-
-def plan_store(index: pd.DataFrame, cnn: SliceCnn, made_by: dict[str, Any], chunk_rows: int) -> StorePlan:
-    """Lay out the rows of a store: those of the index, in its order."""
-    lengths = index.groupby("series_uid", sort=False).size()
-    return StorePlan(
-        sop_uids=tuple(index["sop_uid"]),
-        series_uids=tuple(str(uid) for uid in lengths.index),
-        series_lengths=tuple(int(length) for length in lengths),
-        embedding_dim=cnn.embedding_dim,
-        classes=cnn.spec.classes,
-        chunk_rows=chunk_rows,
-        fingerprint=made_by,
-    )
+        return SliceEmbedder(load_slice_cnn(self.model_dir), device, self.batch_size, self.view)
 
 
 @torch.inference_mode()

@@ -98,14 +98,30 @@ class SliceParams(Section):
     max_grad_norm: PositiveFloat = 5.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     augment: AugmentParams = AugmentParams()
+    folds: Count = 0  # further CNNs, each fitted without one fold of the train patients; 0 or prepare.folds
+    seed: Count = 0
+
+
+class ViewParams(Section):
+    """Augmented views of the train slices, cached beside the plain one."""
+
+    count: Count = 0
+    augment: AugmentParams = AugmentParams()
     seed: Count = 0
 
 
 class ExtractParams(Section):
     """The embedding store."""
 
-    chunk_rows: Annotated[int, Field(ge=1)] = 2048  # slices per Zarr chunk = per Dask task
+    chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
     batch_size: Positive = 64  # slices per forward pass
+    views: ViewParams = ViewParams()
+    pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)
+    keep_vanished: bool = False  # series that left the index stay readable
+    store: str | None = None  # an fsspec address (s3://…); null: embeddings.zarr below the artifacts
+
+
+Input = Literal["embedding", "logits", "pca"]
 
 
 class SequenceParams(Section):
@@ -116,7 +132,12 @@ class SequenceParams(Section):
     layers: Positive = 2
     bidirectional: bool = True
     dropout: Fraction = 0.0  # between layers and before the head
-    inputs: Annotated[tuple[Literal["embedding", "logits"], ...], Field(min_length=1, strict=False)] = ("embedding",)
+    inputs: Annotated[tuple[Literal["embedding", "logits", "pca"], ...], Field(min_length=1, strict=False)] = (
+        "embedding",
+    )
+    views: Count = 0  # of extract.views, each drawn as often as the plain one
+    out_of_fold: bool = True  # train on embeddings by the CNNs of fit-slices.folds, where there are any
+    shuffle_series: Positive | None = None  # shuffle within about so many series at a time; null: all
     epochs: Positive = 30
     batch_series: Positive = 8
     learning_rate: PositiveFloat = 1e-3
@@ -167,6 +188,13 @@ class Params(Section):
     def _finetune_names_an_arm(self) -> Params:
         if self.finetune.arm not in self.sequence:
             raise ValueError(f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}")
+        return self
+
+    @model_validator(mode="after")
+    def _folds_agree(self) -> Params:
+        wanted, there = self.fit_slices.folds, self.prepare.folds
+        if wanted not in (0, there):
+            raise ValueError(f"fit-slices.folds is {wanted}, but prepare.folds is {there}; write 0 (none) or {there}")
         return self
 
 
@@ -238,7 +266,7 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
 
 
 def _known_keys(model: type[BaseModel]) -> list[str]:
-    sections = (PhantomParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ExtractParams)
+    sections = (PhantomParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ViewParams, ExtractParams)
     rest = (SequenceParams, FinetuneParams, EvaluateParams)
     names = [field.alias or name for name, field in model.model_fields.items()]
     return names + [name for section in sections + rest for name in section.model_fields]

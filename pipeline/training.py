@@ -87,6 +87,7 @@ class Trainer:
     epochs: int
     checkpoint: Path
     key: str
+    scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of where training stands
 
     def run(
         self,
@@ -143,6 +144,7 @@ class Trainer:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
+                    "scaler": self.scaler.state_dict() if self.scaler else {},
                 },
                 temporary,
             )
@@ -154,6 +156,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.scaler and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**line) for line in state["history"]]
         log.info("going on after epoch %d", history[-1].epoch)
         return history, state["best"]

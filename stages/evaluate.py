@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichpipe.artifacts import HISTORY_FILE, MODEL_FILE
+from ichpipe.caches import made_by, open_features
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series, open_store, to_probabilities
+from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.figures import ladder, learning_curves, roc, study_sheet
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ichpipe.artifacts import Artifacts
-    from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.params import Params
+    from ichpipe.series import LabelledSeries
 
 
 def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
@@ -48,13 +49,13 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     device = choose_device(gpu)
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
-    store = open_store(artifacts.embeddings, artifacts.slice_cnn, index)
-    _require_one_run(params, artifacts, digest_of(store.fingerprint))
-    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(store, held_out))}
+    features = open_features(params, artifacts, index)
+    _require_one_run(params, artifacts, index)
+    series = read_series(features, held_out)
+    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(series, len(held_out)))}
     for arm in params.sequence:
-        tables[sequence_name(arm)] = make_table(
-            held_out, _sequence_probabilities(artifacts, arm, store, held_out, device)
-        )
+        model = load_sequence(artifacts.sequence(arm)).to(device)
+        tables[sequence_name(arm)] = make_table(held_out, predict_rows(model, series, len(held_out), device))
     tables[FINETUNED] = make_table(held_out, _finetuned_probabilities(artifacts, held_out, device))
     metrics = score_all(tables, params.evaluate, params.finetune.arm)
     write_json(artifacts.metrics, metrics)
@@ -88,30 +89,23 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
     _write_png(folder / "roc.png", roc({name: found["roc"] for name, found in points.items()}))
 
 
-def _require_one_run(params: Params, artifacts: Artifacts, embeddings: str) -> None:
+def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
     """Refuse models of another split, or of another network's embeddings: their scores would look like any other."""
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
-    for arm in params.sequence:
-        made_from = {"index": index, "embeddings": embeddings}
+    for arm, section in params.sequence.items():
+        made_from = {"index": index, "embeddings": digest_of(made_by(params, artifacts, slices, section))}
         require_made_from(artifacts.sequence(arm), made_from, f"ichpipe fit-sequence --arm {arm}")
     parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
     digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
     require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
 
 
-def _slice_probabilities(store: EmbeddingStore, index: pd.DataFrame) -> NDArray[np.float64]:
-    result = np.full((len(index), len(CLASSES)), np.nan)
-    for series in read_series(store, index, ("logits",)):
-        result[series.rows] = to_probabilities(series.features)
+def _slice_probabilities(series: list[LabelledSeries], n_rows: int) -> NDArray[np.float64]:
+    result = np.full((n_rows, len(CLASSES)), np.nan)
+    for one in series:
+        result[one.rows] = to_probabilities(one.sources[0].tensors(("logits",))["logits"])
     return result
-
-
-def _sequence_probabilities(
-    artifacts: Artifacts, arm: str, store: EmbeddingStore, index: pd.DataFrame, device: torch.device
-) -> NDArray[np.float64]:
-    model = load_sequence(artifacts.sequence(arm)).to(device)
-    return predict_rows(model, read_series(store, index, model.spec.inputs), len(index), device)
 
 
 def _finetuned_probabilities(artifacts: Artifacts, index: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:

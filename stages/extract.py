@@ -1,21 +1,39 @@
-"""Write the embedding of every slice of the index to the store."""
+"""Write the embedding of every slice of the index to the store; compute only what is not there."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
-from ichpipe.cache.writer import disagreement, write_store
-from ichpipe.cluster import connect
+from ichpipe.cache import companion
+from ichpipe.cache.layout import Generation
+from ichpipe.cache.place import Place
+from ichpipe.cache.reader import EmbeddingStore
+from ichpipe.cache.writer import Work, update
+from ichpipe.caches import store_address, wanted_caches
 from ichpipe.device import choose_devices
-from ichpipe.embedding import MakeEmbedder, fingerprint, plan_store
+from ichpipe.embedding import MakeEmbedder, SliceInput, view_parameters
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.progress import Counter
 from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import numpy as np
+    import pandas as pd
+    from distributed import Client
+    from numpy.typing import NDArray
+
     from ichpipe.artifacts import Artifacts
+    from ichpipe.caches import Cache, View
     from ichpipe.params import Params
+
+    Connect = Callable[[], AbstractContextManager[Client]]
 
 log = logging.getLogger("ichpipe")
 
@@ -23,24 +41,91 @@ log = logging.getLogger("ichpipe")
 def run(
     params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 1, scheduler: str | None = None
 ) -> None:
-    """Compute what is not in the store yet; a store that is whole and current is left alone."""
-    devices = choose_devices(gpu)
+    """Fill every generation that the parameters ask for; slices whose file and network are known cost nothing."""
+    devices = tuple(str(device) for device in choose_devices(gpu))
     index = read_index(artifacts.index)
-    cnn = load_slice_cnn(artifacts.slice_cnn)
-    made_by = fingerprint(index, artifacts.slice_cnn, cnn.spec)
-    problems = disagreement(artifacts.embeddings, made_by)
-    if not problems:
-        log.info("%s is whole and current: %d slices", artifacts.embeddings, len(index))
-        return
-    if artifacts.embeddings.exists():
-        log.info("%s is made anew:\n  %s", artifacts.embeddings, "\n  ".join(problems))
-    plan = plan_store(index, cnn, made_by, params.extract.chunk_rows)
-    maker = MakeEmbedder(
-        artifacts.slice_cnn.resolve(), tuple(str(device) for device in devices), params.extract.batch_size
-    )
-    building = artifacts.resume("embeddings.zarr")
-    counter = Counter("extract", plan.n_rows, "slice")
-    with connect(max(workers, len(devices)), scheduler) as client:
-        for rows in write_store(artifacts.embeddings, building, plan, index["path"].tolist(), maker, client):
-            counter.add(rows)
+    place = Place(store_address(params, artifacts))
+    with contextlib.ExitStack() as stack:
+        connect = _once(stack, max(workers, len(devices)), scheduler)
+        caches = wanted_caches(params, artifacts, index)
+        for cache in caches:
+            _fill(params, place, cache, devices, connect)
+    if params.extract.pca is not None:
+        _add_components(params, place, caches, index)
+
+
+def _fill(params: Params, place: Place, cache: Cache, devices: tuple[str, ...], connect: Connect) -> None:
+    section = params.extract
+    slices = Slices(cache.index)
+    cnn = load_slice_cnn(cache.model_dir)
+    generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
+    maker = MakeEmbedder(cache.model_dir.resolve(), devices, section.batch_size, cache.view)
+    known = functools.partial(_parameters, cache.view, slices) if cache.view else None
+    work = Work(slices, maker, connect, known)
+    steps = update(place, generation, cache.rows(), work, keep_vanished=section.keep_vanished, on_wait=_say_waiting)
+    there = next(steps)
+    if there == len(slices):
+        log.info("%s: all %d slices are there", cache.describe(), there)
+    else:
+        log.info("%s: %d of %d slices to compute", cache.describe(), len(slices) - there, len(slices))
+    counter = Counter("extract", len(slices) - there, "slice")
+    for rows in steps:
+        counter.add(rows)
     counter.close()
+
+
+class Slices(Sequence[SliceInput]):
+    """The rows of an index as inputs, each made when it is asked for: mostly, none is."""
+
+    def __init__(self, index: pd.DataFrame) -> None:
+        self._columns = [index[name].tolist() for name in ("path", "series_uid", "file_digest")]
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, row: int) -> SliceInput: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[SliceInput]: ...
+
+    def __getitem__(self, row: int | slice) -> SliceInput | list[SliceInput]:
+        """Return one input, or several."""
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        return SliceInput(*(column[row] for column in self._columns))
+
+
+def _add_components(params: Params, place: Place, caches: list[Cache], index: pd.DataFrame) -> None:
+    """Fit on the plain train slices alone; the same map for every generation, so that they stay comparable."""
+    assert params.extract.pca is not None  # noqa: S101 - the caller asked
+    stores = [EmbeddingStore(place, cache.identity(), cache.rows()) for cache in caches]
+    train = index.loc[index["split"] == "train", "series_uid"].unique().tolist()
+    found = companion.fit(stores[0], train, params.extract.pca)
+    log.info("%d principal components explain %.1f %%", params.extract.pca, 100 * found.explained_variance_ratio.sum())
+    for store in stores:
+        companion.write(place, store, found, params.extract.chunk_rows)
+
+
+def _parameters(view: View, slices: Slices, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
+    return view_parameters(view, [slices[row] for row in rows])
+
+
+def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:
+    """Return what opens the Dask client at its first call, and lends the same one afterwards."""
+    clients: list[Client] = []
+
+    @contextlib.contextmanager
+    def lend() -> Iterator[Client]:
+        from ichpipe.cluster import connect
+
+        if not clients:
+            clients.append(stack.enter_context(connect(workers, scheduler)))
+        yield clients[0]
+
+    return lend
+
+
+def _say_waiting() -> None:
+    log.info("another process writes this store; waiting for it to finish")

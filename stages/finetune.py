@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ichpipe import augment
+from ichpipe.caches import made_by
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
-from ichpipe.embedding import classify_series, fingerprint
+from ichpipe.embedding import classify_series
 from ichpipe.errors import TrainingError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of, digest_of_file
@@ -50,7 +51,7 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
     section = params.finetune
     index = read_index(artifacts.index)
     cnn, sequence = load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))
-    embeddings = digest_of(fingerprint(index, artifacts.slice_cnn, cnn.spec))
+    embeddings = digest_of(made_by(params, artifacts, index, params.sequence[section.arm]))
     command = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
     split = {"index": digest_of_file(artifacts.index)}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
@@ -113,7 +114,9 @@ class EndToEndFitting:
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
         section = self.section
-        return Trainer(self.model, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key)
+        return Trainer(
+            self.model, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key, self.scaler
+        )
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training series; return the mean loss per series."""

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ichpipe.caches import open_features
 from ichpipe.device import choose_device, derive_seed, generator
-from ichpipe.embedding import open_store
 from ichpipe.errors import ParamsError, TrainingError
 from ichpipe.files import digest_of, digest_of_file
+from ichpipe.lineage import require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.sequence import SequenceModel, SequenceSpec
 from ichpipe.models.weights import save_model
 from ichpipe.record import Stopwatch, write_history, write_record
-from ichpipe.series import batches, read_series
+from ichpipe.series import batches, hold_on, read_series
 from ichpipe.studies import read_index
 from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.artifacts import Artifacts
-    from ichpipe.cache.reader import EmbeddingStore
+    from ichpipe.caches import Features
     from ichpipe.params import Params, SequenceParams
     from ichpipe.series import LabelledSeries
 
@@ -35,14 +36,15 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     device = choose_device(gpu)
     section = choose_arm(params, arm)
     index = read_index(artifacts.index)
-    store = open_store(artifacts.embeddings, artifacts.slice_cnn, index)
-    train, val = series_of(store, index, "train", section.inputs), series_of(store, index, "val", section.inputs)
+    split = {"index": digest_of_file(artifacts.index)}
+    require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
+    features = open_features(params, artifacts, index, section)
+    train, val = series_of(features, index, "train"), series_of(features, index, "val")
     torch.manual_seed(derive_seed(section.seed, "weights"))
-    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
-    spec = SequenceSpec(embedding_dim=store.embedding_dim, **{name: getattr(section, name) for name in names})
-    model = SequenceModel(spec).to(device)
-    fitting = SequenceFitting(model, section, device, train, val)
-    made_from = {"index": digest_of_file(artifacts.index), "embeddings": digest_of(store.fingerprint)}
+    model = _build(section, features).to(device)
+    held = (hold_on(device, series, section.inputs) for series in (train, val))
+    fitting = SequenceFitting(model, section, device, *held)
+    made_from = {**split, "embeddings": digest_of(features.made_by)}
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     trainer = fitting.trainer(artifacts.resume(f"fit-sequence.{arm}.pt"), key)
@@ -63,6 +65,18 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     trainer.finish()
 
 
+def _build(section: SequenceParams, features: Features) -> SequenceModel:
+    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
+    chosen = {name: getattr(section, name) for name in names}
+    plain = features.plain
+    components = plain.principal_components if "pca" in section.inputs else None
+    pca = len(components.components) if components else 0
+    model = SequenceModel(SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, **chosen))
+    if components:
+        model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
+    return model
+
+
 def choose_arm(params: Params, arm: str) -> SequenceParams:
     """Return the section of an arm; an unknown one is an error that lists the arms."""
     section = params.sequence.get(arm)
@@ -71,9 +85,9 @@ def choose_arm(params: Params, arm: str) -> SequenceParams:
     return section
 
 
-def series_of(store: EmbeddingStore, index: pd.DataFrame, split: str, inputs: tuple[str, ...]) -> list[LabelledSeries]:
+def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
     """Return the series of one split that have a known label."""
-    found = read_series(store, index[index["split"] == split], inputs)
+    found = read_series(features, index[index["split"] == split])
     known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
     if not known:
         raise TrainingError(
@@ -109,7 +123,9 @@ class SequenceFitting:
         self.model.train()
         losses = []
         order = generator(self.section.seed, "order", epoch)
-        for features, labels, lengths in batches(self.train, self.section.batch_series, order):
+        section = self.section
+        found = batches(self.train, section.inputs, section.batch_series, order, section.shuffle_series)
+        for features, labels, lengths in found:
             logits = self.model(features.to(self.device), lengths)
             loss = weighted_bce(logits.flatten(0, 1), labels.to(self.device).flatten(0, 1))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -122,7 +138,7 @@ class SequenceFitting:
         """Return the weighted log loss on the validation slices."""
         self.model.eval()
         total, count = 0.0, 0
-        for features, labels, lengths in batches(self.val, 32, None):
+        for features, labels, lengths in batches(self.val, self.section.inputs, 32, None):
             flat = labels.to(self.device).flatten(0, 1)
             total += float(weighted_bce_sum(self.model(features.to(self.device), lengths).flatten(0, 1), flat))
             count += int((~flat.isnan().any(dim=1)).sum())

@@ -1,18 +1,25 @@
-"""Stage one: train the slice CNN on single slices."""
+"""Stage one: train the slice CNN on single slices, and one CNN more per fold that never sees this fold's patients."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import logging
+import operator
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ichpipe import augment
+from ichpipe.artifacts import FOLDS_FILE
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
 from ichpipe.errors import TrainingError
 from ichpipe.feeding import SliceDataset, batches_of, slice_loader
-from ichpipe.files import digest_of, digest_of_file
+from ichpipe.files import digest_of, digest_of_file, write_json
+from ichpipe.folds import fold_numbers, made_from_without, part_rows
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained, save_model
@@ -22,51 +29,84 @@ from ichpipe.studies import read_index
 from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pandas as pd
 
     from ichpipe.artifacts import Artifacts
     from ichpipe.params import Params, SliceParams
+    from ichpipe.training import Epoch
+
+log = logging.getLogger("ichpipe")
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The labelled slices of both splits; decoded once for all networks where they fit into memory."""
+
+    train: SliceDataset
+    val: SliceDataset
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network to train, and where it goes. Rows are positions in ``Slices.train``."""
+
+    rows: Sequence[int]  # it is trained on these
+    left_out: Sequence[int]  # and never sees these
+    seed: int  # of order, augmentation and dropout; all networks start from the same weights
+    made_from: dict[str, str]
+    folder: Path
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained network, before it is written."""
+
+    task: Task
+    cnn: SliceCnn
+    history: list[Epoch]
+    facts: dict[str, Any]  # counts, epoch and losses, for the record
+    seconds: float
+
+    def save(self) -> None:
+        """Write model and learning curve."""
+        save_model(self.task.folder, self.cnn, self.task.made_from)
+        write_history(self.task.folder, self.history)
 
 
 def run(params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0) -> None:
-    """Train on the index's train split, keep what is best on its validation split, write the model."""
-    watch = Stopwatch()
+    """Train on the index's train split, keep what is best on its validation split, write the model.
+
+    With ``fit-slices.folds`` also one network per fold without that fold's patients (see `folds`). Checkpoints stay
+    until all is written: a stage that was interrupted trains no finished network again, even if DVC removed its files.
+    """
     device = choose_device(gpu)
-    section = params.fit_slices
     index = read_index(artifacts.index)
     train, val = labelled(index, "train"), labelled(index, "val")
-    torch.manual_seed(derive_seed(section.seed, "weights"))
-    cnn = build(params).to(device)
-    fitting = SliceFitting(cnn, section, device, workers, train, val)
-    made_from = {"index": digest_of_file(artifacts.index)}
-    key = digest_of({"params": _identity(params), "made_from": made_from, "device": device.type})
-    trainer = fitting.trainer(artifacts.resume("fit-slices.pt"), key)
-    history = trainer.run(fitting.train_epoch, fitting.validate)
-    save_model(artifacts.slice_cnn, cnn, made_from)
-    write_history(artifacts.slice_cnn, history)
-    best = min(history, key=lambda line: line.val_loss)
-    facts = {
-        "n_train_slices": len(train),
-        "n_val_slices": len(val),
-        "best_epoch": best.epoch,
-        "val_loss": best.val_loss,
-    }
-    write_record(
-        artifacts.slice_cnn,
-        stage="fit-slices",
-        params=_identity(params),
-        device=device,
-        seconds=watch.seconds(),
-        facts=facts,
-    )
-    trainer.finish()
+    plain, *folds = _tasks(params, artifacts, train)
+    size = params.prepare.size_px
+    fit = functools.partial(_fit, params, Slices(_dataset(train, size), _dataset(val, size)), device, workers)
+    whole = fit(plain)
+    if artifacts.fold_cnns.exists():  # networks of two runs never stand together
+        shutil.rmtree(artifacts.fold_cnns)
+    whole.save()
+    parts = [_fit_and_save(fit, task) for task in folds]
+    write_json(artifacts.fold_cnns / FOLDS_FILE, [fitted.facts for fitted in parts])
+    _record(params, device, whole, parts)
+    for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # those of folds no longer wanted, too
+        checkpoint.unlink()
 
 
 def build(params: Params) -> SliceCnn:
-    """Build the network that the parameters describe, with its pretrained weights where they name some."""
+    """Build the network that the parameters describe, with its pretrained weights where they name some.
+
+    All networks of one run start from the same weights, so that their embeddings stay comparable.
+    """
     section = params.fit_slices
+    torch.manual_seed(derive_seed(section.seed, "weights"))
     cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout))
     if section.pretrained is not None:
         load_pretrained(cnn.backbone, section.backbone, section.pretrained)
@@ -84,6 +124,63 @@ def labelled(index: pd.DataFrame, split: str) -> pd.DataFrame:
     return chosen.reset_index(drop=True)
 
 
+def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Task]:
+    """Return the network of all labelled train slices, then one per fold.
+
+    Raises TrainingError where a fold can't be left out, before anything is trained.
+    """
+    seed, index = params.fit_slices.seed, digest_of_file(artifacts.index)
+    every = range(len(train))
+    tasks = [Task(every, (), seed, {"index": index}, artifacts.slice_cnn, artifacts.resume("fit-slices.pt"))]
+    for fold in fold_numbers(params):
+        made_from = made_from_without(index, fold, params.fit_slices.folds)
+        checkpoint = artifacts.resume(f"fit-slices.fold-{fold}.pt")
+        own_seed = derive_seed(seed, "fold", fold)
+        tasks.append(Task(*part_rows(train, fold), own_seed, made_from, artifacts.fold_cnn(fold), checkpoint))
+    return tasks
+
+
+def _fit(params: Params, slices: Slices, device: torch.device, workers: int, task: Task) -> Fitted:
+    """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
+    watch = Stopwatch()
+    cnn = build(params).to(device)
+    fitting = SliceFitting(cnn, params.fit_slices, device, workers, slices, task)
+    key = digest_of({"params": _identity(params), "made_from": task.made_from, "device": device.type})
+    history = fitting.trainer(task.checkpoint, key).run(fitting.train_epoch, fitting.validate)
+    best = min(history, key=lambda line: line.val_loss)
+    facts: dict[str, Any] = {
+        "n_train_slices": len(task.rows),
+        "n_val_slices": len(slices.val),
+        "best_epoch": best.epoch,
+        "val_loss": best.val_loss,
+    }
+    if task.left_out:
+        facts["excluded_fold"] = int(task.made_from["excluded_fold"])
+        facts["n_out_of_fold_slices"] = len(task.left_out)
+        facts["out_of_fold_loss"] = fitting.loss_on(slices.train, task.left_out)
+    return Fitted(task, cnn.cpu(), history, facts, watch.seconds())
+
+
+def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
+    log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
+    fitted = fit(task)
+    fitted.save()
+    return fitted
+
+
+def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
+    """Write the record of the stage: wall time is that of the plain network, losses out of fold are pooled by slice."""
+    facts = dict(whole.facts)
+    if parts:
+        counts = [fitted.facts["n_out_of_fold_slices"] for fitted in parts]
+        losses = [fitted.facts["out_of_fold_loss"] for fitted in parts]
+        facts["n_folds"], facts["n_out_of_fold_slices"] = len(parts), sum(counts)
+        facts["out_of_fold_loss"] = sum(map(operator.mul, counts, losses)) / sum(counts)
+        facts["folds_wall_seconds"] = [fitted.seconds for fitted in parts]
+    folder, identity = whole.task.folder, _identity(params)
+    write_record(folder, stage="fit-slices", params=identity, device=device, seconds=whole.seconds, facts=facts)
+
+
 class SliceFitting:
     """One epoch of training and one pass of validation over single slices."""
 
@@ -93,42 +190,48 @@ class SliceFitting:
         section: SliceParams,
         device: torch.device,
         workers: int,
-        train: pd.DataFrame,
-        val: pd.DataFrame,
+        slices: Slices,
+        task: Task,
     ) -> None:
         self.cnn, self.section, self.device, self.workers = cnn, section, device, workers
-        self.train, self.val = _dataset(train, cnn.spec.size_px), _dataset(val, cnn.spec.size_px)
+        self.slices, self.rows, self.seed = slices, task.rows, task.seed
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
         self.optimizer = make_optimizer([(cnn, section.learning_rate)], section.weight_decay)
-        per_epoch = len(batches_of(range(len(self.train)), section.batch_size))
+        per_epoch = len(batches_of(self.rows, section.batch_size))
         self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
-        section = self.section
-        return Trainer(self.cnn, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key)
+        return Trainer(
+            self.cnn, self.optimizer, self.schedule, self.seed, self.section.epochs, checkpoint, key, self.scaler
+        )
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training slices in a new order; return the mean loss."""
         self.cnn.train()
-        order = torch.randperm(len(self.train), generator=generator(self.section.seed, "order", epoch)).tolist()
-        loader = slice_loader(self.train, self.section.batch_size, order, self.workers)
+        drawn_order = torch.randperm(len(self.rows), generator=generator(self.seed, "order", epoch))
+        order = [self.rows[number] for number in drawn_order.tolist()]
+        loader = slice_loader(self.slices.train, self.section.batch_size, order, self.workers)
         total = 0.0
         for number, (hu, labels, _) in enumerate(track(loader, f"epoch {epoch}")):
-            drawn = augment.draw(self.section.augment, len(hu), generator(self.section.seed, "augment", epoch, number))
+            drawn = augment.draw(self.section.augment, len(hu), generator(self.seed, "augment", epoch, number))
             total += self._step(augment.apply(hu.to(self.device), drawn), labels) * len(hu)
-        return total / len(self.train)
+        return total / len(self.rows)
+
+    def validate(self) -> float:
+        """Return the weighted log loss on the validation slices."""
+        return self.loss_on(self.slices.val, range(len(self.slices.val)))
 
     @torch.inference_mode()
-    def validate(self) -> float:
-        """Return the weighted log loss on the validation slices, in the precision of `extract` and `predict`."""
+    def loss_on(self, dataset: SliceDataset, rows: Sequence[int]) -> float:
+        """Return the weighted log loss on rows of a data set, in the precision of `extract` and `predict`."""
         self.cnn.eval()
         total = 0.0
-        for hu, labels, _ in slice_loader(self.val, 64, range(len(self.val)), self.workers):
+        for hu, labels, _ in slice_loader(dataset, 64, rows, self.workers):
             with autocast(self.device, "auto"):
                 _, logits = self.cnn(hu.to(self.device))
             total += float(weighted_bce_sum(logits.float(), labels.to(self.device)))
-        return total / len(self.val)
+        return total / len(rows)
 
     def _step(self, hu: torch.Tensor, labels: torch.Tensor) -> float:
         with autocast(self.device, self.section.precision):
@@ -144,9 +247,9 @@ def _dataset(index: pd.DataFrame, size_px: int) -> SliceDataset:
 
 
 def _identity(params: Params) -> dict[str, object]:
-    """Return the parameters that decide the result."""
+    """Return the parameters that decide one network's weights; the number of folds is not among them."""
     return {
         "size_px": params.prepare.size_px,
         "windows": [window.model_dump() for window in params.windows],
-        "fit-slices": params.fit_slices.model_dump(mode="json"),
+        "fit-slices": params.fit_slices.model_dump(mode="json", exclude={"folds"}),
     }

@@ -1,15 +1,18 @@
-"""What every test shares: few threads, skips by machine, and a writer of small DICOM files."""
+"""What tests share: few threads, skips by machine, a writer of small DICOM files, and one run of the whole recipe."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from ichpipe.quiet import quiet_pydicom
+from ichpipe.stages.cli import cli, main
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 AXIAL = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
@@ -114,3 +117,92 @@ def write_series(write_ct):
         return [one(number, z) for number, z in enumerate(positions, 1)]
 
     return write
+
+
+TINY = """
+phantom: {studies: 16, size_px: 48, seed: 3}
+prepare: {dicom_dir: DATA/dicom, labels: DATA/stage_2_train.csv, size_px: 48, val_fraction: 0.2, test_fraction: 0.3,
+  folds: 2}
+fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
+extract: {chunk_rows: 100, batch_size: 50}
+sequence:
+  paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
+  gru-logits: {cell: gru, hidden: 8, layers: 1, epochs: 2, inputs: [embedding, logits]}
+finetune: {arm: paper, epochs: 1, chunk_slices: 9}
+evaluate: {bootstrap_samples: 50}
+"""
+
+
+class Run:
+    """One folder of parameters and artifacts."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.params = folder / "params.yaml"
+        self.artifacts = folder / "artifacts"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.point_to(data)
+
+    def point_to(self, data):
+        self.params.write_text(TINY.replace("DATA", str(data)))
+
+    def fresh(self, folder, data=None):
+        """Another run without artifacts, of the same data unless told."""
+        return Run(folder, data or self.data)
+
+    def arguments(self, *rest):
+        return ["--params", str(self.params), "--artifacts", str(self.artifacts), *map(str, rest)]
+
+    def __call__(self, *rest):
+        return CliRunner().invoke(cli, self.arguments(*rest), catch_exceptions=False)
+
+    def steps(self, *names):
+        for name in names:
+            result = self(name)
+            assert result.exit_code == 0, result.output
+        return self
+
+    def whole(self):
+        return self.steps(*STEPS)
+
+    def copy(self, folder):
+        other = Run(folder, self.data)
+        shutil.copytree(self.artifacts, other.artifacts)
+        return other
+
+    def error(self, capsys, *rest):
+        """Run through the outermost door; return the one message of a failure."""
+        with pytest.raises(SystemExit) as stop:
+            main(self.arguments(*rest))
+        assert stop.value.code == 1
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    def metrics(self):
+        return (self.artifacts / "metrics" / "evaluate.json").read_bytes()
+
+
+STEPS = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = folder / "phantom"
+    made = Run(folder / "one", data)
+    assert made("phantom", "--out", data).exit_code == 0
+    return made.whole()
+
+
+@pytest.fixture
+def branch(run, tmp_path):
+    """A copy of the finished run, for a test that changes it."""
+    return run.copy(tmp_path / "branch")
+
+
+@pytest.fixture(scope="session")
+def index(run):
+    from ichpipe.studies import read_index
+
+    return read_index(run.artifacts / "index" / "slices.parquet")

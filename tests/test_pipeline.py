@@ -11,91 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from click.testing import CliRunner
 
 from ichpipe.classes import CLASSES
-from ichpipe.embedding import SliceEmbedder, open_store
-from ichpipe.models.weights import load_slice_cnn
-from ichpipe.stages.cli import cli, main
 from ichpipe.studies import read_index
-
-TINY = """
-phantom: {studies: 16, size_px: 48, seed: 3}
-prepare: {dicom_dir: DATA/dicom, labels: DATA/stage_2_train.csv, size_px: 48, val_fraction: 0.2, test_fraction: 0.3,
-  folds: 2}
-fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
-extract: {chunk_rows: 100, batch_size: 50}
-sequence:
-  paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
-  gru-logits: {cell: gru, hidden: 8, layers: 1, epochs: 2, inputs: [embedding, logits]}
-finetune: {arm: paper, epochs: 1, chunk_slices: 9}
-evaluate: {bootstrap_samples: 50}
-"""
-
-
-class Run:
-    """One folder of parameters and artifacts."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.data = folder, data
-        self.params = folder / "params.yaml"
-        self.artifacts = folder / "artifacts"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.params.write_text(TINY.replace("DATA", str(data)))
-
-    def arguments(self, *rest):
-        return ["--params", str(self.params), "--artifacts", str(self.artifacts), *map(str, rest)]
-
-    def __call__(self, *rest):
-        return CliRunner().invoke(cli, self.arguments(*rest), catch_exceptions=False)
-
-    def steps(self, *names):
-        for name in names:
-            result = self(name)
-            assert result.exit_code == 0, result.output
-        return self
-
-    def copy(self, folder):
-        other = Run(folder, self.data)
-        shutil.copytree(self.artifacts, other.artifacts)
-        return other
-
-    def metrics(self):
-        return (self.artifacts / "metrics" / "evaluate.json").read_bytes()
-
-
-STEPS = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate")
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    data = folder / "phantom"
-    made = Run(folder / "one", data)
-    assert made("phantom", "--out", data).exit_code == 0
-    return made.steps(*STEPS)
-
-
-@pytest.fixture
-def branch(run, tmp_path):
-    """A copy of the finished run, for a test that changes it."""
-    return run.copy(tmp_path / "branch")
-
-
-@pytest.fixture(scope="session")
-def index(run):
-    return read_index(run.artifacts / "index" / "slices.parquet")
-
-
-def error_of(run, capsys, *rest):
-    """Run through the outermost door; return the one message of a failure."""
-    with pytest.raises(SystemExit) as stop:
-        main(run.arguments(*rest))
-    assert stop.value.code == 1
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 def test_the_contract_s_files_are_there(run):
@@ -134,7 +52,7 @@ def test_every_model_is_scored_on_the_same_patients_and_none_of_them_is_trained_
 
 
 def test_a_second_run_gives_byte_identical_metrics(run, tmp_path):
-    again = Run(tmp_path / "two", run.data).steps(*STEPS)
+    again = run.fresh(tmp_path / "two").whole()
     assert again.metrics() == run.metrics()
 
 
@@ -145,51 +63,11 @@ def test_a_store_made_again_gives_byte_identical_metrics(branch):
     assert branch.metrics() == before
 
 
-def test_two_worker_processes_write_the_same_store(branch, run):
-    shutil.rmtree(branch.artifacts / "embeddings.zarr")
-    assert branch("extract", "--workers", 2).exit_code == 0
-    files = {
-        p.relative_to(run.artifacts): p.read_bytes()
-        for p in (run.artifacts / "embeddings.zarr").rglob("*")
-        if p.is_file()
-    }
-    assert len(files) > 8
-    for name, content in files.items():
-        assert (branch.artifacts / name).read_bytes() == content, name
-
-
-def test_a_current_store_is_left_alone(branch):
-    before = {p: p.stat().st_mtime_ns for p in (branch.artifacts / "embeddings.zarr").rglob("*")}
-    branch.steps("extract")
-    assert {p: p.stat().st_mtime_ns for p in (branch.artifacts / "embeddings.zarr").rglob("*")} == before
-
-
-def test_cached_embeddings_equal_those_made_on_the_fly(run, index):
-    folder = run.artifacts / "slice-cnn"
-    store = open_store(run.artifacts / "embeddings.zarr", folder, index)
-    embed = SliceEmbedder(load_slice_cnn(folder), torch.device("cpu"), 7)
-    uid, rows = next(iter(index.groupby("series_uid")))
-    cached = store.series(uid)
-    embedding, logits = embed(rows["path"].tolist())
-    assert list(cached.sop_uids) == rows["sop_uid"].tolist()
-    bound = 2.0**-11 * np.abs(embedding) + 2.0**-24 + 1e-4  # half a unit in the last place of float16, other batches
-    assert (np.abs(cached.embedding.astype(np.float64) - embedding) <= bound).all()
-    np.testing.assert_allclose(cached.logit, logits, atol=1e-4)
-
-
-def test_a_store_of_other_weights_is_refused_by_stage_two_and_replaced_by_extract(branch, capsys):
-    assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
-    message = error_of(branch, capsys, "fit-sequence")
-    assert "weights: store has" in message
-    assert "ichpipe extract" in message
-    branch.steps("extract", "fit-sequence")
-
-
 def test_models_of_another_split_are_not_scored(branch, capsys):
     """The patients held out now may be those that the models were trained on."""
     before = branch.metrics()
     assert branch("--set", "prepare.seed=5", "prepare").exit_code == 0
-    message = error_of(branch, capsys, "evaluate")
+    message = branch.error(capsys, "evaluate")
     assert "another index" in message
     assert "ichpipe fit-slices" in message
     assert branch.metrics() == before
@@ -202,23 +80,23 @@ def test_a_sequence_model_of_other_embeddings_is_neither_joined_nor_scored(branc
     assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
     branch.steps("extract")
     for command in ("finetune", "evaluate"):
-        message = error_of(branch, capsys, command)
+        message = branch.error(capsys, command)
         assert "another embedding store" in message
         assert "fit-sequence --arm paper" in message
     branch.steps("fit-sequence")
-    message = error_of(branch, capsys, "evaluate")
+    message = branch.error(capsys, "evaluate")
     assert "another slice CNN and another sequence model" in message
     branch.steps("finetune", "evaluate")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, workers):
-    other = Run(tmp_path / "cut", tmp_path / "data")
+    other = run.fresh(tmp_path / "cut", tmp_path / "data")
     shutil.copytree(run.data, other.data)
     other.steps("prepare")
     for path in other.data.rglob("*.dcm"):
         path.write_bytes(path.read_bytes()[:3000])
-    message = error_of(other, capsys, "fit-slices", "--workers", workers)
+    message = other.error(capsys, "fit-slices", "--workers", workers)
     assert message.count(".dcm") == 1
     assert "truncated" in message
 
@@ -226,13 +104,13 @@ def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, worke
 def test_a_torn_history_is_named(branch, capsys):
     history = branch.artifacts / "slice-cnn" / "history.json"
     history.write_text(history.read_text()[:40])
-    assert f"{history} is not whole JSON" in error_of(branch, capsys, "evaluate")
+    assert f"{history} is not whole JSON" in branch.error(capsys, "evaluate")
 
 
 def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):
     n_train = int((index["split"] == "train").sum())
     size = next(size for size in range(2, n_train) if n_train % size == 1)
-    other = Run(tmp_path / "small", run.data)
+    other = run.fresh(tmp_path / "small")
     small = ["--set", "prepare.size_px=32", "--set", f"fit-slices.batch_size={size}", "--set", "fit-slices.epochs=1"]
     for command in ("prepare", "fit-slices"):
         assert other(*small, command).exit_code == 0
@@ -240,7 +118,7 @@ def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):
 
 def test_an_output_that_can_not_be_made_is_one_message(run, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
-    message = error_of(run, capsys, "predict", run.data, "--out", tmp_path / "file" / "out")
+    message = run.error(capsys, "predict", run.data, "--out", tmp_path / "file" / "out")
     assert "Not a directory" in message
     assert str(tmp_path / "file") in message
 
@@ -250,7 +128,7 @@ def test_models_of_another_split_are_never_scored_or_trained_on(branch, capsys, 
     """Patients held out now may be among those that the old models were trained on."""
     other = ["--set", "prepare.seed=5"]
     assert branch(*other, "prepare").exit_code == 0
-    message = error_of(branch, capsys, *other, command)
+    message = branch.error(capsys, *other, command)
     assert "was trained on another index" in message
     assert "ichpipe fit-" in message
 
@@ -267,7 +145,7 @@ def test_models_of_another_split_are_never_scored_or_trained_on(branch, capsys, 
 )
 def test_what_is_missing_is_named_with_the_command_that_makes_it(branch, capsys, delete, command, remedy):
     shutil.rmtree(branch.artifacts / delete)
-    message = error_of(branch, capsys, command)
+    message = branch.error(capsys, command)
     assert delete in message
     assert remedy in message
 
@@ -287,7 +165,7 @@ def test_bad_input_gives_one_message(branch, capsys, monkeypatch, arguments, par
     monkeypatch.setattr("ichpipe.cluster.CONNECT_SECONDS", 1)
     if "extract" in arguments:
         shutil.rmtree(branch.artifacts / "embeddings.zarr")
-    assert part in error_of(branch, capsys, *arguments)
+    assert part in branch.error(capsys, *arguments)
 
 
 def test_wrong_usage_exits_with_2(run):
@@ -335,7 +213,7 @@ def test_predict_equals_evaluate_and_lists_what_it_left_out(run, folder_of_one_s
 def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.txt").write_text("no image")
-    assert "none of 1 files" in error_of(run, capsys, "predict", tmp_path / "scans", "--out", tmp_path / "out")
+    assert "none of 1 files" in run.error(capsys, "predict", tmp_path / "scans", "--out", tmp_path / "out")
 
 
 def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run, index, tmp_path):
@@ -347,7 +225,7 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
         "--set",
         "sequence.gru-logits.epochs=1",
     ]
-    other = Run(tmp_path / "cv", run.data)
+    other = run.fresh(tmp_path / "cv")
     assert other(*small, "cross-validate").exit_code == 0
     root = other.artifacts / "cv"
     table = pd.read_parquet(root / "predictions" / "finetuned.parquet")
@@ -367,7 +245,7 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     data = tmp_path / "less"
     shutil.copytree(run.data, data)
     (data / Path(less).relative_to(run.data)).unlink()
-    other.params.write_text(TINY.replace("DATA", str(data)))
+    other.point_to(data)
     assert other(*small, "cross-validate").exit_code == 0
     assert weights.stat().st_mtime_ns > before
     assert len(pd.read_parquet(root / "predictions" / "finetuned.parquet")) == len(index) - 1
@@ -375,7 +253,7 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
 
 def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
     slow = ["--set", "fit-slices.epochs=4"]
-    whole, killed = Run(tmp_path / "whole", run.data), Run(tmp_path / "killed", run.data)
+    whole, killed = run.fresh(tmp_path / "whole"), run.fresh(tmp_path / "killed")
     for each in (whole, killed):
         each.steps("prepare")
     assert whole(*slow, "fit-slices").exit_code == 0

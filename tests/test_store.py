@@ -1,128 +1,65 @@
-"""The store alone: rows come back as they were computed, damage is refused, and nothing is computed twice."""
+"""The store alone: rows come back as they were computed, and nothing is computed twice."""
 
-import re
-import subprocess
-import sys
+import contextlib
+import itertools
 import tempfile
 from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
+import store_kit as kit
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichpipe.cache import layout
+from ichpipe.cache.compute import write_chunk
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION
+from ichpipe.cache.place import Place
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cache.writer import disagreement, write_store
+from ichpipe.cache.rows import Rows
+from ichpipe.cache.writer import Work, update
 from ichpipe.cluster import connect
-
-DOC = Path(__file__).parents[1] / "docs" / "store-format.md"
-DIM, CLASSES = 5, ("any", "other")
-LENGTHS = (3, 1, 4, 2)  # ten rows: three chunks of four, the last one short
 
 
 @pytest.fixture(scope="module")
 def client():
-    this = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(this)  # worker processes can't import a test file
+    cloudpickle.register_pickle_by_value(kit)  # worker processes can't import the tests
     with connect(1, None) as found:
         yield found
-    cloudpickle.unregister_pickle_by_value(this)
-
-
-def make_plan(lengths=LENGTHS, chunk_rows=4, **fingerprint):
-    series = tuple(f"1.2.{number}" for number in range(len(lengths)))
-    sops = tuple(f"{uid}.{row}" for uid, length in zip(series, lengths, strict=True) for row in range(length))
-    made_by = {"weights": "aaa", "size_px": 32, "windows": [[40.0, 80.0]], **fingerprint}
-    return layout.StorePlan(sops, series, tuple(lengths), DIM, CLASSES, chunk_rows, made_by)
-
-
-def features(inputs):
-    """Features that depend on the input's text alone, over several orders of magnitude."""
-    rows = [np.random.default_rng(list(name.encode())).normal(size=DIM + len(CLASSES)) for name in inputs]
-    values = np.exp(3 * np.array(rows)).astype(np.float32)
-    return values[:, :DIM], values[:, DIM:]
-
-
-def maker(journal=None, compute=features):
-    """What `write_store` wants; every input that is computed is written into ``journal``.
-
-    A file, because Dask hands a copy of the function even to a worker in this process.
-    """
-
-    def make(_worker):
-        def run(inputs):
-            if journal is not None:
-                with journal.open("a") as handle:
-                    handle.writelines(f"{name}\n" for name in inputs)
-            return compute(inputs)
-
-        return run
-
-    return make
-
-
-def write(folder, plan, client, make=None):
-    path = folder / "embeddings.zarr"
-    yielded = list(write_store(path, folder / "building.zarr", plan, list(plan.sop_uids), make or maker(), client))
-    assert sum(yielded) == plan.n_rows
-    return path
-
-
-def computed(journal):
-    return sorted(journal.read_text().split()) if journal.exists() else []
-
-
-def interrupt(folder, plan, client, *, after):
-    """Leave a building folder as a killed run does: `after` chunks are whole, the rest is absent."""
-    path = write(folder, plan, client)
-    building = folder / "building.zarr"
-    path.rename(building)
-    set_attribute(building, complete=False)
-    for chunk in range(after, plan.n_chunks):
-        for file in layout.chunk_files(building, chunk):
-            file.unlink()
-    return building
-
-
-def set_attribute(path, **attributes):
-    zarr.open_group(str(path), mode="r+").attrs.update(attributes)
-
-
-def all_bytes(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def read_all(path):
-    store = EmbeddingStore(path)
-    return [store.series(uid) for uid in store.series_uids]
+    cloudpickle.unregister_pickle_by_value(kit)
 
 
 # What is written comes back
 
 
-@settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), chunk_rows=st.integers(1, 20))
-def test_round_trip_of_any_series_and_chunks(client, lengths, chunk_rows):
-    plan = make_plan(lengths, chunk_rows)
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    chunk_rows=st.integers(1, 20),
+    data=st.data(),
+)
+def test_round_trip_of_any_studies_in_any_order_and_partition(client, lengths, chunk_rows, data):
+    """Parts of the studies, in any order and any chunk sizes, then all of them: every row is right at every step."""
+    numbers = list(range(len(lengths)))
+    parts = data.draw(st.lists(st.lists(st.sampled_from(numbers), unique=True, min_size=1), max_size=3))
+    known = set()
     with tempfile.TemporaryDirectory() as folder:
-        store = EmbeddingStore(write(Path(folder), plan, client), plan.fingerprint)
-        assert (len(store), store.embedding_dim, store.classes) == (sum(lengths), DIM, CLASSES)
-        assert tuple(store.series_uids) == plan.series_uids
-        for uid, length in zip(plan.series_uids, lengths, strict=True):
-            one = store.series(uid)
-            assert one.sop_uids == tuple(f"{uid}.{row}" for row in range(length))
-            embedding, logit = features(one.sop_uids)
-            np.testing.assert_array_equal(one.logit, logit)
-            np.testing.assert_array_equal(one.embedding, embedding.astype(np.float16))
+        path = Path(folder) / "store"
+        for part in [*parts, data.draw(st.permutations(numbers))]:
+            slices = kit.Slices([lengths[number] for number in part], numbers=part)
+            made = kit.generation(chunk_rows if part is parts[-1:] else data.draw(st.integers(1, 20)))
+            there = kit.write(path, slices, client, made=made)
+            assert there == len(known & set(slices.sops))
+            known |= set(slices.sops)
+            kit.assert_holds(path, slices)
+            assert len(EmbeddingStore(path)) == len(slices.sops)
 
 
 def test_series_are_found_by_uid_in_any_order(tmp_path, client):
-    store = EmbeddingStore(write(tmp_path, make_plan(), client))
+    kit.write(tmp_path / "s", kit.Slices(), client)
+    store = EmbeddingStore(tmp_path / "s")
     for uid in reversed(store.series_uids):
         assert all(sop.startswith(f"{uid}.") for sop in store.series(uid).sop_uids)
     with pytest.raises(StoreError, match=r"9\.9 is not among the 4"):
@@ -130,232 +67,190 @@ def test_series_are_found_by_uid_in_any_order(tmp_path, client):
 
 
 def test_half_precision_bound_holds_in_a_store(tmp_path, client):
-    for one in read_all(write(tmp_path, make_plan(), client)):
-        wanted = features(one.sop_uids)[0]
-        np.testing.assert_allclose(one.embedding.astype(np.float64), wanted, rtol=2**-11, atol=2**-25)
+    slices = kit.Slices()
+    kit.write(tmp_path / "s", slices, client)
+    store = EmbeddingStore(tmp_path / "s")
+    for uid in store.series_uids:
+        wanted = slices.expected(uid)[0]
+        np.testing.assert_allclose(store.embedding(uid).astype(np.float64), wanted, rtol=2**-11, atol=2**-25)
 
 
-# Work is shared and resumed
+def test_rows_that_are_read_can_not_be_changed(tmp_path, client):
+    kit.write(tmp_path / "s", kit.Slices(), client)
+    with pytest.raises(ValueError, match="read-only"):
+        EmbeddingStore(tmp_path / "s").embedding("1.1")[0, 0] = 1
 
 
-def test_number_of_workers_and_of_chunks_changes_no_row(tmp_path, client):
-    plan = make_plan(chunk_rows=2)
-    alone = write(tmp_path / "alone", plan, client)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_features_that_half_precision_can_not_hold_are_refused(tmp_path, client, value):
+    def diverged(inputs):
+        embedding, logit = kit.features(inputs)
+        embedding[inputs.index("1.2.0")] = value if "1.2.0" in inputs else embedding[0]
+        return embedding, logit
+
+    slices = kit.Slices(numbers=[2, 1, 0, 3])  # 1.2.0 in the first chunk
+    with pytest.raises(StoreError, match=r"not finite in float16, the first is 1\.2\.0"):
+        kit.write(tmp_path / "s", slices, client, make=kit.maker(compute=diverged))
+    with pytest.raises(StoreError, match="not complete"):
+        EmbeddingStore(tmp_path / "s")
+
+
+# Work is shared, and only what is new is computed
+
+
+def test_number_of_workers_changes_no_byte(tmp_path, client):
+    slices = kit.Slices([3] * 8)
+    kit.write(tmp_path / "alone", slices, client)
     with connect(2, None) as several:
         assert len(several.scheduler_info()["workers"]) == 2
-        together = write(tmp_path / "together", plan, several)
-    assert all_bytes(alone) == all_bytes(together)
-    one_chunk = write(tmp_path / "one", make_plan(chunk_rows=100), client)
-    for left, right in zip(read_all(alone), read_all(one_chunk), strict=True):
-        assert left.embedding.tobytes() == right.embedding.tobytes()
-        assert left.logit.tobytes() == right.logit.tobytes()
+        kit.write(tmp_path / "together", slices, several)
+    assert kit.all_bytes(tmp_path / "alone") == kit.all_bytes(tmp_path / "together")
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_resume_computes_only_the_missing_rows(tmp_path, client, after):
-    plan, journal = make_plan(), tmp_path / "computed"
-    undisturbed = all_bytes(write(tmp_path / "whole", plan, client))
-    interrupt(tmp_path, plan, client, after=after)
-    path = write(tmp_path, plan, client, maker(journal))
-    assert computed(journal) == sorted(plan.sop_uids[4 * after :])
-    assert all_bytes(path) == undisturbed
+def test_nothing_new_computes_nothing_and_starts_no_cluster(tmp_path, client):
+    slices = kit.Slices()
+    kit.write(tmp_path / "s", slices, client)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")}
 
+    class Never:
+        def __enter__(self):
+            raise AssertionError("connected")
 
-def test_chunk_killed_between_its_two_files_is_computed_again(tmp_path, client):
-    plan, journal = make_plan(), tmp_path / "computed"
-    building = interrupt(tmp_path, plan, client, after=plan.n_chunks)
-    layout.chunk_files(building, 1)[1].unlink()
-    orphan = building / "embedding" / "c" / "1" / "0.abc.partial"
-    orphan.write_bytes(b"half a chunk")
-    path = write(tmp_path, plan, client, maker(journal))
-    assert computed(journal) == sorted(plan.sop_uids[4:8])
-    assert not list(path.rglob("*.partial"))
-
-
-def test_failure_in_the_middle_keeps_what_is_done(tmp_path, client):
-    plan = make_plan(chunk_rows=1)
-
-    def fails_at_last(inputs):
-        if plan.sop_uids[-1] in inputs:
-            raise OSError("disk is gone")
-        return features(inputs)
-
-    with pytest.raises(OSError, match="disk is gone"):
-        write(tmp_path, plan, client, maker(compute=fails_at_last))
-    assert not (tmp_path / "embeddings.zarr").exists()
-    journal = tmp_path / "computed"
-    write(tmp_path, plan, client, maker(journal))
-    assert computed(journal) == [plan.sop_uids[-1]]
+    assert kit.write(tmp_path / "s", slices, Never()) == 10
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    "changed", [make_plan(weights="bbb"), make_plan(chunk_rows=3)], ids=["fingerprint", "chunk_rows"]
+    ("later", "new"),
+    [
+        (kit.Slices((3, 1, 4, 2, 3)), ["1.4.0", "1.4.1", "1.4.2"]),
+        (kit.Slices(contents={"1.2.1": "edited"}), ["edited"]),
+        (kit.Slices((3, 1, 4), numbers=[0, 1, 2]), []),
+        (kit.Slices((2, 4, 3, 1), numbers=[3, 2, 0, 1]), []),
+        (kit.Slices((3, 1, 5, 2)), ["1.2.4"]),
+        (kit.Slices((3, 1, 2, 2)), []),
+    ],
+    ids=["study added", "file changed", "study vanished", "order changed", "slice added", "slices vanished"],
 )
-def test_building_folder_of_something_else_is_started_anew(tmp_path, client, changed):
-    interrupt(tmp_path, make_plan(), client, after=2)
+def test_only_rows_of_new_content_are_computed(tmp_path, client, later, new):
+    kit.write(tmp_path / "s", kit.Slices(), client)
     journal = tmp_path / "computed"
-    path = write(tmp_path, changed, client, maker(journal))
-    assert computed(journal) == sorted(changed.sop_uids)
-    assert EmbeddingStore(path).fingerprint == changed.fingerprint
+    kit.write(tmp_path / "s", later, client, make=kit.maker(journal))
+    assert kit.computed(journal) == sorted(new)
+    kit.assert_holds(tmp_path / "s", later)
+    assert set(EmbeddingStore(tmp_path / "s").series_uids) == set(later.series)
+    kit.write(tmp_path / "s", kit.Slices(), client, make=kit.maker(tmp_path / "again"))
+    assert kit.computed(tmp_path / "again") == []  # and back: nothing was forgotten
+    kit.assert_holds(tmp_path / "s", kit.Slices())
 
 
-def test_new_store_replaces_the_old_one(tmp_path, client):
-    write(tmp_path, make_plan(), client)
-    path = write(tmp_path, make_plan((2, 2), weights="bbb"), client)
-    assert len(EmbeddingStore(path)) == 4
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+def test_one_percent_of_the_studies_changed_computes_one_percent(tmp_path, client):
+    many = kit.Slices([4] * 200)
+    kit.write(tmp_path / "s", many, client, made=kit.generation(64))
+    changed = {f"1.{number}.{row}": f"new {number} {row}" for number in (17, 130) for row in range(4)}
+    later = kit.Slices([4] * 200, contents=changed)
+    assert kit.write(tmp_path / "s", later, client, made=kit.generation(64)) == 792
+    kit.assert_holds(tmp_path / "s", later)
 
 
-# What is not whole, or not the one asked for, is refused
+def test_two_files_of_one_content_are_computed_once(tmp_path, client):
+    slices = kit.Slices((2, 2), contents={"1.1.0": "same", "1.0.1": "same"})
+    journal = tmp_path / "computed"
+    work = Work(slices.inputs, kit.maker(journal), lambda: contextlib.nullcontext(client))
+    list(update(Place.of(tmp_path / "s"), kit.generation(), slices.rows, work))
+    assert kit.computed(journal) == ["1.0.0", "1.1.1", "same"]
+    kit.assert_holds(tmp_path / "s", slices)
 
 
-def test_other_fingerprint_is_refused_by_field(tmp_path, client):
-    plan = make_plan()
-    path = write(tmp_path, plan, client)
-    assert not disagreement(path, plan.fingerprint)
-    wanted = {**plan.fingerprint, "weights": "bbb", "rows": "ccc"}
-    assert disagreement(path, wanted)
+def test_vanished_series_stay_readable_where_asked(tmp_path, client):
+    kit.write(tmp_path / "s", kit.Slices(), client)
+    fewer = kit.Slices((3, 2), numbers=[0, 3])
+    kit.write(tmp_path / "s", fewer, client, keep_vanished=True)
+    kit.assert_holds(tmp_path / "s", kit.Slices())
+    kit.write(tmp_path / "s", fewer, client)
+    assert EmbeddingStore(tmp_path / "s").series_uids == ["1.0", "1.3"]
+
+
+# Generations
+
+
+def test_generations_share_a_store_and_never_mix(tmp_path, client):
+    slices, other = kit.Slices(), kit.generation(weights="bbb")
+    kit.write(tmp_path / "s", slices, client)
+
+    def doubled(inputs):
+        return tuple(2 * values for values in kit.features(inputs))
+
+    assert kit.write(tmp_path / "s", slices, client, made=other, make=kit.maker(compute=doubled)) == 0
+    kit.assert_holds(tmp_path / "s", slices)
+    store = EmbeddingStore(tmp_path / "s", other.identity, slices.rows)
+    for uid in store.series_uids:
+        np.testing.assert_array_equal(store.series(uid).logit, 2 * slices.expected(uid)[1])
+    with pytest.raises(StoreError, match="holds 2 generations"):
+        EmbeddingStore(tmp_path / "s")
+
+
+def test_another_identity_is_refused_by_field(tmp_path, client):
+    kit.write(tmp_path / "s", kit.Slices(), client)
     with pytest.raises(StoreError) as caught:
-        EmbeddingStore(path, wanted)
+        EmbeddingStore(tmp_path / "s", {**kit.generation().identity, "weights": "bbb", "view": 1})
     message = str(caught.value)
     assert "weights: store has aaa, wanted bbb" in message
-    assert "rows: store has None, wanted ccc" in message
+    assert "view: store has None, wanted 1" in message
     assert "size_px" not in message
     assert "ichpipe extract" in message
 
 
-def test_incomplete_store_is_refused(tmp_path, client):
-    plan = make_plan()
-    building = interrupt(tmp_path, plan, client, after=1)
-    assert disagreement(building, plan.fingerprint)
-    with pytest.raises(StoreError, match="not complete"):
-        EmbeddingStore(building)
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (kit.Slices((3, 1, 4, 2, 1)), r"1 of 5 series are missing, the first is 1\.4"),
+        (kit.Slices((3, 1, 5, 2)), r"1 series have other slices than the index, the first is 1\.2"),
+        (kit.Slices(contents={"1.3.1": "edited"}), r"other slices than the index, the first is 1\.3"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_index_are_refused(tmp_path, client, wanted, message):
+    kit.write(tmp_path / "s", kit.Slices(), client)
+    with pytest.raises(StoreError, match=message):
+        EmbeddingStore(tmp_path / "s", kit.generation().identity, wanted.rows)
 
 
-def test_a_finished_store_that_lost_a_chunk_is_not_current(tmp_path, client):
-    plan = make_plan()
-    path = write(tmp_path, plan, client)
-    layout.chunk_files(path, 1)[1].unlink()
-    assert disagreement(path, plan.fingerprint) == ["1 chunks are missing, the first is number 1"]
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[:4])
+def test_the_rows_of_a_series_must_stand_together(order):
+    series = ["1.1", "1.2", "1.1"]
+    names = [series[at] for at in order]
+    sops, sources = [str(at) for at in order], [kit.digest(str(at)) for at in order]
+    if names[0] == names[2]:
+        with pytest.raises(StoreError, match="stand together"):
+            Rows.of(names, names, sops, sources)
+    else:
+        assert Rows.of(names, names, sops, sources).n_series == 2
 
 
-def test_absent_and_foreign_folders_are_refused(tmp_path):
-    with pytest.raises(StoreError, match="does not exist; run: ichpipe extract"):
-        EmbeddingStore(tmp_path / "embeddings.zarr")
-    with pytest.raises(StoreError, match="no Zarr v3 group"):
-        EmbeddingStore(tmp_path)
-    zarr.open_group(str(tmp_path / "other"), mode="w", zarr_format=3)
-    with pytest.raises(StoreError, match="not an ichpipe embedding store"):
-        EmbeddingStore(tmp_path / "other")
+def test_known_arrays_are_stored_beside_their_rows(tmp_path, client):
+    slices = kit.Slices()
+
+    def known(rows):
+        return {"augmentation": np.asarray(rows, np.float32)[:, None] * 10}
+
+    kit.write(tmp_path / "s", slices, client, known=known)
+    (segment,) = (tmp_path / "s").glob("*/segment-*")
+    found = zarr.open_group(str(segment), mode="r")
+    np.testing.assert_array_equal(found["augmentation"][:, 0], np.arange(10) * 10)
 
 
-def test_newer_format_is_refused(tmp_path, client):
-    path = write(tmp_path, make_plan(), client)
-    set_attribute(path, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(StoreError, match=f"has format {FORMAT_VERSION + 1}.*update ichpipe"):
-        EmbeddingStore(path)
-
-
-ARRAYS = ["embedding", "logit", "sop_uid", "series_uid", "series_offset"]
-
-
-def chunks_of(path, name):
-    return sorted(file for file in (path / name / "c").rglob("*") if file.is_file())
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("place", [0.0, 0.5, 0.99], ids=["first", "middle", "checksum"])
-def test_one_flipped_bit_is_refused(tmp_path, client, name, place):
-    path = write(tmp_path, make_plan(), client)
-    file = chunks_of(path, name)[-1]
-    content = bytearray(file.read_bytes())
-    content[int(place * len(content))] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(StoreError, match=f"{name} is damaged"):
-        read_all(path)
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("kept", [0, 3, -1])
-def test_cut_chunk_is_refused(tmp_path, client, name, kept):
-    path = write(tmp_path, make_plan(), client)
-    file = chunks_of(path, name)[0]
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(StoreError, match=f"{name} is damaged"):
-        read_all(path)
-
-
-@pytest.mark.parametrize("name", ["embedding", "logit"])
-def test_deleted_chunk_names_the_first_series(tmp_path, client, name):
-    path = write(tmp_path, make_plan(), client)
-    chunks_of(path, name)[1].unlink()  # rows 4 to 7, all of the third series
-    with pytest.raises(StoreError, match=r"4 rows are missing, the first in series 1\.2\.2;"):
-        read_all(path)
-
-
-@pytest.mark.parametrize("name", ["sop_uid", "series_uid", "series_offset"])
-def test_deleted_chunk_of_the_row_names_is_refused(tmp_path, client, name):
-    path = write(tmp_path, make_plan(), client)
-    chunks_of(path, name)[0].unlink()
-    with pytest.raises(StoreError, match=r"names of rows are incomplete.*ichpipe extract"):
-        EmbeddingStore(path)
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_deleted_array_is_refused(tmp_path, client, name):
-    path = write(tmp_path, make_plan(), client)
-    (path / name / "zarr.json").unlink()
-    with pytest.raises(StoreError, match=f"'{name}' is missing"):
-        read_all(path)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 65520.0, -1e9])
-@pytest.mark.parametrize("which", [0, 1], ids=["embedding", "logit"])
-def test_features_that_half_precision_can_not_hold_are_refused(tmp_path, client, bad, which):
-    plan = make_plan()
-
-    def diverged(inputs):
-        outputs = features(inputs)
-        if "1.2.2.1" in inputs:
-            outputs[which][inputs.index("1.2.2.1"), -1] = bad
-        return outputs
-
-    with pytest.raises(StoreError, match=r"1 slices have features.*first is 1\.2\.2\.1;"):
-        write(tmp_path, plan, client, maker(compute=diverged))
-    assert not (tmp_path / "embeddings.zarr").exists()
-
-
-def test_features_of_another_width_are_refused(tmp_path, client):
-    def narrow(inputs):
-        embedding, logit = features(inputs)
-        return embedding[:, 1:], logit
-
-    with pytest.raises(StoreError, match=r"shape \(4, 4\), the store wants \(4, 5\)"):
-        write(tmp_path, make_plan(), client, maker(compute=narrow))
-
-
-# The page that describes it
-
-
-def test_documented_snippet_reads_what_the_reader_reads(tmp_path, client, monkeypatch):
-    path = write(tmp_path, make_plan(), client)
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
-    exec(compile(snippet, str(DOC), "exec"), names)  # noqa: S102 - our own page
-    series = read_all(path)
-    assert list(names["series"]) == [one.series_uid for one in series]
-    for one in series:
-        found = names["series"][one.series_uid]
-        assert tuple(found["sop_uids"]) == one.sop_uids
-        np.testing.assert_array_equal(found["embedding"], one.embedding)
-        np.testing.assert_allclose(found["probability"], 1 / (1 + np.exp(-one.logit.astype(float))), rtol=1e-4)
-
-
-def test_cache_loads_without_torch_and_dicom():
-    code = (
-        "import sys, ichpipe.cache.reader, ichpipe.cache.writer\n"
-        "print(sorted({'torch', 'timm', 'pydicom', 'pandas'} & set(sys.modules)))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert found.stdout.split("\n")[0] in ("[]", "['pandas']")  # dask itself may load pandas
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(8, 10)], ids=["whole", "last, shorter"])
+@pytest.mark.parametrize("kind", layout.ROW_ARRAYS)
+def test_our_chunk_files_are_those_of_zarr(tmp_path, monkeypatch, kind, rows):
+    slices, made, files = kit.Slices(), kit.generation(), []
+    for name, plain in (("ours", True), ("zarr's", False)):
+        place = Place(str(tmp_path / name))
+        group = layout.create_generation(layout.create_root(place), made)
+        segment = layout.create_segment(group, made, slices.rows.source, {})
+        array = layout.array(layout.subgroup(group, segment.name), kind)
+        monkeypatch.setattr(layout, "is_plain", lambda _array, plain=plain: plain)
+        values = kit.features(slices.inputs[rows])[kind == "logit"]
+        write_chunk(place, array, rows, values)
+        files.append({k: v for k, v in kit.all_bytes(tmp_path / name).items() if "/c/" in k and kind in k})
+    assert len(files[0]) == 1
+    assert files[0] == files[1]

@@ -1,23 +1,28 @@
-"""The parts of the store's format: UIDs, half precision, the fingerprint, and the layout that the page describes."""
+"""The format on disk: the page says what a store is, and a store of today stays readable for ever."""
 
 import json
+import os
 import re
 from pathlib import Path
 
-import google_crc32c
+import cloudpickle
 import numpy as np
 import pytest
+import store_kit as kit
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ichpipe.cache import layout
+from ichpipe.cache import layout, upkeep
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, differences, digest_rows
+from ichpipe.cache.fingerprint import FORMAT_VERSION, differences, digest_rows, name_of
+from ichpipe.cache.place import Place
 from ichpipe.cache.reader import EmbeddingStore
+from ichpipe.cache.rows import decode_uids, encode_digests, encode_uids
+from ichpipe.cluster import connect
 
 DOC = Path(__file__).parents[1] / "docs" / "store-format.md"
-DIM, CLASSES = 5, ("any", "other")
+KEPT = Path(__file__).parent / "golden" / "store-v2.zarr"
 
 
 @given(st.floats(-layout.EMBEDDING_LIMIT, layout.EMBEDDING_LIMIT, width=32))
@@ -28,13 +33,19 @@ def test_half_precision_is_within_the_documented_bound(value):
 
 @given(st.lists(st.from_regex(r"[0-9.]{1,64}", fullmatch=True), min_size=1))
 def test_uids_survive_encoding(uids):
-    assert layout.decode_uids(layout.encode_uids(tuple(uids))) == uids
+    assert decode_uids(encode_uids(uids)) == uids
 
 
 @pytest.mark.parametrize("uid", ["", "1" * 65, "1.2.é"])
 def test_uids_that_do_not_fit_are_refused(uid):
     with pytest.raises(StoreError, match="ASCII"):
-        layout.encode_uids(("1.2", uid))
+        encode_uids(["1.2", uid])
+
+
+def test_sources_must_be_sha256():
+    assert encode_digests([kit.digest("a"), kit.digest("b")]).shape == (2, 32)
+    with pytest.raises(StoreError, match="SHA-256"):
+        encode_digests(["abcd"])
 
 
 def test_digest_depends_on_every_part_and_on_order():
@@ -49,69 +60,88 @@ def test_digest_depends_on_every_part_and_on_order():
 def test_differences_are_empty_exactly_for_equals(left, right):
     assert differences(left, left) == []
     assert bool(differences(left, right)) == (left != right)
+    assert (name_of(left) == name_of(right)) == (left == right)
 
 
-def write_by_hand(path):
-    """Format version 1 from its description, without zarr or our writer: two series, two chunks of two rows."""
-    embedding = np.arange(3 * DIM, dtype="<f2").reshape(3, DIM)
-    logit = np.arange(3 * 2, dtype="<f4").reshape(3, 2)
-    sops, series = (np.array(uids, "S64").view("u1").reshape(-1, 64) for uids in (["1.1", "1.2", "2.1"], ["1", "2"]))
-    attributes = {"format": "ichpipe-embeddings", "format_version": 1, "classes": list(CLASSES)}
-    attributes |= {"complete": True, "fingerprint": {"weights": "aaa"}}
-    path.mkdir()
-    node = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    (path / "zarr.json").write_text(json.dumps(node))
-    array_by_hand(path / "embedding", embedding, 2, "NaN")
-    array_by_hand(path / "logit", logit, 2, "NaN")
-    array_by_hand(path / "sop_uid", sops, 3, 0)
-    array_by_hand(path / "series_uid", series, 2, 0)
-    array_by_hand(path / "series_offset", np.array([0, 2, 3], "<i8"), 3, 0)
-    return embedding, logit
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    path = tmp_path_factory.mktemp("format") / "embeddings.zarr"
+    cloudpickle.register_pickle_by_value(kit)
+    with connect(1, None) as client:
+        kit.write(path, kit.Slices((3, 1)), client)
+        kit.write(path, kit.Slices(), client)
+    cloudpickle.unregister_pickle_by_value(kit)
+    return path
 
 
-def array_by_hand(path, data, rows, fill):
-    node = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": data.shape,
-        "data_type": data.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (rows, *data.shape[1:])}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": fill,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-    }
-    path.mkdir()
-    (path / "zarr.json").write_text(json.dumps(node))
-    for chunk, start in enumerate(range(0, len(data), rows)):
-        block = np.full((rows, *data.shape[1:]), np.nan if fill == "NaN" else 0, data.dtype)
-        block[: len(data[start : start + rows])] = data[start : start + rows]
-        file = path.joinpath("c", str(chunk), *["0"] * (data.ndim - 1))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(block.tobytes() + google_crc32c.value(block.tobytes()).to_bytes(4, "little"))
+def test_a_store_of_format_2_is_read_for_ever():
+    """Written once, by the first release of this format; never to be written again."""
+    facts = json.loads(KEPT.with_suffix(".json").read_text())
+    store = EmbeddingStore(KEPT, facts["identity"])
+    assert store.series_uids == list(facts["series"])
+    for uid, wanted in facts["series"].items():
+        found = store.series(uid)
+        assert list(found.sop_uids) == wanted["sop_uids"]
+        assert found.embedding.tolist() == wanted["embedding"]
+        assert found.logit.tolist() == wanted["logit"]
+    assert upkeep.verify(Place(str(KEPT))) == []
 
 
-def test_store_of_format_1_made_by_hand_is_read(tmp_path):
-    embedding, logit = write_by_hand(tmp_path / "embeddings.zarr")
-    store = EmbeddingStore(tmp_path / "embeddings.zarr", {"weights": "aaa"})
-    first, second = (store.series(uid) for uid in ("1", "2"))
-    assert (first.sop_uids, second.sop_uids) == (("1.1", "1.2"), ("2.1",))
-    np.testing.assert_array_equal(np.concatenate([first.embedding, second.embedding]), embedding)
-    np.testing.assert_array_equal(np.concatenate([first.logit, second.logit]), logit)
+@pytest.mark.parametrize("which", ["fresh", "kept"])
+def test_the_page_s_code_reads_a_store_with_zarr_alone(which, fresh, tmp_path, monkeypatch):
+    path = fresh if which == "fresh" else KEPT
+    (tmp_path / "embeddings.zarr").symlink_to(path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    assert "ichpipe" not in code
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)  # noqa: S102
+    store = EmbeddingStore(path)
+    assert list(names["series"]) == store.series_uids
+    for uid, (sops, embedding) in names["series"].items():
+        assert tuple(sops) == store.series(uid).sop_uids
+        np.testing.assert_array_equal(embedding, store.embedding(uid))
 
 
-def test_documented_tables_are_those_of_a_store(tmp_path):
-    path = tmp_path / "embeddings.zarr"
-    sops = tuple(f"1.{row}" for row in range(10))
-    layout.create(path, layout.StorePlan(sops, ("1", "2", "3", "4"), (3, 1, 4, 2), DIM, CLASSES, 4, {}))
-    group = zarr.open_group(str(path), mode="r")
-    rows = re.findall(r"^\| `(\w+)` \| (\(.*?\)) \| (\w+) \| (.*?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
-    sizes = {"N": 10, "S": 4, "S + 1": 5, "D": DIM, "C": len(CLASSES), "64": 64}
-    assert sorted(name for name, *_ in rows) == sorted(group.array_keys())
-    for name, shape, dtype, dimensions in rows:
-        array = group[name]
+def test_documented_tables_are_those_of_a_store(fresh):
+    text = DOC.read_text(encoding="utf-8")
+    root = zarr.open_group(str(fresh), mode="r")
+    ((_, generation),) = root.groups()
+    manifest = generation[generation.attrs["manifest"]]
+    groups = {"manifest": manifest, "segment": generation[manifest.attrs["segments"][-1]]}
+    sizes = {"N": 10, "S": 4, "S + 1": 5, "D": kit.DIM, "C": len(kit.CLASSES), "64": 64, "32": 32, "2": 2}
+    sizes["M"] = groups["segment"]["source"].shape[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\(.*?\)) \| (\w+) \| (.*?) \|", text, re.MULTILINE)
+    assert sorted((place, name) for name, place, *_ in rows) == sorted(
+        (place, name) for place, group in groups.items() for name in group.array_keys()
+    )
+    for name, place, shape, dtype, dimensions in rows:
+        array = groups[place][name]
         assert array.shape == tuple(sizes[size.strip()] for size in shape.strip("()").split(",") if size)
         assert str(array.dtype) == dtype
         assert array.metadata.dimension_names == tuple(dimensions.split(", "))
-    documented = DOC.read_text(encoding="utf-8").partition("## Attributes")[2]
-    assert all(f"| `{name}` |" in documented for name in group.attrs)
-    assert f"format version {FORMAT_VERSION}\n" in DOC.read_text(encoding="utf-8")
+    for place, group in (("store", root), ("generation", generation), ("manifest", manifest)):
+        assert all(f"| `{name}` | {place} |" in text for name in group.attrs)
+    assert f"format version {FORMAT_VERSION}\n" in text
+
+
+def write_kept_store():  # pragma: no cover - ran once: ICHPIPE_WRITE_KEPT=1 python tests/test_store_format.py
+    slices = kit.Slices((3, 2, 4))
+    with connect(1, None) as client:
+        kit.write(KEPT, kit.Slices((3, 2)), client)
+        kit.write(KEPT, slices, client)
+    store = EmbeddingStore(KEPT)
+    series = {
+        uid: {
+            "sop_uids": list(found.sop_uids),
+            "embedding": found.embedding.tolist(),
+            "logit": found.logit.tolist(),
+        }
+        for uid in store.series_uids
+        if (found := store.series(uid))
+    }
+    KEPT.with_suffix(".json").write_text(json.dumps({"identity": store.identity, "series": series}, indent=1) + "\n")
+
+
+if __name__ == "__main__" and os.environ.get("ICHPIPE_WRITE_KEPT") and not KEPT.exists():
+    write_kept_store()

@@ -216,6 +216,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_history(tmp_path, stop):
     assert torch.equal(resumed.weights(), whole.weights())
 
 
+def test_the_loss_scale_of_fp16_goes_on_too(tmp_path):
+    first = Toy(tmp_path, 1)
+    first.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    first.trainer.scaler.scale(torch.ones(1))  # the scale exists from the first use on
+    first.run()
+    second = Toy(tmp_path, 1)
+    second.trainer.scaler = torch.amp.GradScaler("cpu")
+    second.run()
+    assert second.trainer.scaler.get_scale() == 8.0
+
+
 def test_a_checkpoint_of_other_parameters_or_a_torn_one_is_not_used(tmp_path):
     Toy(tmp_path, 2, key="other").run()
     again = Toy(tmp_path, 2)

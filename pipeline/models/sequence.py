@@ -22,12 +22,13 @@ class SequenceSpec(BaseModel):
     dropout: float
     inputs: tuple[str, ...]
     embedding_dim: int
+    pca: int = 0  # principal components, where they are an input
     classes: tuple[str, ...] = CLASSES
 
     @property
     def input_dim(self) -> int:
         """Features per slice that enter the recurrent network."""
-        sizes = {"embedding": self.embedding_dim, "logits": len(self.classes)}
+        sizes = {"embedding": self.embedding_dim, "logits": len(self.classes), "pca": self.pca}
         return sum(sizes[name] for name in self.inputs)
 
 
@@ -49,6 +50,14 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         self.head = nn.Linear(spec.hidden * (2 if spec.bidirectional else 1), len(spec.classes))
         nn.init.zeros_(self.head.bias)
+        if "pca" in spec.inputs:  # stored with the weights: without a store, embeddings are all there is
+            self.register_buffer("pca_mean", torch.zeros(spec.embedding_dim))
+            self.register_buffer("pca_components", torch.zeros(spec.pca, spec.embedding_dim))
+
+    def set_principal_components(self, mean: Tensor, components: Tensor) -> None:
+        """Take the map (D,), (k, D) that made the input ``pca`` of the training data."""
+        self.get_buffer("pca_mean").copy_(mean)
+        self.get_buffer("pca_components").copy_(components)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Map padded features (B, T, input_dim) and lengths (B,) to logits (B, T, 6).
@@ -64,13 +73,16 @@ class SequenceModel(nn.Module):
 
     def one_series(self, embedding: Tensor, cnn_logits: Tensor) -> Tensor:
         """Map one series' embeddings (T, D) and slice-CNN logits (T, 6) to logits (T, 6)."""
-        features = select_inputs(self.spec.inputs, embedding, cnn_logits)
+        sources = {"embedding": embedding, "logits": cnn_logits}
+        if "pca" in self.spec.inputs:
+            centred = embedding.float() - self.get_buffer("pca_mean")
+            sources["pca"] = centred @ self.get_buffer("pca_components").T
+        features = select_inputs(self.spec.inputs, sources)
         lengths = torch.tensor([len(features)])
         output: Tensor = self(features.unsqueeze(0), lengths)
         return output.squeeze(0)
 
 
-def select_inputs(inputs: tuple[str, ...], embedding: Tensor, cnn_logits: Tensor) -> Tensor:
+def select_inputs(inputs: tuple[str, ...], sources: dict[str, Tensor]) -> Tensor:
     """Concatenate the chosen inputs along the last axis, in float32."""
-    sources = {"embedding": embedding, "logits": cnn_logits}
     return torch.cat([sources[name].float() for name in inputs], dim=-1)

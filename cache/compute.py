@@ -1,0 +1,122 @@
+"""What runs on a Dask worker: compute the rows of one chunk and write them."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from distributed import WorkerPlugin, get_worker
+
+from ichpipe.cache import layout
+from ichpipe.cache.errors import StoreError
+from ichpipe.cache.place import PARTIAL, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from io import FileIO
+
+    from distributed import Worker
+    from numpy.typing import NDArray
+
+    Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+PLUGIN = "ichpipe-compute"
+
+
+class ComputePlugin(WorkerPlugin):
+    """Builds the compute function once per worker: the model is not sent with every task."""
+
+    name = PLUGIN
+
+    def __init__(self, make_compute: Callable[[int], Compute]) -> None:
+        self.make_compute = make_compute
+        self.compute: Compute | None = None
+
+    def setup(self, worker: Worker) -> None:
+        """Build the function; the worker's number lets it choose its device."""
+        number = worker.name if isinstance(worker.name, int) else 0
+        self.compute = self.make_compute(number)
+
+
+def compute_chunk(address: str, segment: str, rows: slice, inputs: list[Any]) -> int:
+    """Compute one chunk of rows and write it, ``embedding`` last. Returns the number of its rows."""
+    plugin: Any = get_worker().plugins[PLUGIN]
+    embedding, logit = plugin.compute(inputs)
+    write_rows(Place(address), segment, rows, {"logit": logit, "embedding": embedding}, inputs)
+    return len(inputs)
+
+
+def write_rows(place: Place, segment: str, rows: slice, values: dict[str, NDArray[Any]], inputs: Sequence[Any]) -> None:
+    """Write one whole chunk of a segment's row arrays; values that are not finite in float16 are refused."""
+    store = place.zarr_store(read_only=False)
+    arrays = {name: zarr.open_array(store, path=f"{segment}/{name}", mode="r+") for name in layout.ROW_ARRAYS}
+    for name, array in arrays.items():
+        _check(values[name], (len(inputs), array.shape[1]), inputs)
+    for name, array in arrays.items():
+        write_chunk(place, array, rows, values[name])
+
+
+def write_chunk(place: Place, array: zarr.Array[Any], rows: slice, values: NDArray[Any]) -> None:
+    """Write one chunk of rows, under its name by renaming.
+
+    A plain chunk of a local store is written without zarr, which would copy it three times: the bytes are the same.
+    """
+    if place.local is None or not layout.is_plain(array):
+        array[rows] = values.astype(array.dtype)
+        return
+    size = int(array.chunks[0])
+    whole = np.ascontiguousarray(values, dtype=array.dtype)
+    if len(whole) < size:  # the last chunk has full length on disk
+        filled = np.full(array.chunks, array.fill_value, dtype=array.dtype)
+        filled[: len(whole)] = whole
+        whole = filled
+    body = whole.reshape(-1).view(np.uint8)
+    target = place.local / array.path / "c" / str(rows.start // size) / "0"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with temporary.open("wb", buffering=0) as handle:
+            _write_all(handle, body.data)
+            _write_all(handle, memoryview(google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little")))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+WRITE_BYTES = 2**20
+"""In pieces of this size a chunk was never written slower than at once, and mostly faster."""
+
+
+def _write_all(handle: FileIO, body: memoryview) -> None:
+    """Write in pieces; a system call may take less than it was given."""
+    while body:
+        body = body[handle.write(body[:WRITE_BYTES]) :]
+
+
+def _check(values: NDArray[Any], shape: tuple[int, ...], inputs: Sequence[Any]) -> None:
+    if values.shape != shape:
+        raise StoreError(f"the model returned shape {values.shape}, the store wants {shape}")
+    if _all_finite(values):
+        return
+    bad = ~(np.abs(values) <= layout.EMBEDDING_LIMIT).all(axis=1)  # NaN compares false
+    first = inputs[int(np.argmax(bad))]
+    raise StoreError(
+        f"{int(bad.sum())} slices have features that are not finite in float16, the first is {first}; "
+        "the weights have diverged: train the slice CNN again with a lower learning rate"
+    )
+
+
+def _all_finite(values: NDArray[Any]) -> bool:
+    if values.dtype == np.float16:  # numpy compares halves slowly; as integers they are in order, by sign
+        bits = np.ascontiguousarray(values)
+        positive, negative = bits.view(np.int16).max(initial=0), bits.view(np.uint16).max(initial=0)
+        return bool(positive < _INFINITY_BITS and negative < _INFINITY_BITS + _SIGN_BIT)
+    low, high = values.min(initial=0), values.max(initial=0)  # both are NaN where any value is
+    return bool(low >= -layout.EMBEDDING_LIMIT and high <= layout.EMBEDDING_LIMIT)
+
+
+_INFINITY_BITS, _SIGN_BIT = 0x7C00, 0x8000
+"""Sign aside, halves from here on are infinite or NaN (IEEE 754)."""

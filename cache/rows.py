@@ -1,0 +1,111 @@
+"""Which slices a caller wants in a store, and the packed arrays in which names are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ichpipe.cache.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+UID_BYTES = 64
+"""DICOM PS3.5 9.1: a UID has at most 64 characters."""
+
+DIGEST_BYTES = 32
+"""SHA-256."""
+
+Codes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Slices in order: the rows of a series are contiguous and lie along the slice normal.
+
+    ``source`` is the SHA-256 of each slice's file (n, 32); UIDs are NUL-padded ASCII (n, 64), one series and study
+    UID a series; ``offset`` (series + 1) cuts the rows into series.
+    """
+
+    sop_uid: Codes
+    source: Codes
+    series_uid: Codes
+    study_uid: Codes
+    offset: NDArray[np.int64]
+
+    @staticmethod
+    def of(series_uid: Sequence[str], study_uid: Sequence[str], sop_uid: Sequence[str], source: Sequence[str]) -> Rows:
+        """Build from one entry a slice, ``source`` in hexadecimal; a series whose rows are apart is an error."""
+        series = encode_uids(series_uid)
+        packed = series.view(f"V{UID_BYTES}").reshape(-1)
+        first = np.flatnonzero(np.concatenate([[True], packed[1:] != packed[:-1]])) if len(packed) else np.zeros(0, int)
+        if len(np.unique(as_text(series[first]))) != len(first):
+            raise StoreError("the rows of a series must stand together")
+        studies = encode_uids([study_uid[row] for row in first.tolist()])
+        offset = np.append(first, len(packed)).astype(np.int64)
+        return Rows(encode_uids(sop_uid), encode_digests(source), series[first], studies, offset)
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.sop_uid)
+
+    @property
+    def n_series(self) -> int:
+        """Number of series."""
+        return len(self.series_uid)
+
+    def select(self, series: NDArray[np.intp]) -> Rows:
+        """Return the rows of some series, by number, in the given order."""
+        rows = ranges(self.offset[series], self.offset[series + 1])
+        lengths = self.offset[series + 1] - self.offset[series]
+        offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Rows(self.sop_uid[rows], self.source[rows], self.series_uid[series], self.study_uid[series], offset)
+
+    def join(self, other: Rows) -> Rows:
+        """Return these rows and then the other ones."""
+        offset = np.concatenate([self.offset, self.offset[-1] + other.offset[1:]])
+        return Rows(
+            np.concatenate([self.sop_uid, other.sop_uid]),
+            np.concatenate([self.source, other.source]),
+            np.concatenate([self.series_uid, other.series_uid]),
+            np.concatenate([self.study_uid, other.study_uid]),
+            offset,
+        )
+
+
+def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenate ``arange(start, stop)`` of every pair, without a loop."""
+    lengths = stops - starts
+    begins = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) if len(starts) else starts
+    return begins + np.arange(int(lengths.sum()), dtype=np.int64)
+
+
+def encode_uids(uids: Sequence[str]) -> Codes:
+    """Encode UIDs as NUL-padded ASCII, shape (n, 64): Zarr v3 has no settled fixed-length string."""
+    for uid in uids:
+        if not uid.isascii() or not 0 < len(uid) <= UID_BYTES:
+            raise StoreError(f"UID {uid[:80]!r} is not 1 to {UID_BYTES} ASCII characters")
+    packed = np.array(uids, dtype=f"S{UID_BYTES}") if len(uids) else np.zeros(0, f"S{UID_BYTES}")
+    return packed.view(np.uint8).reshape(len(uids), UID_BYTES)
+
+
+def as_text(codes: Codes) -> NDArray[np.bytes_]:
+    """View codes (n, 64) as ASCII strings (n,)."""
+    return np.ascontiguousarray(codes).view(f"S{UID_BYTES}").reshape(-1)
+
+
+def decode_uids(codes: Codes) -> list[str]:
+    """Undo `encode_uids`."""
+    return [value.decode("ascii") for value in as_text(codes).tolist()]
+
+
+def encode_digests(digests: Sequence[str]) -> Codes:
+    """Encode SHA-256 digests in hexadecimal as bytes, shape (n, 32)."""
+    packed = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8)
+    if packed.size != len(digests) * DIGEST_BYTES:
+        raise StoreError("a row's source must be a SHA-256 digest of 64 hexadecimal digits")
+    return packed.reshape(-1, DIGEST_BYTES)

@@ -1,0 +1,190 @@
+"""Which generations of the embedding store a run needs, and opening them so that none is taken for another.
+
+A generation is one network applied to files in one way: the slice CNN of all train patients, plain; per fold, the CNN
+that never saw this fold's patients (`folds`); each of them again per augmented view. Stage two trains on the
+out-of-fold ones where there are any; what is held out is always seen by the network of all train patients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
+from ichpipe.cache.reader import EmbeddingStore
+from ichpipe.cache.rows import Rows
+from ichpipe.errors import ParamsError, WeightsError
+from ichpipe.files import digest_of_file
+from ichpipe.folds import fold_models, rows_of_fold
+from ichpipe.models.weights import read_header
+from ichpipe.windows import PREPROCESSING_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import pandas as pd
+
+    from ichpipe.artifacts import Artifacts
+    from ichpipe.params import AugmentParams, Params, SequenceParams
+
+
+@dataclass(frozen=True)
+class View:
+    """One augmented look at every slice: the same change for all slices of a series, drawn from seed and number."""
+
+    number: int  # from 1; the plain look is no view
+    seed: int
+    augment: AugmentParams
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the draws."""
+        return {"number": self.number, "seed": self.seed, **self.augment.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One generation: a network, a view or none, and the slices that go through."""
+
+    model_dir: Path
+    index: pd.DataFrame
+    fold: int | None = None  # the fold that the network never saw
+    view: View | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Name all that turns a file's bytes into a row; the store compares it field by field."""
+        header = read_header(self.model_dir, "run: ichpipe fit-slices")
+        spec = header.slice_cnn
+        if header.kind != "slice-cnn" or spec is None:
+            raise WeightsError(f"{self.model_dir} holds a {header.kind} model; run: ichpipe fit-slices")
+        return {
+            "format_version": FORMAT_VERSION,
+            "preprocessing_version": PREPROCESSING_VERSION,
+            "weights": digest_of_file(self.model_dir / MODEL_FILE),
+            "backbone": spec.backbone,
+            "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
+            "size_px": spec.size_px,
+            "excluded_fold": self.fold,
+            "view": self.view.identity() if self.view else None,
+        }
+
+    def rows(self) -> Rows:
+        """Return its slices as the store names them."""
+        columns = (self.index[name].tolist() for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
+        return Rows.of(*columns)
+
+    def describe(self) -> str:
+        """Say in a few words which one it is."""
+        network = "slice CNN" if self.fold is None else f"slice CNN without fold {self.fold}"
+        return network if self.view is None else f"{network}, view {self.view.number}"
+
+
+def store_address(params: Params, artifacts: Artifacts) -> str:
+    """Return where the store lies: ``extract.store`` if it is given, else below the artifacts."""
+    return params.extract.store or str(artifacts.embeddings)
+
+
+def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
+    """Return all generations that ``extract`` fills: all slices plain, then train slices by fold and by view."""
+    plain = Cache(artifacts.slice_cnn, index)
+    by_fold = _out_of_fold(params, artifacts, index)
+    train = by_fold or [Cache(artifacts.slice_cnn, index[index["split"] == "train"])]
+    views = [
+        Cache(cache.model_dir, cache.index, cache.fold, view)
+        for view in _views(params, params.extract.views.count)
+        for cache in train
+    ]
+    return [cache for cache in (plain, *by_fold, *views) if len(cache.index)]
+
+
+def _out_of_fold(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
+    if not params.fit_slices.folds:
+        return []
+    models = fold_models(artifacts, params, digest_of_file(artifacts.index))
+    return [Cache(folder, rows_of_fold(index, fold), fold) for fold, folder in models.items()]
+
+
+def _views(params: Params, count: int) -> list[View]:
+    section = params.extract.views
+    return [View(number, section.seed, section.augment) for number in range(1, count + 1)]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The opened generations that one arm of stage two reads.
+
+    ``train[v]`` holds view v (0: plain) of the train slices by the fold of the patient, under None where the network
+    of all train patients embeds them all.
+    """
+
+    plain: EmbeddingStore
+    train: tuple[dict[int | None, EmbeddingStore], ...]
+    made_by: dict[str, Any]
+
+    def sources(self, split: str, fold: int) -> list[EmbeddingStore]:
+        """Return the stores from which a series of this split and fold is read: plain, then its views."""
+        if split != "train":
+            return [self.plain]
+        return [stores[None] if None in stores else stores[fold] for stores in self.train]
+
+
+def open_features(
+    params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None = None
+) -> Features:
+    """Open what an arm reads and require every slice of the index in it; None: the plain rows alone.
+
+    Raises StoreError where a generation is absent, incomplete, or holds other slices than the index.
+    """
+    address = store_address(params, artifacts)
+
+    def opened(cache: Cache) -> EmbeddingStore:
+        return EmbeddingStore(address, cache.identity(), cache.rows())
+
+    caches = list(arm_caches(params, artifacts, index, section))
+    stores = {(cache.fold, cache.view.number if cache.view else 0): opened(cache) for cache in caches}
+    plain = stores[None, 0]
+    views = sorted({view for _, view in stores})
+    folded = {fold for fold, _ in stores} - {None}
+    train = tuple(
+        {fold: store for (fold, number), store in stores.items() if number == view and (fold is not None or not folded)}
+        for view in views
+    )
+    return Features(plain, train, _made_by(params, index, caches, section))
+
+
+def made_by(params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams) -> dict[str, Any]:
+    """Return what `Features.made_by` of an arm will say, without opening the store."""
+    return _made_by(params, index, list(arm_caches(params, artifacts, index, section)), section)
+
+
+def arm_caches(
+    params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
+) -> Iterator[Cache]:
+    """Yield the generations that an arm reads; ParamsError where it asks for views that are not extracted."""
+    if section is not None and "pca" in section.inputs and params.extract.pca is None:
+        raise ParamsError("an arm has the input pca, but extract.pca is null; set it to a number of components")
+    views = section.views if section else 0
+    there = params.extract.views.count
+    if views > there:
+        raise ParamsError(f"an arm asks for {views} views, but extract.views.count is {there}")
+    folded = section is not None and section.out_of_fold and params.fit_slices.folds > 0
+    if views and params.fit_slices.folds and not folded:
+        raise ParamsError(
+            "an arm asks for views with out_of_fold: false, but where fit-slices.folds is set views are extracted by "
+            "the networks of the folds alone; set its views to 0 or out_of_fold to true"
+        )
+    for cache in wanted_caches(params, artifacts, index):
+        plain = cache.fold is None and cache.view is None
+        of_arm = (cache.fold is not None) == folded and (cache.view is None or cache.view.number <= views)
+        if plain or (section is not None and of_arm):
+            yield cache
+
+
+def _made_by(
+    params: Params, index: pd.DataFrame, caches: list[Cache], section: SequenceParams | None
+) -> dict[str, Any]:
+    names = ("series_uid", "sop_uid", "file_digest")
+    rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))
+    pca = params.extract.pca if section is not None and "pca" in section.inputs else None
+    return {"rows": rows, "generations": [cache.identity() for cache in caches], "pca": pca}

@@ -1,0 +1,96 @@
+"""``ichpipe cache``: what is in a store, whether it is sound, and freeing what is not used."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.cache import upkeep
+from ichpipe.cache.fingerprint import name_of
+from ichpipe.cache.place import Place
+from ichpipe.errors import ParamsError
+from ichpipe.files import digest_of_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ichpipe.artifacts import Artifacts
+
+
+def info(store: str, *, as_json: bool) -> str:
+    """Describe a store; see `upkeep.info` for the JSON."""
+    facts = upkeep.info(Place(store))
+    return json.dumps(facts, indent=2) if as_json else _info_text(facts)
+
+
+def verify(store: str, *, as_json: bool, repair: bool) -> tuple[str, bool]:
+    """Check a store; return the text and whether it is sound. JSON: ``{"sound", "problems", "studies"}``."""
+    place = Place(store)
+    problems = upkeep.verify(place)
+    if repair:
+        upkeep.repair(place, problems)
+    studies = sorted({uid for problem in problems for uid in problem.studies})
+    if as_json:
+        found = [problem.as_dict() for problem in problems]
+        text = json.dumps({"sound": not problems, "problems": found, "studies": studies}, indent=2)
+    elif not problems:
+        text = f"{store} is sound: every chunk has its checksum"
+    else:
+        after = "removed; run: ichpipe extract" if repair else f"run: ichpipe cache verify --repair {store}"
+        head = f"{store}: {len(problems)} parts are damaged, {len(studies)} studies need them; {after}"
+        text = "\n".join([head, *(f"  {problem}" for problem in problems)])
+    return text, not problems
+
+
+def prune(store: str, artifacts: Artifacts, keep: Sequence[str], *, dry_run: bool, as_json: bool) -> str:
+    """Remove what is not used; without ``keep``, used is what the slice CNNs below the artifacts made.
+
+    Raises ParamsError where that is nothing: then the whole store would go.
+    """
+    weights = {digest_of_file(path) for path in artifacts.slice_cnn.rglob(MODEL_FILE)}
+
+    def wanted(identity: dict[str, Any]) -> bool:
+        return name_of(identity) in keep if keep else identity.get("weights") in weights
+
+    place = Place(store)
+    identities = [one["identity"] or {} for one in upkeep.info(place)["generations"]]
+    if not any(wanted(identity) for identity in identities):
+        there = ", ".join(name_of(identity) for identity in identities) or "none"
+        raise ParamsError(f"nothing in {store} would be left; name what to --keep (generations: {there})")
+    done = upkeep.prune(place, wanted, dry_run=dry_run)
+    if as_json:
+        return json.dumps(done, indent=2)
+    verb = "would go" if dry_run else "removed"
+    names = ", ".join(done["generations_removed"]) or "none"
+    return f"generations {verb}: {names}; rows {verb}: {done['rows_removed']}; {_size(done['bytes_freed'])} freed"
+
+
+def _info_text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['store']}: format {facts['format_version']}, {_size(facts['bytes'])} in {facts['files']} files"]
+    for one in facts["generations"]:
+        state = "complete" if one["complete"] else "not complete"
+        lines.append(f"generation {one['generation']}, {state}, {_size(one['bytes'])}, {one['segments']} segments")
+        lines.append(
+            f"  {one['rows']} rows of {one['embedding_dim']} features, {one['series']} series, {one['studies']} studies"
+        )
+        if one.get("rows_unused"):
+            lines.append(f"  {one['rows_unused']} rows that left the index (ichpipe cache prune frees them)")
+        if one["chunks_missing"]:
+            lines.append(f"  {one['chunks_missing']} of {one['chunks']} chunks are missing (run: ichpipe extract)")
+        lines += [f"  missing: study {uid}" for uid in one["missing_studies"]]
+        lines += [f"  {name}: {_short(value)}" for name, value in (one["identity"] or {}).items()]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 90 else f"{text[:87]}..."
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"
