@@ -135,7 +135,7 @@ def test_digest_follows_the_bytes(write_ct):
     copy.write_bytes(first.read_bytes())
     digests = [ct.read_header(path).file_digest for path in (first, second, copy)]
     assert digests[0] == digests[2] != digests[1]
-    assert all(len(digest) == 32 for digest in digests)
+    assert all(len(digest) == 64 for digest in digests)
 
 
 @pytest.mark.parametrize("patient", ["", None])
