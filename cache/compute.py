@@ -86,8 +86,8 @@ def write_chunk(place: Place, array: zarr.Array[Any], rows: slice, values: NDArr
         temporary.unlink(missing_ok=True)
 
 
-WRITE_BYTES = 2**20
-"""In pieces of this size a chunk was never written slower than at once, and mostly faster."""
+WRITE_BYTES = 2**15
+"""Small pieces: for large writes Linux looks for large pages of memory, which now and then takes long."""
 
 
 def _write_all(handle: FileIO, body: memoryview) -> None:
