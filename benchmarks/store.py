@@ -41,7 +41,9 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         sizes = options.slices, options.series, options.dim
-        result = run(Path(folder), *sizes, rounds=options.rounds, with_dvc=not options.no_dvc)
+        known = np.loadtxt(options.lengths, dtype=int) if options.lengths else None
+        rest = {"rounds": options.rounds, "with_dvc": not options.no_dvc, "known_lengths": known}
+        result = run(Path(folder), *sizes, **rest)
     text = json.dumps(result, indent=2)
     if options.out:
         options.out.write_text(text + "\n")
@@ -49,10 +51,17 @@ def main() -> None:
 
 
 def run(
-    folder: Path, n_slices: int, n_series: int, dim: int, *, rounds: int = 3, with_dvc: bool = True
+    folder: Path,
+    n_slices: int,
+    n_series: int,
+    dim: int,
+    *,
+    rounds: int = 3,
+    with_dvc: bool = True,
+    known_lengths: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return all figures; ratios above 1 mean that the store is faster."""
-    lengths = series_lengths(n_slices, n_series)
+    lengths = series_lengths(n_slices, n_series, known_lengths)
     rows, block = make_rows(lengths), random_block(dim)
     generation = Generation({"weights": "benchmark"}, dim, CLASSES, CHUNK_ROWS)
     path = folder / "embeddings.zarr"
@@ -70,10 +79,11 @@ def run(
     return result
 
 
-def series_lengths(n_slices: int, n_series: int) -> np.ndarray:
-    """Draw 20 to 60 slices a series with RSNA 2019's mean (34.6), summing exactly to ``n_slices``."""
+def series_lengths(n_slices: int, n_series: int, known: np.ndarray | None = None) -> np.ndarray:
+    """Draw 20 to 60 slices a series, summing exactly to ``n_slices``: from ``known`` lengths, or around the mean."""
     draw = np.random.default_rng(0)
-    lengths = np.clip(np.round(draw.gamma(30, n_slices / n_series / 30, n_series)), 20, 60).astype(int)
+    drawn = draw.gamma(30, n_slices / n_series / 30, n_series) if known is None else draw.choice(known, n_series)
+    lengths = np.clip(np.round(drawn), 20, 60).astype(int)
     while (rest := n_slices - int(lengths.sum())) != 0:
         step = 1 if rest > 0 else -1
         free = np.flatnonzero((lengths < 60) if step > 0 else (lengths > 20))
@@ -318,6 +328,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--slices", type=int, default=752_803)
     parser.add_argument("--series", type=int, default=21_744)
     parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--lengths", type=Path, help="text file, one series' number of slices a line, to draw from")
     parser.add_argument("--rounds", type=int, default=3, help="of writing")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--no-dvc", action="store_true")
