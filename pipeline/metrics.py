@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from ichpipe.bootstrap import Ranking, draw_patients, group_sums, percentile_interval
+from ichpipe.bootstrap import Ranking, group_sums, percentile_interval, resample, resampled_mean
 from ichpipe.classes import CLASSES, METRIC_WEIGHTS
 from ichpipe.errors import DataError
 
@@ -42,7 +42,7 @@ def score(
     labels: ArrayLike,
     probabilities: ArrayLike,
     patients: ArrayLike,
-    series: ArrayLike,
+    series: ArrayLike | None,
     *,
     bootstrap_samples: int = 1000,
     confidence: float = 0.95,
@@ -52,25 +52,25 @@ def score(
 
     ``patients`` and ``series`` (n,) are identifiers. Intervals come from a percentile bootstrap over patients,
     whose slices stay together (Efron & Tibshirani 1993, ch. 13). ``study_auc`` takes the maximum over the slices
-    of a series; a series with an unknown label takes no part in it. Where a class has no positive or no negative,
-    ``value`` is None. Intervals are None where they mean nothing: with fewer than two patients, or where the class
-    is missing from more than half of the resamples.
+    of a series; a series with an unknown label takes no part in it, and without ``series`` all of it is None.
+    Where a class has no positive or no negative, ``value`` is None. Intervals are None where they mean nothing:
+    with fewer than two patients, or where the class is missing from more than half of the resamples.
     """
     true, predicted, known = _known(labels, probabilities)
     names, patient = np.unique(_column(patients, known, "patients"), return_inverse=True)
-    counts = draw_patients(len(names), bootstrap_samples, seed)
     losses = _losses(true, predicted)
     weighted = losses @ WEIGHTS
-    means = _resampled_means(weighted, patient, counts)
-    group = _column(series, known, "series")
-    complete = ~np.isin(group, np.asarray(series)[~known])
-    by_series = _maxima(true[complete], predicted[complete], group[complete], patient[complete])
+    rankings = _rankings(true, predicted, patient)
+    by_series = [] if series is None else _rankings(*_series_maxima(true, predicted, series, patient, known))
+    mean = resampled_mean(weighted, patient, len(names))
+    statistics = [mean, *(ranking.resample for ranking in rankings + by_series)]
+    means, *aucs = resample(statistics, len(names), bootstrap_samples, seed)
     return {
         "weighted_log_loss": float(weighted.mean()),
         "weighted_log_loss_ci": percentile_interval(means, confidence),
         "log_loss": dict(zip(CLASSES, losses.mean(axis=0).tolist(), strict=True)),
-        "auc": _aucs(true, predicted, patient, counts, confidence),
-        "study_auc": _aucs(*by_series, counts, confidence),
+        "auc": _aucs(rankings, aucs[: len(CLASSES)], confidence),
+        "study_auc": _aucs(by_series, aucs[len(CLASSES) :], confidence),
         "n_slices": len(true),
         "n_excluded": int((~known).sum()),
     }
@@ -94,13 +94,14 @@ def paired_difference(
     true, first, known = _known(labels, probabilities_a)
     second = _known(labels, probabilities_b)[1]
     names, patient = np.unique(_column(patients, known, "patients"), return_inverse=True)
-    counts = draw_patients(len(names), bootstrap_samples, seed)
     gains = (_losses(true, first) - _losses(true, second)) @ WEIGHTS
     before, after = (Ranking(true[:, 0], predicted[:, 0], patient) for predicted in (first, second))
     auc = None if before.value is None or after.value is None else after.value - before.value
+    statistics = [resampled_mean(gains, patient, len(names)), before.resample, after.resample]
+    means, lower, higher = resample(statistics, len(names), bootstrap_samples, seed)
     return {
-        "weighted_log_loss": _summary(float(gains.mean()), _resampled_means(gains, patient, counts), confidence),
-        "auc_any": _summary(auc, after.resample(counts) - before.resample(counts), confidence),
+        "weighted_log_loss": _summary(float(gains.mean()), means, confidence),
+        "auc_any": _summary(auc, higher - lower, confidence),
     }
 
 
@@ -148,12 +149,13 @@ def _losses(true: Floats, predicted: Floats) -> Floats:
     return losses
 
 
-def _resampled_means(values: Floats, patient: NDArray[np.intp], counts: NDArray[np.int32]) -> Floats:
-    """Return the mean over slices of ``values`` (n,) in each resample: (samples,)."""
-    patients = counts.shape[1]
-    totals = counts @ group_sums(values, patient, patients)
-    means: Floats = totals / (counts @ group_sums(np.ones_like(values), patient, patients))
-    return means
+def _series_maxima(
+    true: Floats, predicted: Floats, series: ArrayLike, patient: NDArray[np.intp], known: NDArray[np.bool_]
+) -> tuple[Floats, Floats, NDArray[np.intp]]:
+    """Return ``_maxima`` of the series whose slices all have labels."""
+    group = _column(series, known, "series")
+    complete = ~np.isin(group, np.asarray(series)[~known])
+    return _maxima(true[complete], predicted[complete], group[complete], patient[complete])
 
 
 def _maxima(
@@ -169,16 +171,18 @@ def _maxima(
     return results[0], results[1], patient[first]
 
 
-def _aucs(
-    true: Floats, predicted: Floats, patient: NDArray[np.intp], counts: NDArray[np.int32], confidence: float
-) -> dict[str, Summary]:
-    """Return value, interval and number of positives for each class."""
-    result = {}
-    for column, name in enumerate(CLASSES):
-        ranking = Ranking(true[:, column], predicted[:, column], patient)
-        found = _summary(ranking.value, ranking.resample(counts), confidence)
-        result[name] = {**found, "n_positive": ranking.n_positive}
-    return result
+def _rankings(true: Floats, predicted: Floats, patient: NDArray[np.intp]) -> list[Ranking]:
+    return [Ranking(true[:, column], predicted[:, column], patient) for column in range(len(CLASSES))]
+
+
+def _aucs(rankings: list[Ranking], resampled: list[Floats], confidence: float) -> dict[str, Summary]:
+    """Return value, interval and number of positives for each class; all None where there is no ranking."""
+    if not rankings:
+        return {name: {"value": None, "ci_low": None, "ci_high": None, "n_positive": None} for name in CLASSES}
+    return {
+        name: {**_summary(ranking.value, values, confidence), "n_positive": ranking.n_positive}
+        for name, ranking, values in zip(CLASSES, rankings, resampled, strict=True)
+    }
 
 
 def _summary(value: float | None, resampled: Floats, confidence: float) -> Summary:

@@ -15,6 +15,7 @@ import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
+from ichpipe.stages.score_command import score
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,12 @@ def cli(
     context.obj = Settings(params_file or Path("params.yaml"), params_file is not None, overrides, artifacts_root)
 
 
+@cli.result_callback()
+def _say(text: str | None, **_options: Any) -> None:
+    if text is not None:
+        click.echo(text)
+
+
 gpu_option = click.option(
     "--gpu",
     default="auto",
@@ -108,10 +115,10 @@ def _quiet(_context: click.Context, _option: click.Parameter, quiet: bool) -> No
         _set_up_logging(quiet=True)
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Register a command that may also be silenced behind its name."""
+def command(name: str) -> Callable[[Callable[..., str | None]], click.Command]:
+    """Register a command that may also be silenced behind its name; text that it returns is printed."""
 
-    def register(function: Callable[..., None]) -> click.Command:
+    def register(function: Callable[..., str | None]) -> click.Command:
         silenced = click.option("--quiet", is_flag=True, expose_value=False, callback=_quiet, help="No progress.")(
             function
         )
@@ -288,6 +295,9 @@ def predict(
 
     folder = model or settings.artifacts().finetuned
     click.echo(run(paths, out, folder, kaggle=kaggle, gpu=gpu, workers=workers))
+
+
+command("score")(score)
 
 
 @cli.group("cache")

@@ -42,6 +42,12 @@ def test_extract_unchanged(tmp_path, monkeypatch):
     assert result["said"] == "slice CNN: all 3000 slices are there"
 
 
+def test_score(tmp_path):
+    result = load("score").run(tmp_path, 600, 30)
+    assert len(result["seconds"]) == 4
+    assert min(result["seconds"].values()) > 0
+
+
 @pytest.mark.slow
 def test_kills(tmp_path):
     result = load("kills").run(tmp_path, 2, 0)

@@ -81,9 +81,9 @@ def test_auc_with_multiplicities_is_the_auc_of_repeated_rows(seed, levels):
     labels, patient = generator.integers(2, size=60), generator.integers(8, size=60)
     labels[:2] = 0, 1
     scores = generator.integers(levels, size=60) / levels
-    counts = draw_patients(8, 5, seed)
+    counts = np.hstack(list(draw_patients(8, 20, seed)))
     expected = []
-    for row in counts:
+    for row in counts.T.astype(int):
         rows = np.repeat(np.arange(60), row[patient])
         mixed = 0 < labels[rows].sum() < len(rows)
         expected.append(roc_auc_score(labels[rows], scores[rows]) if mixed else np.nan)
@@ -93,11 +93,30 @@ def test_auc_with_multiplicities_is_the_auc_of_repeated_rows(seed, levels):
 
 
 def test_each_resample_draws_as_many_patients_as_there_are():
-    counts = draw_patients(11, 300, seed=3)
-    assert set(counts.sum(axis=1)) == {11}
+    counts = np.hstack(list(draw_patients(11, 300, seed=3)))
+    assert counts.shape == (11, 300)
+    assert set(counts.sum(axis=0)) == {11}
     assert counts.mean() == 1.0
-    assert abs(counts.mean(axis=0) - 1.0).max() < 0.3
-    assert not (counts[0] == counts[1]).all()
+    assert abs(counts.mean(axis=1) - 1.0).max() < 0.3
+    assert not (counts[:, 0] == counts[:, 1]).all()
+
+
+def test_one_patient_is_not_drawn():
+    assert list(draw_patients(1, 300, seed=3)) == []
+
+
+def test_the_roc_curve_has_few_steps_where_neighbours_are_alike():
+    # 0 0 | 1 1 | a tie of both | 1: four steps, two negatives below three positives and so on.
+    ranking = Ranking(np.array([0, 0, 1, 1, 0, 1, 1]), np.array([1, 2, 3, 4, 5, 5, 6.0]), np.zeros(7, dtype=int))
+    assert (ranking.n_positive, ranking.n_negative) == (4, 3)
+    assert ranking.value == pytest.approx((2 + 2 + 2.5 + 3) / 12)
+
+
+def test_without_series_there_is_no_study_auc():
+    labels, probabilities, patients, _ = example()
+    found = score(labels, probabilities, patients, None, **SETTINGS)["study_auc"]
+    assert set(found) == set(CLASSES)
+    assert all(set(values.values()) == {None} for values in found.values())
 
 
 def test_score_agrees_with_scikit_learn():

@@ -1,0 +1,105 @@
+"""The official metric over tables: predictions against labels of RSNA 2019 or CQ500, no images needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from ichpipe.cq500_reads import read_majority
+from ichpipe.cq500_scores import read_scans, score_scans
+from ichpipe.errors import DataError
+from ichpipe.files import write_json
+from ichpipe.slice_scores import score_slices
+from ichpipe.slice_tables import read_labels, read_predictions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ichpipe.params import EvaluateParams
+
+log = logging.getLogger("ichpipe")
+
+_COUNTED: Final = {
+    "duplicate_rows": "rows repeat another one",
+    "inconsistent_any_slices": "slices whose any is not the maximum of the five",
+    "slices_without_label": "slices have no label and are not scored",
+    "slices_without_prediction": "labelled slices have no prediction",
+    "rows_of_no_scan": "names are no scan of CQ500",
+    "scans_without_label": "scans have no label and are not scored",
+    "scans_without_prediction": "labelled scans have no prediction",
+}
+"""What the reports of tables count, as the log says it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command that change the figures."""
+
+    missing: float | None = None  # probability of what has no prediction; None: an error (rsna), left out (cq500)
+    against: Path | None = None  # another model's predictions
+    pool: str | None = None  # cq500, several rows of one scan: max, mean; None: an error
+    operating_point: float = 0.9  # cq500: wanted sensitivity, and wanted specificity
+
+
+def run(form: str, predictions: Path, labels: Path, out: Path | None, section: EvaluateParams, options: Options) -> str:
+    """Score two tables and return JSON; ``out`` is written whole or not at all, what did not match goes to the log."""
+    inputs = [predictions, labels, *([options.against] if options.against else [])]
+    if out is not None and out.resolve() in [path.resolve() for path in inputs]:
+        raise DataError(f"--out {out} is one of the tables to read; name another file")
+    result = (_rsna if form == "rsna" else _cq500)(predictions, labels, section, options)
+    for line in _remarks(result):
+        log.warning(line)
+    if out is not None:
+        write_json(out, result)
+    return json.dumps(result, indent=2, allow_nan=False)
+
+
+def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    found = score_slices(
+        read_predictions(predictions),
+        read_labels(labels),
+        missing=options.missing,
+        against=read_predictions(options.against) if options.against else None,
+        **section.model_dump(),
+    )
+    return {"format": "rsna", **found}
+
+
+def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    found = score_scans(
+        read_scans(predictions, options.pool),
+        read_majority(labels),
+        missing=options.missing,
+        against=read_scans(options.against, options.pool) if options.against else None,
+        operating_point=options.operating_point,
+        **section.model_dump(),
+    )
+    return {"format": "cq500", **found}
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """Return one line for each thing that was counted and changes what the figures are about."""
+    against = result.get("against", {})
+    tables = {
+        "predictions": result["predictions"],
+        "labels": result["labels"],
+        "against": against.get("predictions", {}),
+    }
+    lines = [
+        f"{name}: {report[f'n_{what}']} {text}{_examples(report, what)}"
+        for name, report in tables.items()
+        for what, text in _COUNTED.items()
+        if report.get(f"n_{what}")
+    ]
+    filled = [(name, report["filled_with"]) for name, report in tables.items() if "filled_with" in report]
+    lines += [f"{name}: scored as {value} where there is no prediction" for name, value in filled]
+    excluded = result.get("n_excluded")
+    return [*lines, f"labels: {excluded} slices left out: not all six labels are known"] if excluded else lines
+
+
+def _examples(report: dict[str, Any], what: str) -> str:
+    first = report.get(f"first_of_{what}")
+    names = [first] if first else report.get(what, [])
+    return f" ({', '.join(names[:3])}{', …' if report[f'n_{what}'] > len(names[:3]) else ''})" if names else ""
