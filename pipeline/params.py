@@ -37,12 +37,25 @@ class PhantomParams(Section):
     seed: Count = 0
 
 
+class SelectionParams(Section):
+    """Which series stands for a study that has several; docs/cq500.md has the rules."""
+
+    per_study: Literal["auto", "one", "all"] = "auto"  # auto: all of rsna, one of cq500 and folder
+    thickness_mm: PositiveFloat = 5.0  # of two fit series the one whose slices are nearest to this
+    min_slices: Positive = 10  # fewer make no head scan
+    head_mm: PositiveFloat | None = 250.0  # slices further than this below the topmost are no head; null: keep all
+    choices: str | None = None  # a table study_uid,series_uid that overrules
+
+
 class PrepareParams(Section):
     """Where the DICOM files and labels are, and how patients are split."""
 
     dataset: Literal["rsna", "cq500", "folder"] = "rsna"
-    dicom_dir: str = "data/phantom/dicom"
+    dicom_dir: str = "data/phantom/dicom"  # a folder, a zip archive, or a folder within one
     labels: str | None = "data/phantom/stage_2_train.csv"  # null: no labels, prediction only
+    selection: SelectionParams = SelectionParams()
+    split: Literal["fractions", "patient-kfold", "stage1"] = "fractions"  # see docs/data.md, Splits
+    test_slices: str | None = None  # stage1: a table that names the slices of the test set
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
     val_fraction: Fraction = 0.15  # of all patients
     test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
@@ -266,7 +279,7 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
 
 
 def _known_keys(model: type[BaseModel]) -> list[str]:
-    sections = (PhantomParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ViewParams, ExtractParams)
-    rest = (SequenceParams, FinetuneParams, EvaluateParams)
+    sections = (PhantomParams, SelectionParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ViewParams)
+    rest = (ExtractParams, SequenceParams, FinetuneParams, EvaluateParams)
     names = [field.alias or name for name, field in model.model_fields.items()]
     return names + [name for section in sections + rest for name in section.model_fields]
