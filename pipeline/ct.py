@@ -1,4 +1,4 @@
-"""One DICOM file to Hounsfield units. Finding files and reading headers is re-exported from here."""
+"""One DICOM file to Hounsfield units."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from pydicom.uid import UID
 from ichpipe.dicom_files import (
     EXPLICIT_BIG,
     PixelFacts,
-    SliceHeader,
-    find_files,
-    read_header,
     read_pixel_dataset,
 )
 from ichpipe.errors import UnreadableDicomError
@@ -29,9 +26,6 @@ __all__ = [
     "AIR_HU",
     "MAX_HU",
     "PixelFacts",
-    "SliceHeader",
-    "find_files",
-    "read_header",
     "read_hu",
     "stored_to_hu",
 ]
@@ -42,7 +36,7 @@ AIR_HU: Final = -1024
 MAX_HU: Final = 32767
 
 
-def read_hu(path: Path) -> NDArray[np.int16]:
+def read_hu(path: Path | str) -> NDArray[np.int16]:
     """Decode one CT slice. Returns (rows, columns) in Hounsfield units, from -1024 to 32767.
 
     Raises UnreadableDicomError that names the file, and the transfer syntax where the codec failed.

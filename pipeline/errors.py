@@ -26,6 +26,8 @@ class DataError(IchpipeError, ValueError):
 class UnreadableDicomError(DataError):
     """One file is no DICOM slice that can be used; the message is the reason for ``rejected.csv``."""
 
+    series: tuple[str, str] = ("", "")  # StudyInstanceUID and SeriesInstanceUID of the file, where they could be read
+
 
 class WeightsError(IchpipeError, ValueError):
     """A weights file can't be read, or belongs to another model."""

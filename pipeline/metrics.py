@@ -14,9 +14,12 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from ichpipe.bootstrap import Ranking, group_sums, percentile_interval, resample, resampled_mean
 from ichpipe.classes import CLASSES, METRIC_WEIGHTS
 from ichpipe.errors import DataError
+from ichpipe.pooling import pool
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from ichpipe.pooling import StudyScore
 
     Floats = NDArray[np.float64]
     Summary = dict[str, float | int | None]
@@ -47,12 +50,15 @@ def score(
     bootstrap_samples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    study_probabilities: ArrayLike | None = None,
+    study_score: StudyScore = "max",
 ) -> dict[str, Any]:
     """Score one model: weighted log loss, log loss per class, AUC per class by slice and by series.
 
     ``patients`` and ``series`` (n,) are identifiers. Intervals come from a percentile bootstrap over patients,
-    whose slices stay together (Efron & Tibshirani 1993, ch. 13). ``study_auc`` takes the maximum over the slices
-    of a series; a series with an unknown label takes no part in it, and without ``series`` all of it is None.
+    whose slices stay together (Efron & Tibshirani 1993, ch. 13). ``study_auc`` pools the slices
+    of a series by ``study_score`` (``ichpipe.pooling``), from ``study_probabilities`` (n, 6) where those are given; a
+    series with an unknown label takes no part in it, and without ``series`` all of it is None.
     Where a class has no positive or no negative, ``value`` is None. Intervals are None where they mean nothing:
     with fewer than two patients, or where the class is missing from more than half of the resamples.
     """
@@ -61,7 +67,8 @@ def score(
     losses = _losses(true, predicted)
     weighted = losses @ WEIGHTS
     rankings = _rankings(true, predicted, patient)
-    by_series = [] if series is None else _rankings(*_series_maxima(true, predicted, series, patient, known))
+    of_study = predicted if study_probabilities is None else _known(labels, study_probabilities)[1]
+    by_series = [] if series is None else _rankings(*_by_series(true, of_study, series, patient, known, study_score))
     mean = resampled_mean(weighted, patient, len(names))
     statistics = [mean, *(ranking.resample for ranking in rankings + by_series)]
     means, *aucs = resample(statistics, len(names), bootstrap_samples, seed)
@@ -149,26 +156,23 @@ def _losses(true: Floats, predicted: Floats) -> Floats:
     return losses
 
 
-def _series_maxima(
-    true: Floats, predicted: Floats, series: ArrayLike, patient: NDArray[np.intp], known: NDArray[np.bool_]
+def _by_series(
+    true: Floats,
+    predicted: Floats,
+    series: ArrayLike,
+    patient: NDArray[np.intp],
+    known: NDArray[np.bool_],
+    how: StudyScore,
 ) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Return ``_maxima`` of the series whose slices all have labels."""
+    """Return labels and probabilities (series, 6) of the series whose slices all have labels, and patients (series,).
+
+    A label is the maximum over the slices, a probability is pooled as ``how`` says.
+    """
     group = _column(series, known, "series")
     complete = ~np.isin(group, np.asarray(series)[~known])
-    return _maxima(true[complete], predicted[complete], group[complete], patient[complete])
-
-
-def _maxima(
-    true: Floats, predicted: Floats, series: NDArray[Any], patient: NDArray[np.intp]
-) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Return labels and probabilities (series, 6), the maxima over each series, and its patient (series,)."""
-    _, first, row = np.unique(series, return_index=True, return_inverse=True)
-    results = []
-    for values in (true, predicted):
-        largest = np.zeros((len(first), len(CLASSES)))
-        np.maximum.at(largest, row, values)
-        results.append(largest)
-    return results[0], results[1], patient[first]
+    _, first, row = np.unique(group[complete], return_index=True, return_inverse=True)
+    labels, pooled = pool(true[complete], row, len(first)), pool(predicted[complete], row, len(first), how)
+    return labels, pooled, patient[complete][first]
 
 
 def _rankings(true: Floats, predicted: Floats, patient: NDArray[np.intp]) -> list[Ranking]:

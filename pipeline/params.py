@@ -182,7 +182,12 @@ class EvaluateParams(Section):
 
     bootstrap_samples: Positive = 1000  # resamples of patients
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
     seed: Count = 0
+
+    def bootstrap(self) -> dict[str, Any]:
+        """Return the settings of resampling alone."""
+        return self.model_dump(exclude={"study_score"})
 
 
 class Params(Section):

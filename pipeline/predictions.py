@@ -10,6 +10,7 @@ from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
 from ichpipe.metrics import paired_difference, score
+from ichpipe.thin import smooth_thin
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,14 +49,23 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(temporary, index=False)
 
 
-def score_all(tables: dict[str, pd.DataFrame], section: EvaluateParams, finetuned_arm: str) -> dict[str, Any]:
+def score_all(
+    tables: dict[str, pd.DataFrame],
+    section: EvaluateParams,
+    finetuned_arm: str,
+    overlap: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """Score every model on the same slices: the content of ``metrics/evaluate.json``.
 
     ``paired`` compares each rung of the ladder with the one before, by a bootstrap over patients: a positive
-    ``weighted_log_loss`` or ``auc_any`` means the later model is better.
+    ``weighted_log_loss`` or ``auc_any`` means the later model is better. ``overlap`` names patients who have slices
+    outside the test set too, on which nothing was trained: each model is then scored ``without_overlap`` as well.
     """
-    settings = section.model_dump()
-    scores = {name: score(*_arrays(table), **settings) for name, table in tables.items()}
+    settings = section.bootstrap()
+    scores = {name: _score(table, section) for name, table in tables.items()}
+    for name, table in tables.items() if overlap else ():
+        rest = table[~table["patient_id"].isin(overlap)]
+        scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
     first = next(iter(tables.values()))
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
@@ -69,7 +79,13 @@ def score_all(tables: dict[str, pd.DataFrame], section: EvaluateParams, finetune
         "n_slices": len(first),
         "n_studies": int(first["study_uid"].nunique()),
         "n_patients": int(first["patient_id"].nunique()),
+        **(_overlap(first, overlap) if overlap else {}),
     }
+
+
+def _overlap(table: pd.DataFrame, patients: frozenset[str]) -> dict[str, Any]:
+    rows = table["patient_id"].isin(patients)
+    return {"overlap": {"patients": int(table.loc[rows, "patient_id"].nunique()), "slices_in_test": int(rows.sum())}}
 
 
 def compare(tables: dict[str, pd.DataFrame], earlier: str, later: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +105,38 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     head = f"{'model':<24}{'weighted log loss':>28}{'AUC any, slice':>26}{'AUC any, study':>26}"
     lines = [_line(name, values) for name, values in rows]
     counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies, {metrics['n_patients']} patients held out"
+    counts += _overlap_text(metrics, rows)
     paired = [_paired_line(name, value) for name, value in metrics["paired"].items()]
     return "\n".join(
         [head, *lines, "", counts, "paired bootstrap over patients (positive: the first is better)", *paired]
     )
+
+
+def _overlap_text(metrics: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
+    if "overlap" not in metrics:
+        return ""
+    without = [
+        f"{name} {values['without_overlap']['weighted_log_loss']:.4f}"
+        for name, values in rows
+        if values["without_overlap"]
+    ]
+    patients = metrics["overlap"]["patients"]
+    who = f"without the {patients} patients who have slices outside the test set too (not trained on)"
+    return f"\n{who}: {', '.join(without)}"
+
+
+def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
+    smooth = smooth_series(table)
+    return score(*_arrays(table), **section.model_dump(), study_probabilities=smooth)
+
+
+def smooth_series(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the probabilities (n, 6) of a table with those of thin series averaged along z (``ichpipe.thin``)."""
+    values = np.array(table[list(CLASSES)], dtype=np.float64)
+    places = table["position_mm"].to_numpy(np.float64)
+    for rows in table.groupby("series_uid", sort=False).indices.values():
+        values[rows] = smooth_thin(values[rows], places[rows])
+    return values
 
 
 def _arrays(table: pd.DataFrame) -> tuple[Any, Any, Any, Any]:

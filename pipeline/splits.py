@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
+from ichpipe.errors import DataError, ParamsError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,23 +18,74 @@ if TYPE_CHECKING:
 SPLITS: Final = ("train", "val", "test")
 
 
-def assign_splits(index: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
+def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.Index | None = None) -> pd.DataFrame:
     """Return ``index`` with ``split`` (``train``, ``val``, ``test``) and ``fold`` (int32), both by patient.
 
     Iterative stratification (Sechidis et al. 2011) over one label vector a patient: the maximum over the
     patient's slices per class, and whether nothing is known. Depends on the set of patients, their labels
-    and ``params.seed``, not on row order. With ``params.test_fold`` that fold is the test set; else it is
-    ``test_fraction`` of all patients. ``val_fraction`` counts in all patients too. Raises DataError where
-    there are too few patients.
+    and ``params.seed``, not on row order. ``val_fraction`` counts in all patients. The test set is
+
+    * ``fractions``: ``test_fraction`` of all patients, or the fold ``test_fold`` where that is set;
+    * ``patient-kfold``: the fold ``test_fold``, the first if it is not set;
+    * ``stage1``: the slices named by ``test_slices``. A patient who has others as well is not trained on: those slices
+      get no split (None), and ``overlap`` counts them. ``val_fraction`` counts in the patients outside the test set.
+
+    Raises DataError where there are too few patients, ParamsError without the slices that stage1 needs.
     """
     patients, labels = _patient_labels(index)
     folds = _deal(labels, np.full(params.folds, 1 / params.folds), params.seed, "prepare.folds")
-    splits = _split(labels, folds, params)
-    table = pd.DataFrame({"split": splits, "fold": folds.astype(np.int32)}, index=patients)
-    row_of = table.index.get_indexer(pd.Index(index["patient_id"]))
-    result = index.assign(split=table["split"].to_numpy()[row_of], fold=table["fold"].to_numpy()[row_of])
+    fold = folds.astype(np.int32)[patients.get_indexer(pd.Index(index["patient_id"]))]
+    if params.split == "stage1":
+        if test_slices is None:
+            raise ParamsError("prepare.split stage1 deals slices by a table: give its test slices")
+        split = _split_by_table(index, patients, labels, params, test_slices)
+    else:
+        test_fold = params.test_fold or 0 if params.split == "patient-kfold" else params.test_fold
+        of_patient = _split(labels, folds, params.model_copy(update={"test_fold": test_fold}))
+        split = of_patient[patients.get_indexer(pd.Index(index["patient_id"]))]
+    result = index.assign(split=pd.Series(split, index=index.index, dtype=object), fold=fold)
     require_patients_apart(result)
     return result
+
+
+def overlap(index: pd.DataFrame) -> dict[str, int]:
+    """Count the patients who stand on both sides of a split by table, and their slices on either."""
+    out = index["split"].isna()
+    patients = pd.Index(index.loc[out, "patient_id"].unique())
+    tested = index["patient_id"].isin(patients) & (index["split"] == "test")
+    return {
+        "patients": len(patients),
+        "slices_left_out_of_training": int(out.sum()),
+        "slices_in_test": int(tested.sum()),
+    }
+
+
+def _split_by_table(
+    index: pd.DataFrame,
+    patients: pd.Index,
+    labels: NDArray[np.bool_],
+    params: PrepareParams,
+    test_slices: pd.Index,
+) -> NDArray[np.object_]:
+    """Return the split of each row (n,); None for the other slices of patients with a slice in the test set."""
+    tested = index["sop_uid"].isin(test_slices)
+    if not tested.any():
+        raise DataError(
+            f"none of {len(index)} slices is named in prepare.test_slices (first there: {test_slices[0]!r}); "
+            "check that it belongs to prepare.dicom_dir"
+        )
+    share = tested.groupby(index["series_uid"]).mean()
+    torn = share.index[(share > 0) & (share < 1)]
+    if len(torn):
+        raise DataError(f"prepare.test_slices names only some slices of {len(torn)} series, first {torn[0]}; name all")
+    seen = patients.isin(index.loc[tested, "patient_id"])
+    split = np.full(len(patients), None, dtype=object)
+    shares = np.array([1 - params.val_fraction, params.val_fraction])
+    dealt = _deal(labels[~seen], shares, params.seed + 1, "prepare.val_fraction")
+    split[~seen] = np.array(SPLITS[:2], dtype=object)[dealt]
+    rows = split[patients.get_indexer(pd.Index(index["patient_id"]))]
+    rows[tested.to_numpy()] = "test"
+    return rows
 
 
 def require_patients_apart(index: pd.DataFrame) -> None:

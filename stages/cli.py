@@ -15,6 +15,7 @@ import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
+from ichpipe.stages.predict_command import predict
 from ichpipe.stages.score_command import score
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def prepare(settings: Settings, workers: int) -> None:
     """
     from ichpipe.stages.prepare import run
 
-    run(settings.params().prepare, settings.artifacts().index_dir, workers)
+    artifacts = settings.artifacts()
+    run(settings.params().prepare, artifacts.index_dir, workers, artifacts.resume("prepare"))
 
 
 @command("fit-slices")
@@ -259,44 +261,7 @@ def cross_validate(settings: Settings, gpu: str) -> None:
     click.echo(run(settings.params(), settings.artifacts(), gpu))
 
 
-@command("predict")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the tables.")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
-    help="Folder of a fine-tuned model [ARTIFACTS/finetuned].",
-)
-@click.option(
-    "--kaggle",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="Also write the RSNA 2019 submission format.",
-)
-@gpu_option
-@workers_option
-def predict(
-    settings: Settings,
-    paths: tuple[Path, ...],
-    out: Path,
-    model: Path | None,
-    kaggle: Path | None,
-    gpu: str,
-    workers: int,
-) -> None:
-    """Give each slice and each study of any DICOM folder six probabilities.
-
-    \b
-    Example:
-      ichpipe predict data/phantom/dicom --out predictions
-    """
-    from ichpipe.stages.predict import run
-
-    folder = model or settings.artifacts().finetuned
-    click.echo(run(paths, out, folder, kaggle=kaggle, gpu=gpu, workers=workers))
-
-
+command("predict")(gpu_option(workers_option(predict)))
 command("score")(score)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ichpipe import studies
 from ichpipe.artifacts import Artifacts
+from ichpipe.errors import ParamsError
 from ichpipe.files import digest_of, digest_of_file, read_json, write_json, write_text
 from ichpipe.predictions import FINETUNED, SLICE_CNN, ladder_text, score_all, sequence_name, write_table
 from ichpipe.stages import evaluate, extract, finetune, fit_sequence, fit_slices, prepare
@@ -30,7 +31,9 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     Returns the ladder of models as a table of text.
     """
     root = artifacts.root / "cv"
-    prepare.run(params.prepare, Artifacts(root).index_dir)
+    if params.prepare.split == "stage1":
+        raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
+    prepare.run(params.prepare, Artifacts(root).index_dir, cache=artifacts.resume("prepare"))
     folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
     for number, fold in enumerate(folds, start=1):
         log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold, gpu))

@@ -57,7 +57,8 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
         model = load_sequence(artifacts.sequence(arm)).to(device)
         tables[sequence_name(arm)] = make_table(held_out, predict_rows(model, series, len(held_out), device))
     tables[FINETUNED] = make_table(held_out, _finetuned_probabilities(artifacts, held_out, device))
-    metrics = score_all(tables, params.evaluate, params.finetune.arm)
+    overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
+    metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
     write_json(artifacts.metrics, metrics)
     for name, table in tables.items():
         write_table(table, artifacts.predictions / f"{name}.parquet")

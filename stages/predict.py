@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ichpipe.classes import CLASSES, SUBTYPES
-from ichpipe.ct import find_files
+from ichpipe.chosen import choose
+from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
 from ichpipe.models.weights import load_end_to_end
+from ichpipe.pooling import pool
+from ichpipe.predictions import smooth_series
 from ichpipe.progress import track
-from ichpipe.studies import scan
+from ichpipe.scan import scan
+from ichpipe.submission import build_submission
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.params import SelectionParams
+    from ichpipe.pooling import StudyScore
 
 log = logging.getLogger("ichpipe")
 
@@ -33,43 +39,46 @@ SLICE_COLUMNS = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm", *CLASSES
 STUDY_COLUMNS = [*IDENTIFIERS, "n_slices", *CLASSES]
 
 
-def run(
-    paths: Sequence[Path],
-    out: Path,
-    model_dir: Path,
-    *,
-    kaggle: Path | None = None,
-    gpu: str = "auto",
-    workers: int = 1,
-) -> str:
-    """Write ``slices.csv``, ``studies.csv`` and ``rejected.csv``; return the table of studies as text.
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
 
-    A series is one sequence; a study with several series has a line for each. Files that can't be used are
-    listed with the reason, and the rest goes on; nothing usable at all is an error.
+    selection: SelectionParams
+    study_score: StudyScore = "max"
+    all_series: bool = False  # every series of a study, not the one that stands for it
+    kaggle: Path | None = None  # also write the RSNA 2019 submission, of all series
+    sample: Path | None = None  # whose rows and order the submission takes
+    missing: float | None = None  # probability of slices without a prediction; None: an error
+
+
+def run(
+    paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
+) -> str:
+    """Write ``slices.csv``, ``studies.csv``, ``series.csv`` and ``rejected.csv``; return the table of studies as text.
+
+    A series is one sequence, and one series stands for a study unless ``options`` ask for all. Files that can't be
+    used are listed with the reason, and the rest goes on; nothing usable at all is an error. A submission that lacks
+    slices is refused after the other tables are written.
     """
     device = choose_device(gpu)
     model = load_end_to_end(model_dir).to(device)
-    index, rejected = scan(find_files(list(paths)), workers)
-    slices, undecodable = _predict_all(model, index, device)
-    rejected = pd.concat([rejected, undecodable], ignore_index=True)
-    _write_csv(rejected, out / "rejected.csv")
+    scanned, rejected = scan(list(paths), workers)
+    chosen = choose(scanned, rejected, options.selection, one_per_study=not (options.all_series or options.kaggle))
+    slices, undecodable = _predict_all(model, chosen.slices, device)
+    rejected = pd.concat([rejected, chosen.left_out, undecodable], ignore_index=True)
+    _write_csv(rejected[["path", "reason"]], out / "rejected.csv")
+    _write_csv(chosen.series, out / "series.csv")
     if slices.empty:
         raise DataError(f"none of {len(rejected)} files is a usable CT slice; {out / 'rejected.csv'} says why for each")
-    studies = _per_series(slices)
+    studies = _per_series(slices, options.study_score)
     _write_csv(slices[SLICE_COLUMNS], out / "slices.csv")
     _write_csv(studies[STUDY_COLUMNS], out / "studies.csv")
-    if kaggle is not None:
-        _write_csv(kaggle_table(slices), kaggle)
-    return _as_text(studies, len(rejected))
-
-
-def kaggle_table(slices: pd.DataFrame) -> pd.DataFrame:
-    """Return the RSNA 2019 submission table: ``ID,Label``, six rows a slice, the competition's class order."""
-    order = [*SUBTYPES, "any"]
-    long = slices.melt(id_vars="sop_uid", value_vars=order, var_name="class", value_name="Label")
-    long["ID"] = long["sop_uid"] + "_" + long["class"]
-    long["rank"] = long["class"].map({name: rank for rank, name in enumerate(order)})
-    return long.sort_values(["sop_uid", "rank"])[["ID", "Label"]]
+    if options.kaggle is not None:
+        submission = build_submission(slices, rejected, options.sample, options.missing)
+        for remark in submission.remarks:
+            log.warning(remark)
+        _write_csv(submission.table, options.kaggle)
+    return _as_text(studies, chosen.series, len(rejected))
 
 
 def _predict_all(model: EndToEnd, index: pd.DataFrame, device: torch.device) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -87,22 +96,30 @@ def _predict_all(model: EndToEnd, index: pd.DataFrame, device: torch.device) -> 
     )
 
 
-def _per_series(slices: pd.DataFrame) -> pd.DataFrame:
-    grouped = slices.groupby(IDENTIFIERS, sort=False)
-    return grouped[list(CLASSES)].max().assign(n_slices=grouped.size()).reset_index()
+def _per_series(slices: pd.DataFrame, study_score: StudyScore) -> pd.DataFrame:
+    groups = slices.groupby(IDENTIFIERS, sort=False)
+    table = groups.size().rename("n_slices").reset_index()
+    values = pool(smooth_series(slices), np.asarray(groups.ngroup(), dtype=np.intp), len(table), study_score)
+    return table.assign(**dict(zip(CLASSES, values.T, strict=True)))
 
 
 def _write_csv(table: pd.DataFrame, target: Path) -> None:
+    """Nine significant digits: with six decimals 1e-8 would be 0, which costs 16 nats more where it is wrong."""
     with atomic_path(target) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
+        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
 
 
-def _as_text(studies: pd.DataFrame, n_rejected: int) -> str:
+def _as_text(studies: pd.DataFrame, series: pd.DataFrame, n_rejected: int) -> str:
     lines = [f"{'series':<28}{'slices':>7}" + "".join(f"{name[:8]:>10}" for name in CLASSES)]
     for row in studies.to_dict("records"):
         uid = str(row["series_uid"])
         name = uid if len(uid) <= 26 else f"…{uid[-25:]}"
         lines.append(f"{name:<28}{row['n_slices']:>7}" + "".join(f"{row[label]:>10.3f}" for label in CLASSES))
+    usable = series[series["n_slices"] > 0]
+    if passed_over := int((~usable["chosen"]).sum()):
+        lines.append(f"{passed_over} series were passed over for another one of their study; series.csv says why")
+    if flawed := int((usable["chosen"] & usable["reason"].str.contains("though: ")).sum()):
+        lines.append(f"{flawed} studies have no series without a fault; series.csv says which faults")
     if n_rejected:
         lines.append(f"{n_rejected} files were left out; rejected.csv says why for each")
     return "\n".join(lines)

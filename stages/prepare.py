@@ -1,43 +1,71 @@
-"""``ichpipe prepare``: DICOM files and labels in; the index, the rejected files and a summary out."""
+"""``ichpipe prepare``: DICOM files and labels in; index, choice of series, rejected files and a summary out."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ichpipe import ct, labels, studies
-from ichpipe.errors import DataError, ParamsError
+import pandas as pd
+
+from ichpipe import label_tables, splits, studies
+from ichpipe.chosen import choose
+from ichpipe.errors import DataError
+from ichpipe.held_out import read_test_slices, test_table
+from ichpipe.scan import scan
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ichpipe.params import PrepareParams
 
+log = logging.getLogger("ichpipe")
 
-def run(params: PrepareParams, out: Path, workers: int = 1) -> None:
-    """Write ``slices.parquet``, ``rejected.csv`` and ``summary.json`` into ``out``.
 
+def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None = None) -> None:
+    """Write ``slices.parquet``, ``series.csv``, ``studies.csv``, ``rejected.csv`` and ``summary.json`` into ``out``.
+
+    With ``cache``, a folder, headers read by a former run that was stopped or has ended are not read again.
     Raises MissingFileError without the folder or table, DataError where nothing usable is in them.
     """
-    if params.dataset == "cq500":
-        raise ParamsError("prepare.dataset cq500 is not there yet; use folder, which needs no CQ500 reads table")
-    table, label_report = _read_labels(params)
-    paths = ct.find_files([Path(params.dicom_dir)])
-    index, rejected = studies.scan(paths, workers)
-    if index.empty:
+    # Tables first: a wrong one is found in seconds, the scan may take an hour.
+    labels = None if params.labels is None else label_tables.read_labels(params.dataset, Path(params.labels))
+    test_slices = None
+    if params.split == "stage1":
+        test_slices = read_test_slices(test_table(params))
+    scanned, rejected = scan([Path(params.dicom_dir)], workers, cache)
+    if scanned.empty:
         studies.write_rejected(out, rejected)
         raise DataError(_nothing_usable(params, rejected, out))
-    index, matched = studies.join_labels(index, table)
-    index = studies.assign_splits(index, params)
-    summary = {"dataset": params.dataset, **studies.summarise(index, rejected), "labels": label_report | matched}
-    studies.write_outputs(out, index, rejected, summary)
+    chosen = choose(scanned, rejected, params.selection, one_per_study=_one_per_study(params))
+    rejected = pd.concat([rejected, chosen.left_out]).sort_values("path", ignore_index=True)
+    index, of_studies, matched = label_tables.join(chosen.slices, labels)
+    index = splits.assign_splits(index, params, test_slices)
+    summary: dict[str, Any] = {"dataset": params.dataset, **studies.summarise(index, rejected)}
+    summary["labels"] = (labels.report if labels else {}) | matched
+    if test_slices is not None:
+        summary["overlap"] = splits.overlap(index)
+        summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
+    studies.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
+    _tell(index, chosen.series, summary)
 
 
-def _read_labels(params: PrepareParams) -> tuple[pd.DataFrame | None, dict[str, Any]]:
-    if params.labels is None:
-        return None, {}
-    table, report = labels.read_kaggle(Path(params.labels))
-    return table, report.as_dict()
+def _one_per_study(params: PrepareParams) -> bool:
+    wanted = params.selection.per_study
+    return params.dataset != "rsna" if wanted == "auto" else wanted == "one"
+
+
+def _tell(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, Any]) -> None:
+    """Log what changes the meaning of the figures to come."""
+    flawed = series["chosen"] & series["reason"].str.contains("though: ")
+    if flawed.any():
+        log.warning("%d studies have no series without a fault; series.csv says which faults", int(flawed.sum()))
+    if index["lossy"].any():
+        log.warning("%d slices are compressed with loss (column lossy)", int(index["lossy"].sum()))
+    if summary.get("overlap", {}).get("patients"):
+        log.warning(
+            "%(patients)d patients of the test slices have others too: those %(slices_left_out_of_training)d are not "
+            "trained on",
+            summary["overlap"],
+        )
 
 
 def _nothing_usable(params: PrepareParams, rejected: pd.DataFrame, out: Path) -> str:

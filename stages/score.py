@@ -62,7 +62,7 @@ def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Opt
         read_labels(labels),
         missing=options.missing,
         against=read_predictions(options.against) if options.against else None,
-        **section.model_dump(),
+        **section.bootstrap(),
     )
     return {"format": "rsna", **found}
 
@@ -74,7 +74,7 @@ def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Op
         missing=options.missing,
         against=read_scans(options.against, options.pool) if options.against else None,
         operating_point=options.operating_point,
-        **section.model_dump(),
+        **section.bootstrap(),
     )
     return {"format": "cq500", **found}
 

@@ -11,7 +11,8 @@ import pytest
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from ichpipe import ct
-from ichpipe.errors import MissingFileError, UnreadableDicomError
+from ichpipe.errors import UnreadableDicomError
+from ichpipe.headers import read_header
 from ichpipe.quiet import quiet_pydicom
 
 SIGNED = np.array([[-2000, -1, 0], [1, 1024, 3000]], dtype=np.int16)
@@ -101,7 +102,7 @@ def test_lossless_compression_gives_the_same_hu(write_ct, syntax):
         dataset = pydicom.dcmread(path)
         dataset.compress(syntax, generate_instance_uid=False)
         dataset.save_as(path)
-    assert ct.read_header(path).compressed
+    assert read_header(path).compressed
     assert np.array_equal(ct.read_hu(path), plain)
 
 
@@ -119,7 +120,7 @@ def test_a_broken_stream_names_file_and_transfer_syntax(write_ct):
 
 def test_header_has_the_facts_and_no_more(write_ct):
     path = write_ct("deep/er/x", number=7, z=12.5, PatientName="Secret^Person", PatientBirthDate="19010203")
-    header = ct.read_header(path)
+    header = read_header(path)
     assert (header.patient_id, header.series_uid, header.sop_uid) == ("P1", "1.2.3.1", "1.2.3.1.7")
     assert (header.rows, header.columns, header.instance_number) == (4, 6, 7)
     assert header.position == (-100.0, -100.0, 12.5)
@@ -133,14 +134,14 @@ def test_digest_follows_the_bytes(write_ct):
     first, second = write_ct("a", z=1.0), write_ct("b", z=2.0)
     copy = first.with_name("c")
     copy.write_bytes(first.read_bytes())
-    digests = [ct.read_header(path).file_digest for path in (first, second, copy)]
+    digests = [read_header(path).file_digest for path in (first, second, copy)]
     assert digests[0] == digests[2] != digests[1]
     assert all(len(digest) == 64 for digest in digests)
 
 
 @pytest.mark.parametrize("patient", ["", None])
 def test_without_patient_id_the_study_stands_for_the_patient(write_ct, patient):
-    header = ct.read_header(write_ct(PatientID=patient))
+    header = read_header(write_ct(PatientID=patient))
     assert header.patient_id == header.study_uid
 
 
@@ -172,23 +173,23 @@ def test_without_patient_id_the_study_stands_for_the_patient(write_ct, patient):
     ],
 )
 def test_what_is_no_usable_slice_is_rejected_with_the_reason(write_ct, tags, expected):
-    assert expected in reason_of(ct.read_header, write_ct(**tags))
+    assert expected in reason_of(read_header, write_ct(**tags))
 
 
 def test_files_that_are_not_dicom_say_so(tmp_path):
     for name, data in {"t.csv": b"ID,Label\n" * 99, "p.png": b"\x89PNG\r\n\x1a\n" + bytes(300), "short": b"x"}.items():
         path = tmp_path / name
         path.write_bytes(data)
-        assert "not a DICOM file" in reason_of(ct.read_header, path)
+        assert "not a DICOM file" in reason_of(read_header, path)
     (tmp_path / "nothing").touch()
-    assert "empty" in reason_of(ct.read_header, tmp_path / "nothing")
+    assert "empty" in reason_of(read_header, tmp_path / "nothing")
 
 
 def test_a_dicomdir_says_so(write_ct):
     path = write_ct()
     data = path.read_bytes()
     path.write_bytes(data.replace(b"1.2.840.10008.5.1.4.1.1.2\0", b"1.2.840.10008.1.3.10\0\0\0\0\0\0", 1))
-    assert "DICOMDIR" in reason_of(ct.read_header, path)
+    assert "DICOMDIR" in reason_of(read_header, path)
 
 
 def test_no_cut_of_a_file_passes_or_raises_anything_else(write_ct):
@@ -196,7 +197,7 @@ def test_no_cut_of_a_file_passes_or_raises_anything_else(write_ct):
     data = path.read_bytes()
     for length in range(len(data) - 1):
         path.write_bytes(data[:length])
-        reason_of(ct.read_header, path)
+        reason_of(read_header, path)
 
 
 def test_no_flipped_byte_raises_anything_else(write_ct):
@@ -204,7 +205,7 @@ def test_no_flipped_byte_raises_anything_else(write_ct):
     data, generator = path.read_bytes(), np.random.default_rng(0)
     for place in range(128, len(data)):
         path.write_bytes(data[:place] + bytes([int(generator.integers(256))]) + data[place + 1 :])
-        for read in (ct.read_header, ct.read_hu):
+        for read in (read_header, ct.read_hu):
             with contextlib.suppress(UnreadableDicomError):
                 read(path)
 
@@ -214,7 +215,7 @@ def test_a_file_without_preamble_is_read(write_ct):
     before = ct.read_hu(path)
     data = path.read_bytes()
     path.write_bytes(data[data.index(b"\x08\x00\x08\x00") :])  # from ImageType (0008,0008) on
-    assert ct.read_header(path).transfer_syntax == ImplicitVRLittleEndian
+    assert read_header(path).transfer_syntax == ImplicitVRLittleEndian
     assert np.array_equal(ct.read_hu(path), before)
 
 
@@ -222,7 +223,7 @@ def test_rsna_identifiers_pass_without_a_warning(write_ct):
     path = write_ct(
         SOPInstanceUID="ID_07c9bea25", StudyInstanceUID="ID_1", SeriesInstanceUID="ID_2", InstanceNumber=None
     )
-    header = ct.read_header(path)  # pytest turns any warning into an error
+    header = read_header(path)  # pytest turns any warning into an error
     assert (header.sop_uid, header.instance_number) == ("ID_07c9bea25", None)
 
 
@@ -232,7 +233,7 @@ def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
     def read_often():
         try:
             for _ in range(30):
-                ct.read_header(path)
+                read_header(path)
         except Exception as error:
             errors.append(error)
 
@@ -246,19 +247,6 @@ def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
     assert warnings.filters == filters
 
 
-def test_find_files_takes_all_names_but_hidden_ones_once_and_sorted(tmp_path):
-    for name in ("b/IM1", "a/x.dcm", "a/.hidden", ".git/y", "z"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = ct.find_files([tmp_path / "b", tmp_path, tmp_path / "z"])
-    assert found == [tmp_path / "a/x.dcm", tmp_path / "b/IM1", tmp_path / "z"]
-
-
-def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(MissingFileError, match="nowhere"):
-        ct.find_files([tmp_path / "nowhere"])
-
-
 @pytest.mark.real_data
 @pytest.mark.parametrize("codec", ["RLE", "JPLL", "JLSL", "J2KR"])
 @pytest.mark.parametrize("image", ["CT1", "CT2"])
@@ -269,11 +257,11 @@ def test_real_lossless_codecs_equal_the_raw_pixels(real_data, image, codec):
 
 @pytest.mark.real_data
 def test_real_odd_files_are_read_or_refused_as_documented(real_data):
-    paths = ct.find_files([real_data / "odd_and_corrupt_dicom"])
+    paths = sorted((real_data / "odd_and_corrupt_dicom").iterdir())
     readable = set()
     for path in paths:
         try:
-            ct.read_header(path)
+            read_header(path)
             hu = ct.read_hu(path)
         except UnreadableDicomError:
             continue

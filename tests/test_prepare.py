@@ -1,13 +1,14 @@
 """The stage ``prepare`` from files to files."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
-from ichpipe import studies
+from ichpipe import scan, studies
 from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, MissingFileError, ParamsError
+from ichpipe.errors import DataError, MissingFileError
 from ichpipe.params import PrepareParams
 from ichpipe.stages import prepare
 
@@ -72,9 +73,124 @@ def test_a_folder_without_labels_is_indexed_with_unknown_labels(data_set, tmp_pa
     assert set(index["split"]) == {"train", "val", "test"}
 
 
-def test_cq500_says_that_it_is_not_there(data_set, tmp_path):
-    with pytest.raises(ParamsError, match="cq500 is not there yet"):
-        prepare.run(data_set.model_copy(update={"dataset": "cq500"}), tmp_path / "index")
+def choose_reads(names):
+    findings = ("ICH", "EDH", "IPH", "IVH", "SAH", "SDH")
+    heading = ["name", *(f"R{reader}:{finding}" for reader in (1, 2, 3) for finding in findings)]
+    rows = [[name, *map(str, [number % 2, 0, 0, 0, 0, number % 2] * 3)] for number, name in enumerate(names)]
+    return "\n".join(",".join(row) for row in [heading, *rows]) + "\n"
+
+
+@pytest.fixture
+def cq500(tmp_path, write_series, monkeypatch):
+    """Six scans as the archive has them, two of them zipped: each plain, thin and with contrast; names out of order."""
+    for case in range(6):
+        folder = f"data/CQ500CT{case} CQ500CT{case}/Unknown Study"
+        common = {"patient": f"CQ500CT{case}", "StudyInstanceUID": f"1.9.{case}", "ConvolutionKernel": "STANDARD"}
+        kinds = {"CT 5mm Plain": 5.0, "CT PLAIN THIN": 0.625, "CT POST CONTRAST": 5.0}
+        for number, (name, step) in enumerate(kinds.items()):
+            series, places = f"1.2.{case}.{number}", [step * k for k in range(int(100 / step))][::-1]
+            write_series(
+                f"{folder}/{name}", places, series=series, SliceThickness=step, SeriesDescription=name, **common
+            )
+        scout = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], **common}
+        write_series(f"{folder}/CT Scout", [0.0], series=f"1.2.{case}.9", **scout)
+    for case in (4, 5):
+        folder = tmp_path / f"data/CQ500CT{case} CQ500CT{case}"
+        shutil.make_archive(str(tmp_path / f"data/CQ500-CT-{case}"), "zip", tmp_path / "data", folder.name)
+        shutil.rmtree(folder)
+    (tmp_path / "reads.csv").write_text(choose_reads([f"CQ500-CT-{case}" for case in range(7)]))
+    monkeypatch.chdir(tmp_path)
+    return PrepareParams(dataset="cq500", dicom_dir="data", labels="reads.csv", folds=2)
+
+
+def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path):
+    prepare.run(cq500, tmp_path / "index")
+    index = studies.read_index(tmp_path / "index/slices.parquet")
+    series = pd.read_csv(tmp_path / "index/series.csv")
+    assert (len(series), series["chosen"].sum()) == (24, 6)
+    chosen = series[series["chosen"]]
+    assert set(chosen["series_uid"]) == {f"1.2.{scan}.0" for scan in range(6)} == set(index["series_uid"])
+    assert chosen["reason"].str.startswith("nearest to 5 mm of 2 without a fault (5 mm, plain, kernel STANDARD)").all()
+    reasons = series[~series["chosen"]].groupby("reason").size().to_dict()
+    localizer = "ImageType (0008,0008) says LOCALIZER: a localizer or screen, not a slice"
+    assert reasons == {localizer: 6, "contrast": 6, "0.625 mm thick; the chosen one has 5 mm": 6}
+    assert (
+        index["position_mm"].is_monotonic_increasing
+        or index.groupby("series_uid")["position_mm"].is_monotonic_increasing.all()
+    )
+    assert (
+        index.loc[index["patient_id"] == "CQ500CT4", "path"]
+        .str.startswith("data/CQ500-CT-4.zip/CQ500CT4 CQ500CT4/Unk")
+        .all()
+    )
+    rejected = pd.read_csv(tmp_path / "index/rejected.csv")
+    summary = json.loads((tmp_path / "index/summary.json").read_text())
+    assert len(index) + len(rejected) == summary["files"] == 6 * (20 + 160 + 20 + 1)
+    assert sum(summary["rejected_by_reason"].values()) == len(rejected)
+    assert summary["labels"]["labels_without_study"] == 1
+
+
+def test_cq500_labels_are_of_studies(cq500, tmp_path):
+    prepare.run(cq500, tmp_path / "index")
+    index = studies.read_index(tmp_path / "index/slices.parquet")
+    table = pd.read_csv(tmp_path / "index/studies.csv").sort_values("patient_id")
+    assert table["subdural"].tolist() == table["any"].tolist() == [0, 1] * 3
+    assert (table["epidural"] == 0).all()
+    assert (table["n_slices"] == 20).all()
+    sick = index["patient_id"].isin(["CQ500CT1", "CQ500CT3", "CQ500CT5"])
+    assert index["subdural"].isna().eq(sick).all()  # which slices bleed is not known
+    assert index["subdural"][~sick].eq(0).all()
+
+
+def test_choices_overrule_the_rules(cq500, tmp_path):
+    (tmp_path / "choices.csv").write_text("series_uid\n1.2.3.2\n")
+    selection = cq500.selection.model_copy(update={"choices": "choices.csv"})
+    prepare.run(cq500.model_copy(update={"selection": selection}), tmp_path / "index")
+    assert "1.2.3.2" in studies.read_index(tmp_path / "index/slices.parquet")["series_uid"].to_numpy()
+
+
+def test_a_damaged_archive_is_rejected_and_the_rest_goes_on(cq500, tmp_path):
+    packed = tmp_path / "data/CQ500-CT-4.zip"
+    packed.write_bytes(packed.read_bytes()[:-400])
+    prepare.run(cq500, tmp_path / "index")
+    rejected = pd.read_csv(tmp_path / "index/rejected.csv").set_index("path")["reason"]
+    assert rejected["data/CQ500-CT-4.zip"] == "damaged zip archive (BadZipFile); get it again"
+    assert studies.read_index(tmp_path / "index/slices.parquet")["patient_id"].nunique() == 5
+
+
+def test_rsna_keeps_every_series_and_folder_one(data_set, tmp_path, write_series):
+    write_series("data/again", [5, 0, 10], series="1.2.10.7", patient="P0", StudyInstanceUID="1.2.10.0.1")
+    counts = {}
+    for dataset in ("rsna", "folder"):
+        prepare.run(data_set.model_copy(update={"dataset": dataset}), tmp_path / dataset)
+        counts[dataset] = studies.read_index(tmp_path / dataset / "slices.parquet")["series_uid"].nunique()
+    assert counts == {"rsna": 11, "folder": 10}
+
+
+def test_a_second_run_reads_no_header_and_gives_the_same_bytes(data_set, tmp_path, monkeypatch):
+    prepare.run(data_set, tmp_path / "one", cache=tmp_path / "cache")
+    monkeypatch.setattr(scan, "read_header", None)
+    prepare.run(data_set, tmp_path / "two", cache=tmp_path / "cache")
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_no_name_or_free_text_reaches_a_file(tmp_path, write_series):
+    secret = {
+        "PatientName": "Doe^Secretname",
+        "PatientBirthDate": "19010203",
+        "SeriesDescription": "Secretname PLAIN 5MM",
+    }
+    secret |= {"StudyDescription": "Secretname HEAD", "ProtocolName": "Secretname", "AccessionNumber": "Secretname"}
+    for number in range(6):
+        write_series(f"data/{number}", [0, 5, 10], series=f"1.2.{number}", patient=f"P{number}", **secret)
+    params = PrepareParams(dataset="folder", dicom_dir=str(tmp_path / "data"), labels=None, folds=2)
+    prepare.run(params, tmp_path / "index", cache=tmp_path / "cache")
+    assert pd.read_csv(tmp_path / "index/series.csv")["marks"].eq("plain").all()
+    for path in [*(tmp_path / "index").iterdir(), *(tmp_path / "cache").iterdir()]:
+        content = path.read_bytes() if path.suffix != ".parquet" else pd.read_parquet(path).to_csv().encode()
+        assert b"Secretname" not in content
+        assert b"19010203" not in content
 
 
 def test_missing_inputs_are_named(data_set, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe import ct, studies
+from ichpipe import studies
 from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError, MissingFileError
 from ichpipe.ordering import DIRECTIONS, POSITION
@@ -98,70 +98,6 @@ def test_series_do_not_touch_each_other():
     alone = pd.concat([studies.order_series(part)[0] for part in (first, second)], ignore_index=True)
     together, _ = studies.order_series(pd.concat([second, first]))
     pd.testing.assert_frame_equal(together, alone)
-
-
-def scan_folder(folder, workers=1):
-    return studies.scan(ct.find_files([folder]), workers)
-
-
-def test_every_file_is_in_exactly_one_table(tmp_path, write_series, write_ct):
-    write_series("a", [3, 1, 2], series="1.2.3")
-    write_series("b", [0, 5], series="1.2.4", patient="P2")
-    write_ct("c/scout", series="1.2.5", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    (tmp_path / "c/notes.txt").write_text("hello")
-    index, rejected = scan_folder(tmp_path)
-    paths = [path.as_posix() for path in ct.find_files([tmp_path])]
-    assert sorted([*index["path"], *rejected["path"]]) == paths
-    assert tuple(index.columns) == studies.SCAN_COLUMNS
-    assert index["position_mm"].tolist() == [1, 2, 3, 0, 5]
-    assert rejected["reason"].str.len().gt(5).all()
-
-
-def test_workers_do_not_change_the_result(tmp_path, write_series, monkeypatch):
-    write_series("a", [3, 1, 2])
-    (tmp_path / "a/odd").write_text("x")
-    alone, threads = scan_folder(tmp_path), scan_folder(tmp_path, 2)
-    monkeypatch.setattr(studies, "PROCESSES_FROM", 2)
-    for one, other in zip(alone, threads, strict=True):
-        pd.testing.assert_frame_equal(one, other)
-    for one, other in zip(alone, scan_folder(tmp_path, 2), strict=True):
-        pd.testing.assert_frame_equal(one, other)
-
-
-def test_nothing_to_scan_gives_two_empty_tables_with_their_columns(tmp_path):
-    index, rejected = studies.scan([], 1)
-    assert (tuple(index.columns), len(index)) == (studies.SCAN_COLUMNS, 0)
-    assert (list(rejected.columns), len(rejected)) == (["path", "reason"], 0)
-
-
-def test_of_one_sop_uid_the_first_file_is_kept(tmp_path, write_ct):
-    first = write_ct("a", number=1)
-    (tmp_path / "b").write_bytes(first.read_bytes())
-    write_ct("c", number=1, z=9)
-    index, rejected = scan_folder(tmp_path)
-    assert index["path"].tolist() == [first.as_posix()]
-    reasons = rejected.set_index("path")["reason"]
-    assert "a copy of" in reasons[(tmp_path / "b").as_posix()]
-    assert "other content" in reasons[(tmp_path / "c").as_posix()]
-
-
-def test_a_series_under_two_patients_is_rejected_whole(tmp_path, write_ct):
-    write_ct("a", number=1, patient="P1")
-    write_ct("b", number=2, patient="P2")
-    kept = write_ct("c", series="1.2.9")
-    index, rejected = scan_folder(tmp_path)
-    assert index["path"].tolist() == [kept.as_posix()]
-    assert rejected["reason"].str.contains("more than one patient").all()
-
-
-def test_a_compressed_slice_that_does_not_decode_is_rejected(tmp_path, write_ct):
-    path = write_ct(pixels=np.zeros((32, 32), np.int16))
-    data = path.read_bytes()
-    syntax = b"1.2.840.10008.1.2.1\0"
-    path.write_bytes(data.replace(syntax, b"1.2.840.10008.1.2.5\0").replace(bytes(64), b"\xfe\xff\x00\xe0" + bytes(60)))
-    index, rejected = scan_folder(tmp_path)
-    assert index.empty
-    assert "1.2.840.10008.1.2.5" in rejected["reason"][0]
 
 
 def patients(count, seed=0):
@@ -268,3 +204,10 @@ def test_real_rsna_headers_are_ordered_whole_and_the_same_from_any_order(real_da
     assert ordered["series_uid"].nunique() == 2_214
     assert (ordered.groupby("series_uid")["position_z"].diff() == 0).sum() == 212  # neighbours that share a z
     assert (ordered.groupby("series_uid")["position_mm"].diff().dropna() > -1e-3).all()
+    tie, gap = studies.find_ties_and_gaps(ordered)
+    assert tie.sum() == 266  # along the normal: the 212 and 54 within 0.001 mm
+    step_z = ordered.groupby("series_uid")["position_z"].diff()
+    widest = step_z.idxmax()
+    assert (step_z[widest], round(ordered["spacing_mm"][widest], 1)) == (155.25, 143.9)  # tilted by 22 degrees
+    assert gap[widest]
+    assert ordered["slice_index"].eq(ordered.groupby("series_uid").cumcount()).all()  # and the series is one sequence

@@ -1,0 +1,129 @@
+"""The competition's format, and nothing filled in silence."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ichpipe.classes import CLASSES
+from ichpipe.errors import DataError
+from ichpipe.metrics import weighted_log_loss
+from ichpipe.params import EvaluateParams
+from ichpipe.stages import score
+from ichpipe.submission import ORDER, build_submission
+
+NOTHING = pd.DataFrame({"path": [], "reason": []}, dtype=object)
+CORRUPT = pd.DataFrame(
+    {"path": ["a/ID_6431af929.dcm", "a/readme.txt"], "reason": ["truncated: PixelData", "not a DICOM file"]}
+)
+
+
+def predictions(count, seed=0):
+    values = np.random.default_rng(seed).random((count, 6))
+    names = [f"ID_{number:09x}" for number in range(count)]
+    return pd.DataFrame(values, columns=list(CLASSES)).assign(sop_uid=names)
+
+
+def value_of(submission):
+    return submission.table.assign(Label=submission.table["Label"].astype(float)).set_index("ID")["Label"]
+
+
+def write_sample(path, names):
+    path.write_text("ID,Label\n" + "".join(f"{name},0.5\n" for name in names))
+    return path
+
+
+@settings(deadline=None, max_examples=30)
+@given(count=st.integers(1, 8), seed=st.integers(0, 99))
+def test_rows_are_those_of_the_sample_in_its_order(tmp_path_factory, count, seed):
+    slices = predictions(count, seed)
+    names = [f"{uid}_{name}" for uid in slices["sop_uid"] for name in ORDER]
+    shuffled = list(np.random.default_rng(seed).permutation(names))
+    sample = write_sample(tmp_path_factory.mktemp("sample") / "s.csv", shuffled)
+    found = build_submission(slices, NOTHING, sample)
+    assert found.table["ID"].tolist() == shuffled
+    assert not found.remarks
+    values = value_of(found)
+    for row in slices.to_dict("records"):
+        for name in CLASSES:
+            assert values[f"{row['sop_uid']}_{name}"] == pytest.approx(row[name], abs=1e-9)
+
+
+def test_without_a_sample_slices_are_sorted_and_classes_in_the_order_of_the_competition():
+    found = build_submission(predictions(3).iloc[::-1], NOTHING)
+    assert found.table["ID"].tolist()[:7] == [
+        *(f"ID_000000000_{name}" for name in (
+            "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"
+        )),
+        "ID_000000001_epidural",
+    ]  # fmt: skip
+    assert list(found.table.columns) == ["ID", "Label"]
+    assert found.table["Label"].str.fullmatch(r"[01]\.\d{9}").all()
+
+
+def test_certainty_is_kept_within_what_nine_decimals_can_say():
+    slices = predictions(1)
+    slices.loc[0, ["any", "epidural", "subdural"]] = [1e-30, 1.0, 1e-8]
+    values = value_of(build_submission(slices, NOTHING))
+    assert values[["ID_000000000_any", "ID_000000000_epidural", "ID_000000000_subdural"]].tolist() == [
+        1e-9,
+        1 - 1e-9,
+        1e-8,
+    ]
+
+
+def test_a_slice_without_prediction_is_an_error_that_says_why(tmp_path):
+    names = [f"{uid}_any" for uid in ("ID_000000000", "ID_6431af929", "ID_fffffffff")]
+    sample = write_sample(tmp_path / "s.csv", names)
+    message = (
+        r"2 slices of the submission have no prediction: ID_6431af929 \(truncated: PixelData\), "
+        r"ID_fffffffff \(no such file\); add the files, or fill them by --missing"
+    )
+    with pytest.raises(DataError, match=message):
+        build_submission(predictions(1), CORRUPT, sample)
+    found = build_submission(predictions(1), CORRUPT, sample, 0.25)
+    assert value_of(found)[names[1:]].tolist() == [0.25, 0.25]
+    assert "written as 0.25" in found.remarks[0]
+
+
+def test_without_a_sample_a_rejected_file_named_like_a_slice_is_missed():
+    with pytest.raises(DataError, match="1 slices of the submission have no prediction: ID_6431af929"):
+        build_submission(predictions(2), CORRUPT)
+    found = build_submission(predictions(2), CORRUPT, missing=0.5)
+    assert len(found.table) == 18
+    assert (value_of(found).filter(like="6431af929") == 0.5).all()
+
+
+def test_slices_that_the_sample_does_not_name_are_counted(tmp_path):
+    sample = write_sample(tmp_path / "s.csv", ["ID_000000001_any"])
+    found = build_submission(predictions(5), NOTHING, sample)
+    assert len(found.table) == 1
+    assert "4 predicted slices are not in" in found.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("ID,Label\nID_1_any,0.5\nID_1_bone,0.5\n", "line 3: ID is not <SOPInstanceUID>_<class>"),
+        ("ID,Label\nany,0.5\n", "line 2: ID is not"),
+        ("ID,Label\nID_1_any,0.5\nID_2_any,0.5\nID_1_any,0.5\n", "line 4: ID stands there twice"),
+        ("name,Label\nID_1_any,0.5\n", "must have the columns ID,Label"),
+    ],
+)
+def test_a_wrong_sample_is_named(tmp_path, text, complaint):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=complaint):
+        build_submission(predictions(1), NOTHING, tmp_path / "s.csv")
+
+
+def test_score_reads_back_what_was_written(tmp_path):
+    slices, labels = predictions(50), (np.random.default_rng(1).random((50, 6)) < 0.3).astype(float)
+    labels[:, 0] = labels[:, 1:].max(axis=1)
+    build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False)
+    slices[["sop_uid"]].assign(**dict(zip(CLASSES, labels.T, strict=True))).to_csv(tmp_path / "labels.csv", index=False)
+    text = score.run(
+        "rsna", tmp_path / "submission.csv", tmp_path / "labels.csv", None, EvaluateParams(), score.Options()
+    )
+    direct = weighted_log_loss(labels, slices[list(CLASSES)].to_numpy())
+    assert f'"weighted_log_loss": {direct:.6f}'[:-1] in text
