@@ -82,6 +82,8 @@ def portable(path: str) -> str:
 
 
 def _below(root: Path, damaged: dict[str, str]) -> Iterator[Found]:
+    if root.is_file() and root.name.upper() == "DICOMDIR":  # a table of contents stands for what lies beside it
+        root = root.parent
     if root.is_dir():
         yield from _walk(os.fspath(root), damaged)
     elif root.is_file():

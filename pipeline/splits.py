@@ -25,7 +25,8 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     patient's slices per class, and whether nothing is known. Depends on the set of patients, their labels
     and ``params.seed``, not on row order. ``val_fraction`` counts in all patients. The test set is
 
-    * ``fractions``: ``test_fraction`` of all patients, or the fold ``test_fold`` where that is set;
+    * ``fractions``: ``test_fraction`` of all patients, or the fold ``test_fold`` where that is set. With fewer patients
+      than splits all are the test set, and with fewer than folds each is a fold: an index of a single scan is of use;
     * ``patient-kfold``: the fold ``test_fold``, the first if it is not set;
     * ``stage1``: the slices named by ``test_slices``. A patient who has others as well is not trained on: those slices
       get no split (None), and ``overlap`` counts them. ``val_fraction`` counts in the patients outside the test set.
@@ -33,7 +34,8 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     Raises DataError where there are too few patients, ParamsError without the slices that stage1 needs.
     """
     patients, labels = _patient_labels(index)
-    folds = _deal(labels, np.full(params.folds, 1 / params.folds), params.seed, "prepare.folds")
+    count = params.folds if _needs_folds(params) else min(params.folds, len(patients))
+    folds = _deal(labels, np.full(count, 1 / count), params.seed, "prepare.folds")
     fold = folds.astype(np.int32)[patients.get_indexer(pd.Index(index["patient_id"]))]
     if params.split == "stage1":
         if test_slices is None:
@@ -46,6 +48,10 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     result = index.assign(split=pd.Series(split, index=index.index, dtype=object), fold=fold)
     require_patients_apart(result)
     return result
+
+
+def _needs_folds(params: PrepareParams) -> bool:
+    return params.test_fold is not None or params.split == "patient-kfold"
 
 
 def overlap(index: pd.DataFrame) -> dict[str, int]:
@@ -109,6 +115,8 @@ def _split(labels: NDArray[np.bool_], folds: NDArray[np.int64], params: PrepareP
     val, seed = params.val_fraction, params.seed + 1  # not the draws of the folds
     if params.test_fold is None:
         shares = np.array([1 - val - params.test_fraction, val, params.test_fraction])
+        if len(labels) < np.count_nonzero(shares):
+            return np.full(len(labels), "test", dtype=object)
         return names[_deal(labels, shares, seed, "prepare.val_fraction and prepare.test_fraction")]
     splits = np.full(len(labels), "test", dtype=object)
     rest = folds != params.test_fold

@@ -58,6 +58,8 @@ def _tell(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, Any]) ->
     flawed = series["chosen"] & series["reason"].str.contains("though: ")
     if flawed.any():
         log.warning("%d studies have no series without a fault; series.csv says which faults", int(flawed.sum()))
+    if not index["split"].isin(["train", "val"]).any():
+        log.warning("nothing to train on: all %d patients are in the test split", index["patient_id"].nunique())
     if index["lossy"].any():
         log.warning("%d slices are compressed with loss (column lossy)", int(index["lossy"].sum()))
     if summary.get("overlap", {}).get("patients"):

@@ -140,3 +140,10 @@ def test_an_unreadable_file_is_said_to_be_so(tmp_path):
     (tmp_path / "x").chmod(0)
     with pytest.raises(UnreadableDicomError, match="can't be read: Permission denied"):
         read_file(f"{tmp_path}/x", LARGE)
+
+
+def test_a_dicomdir_stands_for_its_folder(tmp_path):
+    for name in ("a/DICOMDIR", "a/IM/1", "b/2"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert paths_below(tmp_path / "a/DICOMDIR") == [f"{tmp_path}/a/DICOMDIR", f"{tmp_path}/a/IM/1"]

@@ -160,11 +160,20 @@ def test_unknown_labels_are_split_too():
     assert by_patient(studies.assign_splits(index, PrepareParams()))["split"].nunique() == 3
 
 
-def test_too_few_patients_name_the_parameter():
+def test_too_few_patients_are_all_the_test_set():
+    for count in (1, 2):
+        result = studies.assign_splits(patients(count), PrepareParams(folds=5))
+        assert set(result["split"]) == {"test"}
+        assert set(result["fold"]) == set(range(count))
+    assert studies.assign_splits(patients(3), PrepareParams(folds=5))["split"].nunique() == 3
+
+
+@pytest.mark.parametrize("asked", [{"test_fold": 0}, {"split": "patient-kfold"}])
+def test_too_few_patients_for_folds_that_are_asked_for_name_the_parameter(asked):
     with pytest.raises(DataError, match=r"prepare\.folds"):
-        studies.assign_splits(patients(4), PrepareParams(folds=5))
+        studies.assign_splits(patients(4), PrepareParams(folds=5, **asked))
     with pytest.raises(DataError, match=r"prepare\.val_fraction"):
-        studies.assign_splits(patients(2), PrepareParams(folds=2))
+        studies.assign_splits(patients(2), PrepareParams(folds=2, **asked))
 
 
 def test_labels_are_joined_by_uid():
