@@ -8,10 +8,10 @@ from __future__ import annotations
 from io import BytesIO
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import pydicom
+from pydicom.filereader import read_partial
 
 from ichpipe.archive import read_file
-from ichpipe.elements import Elements, tags
+from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.errors import UnreadableDicomError
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def read_pixel_dataset(path: Path | str) -> tuple[Dataset, PixelFacts]:
     """Read what decoding needs, checked like in ``read_header``. Call it inside ``quiet_pydicom``."""
     name = path if isinstance(path, str) else path.as_posix()
     dataset = parse(read_file(name, MAX_FILE_BYTES), PIXEL_TAGS)
-    elements = Elements(dataset)
-    facts = pixel_facts(dataset, elements)
+    elements = elements_of(dataset)
+    facts = pixel_facts(elements, transfer_syntax(dataset))
     require_pixels(elements, facts)
     return dataset, facts
 
@@ -86,16 +86,16 @@ def parse(data: bytes, wanted: list[BaseTag]) -> Dataset:
     if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
-        dataset = pydicom.dcmread(BytesIO(data), force=True, specific_tags=wanted)
+        dataset = read_partial(BytesIO(data), force=True, specific_tags=wanted)  # dcmread without its preparations
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from error
-    if Elements(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
+    if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
 
 
-def pixel_facts(dataset: Dataset, elements: Elements) -> PixelFacts:
+def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     """Read and check the tags that describe the pixels. Raises UnreadableDicomError naming the tag."""
     rows, columns = elements.required_whole("Rows"), elements.required_whole("Columns")
     if not (1 <= rows <= MAX_SIDE_PX and 1 <= columns <= MAX_SIDE_PX):
@@ -111,7 +111,6 @@ def pixel_facts(dataset: Dataset, elements: Elements) -> PixelFacts:
     signed = bool(elements.required_whole("PixelRepresentation"))
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
-    syntax = _transfer_syntax(dataset)
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
 
 
@@ -154,8 +153,9 @@ def _as_stored(value: int, bits: int, *, signed: bool) -> int:
     return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
-def _transfer_syntax(dataset: Dataset) -> str:
-    stated = Elements(dataset.file_meta).text("TransferSyntaxUID")
+def transfer_syntax(dataset: Dataset) -> str:
+    """Return the transfer syntax that a file states, or that the parser guessed where it has no meta header."""
+    stated = elements_of(dataset.file_meta).text("TransferSyntaxUID")
     if stated:
         return stated
     implicit, little = dataset.original_encoding  # guessed by the parser: no meta header

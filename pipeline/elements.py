@@ -17,6 +17,8 @@ from pydicom.tag import BaseTag, Tag
 from ichpipe.errors import UnreadableDicomError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from pydicom.dataset import Dataset
 
 _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6.1.2.5.1)
@@ -38,10 +40,10 @@ def tags(*keywords: str) -> list[BaseTag]:
 class Elements:
     """Values of one dataset by keyword. Every method raises UnreadableDicomError that names the keyword."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        """Take a dataset as ``pydicom.dcmread`` returns it; nothing is converted yet."""
+    def __init__(self, items: Iterable[tuple[int, Any]], dataset: Callable[[], Dataset]) -> None:
+        """Take elements by tag as pydicom parses them, not converted, and how to get its dataset of them if need be."""
         self._dataset = dataset
-        self._by_tag: dict[int, Any] = {int(tag): element for tag, element in dataset.items()}  # int: hashed in C
+        self._by_tag: dict[int, Any] = {int(tag): element for tag, element in items}  # int: hashed in C
 
     def text(self, keyword: str) -> str:
         """Return text without padding; several values joined by a backslash; empty where absent."""
@@ -106,13 +108,18 @@ class Elements:
     def _converted(self, keyword: str) -> str:
         """Let pydicom decode what is not plain ASCII: (0008,0005) names its character set."""
         try:
-            value = self._dataset.get(keyword)
+            value = self._dataset().get(keyword)
         except Exception as error:  # a damaged element; its text may quote the value, so it is not repeated
             raise UnreadableDicomError(f"{keyword} can't be read ({type(error).__name__})") from error
         if isinstance(value, (Sequence, bytes)):
             raise UnreadableDicomError(f"{keyword} is not text")
         parts = value if isinstance(value, MultiValue) else [] if value is None else [value]
         return "\\".join(str(part).strip(" \0") for part in parts)
+
+
+def elements_of(dataset: Dataset) -> Elements:
+    """Return the values of a dataset that pydicom has parsed."""
+    return Elements(dataset.items(), lambda: dataset)
 
 
 class _Tags(dict[str, int]):

@@ -11,9 +11,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ichpipe.archive import read_file
-from ichpipe.dicom_files import MAX_FILE_BYTES, PIXEL_TAGS, UNCOMPRESSED, parse, pixel_facts, require_pixels
-from ichpipe.elements import Elements, tags
+from ichpipe.dicom_files import (
+    MAX_FILE_BYTES,
+    PIXEL_TAGS,
+    UNCOMPRESSED,
+    parse,
+    pixel_facts,
+    require_pixels,
+    transfer_syntax,
+)
+from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.errors import UnreadableDicomError
+from ichpipe.quick_parse import quick_elements
 from ichpipe.quiet import quiet_pydicom
 from ichpipe.series_words import marks_of
 
@@ -21,10 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pydicom.dataset import Dataset
-
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
+_NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "OFF", "N/A", "NO CONTRAST", "WITHOUT", "WITHOUT CONTRAST"})
 _SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
 _HEADER_TAGS: Final = PIXEL_TAGS + tags(
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID",
@@ -77,18 +85,22 @@ def read_header(path: Path | str) -> SliceHeader:
     name = path if isinstance(path, str) else path.as_posix()
     data = read_file(name, MAX_FILE_BYTES)
     with quiet_pydicom():
-        dataset = parse(data, _HEADER_TAGS)
-        elements = Elements(dataset)
+        elements, syntax = quick_elements(data, _HEADER_TAGS) or _elements(data)
         try:
-            return _slice_header(name, data, dataset, elements)
+            return _slice_header(name, data, elements, syntax)
         except UnreadableDicomError as error:
             error.series = _series_of(elements)
             raise
 
 
-def _slice_header(path: str, data: bytes, dataset: Dataset, elements: Elements) -> SliceHeader:
+def _elements(data: bytes) -> tuple[Elements, str]:
+    dataset = parse(data, _HEADER_TAGS)
+    return elements_of(dataset), transfer_syntax(dataset)
+
+
+def _slice_header(path: str, data: bytes, elements: Elements, syntax: str) -> SliceHeader:
     image_type = _require_ct_slice(elements)
-    facts = pixel_facts(dataset, elements)
+    facts = pixel_facts(elements, syntax)
     require_pixels(elements, facts)
     study_uid = elements.required_text("StudyInstanceUID")
     row_direction, column_direction = _directions(elements)
@@ -106,7 +118,7 @@ def _slice_header(path: str, data: bytes, dataset: Dataset, elements: Elements) 
         image_type=image_type,
         kernel=elements.text("ConvolutionKernel"),
         marks=_marks(*map(elements.text, _SERIES_TEXTS)),
-        contrast_agent=bool(elements.text("ContrastBolusAgent")),
+        contrast_agent=elements.text("ContrastBolusAgent").upper() not in _NO_AGENT,
         thickness_mm=elements.optional_float("SliceThickness"),
         body_part=elements.text("BodyPartExamined").upper(),
         instance_number=elements.whole("InstanceNumber"),

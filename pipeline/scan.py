@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -97,7 +99,8 @@ def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]
 
 def read_headers(files: Sequence[Found]) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
-    rows = [_read(one.path) for one in files]
+    with _no_collection():
+        rows = [_read(one.path) for one in files]
     numbers = range(len(rows))
     headers = [row for row in rows if isinstance(row, SliceHeader)]
     good = np.array([number for number in numbers if isinstance(rows[number], SliceHeader)], dtype=np.int64)
@@ -109,6 +112,18 @@ def read_headers(files: Sequence[Found]) -> pa.Table:
         values = pa.array([getattr(one, name) for one in files], pa.int64())
         table = table.set_column(table.schema.get_field_index(name), name, values)
     return table
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking over the growing list of headers again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _read(path: str) -> SliceHeader | tuple[str, str, str, str]:

@@ -7,35 +7,47 @@ hold names; only the marks below leave this module.
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Final
 
 PLAIN: Final = "plain"
 CONTRAST: Final = "contrast"
 
+_AGENT: Final = r"(?:CONTRAST\w*|CON|CE|C|DYE|ENH\w*|INJ\w*|IV|KM|ORAL)\b(?![- ]*SP)"  # a C-spine is no agent
+_WITHOUT: Final = r"(?:W[/ ]?O|WITHOUT)"
+_BOTH: Final = re.compile(  # W/WO, with and without: a protocol of two phases
+    rf"\bW(?:ITH)?\W*(?:AND|OR)?\W*{_WITHOUT}\b|\b{_WITHOUT}\W*(?:AND|OR)?\W*W(?:ITH)?\b(?![/ ]?O)"
+)
 _PLAIN: Final = re.compile(  # a contrast that is denied is part of the match
-    r"(?:\bW[/ ]?O\b|\bWITHOUT\b|\bSANS\b|\bOHNE\b)(?:\W*(?:IV )?(?:CONTRAST\w*|CON\b|C\b))?"
-    r"|\bNON?[- ]?(?:IV[- ])?CON(?:TRAST)?\b|\bNON[- ]?ENHANCED\b|\bUNENHANCED\b|\bN(?:C|E)CT\b|\bNCHCT\b"
-    r"|\bPLAIN\b|\bPRE[- ]?CON(?:TRAST)?\b|\bNATIVE?\b|(?:^|\s)-C\b|\bC-(?=\s|$)"
+    rf"\b{_WITHOUT}\b(?!\W*(?:GANTRY|TILT|ANG|SED|MOTION))(?:\W*(?:IV\W+)?{_AGENT})?"
+    rf"|\b(?:SANS|OHNE|SIN|SEM|SENZA)\W+{_AGENT}|\bS/C\b"
+    r"|\bNON?[- ]?(?:IV[- ]?)?(?:CON(?:TRAST\w*)?|CE|ENH\w*|IV|ORAL)\b|\bUNENHANCED\b|\bN(?:C|E)CT\b|\bNCHCT\b"
+    r"|\bPLAIN\b|\bPRE[- ]?(?:CON(?:TRAST\w*)?|CE|C(?![- ]*SP))\b|\bCONTRAST[- ]?FREE\b|\bNATIVE?\b|\bSIMPLE\b"
+    r"|(?<![\w+/])-C\b(?!-)|\bC-(?!\w)"
 )
 _CONTRAST: Final = re.compile(
-    r"CONTRAST|\bPOST[- ]?CON\b|\bWITH\b|\bW(?:[/ ] ?C(?:ON)?\b|/|$)|\bCECT\b|\bENHANCED\b|\+ ?C\b|\bC\+|\bE\+|\bCE\b"
-    r"|\bARTERIAL\b|\bVENOUS\b|\bDELAYED\b|\b\d+ ?(?:CC|ML)\b"  # 4cc sec 150cc: rate and amount of an injection
+    rf"CONTRAST|\bPOST[- ]?(?:CON|CE|INJ\w*)\b|\b(?:W/?|WITH|MIT|AVEC) ?{_AGENT}|\b(?:W/?|WITH)$|\bCECT\b|\bENHANCED\b"
+    r"|\+ ?C\b(?![- ]*SP)|\bC\+|\bE\+|\bCE\b|\bIV\b|\bORAL\b|\bARTERIAL\b|\bVENOUS\b|\bDELAYED\b"
+    r"|\b\d+ ?(?:CC|ML)\b"  # 4cc/sec 150cc: rate and amount of an injection
 )
 _MARKS: Final = {
     name: re.compile(pattern)
     for name, pattern in {
-        "angio": r"\bCT ?A\b|\bANGIO|\bCOW\b|\bWILLIS\b|\bCT ?V\b|\bVENOGRA",
-        "perfusion": r"\bCT ?P\b|\bPERF|\bCBF\b|\bCBV\b|\bMTT\b|\bTTP\b|\bTMAX\b",
-        "monitoring": r"\bSMART ?PREP\b|MONITORING\b|\bBOLUS\b|\bTRACK(?:ER|ING)\b",
-        "report": r"\bDOSE\b|\bREPORT\b|\bSUMMARY\b|\bSCOUT\b|\bTOPO",
-        "spine": r"\bSPINE?\b|\bCERVICAL\b|\bLUMBAR\b|\bC[- ]SPINE\b",
+        "angio": r"\bCT ?A\b|\bANGIO|\bCOW\b|\bWILLIS\b|\bCT ?V\b|\bVENOGRA|\bVESSEL",
+        "perfusion": r"\bCT ?P\b|\bPERF(?:US\w*)?\b|\bCBF\b|\bCBV\b|\bMTT\b|\bTTP\b|\bTMAX\b",
+        "monitoring": r"\bSMART ?PREP\b|MONITORING\b|BOLUS|\bTRACK(?:ER|ING)\b|\bSURE ?START\b",
+        "report": r"(?<!LOW[- ])(?<!REDUCED[- ])\bDOSE\b(?! RED)|\bREPORT\b|\bSUMMARY\b"
+        r"|\bSCOUT|\bTOPO|\bLOCALI[SZ]ER|\bSCANOGRAM|\bSURVIEW",
+        "spine": r"SPIN(?:E|AL)\b|\bCERVICAL\b|\bLUMBAR\b",
         "neck": r"\bNECK\b|\bCAROTID",
         "chest": r"\bCHEST\b|\bTHORA|\bLUNGS?\b",
-        "abdomen": r"\bABD|\bPELVI|\bLIVER\b",
-        "face": r"\bFAC(?:E|IAL)\b|\bSINUS|\bPNS\b|\bORBIT|\bTEMPORAL\b|\bIAC|\bMASTOID|\bMAXILL|\bMANDIB|\bDENTAL\b",
-        "brain": r"\bBRAIN|\bHEAD\b|\bSKULL\b|\bCRANI|\bCEREBR|\bKOPF\b|\bSCHAEDEL\b",
-        "bone": r"\bBONES?\b|\bBONE|\bOSSE?OUS\b",
-        "reformatted": r"\bMPR\b|\bCOR(?:ONAL)?\b|\bSAG(?:ITTAL)?\b|\bREFORMAT|\b3 ?D\b|\bVRT?\b|\bMIP\b|\bSSD\b",
+        "abdomen": r"\bABD|\bPELVI|\bLIVER\b|\bKUB\b",
+        "face": r"\bFAC(?:E|IAL)\b|\bSINUS|\bPNS\b|\b(?:HEAD)?ORBIT|\bTEMPORAL\b(?! LOBE)|\bIAC|\bMASTOID|\bMAXILL"
+        r"|\bMANDIB|\bDENTAL\b|\bPARANASAL|\bNASAL\b|\bPETROUS\b",
+        "brain": r"\bBRAIN|\bHEAD|\bSKULL\b|\bCRAN(?:I|E)|\bCEREB|\bKOPF\b|\bSCHAE?DEL\b",
+        "bone": r"\bBONE|\bOSS(?:E?OUS|O)\b|\bOSEO\b|\bKNOCHEN",
+        "reformatted": r"\bMPR\b|\bCOR(?:ONAL)?\b|\bSAG(?:ITTAL)?\b|\bREFORMAT|\b3 ?D\b|\bVRT?\b|\bVOLUME REND"
+        r"|\bM(?:IN|AX)?IPS?\b|\bSSD\b",
         "thin": r"\bTHIN\b",
     }.items()
 }
@@ -48,10 +60,11 @@ _BONE: Final = frozenset(
     {"BONE", "BONE+", "BONEPLUS", "BONE PLUS", "LUNG", "EDGE", "EDGE PLUS", "ULTRA"}  # GE
     | {"D", "E", "L", "YB", "YC", "YD", "YE"}  # Philips
 )
-_SIEMENS: Final = re.compile(r"[A-Z][A-Z]?(\d{2})[A-Z]?")
-_TOSHIBA: Final = re.compile(r"FC(\d{2})")
-_SIEMENS_SOFT_TO: Final = 50
-_SIEMENS_BONE_FROM: Final = 54
+_SIEMENS: Final = re.compile(r"[BCDHIJQSTUV][A-Z]?(\d\d)[A-Z]?")
+_TOSHIBA: Final = re.compile(r"FC(\d)\d(?:-[A-Z])?")
+_TOSHIBA_KINDS: Final = dict.fromkeys("0126", "soft") | dict.fromkeys("358", "bone")
+_SIEMENS_SOFT_BELOW: Final = 50
+_SIEMENS_BONE_FROM: Final = 55
 
 
 def marks_of(series: str, *others: str) -> str:
@@ -59,16 +72,23 @@ def marks_of(series: str, *others: str) -> str:
 
     ``series`` is its own description, ``others`` those of protocol and study, which describe further series too: of
     them only ``plain`` or ``contrast`` is taken, and only where nothing nearer says either. A text with both (``HEAD
-    W/O & W CONTRAST``) says neither.
+    W/O & W CONTRAST``) says neither. Case, accents and underscores don't matter.
     """
-    texts = [" ".join(text.upper().replace("_", " ").split()) for text in (series, *others)]
+    texts = [_normal(text) for text in (series, *others)]
     found = {name for name, pattern in _MARKS.items() if pattern.search(texts[0])}
     said = next((one for text in texts if (one := _contrast_of(text)) is not None), "")
     return " ".join(sorted(found | ({said} if said else set())))
 
 
+def _normal(text: str) -> str:
+    letters = unicodedata.normalize("NFKD", text.upper()).encode("ascii", "ignore").decode("ascii")
+    return " ".join(letters.replace("_", " ").split())
+
+
 def _contrast_of(text: str) -> str | None:
     """Return ``plain``, ``contrast``, an empty text for both, or None for neither."""
+    if _BOTH.search(text):
+        return ""
     rest, plain = _PLAIN.subn(" ", text)
     contrast = _CONTRAST.search(rest)
     if plain and contrast:
@@ -79,19 +99,19 @@ def _contrast_of(text: str) -> str | None:
 def kernel_kind(kernel: str) -> str:
     """Tell ``soft`` from ``bone`` by ConvolutionKernel (0018,1210); ``unknown`` for a code not known here.
 
-    GE and Philips by name. Siemens (H31s, J40f, Hr38): the number is the sharpness, up to 50 soft, from 54 sharp.
-    Toshiba and Canon (FC21): head and body kernels are 01 to 29, 40 to 49 and 60 to 69; 30 to 39 and 80 to 89 are for
-    bone, 50 to 59 for lung.
+    ``bone`` stands for every sharp kernel, those for lungs too. Of several values the first counts. GE (also after
+    ``HD``) and Philips by name. Siemens (H31s, J40f, Hr38): the number is the sharpness, below 50 soft, from 55 sharp.
+    Toshiba and Canon (FC21, FC68-H): 00 to 29 and 60 to 69 are for soft tissue, 30 to 39 and 80 to 89 for bone, 50 to
+    59 for lung. docs/cq500.md names the sources.
     """
-    code = kernel.partition("\\")[0].strip().upper()
+    code = kernel.partition("\\")[0].strip().upper().removeprefix("HD ")
     if code in _SOFT:
         return "soft"
     if code in _BONE:
         return "bone"
     if found := _TOSHIBA.fullmatch(code):
-        tens = int(found[1]) // 10
-        return "soft" if tens in {0, 1, 2, 4, 6} else "bone" if tens in {3, 5, 8} else "unknown"
+        return _TOSHIBA_KINDS.get(found[1], "unknown")
     if found := _SIEMENS.fullmatch(code):
         number = int(found[1])
-        return "soft" if number <= _SIEMENS_SOFT_TO else "bone" if number >= _SIEMENS_BONE_FROM else "unknown"
+        return "soft" if number < _SIEMENS_SOFT_BELOW else "bone" if number >= _SIEMENS_BONE_FROM else "unknown"
     return "unknown"
