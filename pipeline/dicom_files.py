@@ -76,7 +76,7 @@ def read_pixel_dataset(path: Path | str) -> tuple[Dataset, PixelFacts]:
     return dataset, facts
 
 
-def parse(data: bytes, wanted: list[BaseTag]) -> Dataset:
+def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     """Parse ``data`` as DICOM, keeping the elements of the wanted tags; a missing DICM prefix is tolerated.
 
     Raises UnreadableDicomError. The parser's own message is left out: it may quote a patient's data.

@@ -32,7 +32,7 @@ _BINARY: Final = frozenset({
 """Binary where the file does not state a representation (implicit VR)."""
 
 
-def tags(*keywords: str) -> list[BaseTag]:
+def tags(*keywords: str) -> list[BaseTag | int]:
     """Return the tags of DICOM keywords; an unknown keyword is a programmer's error (ValueError)."""
     return [Tag(keyword) for keyword in keywords]
 

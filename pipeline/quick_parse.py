@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 _PREAMBLE: Final = 132  # 128 bytes of anything, and DICM
 _META_GROUP: Final = 0x0002
+_META_REPRESENTATIONS: Final = frozenset({"UI", "OB", "UL", "SH", "AE"})  # of group 0002, PS3.10, 7.1
 _MEDIA_CLASS: Final = 0x00020002
 _SYNTAX: Final = 0x00020010
 _ENCAPSULATED: Final = "1.2.840.10008.1.2.4."  # JPEG and its kin: explicit, little-endian
 _RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
 
 
-def quick_elements(data: bytes, wanted: list[BaseTag]) -> tuple[Elements, str] | None:
+def quick_elements(data: bytes, wanted: list[BaseTag | int]) -> tuple[Elements, str] | None:
     """Return the wanted elements and the transfer syntax, as ``parse`` finds them; None where it should be asked."""
     if data[128:_PREAMBLE] != b"DICM":
         return None
@@ -35,12 +36,14 @@ def quick_elements(data: bytes, wanted: list[BaseTag]) -> tuple[Elements, str] |
         return None
 
 
-def _quick(data: bytes, wanted: list[BaseTag]) -> tuple[Elements, str] | None:
+def _quick(data: bytes, wanted: list[BaseTag | int]) -> tuple[Elements, str] | None:
     file = BytesIO(data)
     file.seek(_PREAMBLE)
     meta: dict[int, Any] = {int(one.tag): one for one in data_element_generator(file, False, True, _after_meta)}
     syntax, media_class = (_uid(meta.get(tag)) for tag in (_SYNTAX, _MEDIA_CLASS))
     implicit = syntax == IMPLICIT_LITTLE
+    if any(one.VR not in _META_REPRESENTATIONS for one in meta.values()):
+        return None
     known = implicit or syntax in {EXPLICIT_LITTLE, _RUN_LENGTH} or syntax.startswith(_ENCAPSULATED)
     if not known or media_class == DIRECTORY_CLASS or implicit == _looks_explicit(data, file.tell()):
         return None
