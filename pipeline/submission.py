@@ -42,8 +42,8 @@ def build_submission(
 
     ``slices`` has ``sop_uid`` and the columns of CLASSES (probabilities), ``rejected`` ``path, reason``. With
     ``sample``, the competition's ``…sample_submission.csv``, rows and their order are the sample's. Else they are
-    the slices, sorted, and every rejected file that is named like a slice of RSNA. Probabilities are written with
-    nine decimals, from 1e-9 to 1 - 1e-9. A slice without a prediction is a DataError, or gets ``missing`` (0 to 1)
+    the slices, sorted, and every rejected file that is named like a slice, ``<UID>.dcm``. Probabilities are written
+    with nine decimals, from 1e-9 to 1 - 1e-9. A slice without a prediction is a DataError, or gets ``missing`` (0 to 1)
     six times.
     """
     values = slices.set_index("sop_uid")[list(ORDER)]
@@ -69,11 +69,17 @@ def build_submission(
 
 
 def _rejected_slices(rejected: pd.DataFrame) -> pd.Series:
-    """Return the reason by SOPInstanceUID of rejected files that are named as Kaggle names slices."""
-    stems = [PurePath(path).stem for path in rejected["path"]]
-    reasons = pd.Series(rejected["reason"].to_list(), index=stems, dtype=object)
-    named = reasons[[bool(_RSNA_NAME.fullmatch(stem)) for stem in stems]]
-    return named[~named.index.duplicated()]
+    """Return the reason by SOPInstanceUID of rejected files that are named as Kaggle names slices: ``<UID>.dcm``.
+
+    A copy of a file that was used is none of them.
+    """
+    found: dict[str, str] = {}
+    for path, reason in zip(rejected["path"], rejected["reason"], strict=True):
+        name = PurePath(path)
+        slice_like = name.suffix.lower() == ".dcm" or _RSNA_NAME.fullmatch(name.stem)
+        if slice_like and not reason.startswith("duplicate: a copy"):
+            found.setdefault(name.stem, reason)
+    return pd.Series(found, dtype=object)
 
 
 def _read_sample(path: Path) -> tuple[pd.Index, np.ndarray, np.ndarray]:

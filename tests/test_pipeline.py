@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 
 from ichpipe.classes import CLASSES
+from ichpipe.quiet import quiet_pydicom
 from ichpipe.studies import read_index
 
 
@@ -209,6 +211,62 @@ def test_predict_equals_evaluate_and_lists_what_it_left_out(run, folder_of_one_s
     assert submission["ID"].head(6).tolist() == [f"{first}_{name}" for name in order]
     label = submission.set_index("ID")["Label"]
     assert label[f"{first}_any"] == slices.set_index("sop_uid").loc[first, "any"]
+
+
+def test_a_submission_that_lacks_a_slice_is_refused_and_the_tables_are_kept(
+    run, folder_of_one_series, tmp_path, capsys
+):
+    _, rows = folder_of_one_series
+    folder = tmp_path / "kaggle"
+    folder.mkdir()
+    for path, uid in zip(rows["path"], rows["sop_uid"], strict=True):
+        shutil.copy(path, folder / f"{uid}.dcm")
+    victim = sorted(folder.iterdir())[3]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    target = tmp_path / "out" / "submission.csv"
+    arguments = ["predict", folder, "--out", tmp_path / "out", "--kaggle", target]
+    message = run.error(capsys, *arguments)
+    assert f"1 slices of the submission have no prediction: {victim.stem} (truncated: " in message
+    assert "--missing 0.5" in message
+    assert not target.exists()
+    assert len(pd.read_csv(tmp_path / "out" / "slices.csv")) == len(rows) - 1
+    assert run(*arguments, "--missing", 0.25).exit_code == 0
+    label = pd.read_csv(target).set_index("ID")["Label"]
+    assert len(label) == 6 * len(rows)
+    assert (label[[f"{victim.stem}_{name}" for name in CLASSES]] == 0.25).all()
+    assert run("predict", folder, "--out", tmp_path / "out", "--missing", 0.25).exit_code == 2
+
+
+def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder_of_one_series, tmp_path):
+    folder, rows = folder_of_one_series
+    with quiet_pydicom():
+        for path in list(folder.iterdir())[: len(rows) // 2]:  # the same slices once more, under another series
+            dataset = pydicom.dcmread(path)
+            dataset.SOPInstanceUID, dataset.SeriesInstanceUID = f"{dataset.SOPInstanceUID}9", "1.2.3.99"
+            dataset.save_as(folder / f"again-{path.name}")
+    assert run("predict", folder, "--out", tmp_path / "one").exit_code == 0
+    assert run("predict", folder, "--out", tmp_path / "all", "--all-series").exit_code == 0
+    assert len(pd.read_csv(tmp_path / "one" / "studies.csv")) == 1
+    assert len(pd.read_csv(tmp_path / "all" / "studies.csv")) == 2
+    series = pd.read_csv(tmp_path / "one" / "series.csv").set_index("series_uid")
+    assert series["chosen"].to_dict() == {rows["series_uid"].iloc[0]: True, "1.2.3.99": False}
+    assert set(pd.read_csv(tmp_path / "one" / "slices.csv")["sop_uid"]) == set(rows["sop_uid"])
+
+
+def test_the_study_score_is_a_parameter(run, folder_of_one_series, tmp_path):
+    folder, _ = folder_of_one_series
+    assert run("--set", "evaluate.study_score=mean", "predict", folder, "--out", tmp_path).exit_code == 0
+    slices, studies = pd.read_csv(tmp_path / "slices.csv"), pd.read_csv(tmp_path / "studies.csv")
+    np.testing.assert_allclose(studies[list(CLASSES)].iloc[0], slices[list(CLASSES)].mean(), atol=1e-8)
+
+
+def test_a_zip_archive_is_predicted_like_its_folder(run, folder_of_one_series, tmp_path):
+    folder, _ = folder_of_one_series
+    packed = shutil.make_archive(str(tmp_path / "scan"), "zip", folder)
+    for name, path in (("folder", folder), ("zip", packed)):
+        assert run("predict", path, "--out", tmp_path / name).exit_code == 0
+    for name in ("slices.csv", "studies.csv"):
+        assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "zip" / name).read_bytes()
 
 
 def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
