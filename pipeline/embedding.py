@@ -107,11 +107,12 @@ class MakeEmbedder:
 
 @torch.inference_mode()
 def classify_series(
-    model: EndToEnd, paths: list[str], device: torch.device, chunk_slices: int = 32
+    model: EndToEnd, paths: list[str], device: torch.device, chunk_slices: int = 32, stride: int = 1
 ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
 
-    Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series.
+    Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series, or each of its
+    ``stride`` interleaved parts (``ichpipe.thin.stride_of``).
     """
     size, outputs, bad = model.cnn.spec.size_px, [], []
     model.eval()
@@ -124,7 +125,10 @@ def classify_series(
         if not outputs:
             return torch.empty((0, len(model.cnn.spec.classes))), bad
         embedding, cnn_logits = (torch.cat([output[part] for output in outputs]).float() for part in (0, 1))
-        logits = model.sequence.one_series(embedding, cnn_logits)
+        logits = torch.empty_like(cnn_logits)
+        for first in range(min(stride, len(logits))):
+            part = slice(first, None, stride)
+            logits[part] = model.sequence.one_series(embedding[part], cnn_logits[part]).float()
     return logits.float(), bad
 
 

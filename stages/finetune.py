@@ -20,7 +20,7 @@ from ichpipe.files import digest_of, digest_of_file
 from ichpipe.lineage import require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
-from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
+from ichpipe.models.weights import SPACING, load_sequence, load_slice_cnn, save_model
 from ichpipe.progress import track
 from ichpipe.record import Stopwatch, write_history, write_record
 from ichpipe.studies import read_index
@@ -67,7 +67,7 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
     history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
-    save_model(artifacts.finetuned, model, made_from)
+    save_model(artifacts.finetuned, model, made_from | _spacing(index))
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
@@ -75,6 +75,13 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
         artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=watch.seconds(), facts=facts
     )
     trainer.finish()
+
+
+def _spacing(index: pd.DataFrame) -> dict[str, str]:
+    """Return the median distance of neighbouring train slices, mm, for those who predict on thinner series."""
+    train = index[(index["split"] == "train") & (index["slice_index"] > 0)]
+    spacing = train["spacing_mm"].median()
+    return {} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}
 
 
 def image_series(index: pd.DataFrame, split: str) -> list[ImageSeries]:

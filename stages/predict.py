@@ -15,12 +15,13 @@ from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
-from ichpipe.models.weights import load_end_to_end
+from ichpipe.models.weights import load_end_to_end, spacing_of
 from ichpipe.pooling import pool
 from ichpipe.predictions import smooth_series
 from ichpipe.progress import track
 from ichpipe.scan import scan
 from ichpipe.submission import build_submission
+from ichpipe.thin import stride_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +63,10 @@ def run(
     """
     device = choose_device(gpu)
     model = load_end_to_end(model_dir).to(device)
+    spacing = spacing_of(model_dir)
     scanned, rejected = scan(list(paths), workers)
     chosen = choose(scanned, rejected, options.selection, one_per_study=not (options.all_series or options.kaggle))
-    slices, undecodable = _predict_all(model, chosen.slices, device)
+    slices, undecodable = _predict_all(model, chosen.slices, device, spacing)
     rejected = pd.concat([rejected, chosen.left_out, undecodable], ignore_index=True)
     _write_csv(rejected[["path", "reason"]], out / "rejected.csv")
     _write_csv(chosen.series, out / "series.csv")
@@ -81,11 +83,14 @@ def run(
     return _as_text(studies, chosen.series, len(rejected))
 
 
-def _predict_all(model: EndToEnd, index: pd.DataFrame, device: torch.device) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _predict_all(
+    model: EndToEnd, index: pd.DataFrame, device: torch.device, spacing_mm: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
     groups = index.groupby("series_uid", sort=False)
     for _, group in track(groups, "predict", len(groups), "series"):
-        logits, bad = classify_series(model, group["path"].tolist(), device)
+        stride = stride_of(group["position_mm"].to_numpy(np.float64), spacing_mm)
+        logits, bad = classify_series(model, group["path"].tolist(), device, stride=stride)
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
         table = pd.DataFrame(to_probabilities(logits), columns=list(CLASSES))

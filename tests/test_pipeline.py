@@ -260,6 +260,26 @@ def test_the_study_score_is_a_parameter(run, folder_of_one_series, tmp_path):
     np.testing.assert_allclose(studies[list(CLASSES)].iloc[0], slices[list(CLASSES)].mean(), atol=1e-8)
 
 
+def test_a_head_in_thin_slices_scores_like_the_same_head_in_thick_ones(run, folder_of_one_series, tmp_path):
+    thick, rows = folder_of_one_series
+    thin = tmp_path / "thin"
+    thin.mkdir()
+    parts = 4
+    for path in thick.iterdir():
+        for part in range(parts):
+            with quiet_pydicom():
+                dataset = pydicom.dcmread(path)
+                x, y, z = map(float, dataset.ImagePositionPatient)
+                dataset.ImagePositionPatient = [x, y, z + (part - (parts - 1) / 2) * 5.0 / parts]
+                dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}{part}"
+                dataset.save_as(thin / f"{path.name}-{part}")
+    for folder in (thick, thin):
+        assert run("predict", folder, "--out", tmp_path / f"out-{folder.name}").exit_code == 0
+    one, other = (pd.read_csv(tmp_path / f"out-{name}" / "studies.csv") for name in ("scans", "thin"))
+    assert other["n_slices"][0] == parts * len(rows) == parts * one["n_slices"][0]
+    np.testing.assert_allclose(other[list(CLASSES)], one[list(CLASSES)], atol=5e-4)  # windows end within slices
+
+
 def test_a_zip_archive_is_predicted_like_its_folder(run, folder_of_one_series, tmp_path):
     folder, _ = folder_of_one_series
     packed = shutil.make_archive(str(tmp_path / "scan"), "zip", folder)

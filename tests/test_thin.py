@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.thin import smooth_thin
+from ichpipe.thin import smooth_thin, stride_of
 
 
 def cut(thick, parts, start=0.0):
@@ -98,3 +98,16 @@ def test_noise_of_single_slices_no_longer_decides():
 def test_a_slice_or_two(count):
     values = np.full((count, 6), 0.4)
     np.testing.assert_allclose(smooth_thin(values, np.arange(count) * 1.0), 0.4)
+
+
+@pytest.mark.parametrize(
+    ("step", "spacing", "stride"),
+    [(5.0, 5.0, 1), (2.5, 5.0, 1), (1.25, 5.0, 4), (0.625, 5.0, 8), (1.0, 5.0, 5), (1.0, 1.0, 1), (0.6, 5.0, 8)],
+)
+def test_parts_have_about_the_spacing_of_training(step, spacing, stride):
+    assert stride_of(np.arange(60) * step, spacing) == stride
+    assert stride_of(np.repeat(np.arange(60) * step, 2), spacing) == stride  # two slices at each place
+
+
+def test_one_slice_is_one_part():
+    assert stride_of(np.array([3.0])) == stride_of(np.array([])) == stride_of(np.array([3.0, 3.0])) == 1

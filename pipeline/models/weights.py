@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +24,7 @@ from ichpipe.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import SequenceModel, SequenceSpec
 from ichpipe.models.slice_cnn import SliceCnn, SliceCnnSpec
+from ichpipe.thin import WINDOW_MM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 1
+SPACING = "spacing_mm"
+"""Name in ``made_from`` of the distance of the slices that a model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Header:
     kind: str  # slice-cnn, sequence, end-to-end
     slice_cnn: SliceCnnSpec | None
     sequence: SequenceSpec | None
-    made_from: dict[str, str]  # digests of the inputs of its training, by name
+    made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
 
 
 def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
@@ -85,6 +89,18 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
     if text is None:
         raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
     return _parse_header(path, text)
+
+
+def spacing_of(folder: Path) -> float:
+    """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
+    text = read_header(folder).made_from.get(SPACING, "")
+    try:
+        spacing = float(text or WINDOW_MM)
+    except ValueError as error:
+        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
+    if not 0 < spacing < math.inf:
+        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
+    return spacing
 
 
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
