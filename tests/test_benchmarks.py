@@ -42,6 +42,16 @@ def test_extract_unchanged(tmp_path, monkeypatch):
     assert result["said"] == "slice CNN: all 3000 slices are there"
 
 
+def test_prepare(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = load("prepare")
+    result = bench.run(tmp_path, bench.archives.make_headers(12), 600, 100, 2)  # outputs that differ would end it
+    assert result["bare_pydicom"]["ratio"] > 0
+    assert result["ratio_of_the_whole_command"] > 0
+    for name in ("one_worker", "again", "workers", "stopped"):
+        assert result[name]["peak_mb"] > 0
+
+
 def test_score(tmp_path):
     result = load("score").run(tmp_path, 600, 30)
     assert len(result["seconds"]) == 4
