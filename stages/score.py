@@ -11,8 +11,10 @@ from ichpipe.cq500_reads import read_majority
 from ichpipe.cq500_scores import read_scans, score_scans
 from ichpipe.errors import DataError
 from ichpipe.files import write_json
+from ichpipe.label_tables import read_labels as read_label_table
 from ichpipe.slice_scores import score_slices
 from ichpipe.slice_tables import read_labels, read_predictions
+from ichpipe.study_scores import score_studies
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,8 @@ _COUNTED: Final = {
     "slices_without_label": "slices have no label and are not scored",
     "slices_without_prediction": "labelled slices have no prediction",
     "rows_of_no_scan": "names are no scan of CQ500",
+    "studies_without_label": "studies have no label and are not scored",
+    "studies_without_prediction": "labelled studies have no prediction",
     "scans_without_label": "scans have no label and are not scored",
     "scans_without_prediction": "labelled scans have no prediction",
 }
@@ -48,7 +52,7 @@ def run(form: str, predictions: Path, labels: Path, out: Path | None, section: E
     inputs = [predictions, labels, *([options.against] if options.against else [])]
     if out is not None and out.resolve() in [path.resolve() for path in inputs]:
         raise DataError(f"--out {out} is one of the tables to read; name another file")
-    result = (_rsna if form == "rsna" else _cq500)(predictions, labels, section, options)
+    result = _FORMS[form](predictions, labels, section, options)
     for line in _remarks(result):
         log.warning(line)
     if out is not None:
@@ -79,6 +83,23 @@ def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Op
     return {"format": "cq500", **found}
 
 
+def _studies(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    if options.against is not None:
+        raise DataError("--against is for --format rsna and cq500")
+    found = score_studies(
+        predictions,
+        read_label_table("folder", labels),
+        pool=options.pool,
+        missing=options.missing,
+        operating_point=options.operating_point,
+        **section.bootstrap(),
+    )
+    return {"format": "studies", **found}
+
+
+_FORMS: Final = {"rsna": _rsna, "cq500": _cq500, "studies": _studies}
+
+
 def _remarks(result: dict[str, Any]) -> list[str]:
     """Return one line for each thing that was counted and changes what the figures are about."""
     against = result.get("against", {})
@@ -93,7 +114,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         for what, text in _COUNTED.items()
         if report.get(f"n_{what}")
     ]
-    filled = [(name, report["filled_with"]) for name, report in tables.items() if "filled_with" in report]
+    filled = [(name, report["filled_with"]) for name, report in tables.items() if report.get("filled_with") is not None]
     lines += [f"{name}: scored as {value} where there is no prediction" for name, value in filled]
     excluded = result.get("n_excluded")
     return [*lines, f"labels: {excluded} slices left out: not all six labels are known"] if excluded else lines

@@ -13,27 +13,33 @@ if TYPE_CHECKING:
 
 @click.argument("predictions", type=click.Path(path_type=Path))
 @click.argument("labels", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["rsna", "cq500"]), required=True, help="Slices or CQ500 scans.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["rsna", "cq500", "studies"]),
+    required=True,
+    help="Slices, CQ500 scans, or any studies.",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Also write the JSON here.")
 @click.option("--against", type=click.Path(path_type=Path), default=None, help="Another model's table, to compare.")
 @click.option(
     "--missing",
     type=click.FloatRange(0, 1),
     default=None,
-    help="Score what has no prediction as this; else rsna stops with an error and cq500 leaves it out.",
+    help="Score what has no prediction as this; else rsna stops with an error, the others leave it out.",
 )
 @click.option(
     "--pool",
     type=click.Choice(["max", "mean"]),
     default=None,
-    help="cq500: pool several rows of one scan, as of two series; else they are an error.",
+    help="cq500, studies: pool several rows of one, as of two series; else they are an error.",
 )
 @click.option(
     "--operating-point",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.9,
     show_default=True,
-    help="cq500: wanted sensitivity of one point, specificity of the other.",
+    help="cq500, studies: wanted sensitivity of one point, specificity of the other.",
 )
 def score(settings: Settings, predictions: Path, labels: Path, form: str, out: Path | None, **options: Any) -> str:
     """Score a table of PREDICTIONS against a table of LABELS by the official metric; prints JSON.
@@ -42,9 +48,10 @@ def score(settings: Settings, predictions: Path, labels: Path, form: str, out: P
     Example:
       ichpipe score submission.csv stage_2_train.csv --format rsna
       ichpipe score prediction_probabilities.csv reads.csv --format cq500 --out metrics.json
+      ichpipe score predictions/studies.csv labels.csv --format studies
     """
     if form == "rsna" and options["pool"]:
-        raise click.UsageError("--pool is for scans: --format cq500")
+        raise click.UsageError("--pool is for scans and studies: --format cq500, studies")
     from ichpipe.stages.score import Options, run
 
     return run(form, predictions, labels, out, settings.params().evaluate, Options(**options))
