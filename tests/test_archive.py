@@ -108,6 +108,7 @@ def test_an_archive_that_was_replaced_is_opened_again(tmp_path):
     assert read_file(f"{made}/one", LARGE) == b"newer"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on
 def test_forked_processes_do_not_share_the_position(tmp_path):
     files = {str(number): bytes([number]) * 20_000 for number in range(40)}
     made = make_zip(tmp_path / "a.zip", files)

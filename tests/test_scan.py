@@ -1,10 +1,17 @@
 """Files to ordered slices, and the reason for every one that is left out."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pandas as pd
+import pytest
 
 from ichpipe import scan
 from ichpipe.archive import list_files
+from ichpipe.errors import DataError
+from ichpipe.scan import read_headers
 
 COLUMNS = {*scan.HEADER_SCHEMA.names, "slice_index", "position_mm", "spacing_mm"} - {"reason", "size", "stamp"}
 
@@ -34,6 +41,29 @@ def test_workers_do_not_change_the_result(tmp_path, write_series, monkeypatch):
     for one, other in zip(alone, threads, strict=True):
         pd.testing.assert_frame_equal(one, other)
     for one, other in zip(alone, scan_folder(tmp_path, 2), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+
+
+def kill_at_the_second_chunk(files):
+    if any(one.path.endswith("/kill") for one in files):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_headers(files)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on; nothing runs in the other threads
+def test_a_killed_process_is_said_and_what_was_read_is_kept(tmp_path, write_series, monkeypatch):
+    write_series("a", [3, 1, 2, 4])
+    (tmp_path / "a/kill").write_text("x")
+    monkeypatch.setattr(scan, "PROCESSES_FROM", 2)
+    monkeypatch.setattr(scan, "CHUNK_FILES", 4)
+    forked = multiprocessing.get_context("fork")  # a new process could not import this file's function
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "read_headers", kill_at_the_second_chunk)
+        patch.setattr(scan.multiprocessing, "get_context", lambda _kind: forked)
+        with pytest.raises(DataError, match=r"process that reads headers was killed.*fewer --workers"):
+            scan.scan([tmp_path / "a"], 2, tmp_path / "cache")
+    again = scan.scan([tmp_path / "a"], 1, tmp_path / "cache")
+    for one, other in zip(again, scan_folder(tmp_path / "a"), strict=True):
         pd.testing.assert_frame_equal(one, other)
 
 
