@@ -17,6 +17,8 @@ from ichpipe.tables import read_table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
 ORDER: Final = (*SUBTYPES, "any")
 """The competition's order of classes; this project's has ``any`` first."""
 
@@ -35,28 +37,40 @@ class Submission:
     remarks: list[str]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The rows of a sample submission, in its order."""
+
+    path: Path
+    uids: pd.Index  # SOPInstanceUIDs, each once
+    rows: NDArray[np.intp]  # (rows,) numbers into uids
+    columns: NDArray[np.intp]  # (rows,) numbers into ORDER
+
+
 def build_submission(
-    slices: pd.DataFrame, rejected: pd.DataFrame, sample: Path | None = None, missing: float | None = None
+    slices: pd.DataFrame, rejected: pd.DataFrame, sample: Sample | None = None, missing: float | None = None
 ) -> Submission:
     """Lay out predictions as the competition wants them.
 
     ``slices`` has ``sop_uid`` and the columns of CLASSES (probabilities), ``rejected`` ``path, reason``. With
-    ``sample``, the competition's ``…sample_submission.csv``, rows and their order are the sample's. Else they are
-    the slices, sorted, and every rejected file that is named like a slice, ``<UID>.dcm``. Probabilities are written
-    with nine decimals, from 1e-9 to 1 - 1e-9. A slice without a prediction is a DataError, or gets ``missing`` (0 to 1)
-    six times.
+    ``sample`` rows and their order are the sample's. Else they are the slices, sorted, and every rejected file that is
+    named like a slice, ``<UID>.dcm``. Probabilities are written with nine decimals, from 1e-9 to 1 - 1e-9. A slice
+    without a prediction, or with one that is not a number (fp16 can overflow), is a DataError, or gets ``missing``
+    (0 to 1) six times.
     """
-    values = slices.set_index("sop_uid")[list(ORDER)]
-    reasons = _rejected_slices(rejected)
+    predicted = slices.set_index("sop_uid")[list(ORDER)]
+    usable = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
+    values = predicted[usable]
+    reasons = _rejected_slices(rejected) | dict.fromkeys(predicted.index[~usable], "its prediction is not a number")
     remarks = []
     if sample is None:
-        uids = pd.Index(sorted({*values.index, *reasons.index}))
+        uids = pd.Index(sorted({*values.index, *reasons}))
         rows = np.repeat(np.arange(len(uids)), len(ORDER))
         columns = np.tile(np.arange(len(ORDER)), len(uids))
     else:
-        uids, rows, columns = _read_sample(sample)
-        if extra := int((~values.index.isin(uids)).sum()):
-            remarks.append(f"{extra} predicted slices are not in {sample} and are left out of the submission")
+        uids, rows, columns = sample.uids, sample.rows, sample.columns
+        if extra := int((~predicted.index.isin(uids)).sum()):
+            remarks.append(f"{extra} predicted slices are not in {sample.path} and are left out of the submission")
     absent = uids[~uids.isin(values.index)]
     if len(absent):
         remarks.append(_about(absent, reasons, missing))
@@ -68,7 +82,7 @@ def build_submission(
     return Submission(pd.DataFrame({"ID": names, "Label": [f"{value:.{DECIMALS}f}" for value in label]}), remarks)
 
 
-def _rejected_slices(rejected: pd.DataFrame) -> pd.Series:
+def _rejected_slices(rejected: pd.DataFrame) -> dict[str, str]:
     """Return the reason by SOPInstanceUID of rejected files that are named as Kaggle names slices: ``<UID>.dcm``.
 
     A copy of a file that was used is none of them.
@@ -79,13 +93,13 @@ def _rejected_slices(rejected: pd.DataFrame) -> pd.Series:
         slice_like = name.suffix.lower() == ".dcm" or _RSNA_NAME.fullmatch(name.stem)
         if slice_like and not reason.startswith("duplicate: a copy"):
             found.setdefault(name.stem, reason)
-    return pd.Series(found, dtype=object)
+    return found
 
 
-def _read_sample(path: Path) -> tuple[pd.Index, np.ndarray, np.ndarray]:
-    """Return the slices of a sample submission, and for each row the number of its slice and of its class in ORDER."""
+def read_sample(path: Path) -> Sample:
+    """Read the competition's ``…sample_submission.csv``. Raises MissingFileError, or DataError that names the line."""
     table = read_table(path, "sample submission")
-    if "ID" not in table.names:
+    if not {"ID", "Label"} <= set(table.names):
         raise table.error("must have the columns ID,Label")
     names = pd.Series(table.text("ID").to_pandas())
     parts = names.str.rpartition("_")
@@ -95,10 +109,10 @@ def _read_sample(path: Path) -> tuple[pd.Index, np.ndarray, np.ndarray]:
     )
     table.refuse(names.duplicated().to_numpy(), "ID stands there twice", names)
     rows, uids = pd.factorize(parts[0])
-    return pd.Index(uids), rows, columns
+    return Sample(path, pd.Index(uids), rows, columns)
 
 
-def _about(absent: pd.Index, reasons: pd.Series, missing: float | None) -> str:
+def _about(absent: pd.Index, reasons: dict[str, str], missing: float | None) -> str:
     """Say which slices have no prediction and why; raise that where nothing is to be filled in."""
     shown = [f"{uid} ({reasons.get(uid, 'no such file')})" for uid in absent[:_NAMED]]
     more = ", …" if len(absent) > _NAMED else ""

@@ -20,7 +20,7 @@ from ichpipe.pooling import pool
 from ichpipe.predictions import smooth_series
 from ichpipe.progress import track
 from ichpipe.scan import scan
-from ichpipe.submission import build_submission
+from ichpipe.submission import build_submission, read_sample
 from ichpipe.thin import stride_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def run(
     used are listed with the reason, and the rest goes on; nothing usable at all is an error. A submission that lacks
     slices is refused after the other tables are written.
     """
+    # First: a wrong sample is found in seconds, prediction may take hours.
+    sample = None if options.sample is None else read_sample(options.sample)
     device = choose_device(gpu)
     model = load_end_to_end(model_dir).to(device)
     spacing = spacing_of(model_dir)
@@ -76,7 +78,7 @@ def run(
     _write_csv(slices[SLICE_COLUMNS], out / "slices.csv")
     _write_csv(studies[STUDY_COLUMNS], out / "studies.csv")
     if options.kaggle is not None:
-        submission = build_submission(slices, rejected, options.sample, options.missing)
+        submission = build_submission(slices, rejected, sample, options.missing)
         for remark in submission.remarks:
             log.warning(remark)
         _write_csv(submission.table, options.kaggle)

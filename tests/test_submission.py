@@ -1,5 +1,7 @@
 """The competition's format, and nothing filled in silence."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError
 from ichpipe.metrics import weighted_log_loss
-from ichpipe.params import EvaluateParams
-from ichpipe.stages import score
-from ichpipe.submission import ORDER, build_submission
+from ichpipe.params import EvaluateParams, SelectionParams
+from ichpipe.stages import predict, score
+from ichpipe.submission import ORDER, build_submission, read_sample
 
 NOTHING = pd.DataFrame({"path": [], "reason": []}, dtype=object)
 CORRUPT = pd.DataFrame(
@@ -31,7 +33,7 @@ def value_of(submission):
 
 def write_sample(path, names):
     path.write_text("ID,Label\n" + "".join(f"{name},0.5\n" for name in names))
-    return path
+    return read_sample(path)
 
 
 @settings(deadline=None, max_examples=30)
@@ -109,21 +111,45 @@ def test_slices_that_the_sample_does_not_name_are_counted(tmp_path):
         ("ID,Label\nany,0.5\n", "line 2: ID is not"),
         ("ID,Label\nID_1_any,0.5\nID_2_any,0.5\nID_1_any,0.5\n", "line 4: ID stands there twice"),
         ("name,Label\nID_1_any,0.5\n", "must have the columns ID,Label"),
+        ("ID,Probability\nID_1_any,0.5\n", "must have the columns ID,Label"),
     ],
 )
 def test_a_wrong_sample_is_named(tmp_path, text, complaint):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=complaint):
-        build_submission(predictions(1), NOTHING, tmp_path / "s.csv")
+        read_sample(tmp_path / "s.csv")
+
+
+def test_a_wrong_sample_is_found_before_anything_is_predicted(tmp_path):
+    (tmp_path / "s.csv").write_text("ID,Label\nID_1_bone,0.5\n")
+    options = predict.Options(SelectionParams(), kaggle=tmp_path / "k.csv", sample=tmp_path / "s.csv")
+    with pytest.raises(DataError, match="line 2: ID is not"):  # not: there is no model
+        predict.run([tmp_path], tmp_path / "out", tmp_path / "no model", options, gpu="cpu")
+
+
+@pytest.mark.parametrize("with_sample", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prediction_that_is_not_a_number_is_none(tmp_path, with_sample, value):
+    slices = predictions(3)
+    slices.loc[1, "subdural"] = value
+    sample = write_sample(tmp_path / "s.csv", [f"ID_00000000{k}_any" for k in range(3)]) if with_sample else None
+    message = r"1 slices of the submission have no prediction: ID_000000001 \(its prediction is not a number\)"
+    with pytest.raises(DataError, match=message):
+        build_submission(slices, NOTHING, sample)
+    found = build_submission(slices, NOTHING, sample, 0.25)
+    assert "written as 0.25" in found.remarks[0]
+    values = value_of(found)
+    assert (values.filter(like="ID_000000001") == 0.25).all()
+    assert values["ID_000000002_any"] == pytest.approx(slices.loc[2, "any"], abs=1e-9)
 
 
 def test_score_reads_back_what_was_written(tmp_path):
     slices, labels = predictions(50), (np.random.default_rng(1).random((50, 6)) < 0.3).astype(float)
     labels[:, 0] = labels[:, 1:].max(axis=1)
-    build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False)
+    build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False, lineterminator="\n")
     slices[["sop_uid"]].assign(**dict(zip(CLASSES, labels.T, strict=True))).to_csv(tmp_path / "labels.csv", index=False)
     text = score.run(
         "rsna", tmp_path / "submission.csv", tmp_path / "labels.csv", None, EvaluateParams(), score.Options()
     )
     direct = weighted_log_loss(labels, slices[list(CLASSES)].to_numpy())
-    assert f'"weighted_log_loss": {direct:.6f}'[:-1] in text
+    assert json.loads(text)["weighted_log_loss"] == pytest.approx(direct, abs=1e-7)
