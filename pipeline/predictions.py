@@ -62,11 +62,12 @@ def score_all(
     outside the test set too, on which nothing was trained: each model is then scored ``without_overlap`` as well.
     """
     settings = section.bootstrap()
+    first = next(iter(tables.values()))
+    overlap &= frozenset(first["patient_id"])  # a patient whose labels are not all known is not scored
     scores = {name: _score(table, section) for name, table in tables.items()}
     for name, table in tables.items() if overlap else ():
         rest = table[~table["patient_id"].isin(overlap)]
         scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
-    first = next(iter(tables.values()))
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
     pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
@@ -116,13 +117,13 @@ def _overlap_text(metrics: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
     if "overlap" not in metrics:
         return ""
     without = [
-        f"{name} {values['without_overlap']['weighted_log_loss']:.4f}"
+        f"{name} {values['without_overlap']['weighted_log_loss']:.4f} (with {values['weighted_log_loss']:.4f})"
         for name, values in rows
         if values["without_overlap"]
     ]
-    patients = metrics["overlap"]["patients"]
-    who = f"without the {patients} patients who have slices outside the test set too (not trained on)"
-    return f"\n{who}: {', '.join(without)}"
+    who = "{patients} patients ({slices_in_test} slices) who have slices outside the test set too (not trained on)"
+    found = ", ".join(without) or "nobody is left"
+    return f"\nlog loss without the {who.format(**metrics['overlap'])}: {found}"
 
 
 def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:

@@ -96,6 +96,9 @@ def _predict_all(
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
         table = pd.DataFrame(to_probabilities(logits), columns=list(CLASSES))
+        odd = ~np.isfinite(table.to_numpy()).all(axis=1)  # fp16 can overflow
+        rejected += [(path, "its prediction is not a number") for path in readable.loc[odd, "path"]]
+        readable, table = readable[~odd].reset_index(drop=True), table[~odd].reset_index(drop=True)
         parts.append(pd.concat([readable.drop(columns=list(CLASSES), errors="ignore"), table], axis=1))
     whole = [part for part in parts if len(part)]
     return pd.concat(whole, ignore_index=True) if whole else parts[0], pd.DataFrame(

@@ -5,6 +5,8 @@ import json
 import pandas as pd
 import pytest
 
+from ichpipe.params import EvaluateParams
+from ichpipe.predictions import ladder_text, score_all
 from ichpipe.studies import read_index
 
 
@@ -50,8 +52,10 @@ def test_models_are_scored_with_and_without(stage1):
         assert model["without_overlap"]["n_slices"] == model["n_slices"] - metrics["overlap"]["slices_in_test"]
         assert model["without_overlap"]["weighted_log_loss"] != model["weighted_log_loss"]
     ladder = (run.artifacts / "metrics/ladder.txt").read_text()
-    assert f"fine-tuned {metrics['finetuned']['without_overlap']['weighted_log_loss']:.4f}" in ladder
-    assert "without the 1 patients" in ladder
+    model = metrics["finetuned"]
+    without, both = model["without_overlap"]["weighted_log_loss"], model["weighted_log_loss"]
+    assert f"fine-tuned {without:.4f} (with {both:.4f})" in ladder
+    assert f"without the 1 patients ({metrics['overlap']['slices_in_test']} slices)" in ladder
 
 
 def test_without_overlap_nothing_is_said_of_it(run):
@@ -63,3 +67,23 @@ def test_without_overlap_nothing_is_said_of_it(run):
 def test_cross_validation_refuses_the_split(stage1, capsys):
     run, _ = stage1
     assert "prepare.split must be patient-kfold" in run.error(capsys, "cross-validate")
+
+
+@pytest.fixture
+def tables(run):
+    names = {path.stem: path for path in sorted((run.artifacts / "predictions").glob("*.parquet"))}
+    return {name: pd.read_parquet(path) for name, path in names.items()}
+
+
+def test_patients_who_are_not_scored_are_no_overlap(tables):
+    arm = next(name for name in tables if name.startswith("sequence-")).removeprefix("sequence-")
+    section = EvaluateParams(bootstrap_samples=10)
+    assert score_all(tables, section, arm, frozenset({"nobody"})) == score_all(tables, section, arm)
+
+
+def test_a_ladder_without_anybody_left_says_so(tables):
+    arm = next(name for name in tables if name.startswith("sequence-")).removeprefix("sequence-")
+    everybody = frozenset(tables["finetuned"]["patient_id"])
+    metrics = score_all(tables, EvaluateParams(bootstrap_samples=10), arm, everybody)
+    assert metrics["finetuned"]["without_overlap"] is None
+    assert "(not trained on): nobody is left" in ladder_text(metrics)

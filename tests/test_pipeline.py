@@ -15,6 +15,7 @@ import pytest
 
 from ichpipe.classes import CLASSES
 from ichpipe.quiet import quiet_pydicom
+from ichpipe.stages import predict
 from ichpipe.studies import read_index
 
 
@@ -251,6 +252,22 @@ def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder
     series = pd.read_csv(tmp_path / "one" / "series.csv").set_index("series_uid")
     assert series["chosen"].to_dict() == {rows["series_uid"].iloc[0]: True, "1.2.3.99": False}
     assert set(pd.read_csv(tmp_path / "one" / "slices.csv")["sop_uid"]) == set(rows["sop_uid"])
+
+
+def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_one_series, tmp_path, monkeypatch):
+    folder, rows = folder_of_one_series
+    before = predict.classify_series
+
+    def overflow(*arguments, **options):
+        logits, bad = before(*arguments, **options)
+        logits = logits.clone()
+        logits[2, 3] = float("nan")
+        return logits, bad
+
+    monkeypatch.setattr(predict, "classify_series", overflow)
+    assert run("predict", folder, "--out", tmp_path).exit_code == 0
+    assert pd.read_csv(tmp_path / "slices.csv")["sop_uid"].tolist() == rows["sop_uid"].drop(rows.index[2]).tolist()
+    assert pd.read_csv(tmp_path / "rejected.csv")["reason"].tolist() == ["its prediction is not a number"]
 
 
 def test_the_study_score_is_a_parameter(run, folder_of_one_series, tmp_path):
