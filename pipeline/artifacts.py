@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 RECORD_FILE = "record.json"
 HISTORY_FILE = "history.json"
+PREDICTIONS_FILE = "predictions.parquet"
 FOLDS_FILE = "folds.json"
 
 
@@ -52,9 +53,19 @@ class Artifacts:
         """The embedding store."""
         return self.root / "embeddings.zarr"
 
+    @property
+    def arms(self) -> Path:
+        """Folder of all sequence models."""
+        return self.root / "sequence"
+
     def sequence(self, arm: str) -> Path:
         """Folder of one sequence model."""
-        return self.root / "sequence" / arm
+        return self.arms / arm
+
+    @property
+    def comparison(self) -> Path:
+        """Folder of the table of arms."""
+        return self.root / "compare"
 
     @property
     def finetuned(self) -> Path:

@@ -15,10 +15,11 @@ from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.errors import ParamsError, WeightsError
-from ichpipe.files import digest_of_file
+from ichpipe.files import digest_of, digest_of_file
 from ichpipe.folds import fold_models, rows_of_fold
-from ichpipe.models.weights import read_header
-from ichpipe.windows import PREPROCESSING_VERSION
+from ichpipe.models.header import read_header
+from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.params import AugmentParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,20 +28,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.artifacts import Artifacts
-    from ichpipe.params import AugmentParams, Params, SequenceParams
+    from ichpipe.params import Params, SequenceParams
 
 
 @dataclass(frozen=True)
 class View:
     """One augmented look at every slice: the same change for all slices of a series, drawn from seed and number."""
 
-    number: int  # from 1; the plain look is no view
+    number: int  # from 1; 0 is the mirror image; the plain look is no view
     seed: int
     augment: AugmentParams
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the draws."""
         return {"number": self.number, "seed": self.seed, **self.augment.model_dump(mode="json")}
+
+
+STILL = AugmentParams(flip_probability=0.0, rotation_deg=0.0, scale=0.0, shift=0.0, offset_hu=0.0, noise_hu=0.0)
+MIRROR = View(0, 0, STILL.model_copy(update={"flip_probability": 1.0}))
+"""The left-right mirror image of every slice, of train and held-out series alike."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,10 @@ def store_address(params: Params, artifacts: Artifacts) -> str:
 
 
 def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
-    """Return all generations that ``extract`` fills: all slices plain, then train slices by fold and by view."""
+    """Return all generations that ``extract`` fills: all slices plain, then train slices by fold and by view.
+
+    With ``extract.mirror`` every slice mirrored, too, by the network that embeds it plain for stage two.
+    """
     plain = Cache(artifacts.slice_cnn, index)
     by_fold = _out_of_fold(params, artifacts, index)
     train = by_fold or [Cache(artifacts.slice_cnn, index[index["split"] == "train"])]
@@ -95,7 +104,16 @@ def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> 
         for view in _views(params, params.extract.views.count)
         for cache in train
     ]
-    return [cache for cache in (plain, *by_fold, *views) if len(cache.index)]
+    mirrors = _mirrored(plain, by_fold) if params.extract.mirror else []
+    return [cache for cache in (plain, *by_fold, *views, *mirrors) if len(cache.index)]
+
+
+def _mirrored(plain: Cache, by_fold: list[Cache]) -> list[Cache]:
+    rest = plain.index[plain.index["split"] != "train"] if by_fold else plain.index
+    return [
+        Cache(cache.model_dir, index, cache.fold, MIRROR)
+        for cache, index in ((plain, rest), *((cache, cache.index) for cache in by_fold))
+    ]
 
 
 def _out_of_fold(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
@@ -114,19 +132,25 @@ def _views(params: Params, count: int) -> list[View]:
 class Features:
     """The opened generations that one arm of stage two reads.
 
-    ``train[v]`` holds view v (0: plain) of the train slices by the fold of the patient, under None where the network
-    of all train patients embeds them all.
+    ``train[v]`` holds one view (the first: plain) of the train slices by the fold of the patient, under None where the
+    network of all train patients embeds them all.
     """
 
     plain: EmbeddingStore
+    mirrored: EmbeddingStore | None  # of what is held out
     train: tuple[dict[int | None, EmbeddingStore], ...]
     made_by: dict[str, Any]
 
     def sources(self, split: str, fold: int) -> list[EmbeddingStore]:
-        """Return the stores from which a series of this split and fold is read: plain, then its views."""
+        """Return the stores from which a series of this split and fold is read: plain, its views, the mirror image."""
         if split != "train":
-            return [self.plain]
+            return [self.plain] + ([self.mirrored] if self.mirrored else [])
         return [stores[None] if None in stores else stores[fold] for stores in self.train]
+
+    @property
+    def store(self) -> str:
+        """Digest of the plain rows and the network that made them: the same for all arms of one run."""
+        return digest_of({"rows": self.made_by["rows"], "plain": self.plain.identity})
 
 
 def open_features(
@@ -142,15 +166,15 @@ def open_features(
         return EmbeddingStore(address, cache.identity(), cache.rows())
 
     caches = list(arm_caches(params, artifacts, index, section))
-    stores = {(cache.fold, cache.view.number if cache.view else 0): opened(cache) for cache in caches}
-    plain = stores[None, 0]
-    views = sorted({view for _, view in stores})
+    stores = {(cache.fold, cache.view): opened(cache) for cache in caches}
     folded = {fold for fold, _ in stores} - {None}
+    views = dict.fromkeys(view for _, view in stores)  # in the order of `wanted_caches`: plain comes first
     train = tuple(
-        {fold: store for (fold, number), store in stores.items() if number == view and (fold is not None or not folded)}
+        {fold: store for (fold, other), store in stores.items() if other == view and (fold is not None or not folded)}
         for view in views
     )
-    return Features(plain, train, _made_by(params, index, caches, section))
+    made = _made_by(params, index, caches, section)
+    return Features(stores[None, None], stores.get((None, MIRROR)), train, made)
 
 
 def made_by(params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams) -> dict[str, Any]:
@@ -162,22 +186,28 @@ def arm_caches(
     params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
 ) -> Iterator[Cache]:
     """Yield the generations that an arm reads; ParamsError where it asks for views that are not extracted."""
-    if section is not None and "pca" in section.inputs and params.extract.pca is None:
+    if section is not None and "pca" in section.wanted and params.extract.pca is None:
         raise ParamsError("an arm has the input pca, but extract.pca is null; set it to a number of components")
     views = section.views if section else 0
     there = params.extract.views.count
     if views > there:
         raise ParamsError(f"an arm asks for {views} views, but extract.views.count is {there}")
+    mirrored = section is not None and section.average.mirrored
+    if mirrored and not params.extract.mirror:
+        raise ParamsError("an arm averages mirrored images, but extract.mirror is false; set it to true")
     folded = section is not None and section.out_of_fold and params.fit_slices.folds > 0
-    if views and params.fit_slices.folds and not folded:
+    if (views or mirrored) and params.fit_slices.folds and not folded:
         raise ParamsError(
             "an arm asks for views with out_of_fold: false, but where fit-slices.folds is set views are extracted by "
-            "the networks of the folds alone; set its views to 0 or out_of_fold to true"
+            "the networks of the folds alone; set views to 0 and average.mirrored to false, or out_of_fold to true"
         )
     for cache in wanted_caches(params, artifacts, index):
+        if cache.view == MIRROR:
+            wanted = mirrored
+        else:
+            wanted = (cache.fold is not None) == folded and (cache.view is None or cache.view.number <= views)
         plain = cache.fold is None and cache.view is None
-        of_arm = (cache.fold is not None) == folded and (cache.view is None or cache.view.number <= views)
-        if plain or (section is not None and of_arm):
+        if plain or (section is not None and wanted):
             yield cache
 
 
@@ -186,5 +216,5 @@ def _made_by(
 ) -> dict[str, Any]:
     names = ("series_uid", "sop_uid", "file_digest")
     rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))
-    pca = params.extract.pca if section is not None and "pca" in section.inputs else None
+    pca = params.extract.pca if section is not None and "pca" in section.wanted else None
     return {"rows": rows, "generations": [cache.identity() for cache in caches], "pca": pca}

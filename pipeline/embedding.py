@@ -10,6 +10,7 @@ import torch
 from ichpipe import augment
 from ichpipe.device import autocast, derive_seed, generator
 from ichpipe.feeding import load_readable, load_slices
+from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
 
 if TYPE_CHECKING:
@@ -107,29 +108,50 @@ class MakeEmbedder:
 
 @torch.inference_mode()
 def classify_series(
-    model: EndToEnd, paths: list[str], device: torch.device, chunk_slices: int = 32, stride: int = 1
+    model: EndToEnd,
+    paths: list[str],
+    position_mm: Sequence[float],
+    device: torch.device,
+    chunk_slices: int = 32,
+    stride: int = 1,
 ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
 
     Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series, or each of its
     ``stride`` interleaved parts (``ichpipe.thin.stride_of``).
     """
-    size, outputs, bad = model.cnn.spec.size_px, [], []
+    size, embedded, bad = model.cnn.spec.size_px, [], []
     model.eval()
     with autocast(device, "auto"):
         for start in range(0, len(paths), chunk_slices):
             hu, unreadable = load_readable(paths[start : start + chunk_slices], size)
             bad += unreadable
             if len(hu):
-                outputs.append(model.cnn(hu.to(device)))
-        if not outputs:
+                embedded.append(_looks(model, hu.to(device)))
+        if not embedded:
             return torch.empty((0, len(model.cnn.spec.classes))), bad
-        embedding, cnn_logits = (torch.cat([output[part] for output in outputs]).float() for part in (0, 1))
-        logits = torch.empty_like(cnn_logits)
-        for first in range(min(stride, len(logits))):
-            part = slice(first, None, stride)
-            logits[part] = model.sequence.one_series(embedding[part], cnn_logits[part]).float()
-    return logits.float(), bad
+        unread = {path for path, _ in bad}
+        places = torch.tensor([at for at, path in zip(position_mm, paths, strict=True) if path not in unread])
+        found = [_join(model, list(look), places, stride) for look in zip(*embedded, strict=True)]
+    return (mean_logits(torch.stack(found)) if len(found) > 1 else found[0]), bad
+
+
+Embedded = tuple[torch.Tensor, torch.Tensor]
+
+
+def _looks(model: EndToEnd, hu: torch.Tensor) -> list[Embedded]:
+    """Embed slices as they are and, if the sequence model averages over both, mirrored."""
+    looks = [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
+    return [model.cnn(look) for look in looks]
+
+
+def _join(model: EndToEnd, parts: list[Embedded], position_mm: torch.Tensor, stride: int) -> torch.Tensor:
+    embedding, cnn_logits = (torch.cat([part[which] for part in parts]).float() for which in (0, 1))
+    logits = torch.empty_like(cnn_logits)
+    for first in range(min(stride, len(logits))):
+        rows = slice(first, None, stride)
+        logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], position_mm[rows]).float()
+    return logits
 
 
 def to_probabilities(logits: torch.Tensor) -> NDArray[np.float64]:

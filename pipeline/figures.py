@@ -90,11 +90,13 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> byt
     return _png(figure)
 
 
-def study_sheet(hu: NDArray[np.int16], probabilities: Mapping[str, ArrayLike], labels: ArrayLike, title: str) -> bytes:
+def study_sheet(
+    hu: Sequence[NDArray[np.int16]], probabilities: Mapping[str, ArrayLike], labels: ArrayLike, title: str
+) -> bytes:
     """Draw a series as a contact sheet in the brain window, and beneath it each model's P(any) by slice.
 
-    ``hu`` (n, rows, columns) in slice order, ``probabilities`` per model and ``labels`` (n, 6). Positive slices are
-    framed and named by subtype. A long series shows evenly chosen slices; the curves show all of them.
+    ``hu`` holds n slices (rows, columns) in order, ``probabilities`` per model and ``labels`` (n, 6). Positive slices
+    are framed and named by subtype. A long series shows evenly chosen slices; the curves show all of them.
     """
     truth = np.asarray(labels, dtype=np.float64)
     chosen = np.unique(np.linspace(0, len(hu) - 1, min(len(hu), MAX_TILES)).round().astype(int))

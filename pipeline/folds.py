@@ -13,7 +13,7 @@ import numpy as np
 from ichpipe.artifacts import MODEL_FILE
 from ichpipe.errors import TrainingError, WeightsError
 from ichpipe.lineage import require_made_from
-from ichpipe.models.weights import read_header
+from ichpipe.models.header import read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

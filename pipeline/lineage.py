@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ichpipe.artifacts import MODEL_FILE
 from ichpipe.errors import WeightsError
-from ichpipe.models.weights import read_header
+from ichpipe.models.header import read_header
 
 if TYPE_CHECKING:
     from pathlib import Path

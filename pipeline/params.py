@@ -129,25 +129,50 @@ class ExtractParams(Section):
     chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
     batch_size: Positive = 64  # slices per forward pass
     views: ViewParams = ViewParams()
+    mirror: bool = False  # also the left-right mirror image of every slice; an arm asks for it by `average.mirrored`
     pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)
     keep_vanished: bool = False  # series that left the index stay readable
     store: str | None = None  # an fsspec address (s3://…); null: embeddings.zarr below the artifacts
 
 
-Input = Literal["embedding", "logits", "pca"]
+Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RegularizeParams(Section):
+    """Random changes of a training sequence, drawn anew for each series and epoch (``ichpipe.regularize``)."""
+
+    reverse_probability: Probability = 0.0  # slices from the other end (RSNA 2019's 1st place)
+    stride2_probability: Probability = 0.0  # every second slice alone (1st place)
+    crop_slices: Positive | None = None  # contiguous slices around a random one (the paper: 10); null: the whole series
+    feature_noise: Annotated[float, Field(ge=0.0)] = 0.0  # features times 1 + noise of this standard deviation
+    feature_dropout: Fraction = 0.0  # share of features that are 0 throughout a series (2nd place)
+
+
+class AverageParams(Section):
+    """What is averaged into one prediction; probabilities are."""
+
+    epochs: Positive = 1  # the last so many; 1: the one epoch that is best on validation
+    seeds: bool = False  # all seeds of the arm as one model; false: the first one's
+    reversed: bool = False  # the slices in both orders
+    mirrored: bool = False  # images and their mirror images (extract.mirror)
 
 
 class SequenceParams(Section):
-    """Stage two: one arm, a recurrent network over each series' cached embeddings."""
+    """Stage two: one arm, a network over each series' cached embeddings."""
 
-    cell: Literal["lstm", "gru"] = "lstm"
-    hidden: Positive = 512  # units per direction
+    cell: Literal["lstm", "gru", "transformer", "conv", "average"] = "lstm"
+    hidden: Positive = 512  # units (recurrent: per direction)
     layers: Positive = 2
-    bidirectional: bool = True
+    bidirectional: bool = True  # lstm, gru
+    residual: bool = False  # lstm, gru, two layers: their sum and a ReLU layer on each (2nd place)
+    kernel: Positive = 3  # conv, average: slices that each sees, an odd number
+    heads: Positive = 8  # transformer
     dropout: Fraction = 0.0  # between layers and before the head
-    inputs: Annotated[tuple[Literal["embedding", "logits", "pca"], ...], Field(min_length=1, strict=False)] = (
-        "embedding",
-    )
+    inputs: Annotated[tuple[Input, ...], Field(min_length=1, strict=False)] = ("embedding",)
+    skip: Annotated[tuple[Input, ...], Field(strict=False)] = ()  # inputs that also go straight into the head
+    regularize: RegularizeParams = RegularizeParams()
+    average: AverageParams = AverageParams()
     views: Count = 0  # of extract.views, each drawn as often as the plain one
     out_of_fold: bool = True  # train on embeddings by the CNNs of fit-slices.folds, where there are any
     shuffle_series: Positive | None = None  # shuffle within about so many series at a time; null: all
@@ -157,7 +182,26 @@ class SequenceParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
     max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     seed: Count = 0
+    seeds: Positive = 1  # trained with seed, seed + 1, …; `compare` shows their spread
+
+    @property
+    def wanted(self) -> tuple[Input, ...]:
+        """Every input that the network is given, each once."""
+        return tuple(dict.fromkeys(self.inputs + self.skip))
+
+    @model_validator(mode="after")
+    def _settings_fit_the_cell(self) -> SequenceParams:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that a slice stands in its middle; {self.kernel} is not")
+        if self.residual and (self.cell not in ("lstm", "gru") or self.layers != 2):
+            raise ValueError("residual is for two layers of lstm or gru")
+        if self.cell == "transformer" and self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if self.cell == "average" and self.wanted != ("logits",):
+            raise ValueError("the moving average is over the slice CNN's probabilities: write inputs: [logits]")
+        return self
 
 
 class FinetuneParams(Section):
@@ -285,6 +329,6 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
 
 def _known_keys(model: type[BaseModel]) -> list[str]:
     sections = (PhantomParams, SelectionParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ViewParams)
-    rest = (ExtractParams, SequenceParams, FinetuneParams, EvaluateParams)
+    rest = (ExtractParams, SequenceParams, RegularizeParams, AverageParams, FinetuneParams, EvaluateParams)
     names = [field.alias or name for name, field in model.model_fields.items()]
     return names + [name for section in sections + rest for name in section.model_fields]

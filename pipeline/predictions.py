@@ -5,22 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from ichpipe.artifacts import MODEL_FILE, PREDICTIONS_FILE
 from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError
-from ichpipe.files import atomic_path
+from ichpipe.files import atomic_path, digest_of_file, require_file
 from ichpipe.metrics import paired_difference, score
 from ichpipe.thin import smooth_thin
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
     from numpy.typing import NDArray
 
     from ichpipe.params import EvaluateParams
 
-KEYS = ["patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
+MODEL_KEY = b"ichpipe.model"
+KEYS = ["split", "patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
 LABELS = [f"label_{name}" for name in CLASSES]
 
 SLICE_CNN = "slice_cnn"
@@ -30,6 +34,18 @@ FINETUNED = "finetuned"
 def sequence_name(arm: str) -> str:
     """Return the name of an arm's predictions."""
     return f"sequence-{arm}"
+
+
+def known_slices(index: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Return the rows of the series of a split whose labels are all known."""
+    chosen = index[index["split"] == split]
+    unknown = chosen["series_uid"][chosen[list(CLASSES)].isna().any(axis=1)]
+    return chosen[~chosen["series_uid"].isin(unknown)].reset_index(drop=True)
+
+
+def held_out(index: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that a model predicts once it is trained: validation, then test."""
+    return pd.concat([known_slices(index, split) for split in ("val", "test")], ignore_index=True)
 
 
 def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.DataFrame:
@@ -43,10 +59,47 @@ def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.Da
     return table
 
 
+def of_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    """Put the tables of an arm's seeds into one, with a column ``seed``."""
+    return pd.concat([table.assign(seed=seed) for seed, table in tables.items()], ignore_index=True)
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write one model's predictions as parquet."""
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
+
+
+def write_predictions(table: pd.DataFrame, model: Path) -> None:
+    """Write what a model predicts of the held-out slices beside its file, marked with that file's digest."""
+    whole = pa.Table.from_pandas(table, preserve_index=False)
+    marked = whole.replace_schema_metadata({**(whole.schema.metadata or {}), MODEL_KEY: digest_of_file(model)})
+    with atomic_path(model.with_name(PREDICTIONS_FILE)) as temporary:
+        pq.write_table(marked, temporary)
+
+
+def read_predictions(folder: Path, command: str) -> pd.DataFrame:
+    """Read what the model in ``folder`` predicts; DataError where the file is of another model, or torn."""
+    path = require_file(folder / PREDICTIONS_FILE, f"run: {command}")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({error}); run: {command}") from error
+    digest = digest_of_file(require_file(folder / MODEL_FILE, f"run: {command}"))
+    if (table.schema.metadata or {}).get(MODEL_KEY) != digest.encode():
+        raise DataError(f"{path} does not come from the model beside it; run: {command}")
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
+
+
+def own_predictions(table: pd.DataFrame, *, average_seeds: bool) -> pd.DataFrame:
+    """Return an arm's test predictions without ``seed``: the first seed's, or the mean over all."""
+    test = table[table["split"] == "test"]
+    parts = [part.reset_index(drop=True) for _, part in test.groupby("seed", sort=False)]
+    own = parts[0].drop(columns=["seed"])
+    if average_seeds:
+        own[list(CLASSES)] = np.mean([part[list(CLASSES)].to_numpy() for part in parts], axis=0)
+    return own
 
 
 def score_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from ichpipe.errors import TrainingError
 from ichpipe.files import atomic_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 log = logging.getLogger("ichpipe")
+
+Weights = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Epoch:
     learning_rate: float
 
 
-def make_optimizer(groups: list[tuple[nn.Module, float]], weight_decay: float, eps: float = 1e-8) -> Optimizer:
+def make_optimizer(groups: Sequence[tuple[nn.Module, float]], weight_decay: float, eps: float = 1e-8) -> Optimizer:
     """Build AdamW with a learning rate per module; no weight decay on biases and norms (one-dimensional)."""
     parameters: list[dict[str, Any]] = []
     for module, rate in groups:
@@ -88,6 +90,8 @@ class Trainer:
     checkpoint: Path
     key: str
     scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of where training stands
+    last: int = 1  # keep the weights of the last so many epochs; 1: of the one that is best on validation
+    kept: list[Weights] = field(default_factory=list)  # oldest first, after `run`
 
     def run(
         self,
@@ -96,34 +100,39 @@ class Trainer:
         *,
         compare_with_start: bool = False,
     ) -> list[Epoch]:
-        """Train, leave the best weights in the model, return the learning curve.
+        """Train, leave in the model what was kept (of several epochs the last), return the learning curve.
 
         ``compare_with_start`` lets the weights from before the first epoch win, so that the model never ends
         worse on validation than it began. Raises TrainingError where the loss is not finite.
         """
-        history, best = self._resume()
-        if compare_with_start and not history:
+        history = self._resume()
+        if not history and (compare_with_start or not self.epochs):
             history = [Epoch(0, None, self._finite(validate(), 0), 0.0)]
-            best = self._weights()
+            self.kept = [self._weights()]
         first = history[-1].epoch + 1 if history else 1
         for epoch in range(first, self.epochs + 1):
             torch.manual_seed(derive_seed(self.seed, "dropout", epoch))
             rate = self.optimizer.param_groups[0]["lr"]
             train_loss = self._finite(train_epoch(epoch), epoch)
             val_loss = self._finite(validate(), epoch)
-            if all(val_loss < earlier.val_loss for earlier in history):
-                best = self._weights()
+            self._keep(all(val_loss < earlier.val_loss for earlier in history))
             history.append(Epoch(epoch, train_loss, val_loss, rate))
-            self._save(history, best)
+            self._save(history)
             log.info("epoch %d/%d: train %.4f, validation %.4f", epoch, self.epochs, train_loss, val_loss)
-        self.model.load_state_dict(best)
+        self.model.load_state_dict(self.kept[-1])
         return history
 
     def finish(self) -> None:
         """Remove the checkpoint, once the stage's outputs are written."""
         self.checkpoint.unlink(missing_ok=True)
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _keep(self, is_best: bool) -> None:
+        if self.last > 1:
+            self.kept = [*self.kept, self._weights()][-self.last :]
+        elif is_best:
+            self.kept = [self._weights()]
+
+    def _weights(self) -> Weights:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     def _finite(self, loss: float, epoch: int) -> float:
@@ -134,13 +143,13 @@ class Trainer:
             f"lower the learning rate (or set precision to fp32) and run again"
         )
 
-    def _save(self, history: list[Epoch], best: dict[str, Tensor]) -> None:
+    def _save(self, history: list[Epoch]) -> None:
         with atomic_path(self.checkpoint) as temporary:
             torch.save(
                 {
                     "key": self.key,
                     "history": [asdict(line) for line in history],
-                    "best": best,
+                    "kept": self.kept,
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
@@ -149,10 +158,10 @@ class Trainer:
                 temporary,
             )
 
-    def _resume(self) -> tuple[list[Epoch], dict[str, Tensor]]:
+    def _resume(self) -> list[Epoch]:
         state = self._read_checkpoint()
-        if state is None or state.get("key") != self.key:
-            return [], {}
+        if state is None or state.get("key") != self.key or "kept" not in state:
+            return []
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -160,7 +169,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**line) for line in state["history"]]
         log.info("going on after epoch %d", history[-1].epoch)
-        return history, state["best"]
+        self.kept = state["kept"]
+        return history
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         if not self.checkpoint.exists():

@@ -12,10 +12,6 @@ if TYPE_CHECKING:
 
     from ichpipe.params import WindowParams
 
-PREPROCESSING_VERSION = 1
-"""Raised whenever the same file and weights would give another embedding; part of every fingerprint.
-Golden values in the tests fail where the numbers change without it."""
-
 
 class Windows(nn.Module):
     """Clip to each window and scale it to 0 … 1: one channel per window (Nguyen et al. 2020).

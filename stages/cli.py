@@ -234,8 +234,8 @@ def finetune(settings: Settings, gpu: str) -> None:
 
 
 @command("evaluate")
-@gpu_option
-def evaluate(settings: Settings, gpu: str) -> None:
+@click.option("--gpu", default="auto", envvar="ICHPIPE_GPU", hidden=True, expose_value=False)
+def evaluate(settings: Settings) -> None:
     """Score slice CNN, sequence models and the fine-tuned model on the same held-out patients.
 
     \b
@@ -244,7 +244,7 @@ def evaluate(settings: Settings, gpu: str) -> None:
     """
     from ichpipe.stages.evaluate import run
 
-    click.echo(run(settings.params(), settings.artifacts(), gpu))
+    click.echo(run(settings.params(), settings.artifacts()))
 
 
 @command("cross-validate")

@@ -36,7 +36,7 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     prepare.run(params.prepare, Artifacts(root).index_dir, cache=artifacts.resume("prepare"))
     folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
     for number, fold in enumerate(folds, start=1):
-        log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold, gpu))
+        log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold))
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
     whole = Artifacts(root)

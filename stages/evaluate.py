@@ -1,62 +1,64 @@
-"""Score slice CNN, every sequence arm and the fine-tuned model on the same held-out patients."""
+"""Score slice CNN, every sequence arm and the fine-tuned model on the same held-out patients.
+
+Each model has predicted them at the end of its training; nothing here runs a network, and torch is not loaded.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import expit
 
 from ichpipe.artifacts import HISTORY_FILE, MODEL_FILE
 from ichpipe.caches import made_by, open_features
 from ichpipe.classes import CLASSES
-from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series, to_probabilities
-from ichpipe.errors import DataError, UnreadableDicomError
-from ichpipe.feeding import load_slices
+from ichpipe.ct import read_hu
+from ichpipe.errors import DataError
 from ichpipe.figures import ladder, learning_curves, roc, study_sheet
 from ichpipe.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
 from ichpipe.lineage import require_made_from
 from ichpipe.metrics import curves
-from ichpipe.models.weights import load_end_to_end, load_sequence
 from ichpipe.predictions import (
     FINETUNED,
     LABELS,
     SLICE_CNN,
+    known_slices,
     ladder_text,
     make_table,
+    own_predictions,
+    read_predictions,
     score_all,
     sequence_name,
     write_table,
 )
-from ichpipe.progress import track
-from ichpipe.series import predict_rows, read_series
 from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    import torch
     from numpy.typing import NDArray
 
     from ichpipe.artifacts import Artifacts
+    from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.params import Params
-    from ichpipe.series import LabelledSeries
 
 
-def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
+def run(params: Params, artifacts: Artifacts) -> str:
     """Write metrics, plots and predictions; return the ladder of models as a table of text."""
-    device = choose_device(gpu)
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
+    if held_out.empty:
+        raise DataError("the test split holds no series with labels; check prepare.labels and prepare.test_fraction")
     features = open_features(params, artifacts, index)
     _require_one_run(params, artifacts, index)
-    series = read_series(features, held_out)
-    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(series, len(held_out)))}
-    for arm in params.sequence:
-        model = load_sequence(artifacts.sequence(arm)).to(device)
-        tables[sequence_name(arm)] = make_table(held_out, predict_rows(model, series, len(held_out), device))
-    tables[FINETUNED] = make_table(held_out, _finetuned_probabilities(artifacts, held_out, device))
+    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(features.plain, held_out))}
+    for arm, section in params.sequence.items():
+        found = read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
+        tables[sequence_name(arm)] = own_predictions(found, average_seeds=section.average.seeds)
+    found = read_predictions(artifacts.finetuned, "ichpipe finetune")
+    tables[FINETUNED] = found[found["split"] == "test"].reset_index(drop=True)
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
     write_json(artifacts.metrics, metrics)
@@ -68,16 +70,6 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     text = ladder_text(metrics)
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
     return text
-
-
-def known_slices(index: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Return the series of a split whose labels are all known; none is an error."""
-    chosen = index[index["split"] == split]
-    unknown = chosen["series_uid"][chosen[list(CLASSES)].isna().any(axis=1)]
-    chosen = chosen[~chosen["series_uid"].isin(unknown)].reset_index(drop=True)
-    if chosen.empty:
-        raise DataError(f"the {split} split holds no series with labels; check prepare.labels and the split's fraction")
-    return chosen
 
 
 def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
@@ -102,22 +94,11 @@ def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame)
     require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
 
 
-def _slice_probabilities(series: list[LabelledSeries], n_rows: int) -> NDArray[np.float64]:
-    result = np.full((n_rows, len(CLASSES)), np.nan)
-    for one in series:
-        result[one.rows] = to_probabilities(one.sources[0].tensors(("logits",))["logits"])
-    return result
-
-
-def _finetuned_probabilities(artifacts: Artifacts, index: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
-    model = load_end_to_end(artifacts.finetuned).to(device)
-    result = np.full((len(index), len(CLASSES)), np.nan)
-    groups = index.groupby("series_uid", sort=False).indices
-    for rows in track(groups.values(), "evaluate", len(groups), "series"):
-        logits, bad = classify_series(model, index["path"].iloc[rows].tolist(), device)
-        if bad:
-            raise UnreadableDicomError(bad[0][1])
-        result[rows] = to_probabilities(logits)
+def _slice_probabilities(store: EmbeddingStore, rows: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the slice CNN's own probabilities; `open_features` has shown that slices and their order are the same."""
+    result = np.full((len(rows), len(CLASSES)), np.nan)
+    for uid, chosen in rows.groupby("series_uid", sort=False).indices.items():
+        result[chosen] = expit(store.read(str(uid), "logit").astype(np.float64))
     return result
 
 
@@ -136,7 +117,7 @@ def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, p
     positive = counts[counts > 0] if (counts > 0).any() else counts
     uid = positive.index[len(positive) // 2]
     rows = held_out["series_uid"] == uid
-    hu = load_slices(held_out["path"][rows].tolist(), 256).numpy()[:, 0]
+    hu = [read_hu(path) for path in held_out["path"][rows]]
     probabilities = {name: table[list(CLASSES)].to_numpy()[rows] for name, table in tables.items()}
     labels = held_out[list(CLASSES)].to_numpy()[rows]
     _write_png(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))

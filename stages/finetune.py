@@ -13,14 +13,16 @@ from ichpipe import augment
 from ichpipe.caches import made_by
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
-from ichpipe.embedding import classify_series
+from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import TrainingError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of, digest_of_file
 from ichpipe.lineage import require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
-from ichpipe.models.weights import SPACING, load_sequence, load_slice_cnn, save_model
+from ichpipe.models.header import SPACING
+from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
+from ichpipe.predictions import held_out, make_table, write_predictions
 from ichpipe.progress import track
 from ichpipe.record import Stopwatch, write_history, write_record
 from ichpipe.studies import read_index
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from ichpipe.artifacts import Artifacts
@@ -42,6 +45,7 @@ class ImageSeries:
 
     paths: list[str]
     labels: Tensor
+    position_mm: Tensor  # (T,)
 
 
 def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
@@ -67,7 +71,9 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
     history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
-    save_model(artifacts.finetuned, model, made_from | _spacing(index))
+    saved = save_model(artifacts.finetuned, model, made_from | _spacing(index))
+    rows = held_out(index)
+    write_predictions(make_table(rows, predict_held_out(model, rows, device)), saved)
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
@@ -87,16 +93,31 @@ def _spacing(index: pd.DataFrame) -> dict[str, str]:
 def image_series(index: pd.DataFrame, split: str) -> list[ImageSeries]:
     """Return the series of one split that have a known label, as files in slice order."""
     chosen = index[index["split"] == split]
-    found = [
-        ImageSeries(group["path"].tolist(), torch.from_numpy(group[list(CLASSES)].to_numpy(np.float32, copy=True)))
-        for _, group in chosen.groupby("series_uid", sort=False)
-    ]
+    found = [_image_series(group) for _, group in chosen.groupby("series_uid", sort=False)]
     known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
     if not known:
         raise TrainingError(
             f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
         )
     return known
+
+
+def _image_series(rows: pd.DataFrame) -> ImageSeries:
+    labels, places = (rows[names].to_numpy(np.float32, copy=True) for names in (list(CLASSES), "position_mm"))
+    return ImageSeries(rows["path"].tolist(), torch.from_numpy(labels), torch.from_numpy(places))
+
+
+def predict_held_out(model: EndToEnd, rows: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
+    """Return probabilities (rows, 6) from the images; rows of one series stand in slice order."""
+    result = np.full((len(rows), len(CLASSES)), np.nan)
+    groups = rows.groupby("series_uid", sort=False).indices
+    for chosen in track(groups.values(), "predict", len(groups), "series"):
+        series = _image_series(rows.iloc[chosen])
+        logits, bad = classify_series(model, series.paths, series.position_mm.tolist(), device)
+        if bad:
+            raise UnreadableDicomError(bad[0][1])
+        result[chosen] = to_probabilities(logits)
+    return result
 
 
 class EndToEndFitting:
@@ -143,7 +164,8 @@ class EndToEndFitting:
         self.model.eval()
         total, count = 0.0, 0
         for series in self.val:
-            logits, bad = classify_series(self.model, series.paths, self.device, chunk_slices=self.section.chunk_slices)
+            places, chunk = series.position_mm.tolist(), self.section.chunk_slices
+            logits, bad = classify_series(self.model, series.paths, places, self.device, chunk)
             if bad:
                 raise UnreadableDicomError(bad[0][1])
             total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
@@ -160,6 +182,7 @@ class EndToEndFitting:
         return backward_in_chunks(
             self.model,
             chunks,
+            series.position_mm.to(self.device),
             lambda logits: weighted_bce(logits.float(), labels),
             context=self.context,
             seed=seed,

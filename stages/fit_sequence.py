@@ -1,80 +1,75 @@
-"""Stage two: train one sequence model on the cached embeddings."""
+"""Stage two: train one arm on the cached embeddings, with each of its seeds, and predict what is held out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ichpipe.caches import open_features
-from ichpipe.device import choose_device, derive_seed, generator
+from ichpipe.device import autocast, choose_device, derive_seed, needs_scaling
 from ichpipe.errors import ParamsError, TrainingError
 from ichpipe.files import digest_of, digest_of_file
 from ichpipe.lineage import require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
-from ichpipe.models.sequence import SequenceModel, SequenceSpec
+from ichpipe.models.inputs import stored_inputs
+from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence
+from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
+from ichpipe.predictions import held_out, make_table, of_seeds, write_predictions
 from ichpipe.record import Stopwatch, write_history, write_record
-from ichpipe.series import batches, hold_on, read_series
+from ichpipe.series import Shuffle, hold_on, predict_batches, predict_rows, read_series, train_batches
 from ichpipe.studies import read_index
 from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
     from ichpipe.artifacts import Artifacts
     from ichpipe.caches import Features
+    from ichpipe.models.sequence import AnySequence
     from ichpipe.params import Params, SequenceParams
     from ichpipe.series import LabelledSeries
+    from ichpipe.training import Epoch, Weights
+
+log = logging.getLogger("ichpipe")
 
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
-    """Train the arm on the train split, keep what is best on validation, write the model."""
+    """Train the arm's seeds on the train split and write the arm's model and every seed's predictions.
+
+    Checkpoints stay until all is written: an arm that was interrupted trains no finished seed again.
+    """
     watch = Stopwatch()
-    device = choose_device(gpu)
-    section = choose_arm(params, arm)
+    device, section = choose_device(gpu), choose_arm(params, arm)
     index = read_index(artifacts.index)
     split = {"index": digest_of_file(artifacts.index)}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     features = open_features(params, artifacts, index, section)
-    train, val = series_of(features, index, "train"), series_of(features, index, "val")
-    torch.manual_seed(derive_seed(section.seed, "weights"))
-    model = _build(section, features).to(device)
-    held = (hold_on(device, series, section.inputs) for series in (train, val))
-    fitting = SequenceFitting(model, section, device, *held)
+    data = Data.of(features, index, section, device)
     made_from = {**split, "embeddings": digest_of(features.made_by)}
-    identity = section.model_dump(mode="json")
-    key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
-    trainer = fitting.trainer(artifacts.resume(f"fit-sequence.{arm}.pt"), key)
-    history = trainer.run(fitting.train_epoch, fitting.validate)
+    key = digest_of({"params": _identity(section), "made_from": made_from, "device": device.type})
+    fitted = []
+    for seed in range(section.seed, section.seed + section.seeds):
+        checkpoint = artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt")
+        fitted.append(_fit(section, features, data, device, Task(seed, checkpoint, key)))
+    members = [one for each in (fitted if section.average.seeds else fitted[:1]) for one in each.kept]
     folder = artifacts.sequence(arm)
-    save_model(folder, model, made_from)
-    write_history(folder, history)
-    best = min(history, key=lambda line: line.val_loss)
-    facts = {
-        "arm": arm,
-        "n_train_series": len(train),
-        "n_val_series": len(val),
-        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "best_epoch": best.epoch,
-        "val_loss": best.val_loss,
-    }
-    write_record(folder, stage="fit-sequence", params=identity, device=device, seconds=watch.seconds(), facts=facts)
-    trainer.finish()
-
-
-def _build(section: SequenceParams, features: Features) -> SequenceModel:
-    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
-    chosen = {name: getattr(section, name) for name in names}
-    plain = features.plain
-    components = plain.principal_components if "pca" in section.inputs else None
-    pca = len(components.components) if components else 0
-    model = SequenceModel(SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, **chosen))
-    if components:
-        model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
-    return model
+    model = save_model(folder, _assemble(section, features, members), made_from)
+    tables = {each.task.seed: make_table(data.held_out, each.probabilities) for each in fitted}
+    write_predictions(of_seeds(tables), model)
+    write_history(folder, fitted[0].history)
+    facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
+    params_read = section.model_dump(mode="json")
+    write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
+    for each in fitted:
+        each.task.checkpoint.unlink(missing_ok=True)
 
 
 def choose_arm(params: Params, arm: str) -> SequenceParams:
@@ -83,6 +78,24 @@ def choose_arm(params: Params, arm: str) -> SequenceParams:
     if section is None:
         raise ParamsError(f"--arm {arm}: params have no sequence.{arm}; arms are {', '.join(params.sequence)}")
     return section
+
+
+@dataclass(frozen=True)
+class Data:
+    """What all seeds of an arm share."""
+
+    train: list[LabelledSeries]
+    val: list[LabelledSeries]
+    held_out: pd.DataFrame  # index rows of validation and test
+    predicted: list[LabelledSeries]  # the series of these rows
+
+    @classmethod
+    def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
+        """Join the cache with the index; on a GPU hold what fits."""
+        names = stored_inputs(section.wanted)
+        train, val = (hold_on(device, series_of(features, index, split), names) for split in ("train", "val"))
+        rows = held_out(index)
+        return cls(train, val, rows, read_series(features, rows))
 
 
 def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
@@ -96,50 +109,148 @@ def series_of(features: Features, index: pd.DataFrame, split: str) -> list[Label
     return known
 
 
+@dataclass(frozen=True)
+class Task:
+    """One seed to train."""
+
+    seed: int
+    checkpoint: Path
+    key: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One seed, trained."""
+
+    task: Task
+    kept: list[Weights]  # of the best epoch, or of the last ones
+    history: list[Epoch]
+    probabilities: NDArray[np.float64]  # of the held-out rows
+    n_parameters: int
+    seconds: float
+
+
+def _fit(section: SequenceParams, features: Features, data: Data, device: torch.device, task: Task) -> Fitted:
+    watch = Stopwatch()
+    torch.manual_seed(derive_seed(task.seed, "weights"))
+    model = build_model(section, features).to(device)
+    fitting = SequenceFitting(model, section, device, data.train, data.val, task.seed)
+    trainer = fitting.trainer(task.checkpoint, task.key)
+    history = trainer.run(fitting.train_epoch, fitting.validate)
+    seconds = watch.seconds()
+    trained = _assemble(section, features, trainer.kept).to(device)
+    probabilities = predict_rows(trained, data.predicted, len(data.held_out), device)
+    log.info("seed %d: %.1f s", task.seed, seconds)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Fitted(task, trainer.kept, history, probabilities, n_parameters, seconds)
+
+
+def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
+    """Describe one network of an arm."""
+    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
+    chosen = {name: getattr(section, name) for name in names}
+    plain = features.plain
+    pca = len(plain.principal_components.components) if "pca" in section.wanted else 0
+    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **chosen)
+
+
+def build_model(section: SequenceParams, features: Features) -> AnySequence:
+    """Build one network of an arm, to be trained."""
+    model = build_sequence(spec_of(section, features))
+    if isinstance(model, SequenceModel) and "pca" in section.wanted:
+        found = features.plain.principal_components
+        model.set_principal_components(torch.from_numpy(found.mean), torch.from_numpy(found.components))
+    return model
+
+
+def _assemble(section: SequenceParams, features: Features, weights: list[Weights]) -> AnySequence:
+    """Build what predicts: one network, or the mean of several."""
+    members = [build_model(section, features) for _ in weights]
+    for member, state in zip(members, weights, strict=True):
+        member.load_state_dict(state)
+    if len(members) == 1 and not section.average.reversed:
+        return members[0]
+    spec = spec_of(section, features).model_copy(update={"reversed": section.average.reversed})
+    return SequenceEnsemble(spec, members)  # type: ignore[arg-type]
+
+
+def _identity(section: SequenceParams) -> dict[str, Any]:
+    """Return what decides one seed's weights."""
+    return section.model_dump(mode="json", exclude={"seed", "seeds"})
+
+
+def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
+    best = [min(each.history, key=lambda line: line.val_loss) for each in fitted]
+    return {
+        "n_train_series": len(data.train),
+        "n_val_series": len(data.val),
+        "n_parameters": fitted[0].n_parameters,
+        "best_epoch": best[0].epoch,
+        "val_loss": best[0].val_loss,
+        "seeds": [
+            {"seed": each.task.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": each.seconds}
+            for each, line in zip(fitted, best, strict=True)
+        ],
+    }
+
+
 class SequenceFitting:
     """One epoch of training and one pass of validation over cached sequences."""
 
     def __init__(
         self,
-        model: SequenceModel,
+        model: AnySequence,
         section: SequenceParams,
         device: torch.device,
         train: list[LabelledSeries],
         val: list[LabelledSeries],
+        seed: int,
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.optimizer = make_optimizer([(model, section.learning_rate)], section.weight_decay)
+        self.seed, self.names = seed, stored_inputs(section.wanted)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
+        learns = any(True for _ in model.parameters())
+        self.epochs = section.epochs if learns else 0
+        self.optimizer = make_optimizer(
+            [(model if learns else _nothing(), section.learning_rate)], section.weight_decay
+        )
         per_epoch = -(-len(train) // section.batch_series)
         self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
-        section = self.section
-        return Trainer(self.model, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key)
+        last = min(self.section.average.epochs, max(1, self.epochs))
+        return Trainer(
+            self.model, self.optimizer, self.schedule, self.seed, self.epochs, checkpoint, key, self.scaler, last
+        )
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training series; return the mean loss per batch."""
         self.model.train()
-        losses = []
-        order = generator(self.section.seed, "order", epoch)
-        section = self.section
-        found = batches(self.train, section.inputs, section.batch_series, order, section.shuffle_series)
-        for features, labels, lengths in found:
-            logits = self.model(features.to(self.device), lengths)
-            loss = weighted_bce(logits.flatten(0, 1), labels.to(self.device).flatten(0, 1))
-            loss.backward()  # type: ignore[no-untyped-call]
-            step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
-            losses.append(float(loss.detach()))
-        return sum(losses) / len(losses)
+        section, losses = self.section, []
+        shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)
+        for batch in train_batches(self.train, self.names, section.batch_series, shuffle):
+            if batch.labels.isnan().all():  # a crop may hold no known label
+                continue
+            here = batch.to(self.device)
+            with autocast(self.device, section.precision):
+                logits = self.model(here.sources, here.lengths)
+            loss = weighted_bce(logits.float().flatten(0, 1), here.labels.flatten(0, 1))
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            step(self.model, self.optimizer, self.schedule, self.scaler, section.max_grad_norm)
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
 
-    @torch.inference_mode()
     def validate(self) -> float:
         """Return the weighted log loss on the validation slices."""
-        self.model.eval()
         total, count = 0.0, 0
-        for features, labels, lengths in batches(self.val, self.section.inputs, 32, None):
-            flat = labels.to(self.device).flatten(0, 1)
-            total += float(weighted_bce_sum(self.model(features.to(self.device), lengths).flatten(0, 1), flat))
+        for logits, batch in predict_batches(self.model, self.val, self.device):
+            flat = batch.labels.flatten(0, 1)
+            total += float(weighted_bce_sum(logits.flatten(0, 1), flat))
             count += int((~flat.isnan().any(dim=1)).sum())
         return total / count
+
+
+def _nothing() -> torch.nn.Module:
+    """Return a module for an optimiser that has nothing to learn (the moving average)."""
+    return torch.nn.Linear(1, 1)

@@ -15,7 +15,8 @@ from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
-from ichpipe.models.weights import load_end_to_end, spacing_of
+from ichpipe.models.header import spacing_of
+from ichpipe.models.weights import load_end_to_end
 from ichpipe.pooling import pool
 from ichpipe.predictions import smooth_series
 from ichpipe.progress import track
@@ -91,8 +92,9 @@ def _predict_all(
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
     groups = index.groupby("series_uid", sort=False)
     for _, group in track(groups, "predict", len(groups), "series"):
-        stride = stride_of(group["position_mm"].to_numpy(np.float64), spacing_mm)
-        logits, bad = classify_series(model, group["path"].tolist(), device, stride=stride)
+        places = group["position_mm"].to_numpy(np.float64)
+        stride = stride_of(places, spacing_mm)
+        logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
         table = pd.DataFrame(to_probabilities(logits), columns=list(CLASSES))

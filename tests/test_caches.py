@@ -20,7 +20,7 @@ from ichpipe.device import generator
 from ichpipe.embedding import SliceEmbedder, SliceInput, view_draw
 from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params import AugmentParams, load_params
-from ichpipe.series import _buffers, batches, read_series
+from ichpipe.series import Shuffle, _buffers, plain_batches, read_series, train_batches
 from ichpipe.studies import read_index
 
 SETTINGS = ("fit-slices.folds=2", "fit-slices.epochs=1", "extract.views.count=2", "sequence.paper.views=2")
@@ -152,34 +152,35 @@ def test_training_draws_every_view_and_validation_only_the_plain_slices(folded):
         def __init__(self, source, number):
             self.source, self.number = source, number
 
-        def tensors(self, inputs):
+        def tensors(self, names):
             drawn.append(self.number)
-            return self.source.tensors(inputs)
+            return self.source.tensors(names)
 
     spied = [replace(one, sources=tuple(Spy(s, n) for n, s in enumerate(one.sources))) for one in train]
-    for epoch in range(8):
-        list(batches(spied, ("embedding",), 4, generator(0, epoch)))
+    for epoch in range(40):
+        list(train_batches(spied, ("embedding",), 4, Shuffle(0, epoch)))
     counts = np.bincount(drawn, minlength=3)
-    assert counts.sum() == 8 * len(train)
-    assert (counts > 8 * len(train) / 6).all()
+    assert counts.sum() == 40 * len(train)
+    assert (counts > 40 * len(train) / 4).all()
     drawn.clear()
-    list(batches(spied, ("embedding",), 4, None))
+    list(plain_batches(spied, ("embedding",), 4))
     assert set(drawn) == {0}
 
 
-@pytest.mark.parametrize("shuffle_series", [None, 8])
-def test_batches_are_the_same_from_a_map_and_read_through_zarr(folded, monkeypatch, shuffle_series):
+@pytest.mark.parametrize("within", [None, 8])
+def test_batches_are_the_same_from_a_map_and_read_through_zarr(folded, monkeypatch, within):
     _, _, index, features = opened(folded)
     train = read_series(features, index[index["split"] == "train"].reset_index(drop=True))
-    mapped = list(batches(train, ("embedding", "logits"), 3, generator(1), shuffle_series))
+    names, shuffle = ("embedding", "logits"), Shuffle(1, 1, within=within)
+    mapped = list(train_batches(train, names, 3, shuffle))
     monkeypatch.setattr("ichpipe.cache.layout.is_plain", lambda _array: False)
     _, _, _, other = opened(folded)
     fetched = read_series(other, index[index["split"] == "train"].reset_index(drop=True))
-    for left, right in zip(
-        mapped, batches(fetched, ("embedding", "logits"), 3, generator(1), shuffle_series), strict=True
-    ):
-        for a, b in zip(left, right, strict=True):
-            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    for left, right in zip(mapped, train_batches(fetched, names, 3, shuffle), strict=True):
+        assert set(left.sources) == {*names, "position_mm"}
+        assert torch.equal(left.lengths, right.lengths)
+        assert torch.equal(left.labels.nan_to_num(), right.labels.nan_to_num())
+        assert all(torch.equal(left.sources[name], right.sources[name]) for name in left.sources)
 
 
 @pytest.mark.parametrize(("n", "bound"), [(100, 16), (17, 8), (5, 1), (9, 100)])
@@ -243,11 +244,11 @@ def test_a_model_of_components_needs_no_store(reduced):
     model = load_sequence(artifacts.sequence("paper"))
     rows = index[index["split"] == "test"].reset_index(drop=True)
     for series in read_series(features, rows)[:3]:
-        stored = next(batches([series], model.spec.inputs, 1, None))
+        stored = next(plain_batches([series], model.spec.inputs, 1))
         raw = series.sources[0].tensors(("embedding", "logits"))
         with torch.inference_mode():
-            left = model(stored[0], stored[2])[0]
-            right = model.one_series(raw["embedding"], raw["logits"])
+            left = model(stored.sources, stored.lengths)[0]
+            right = model.one_series(raw["embedding"], raw["logits"], series.position_mm)
         torch.testing.assert_close(left, right, atol=5e-3, rtol=1e-2)
 
 

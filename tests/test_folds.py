@@ -17,7 +17,8 @@ from ichpipe.errors import MissingFileError, ParamsError, TrainingError, Weights
 from ichpipe.feeding import SliceDataset, load_slices
 from ichpipe.files import digest_of_file, read_json
 from ichpipe.metrics import weighted_log_loss
-from ichpipe.models.weights import load_slice_cnn, read_header
+from ichpipe.models.header import read_header
+from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params import Params, load_params
 from ichpipe.stages import fit_slices, phantom, prepare
 from ichpipe.studies import read_index, write_outputs

@@ -15,9 +15,10 @@ from ichpipe.errors import TrainingError
 from ichpipe.feeding import SliceDataset, batches_of, fit_to_size
 from ichpipe.losses import weighted_bce
 from ichpipe.metrics import weighted_log_loss
+from ichpipe.models.specs import PREPROCESSING_VERSION
 from ichpipe.params import PAPER_WINDOWS, AugmentParams
 from ichpipe.training import Trainer, make_optimizer, make_schedule
-from ichpipe.windows import PREPROCESSING_VERSION, Windows
+from ichpipe.windows import Windows
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocessing.json"
 STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from ichpipe.models.sequence import SequenceModel
+    from ichpipe.models.sequence import AnySequence
     from ichpipe.models.slice_cnn import SliceCnn
 
 
 class EndToEnd(nn.Module):
     """HU of one whole series in anatomical order to six logits per slice."""
 
-    def __init__(self, cnn: SliceCnn, sequence: SequenceModel) -> None:
+    def __init__(self, cnn: SliceCnn, sequence: AnySequence) -> None:
         super().__init__()
         self.cnn = cnn
         self.sequence = sequence
@@ -38,15 +38,16 @@ class EndToEnd(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, hu: Tensor) -> Tensor:
-        """Map HU (T, 1, size, size) to logits (T, 6), with one graph over everything."""
+    def forward(self, hu: Tensor, position_mm: Tensor) -> Tensor:
+        """Map HU (T, 1, size, size) and positions (T,) to logits (T, 6), with one graph over everything."""
         embedding, cnn_logits = self.cnn(hu)
-        return self.sequence.one_series(embedding, cnn_logits)
+        return self.sequence.one_series(embedding, cnn_logits, position_mm)
 
 
 def backward_in_chunks(
     model: EndToEnd,
     chunks: Sequence[Callable[[], Tensor]],
+    position_mm: Tensor,
     loss_of: Callable[[Tensor], Tensor],
     *,
     context: Callable[[], AbstractContextManager[object]],
@@ -56,10 +57,10 @@ def backward_in_chunks(
     """Accumulate the gradient of ``scale * loss_of(logits)`` over a series that is held only in chunks.
 
     ``chunks`` are functions that return the HU (n, 1, size, size) of consecutive slices, the same at every
-    call. Pass one embeds all slices without a graph; the sequence model gives the loss and its gradient with
-    respect to embeddings and slice logits; pass two embeds each chunk again with a graph and hands that
-    gradient on. Equal to plain backpropagation since nothing couples slices inside the CNN (batch norm is
-    frozen) and dropout draws the same numbers in both passes. Returns the unscaled loss.
+    call; ``position_mm`` (T,) holds the positions of all slices. Pass one embeds all slices without a graph; the
+    sequence model gives the loss and its gradient with respect to embeddings and slice logits; pass two embeds each
+    chunk again with a graph and hands that gradient on. Equal to plain backpropagation since nothing couples slices
+    inside the CNN (batch norm is frozen) and dropout draws the same numbers in both passes. Returns the unscaled loss.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -67,7 +68,7 @@ def backward_in_chunks(
     embedding = torch.cat([part[0] for part in parts]).requires_grad_()
     cnn_logits = torch.cat([part[1] for part in parts]).requires_grad_()
     with _fixed_random(seed, -1, device), context():
-        loss = loss_of(model.sequence.one_series(embedding, cnn_logits))
+        loss = loss_of(model.sequence.one_series(embedding, cnn_logits, position_mm))
     (loss * scale).backward()  # type: ignore[no-untyped-call]
     start = 0
     for number, chunk in enumerate(chunks):

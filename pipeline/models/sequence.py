@@ -1,56 +1,41 @@
-"""Stage two's network: a recurrent network over the slices of one series, in anatomical order."""
+"""Stage two's networks: all slices of one series in anatomical order to six logits per slice.
+
+One small interface: ``model(sources, lengths)`` on padded batches (`ichpipe.models.inputs`), ``model.one_series`` on a
+single series, ``model.spec``. Padding, the rest of the batch and its order never change a series' output.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn import functional as F
 
-from ichpipe.classes import CLASSES
+from ichpipe.models.contexts import build_context, moving_average
+from ichpipe.models.inputs import POSITION, make_inputs, reverse
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-class SequenceSpec(BaseModel):
-    """All that is needed to build the network again; stored beside its weights."""
+    from ichpipe.models.specs import SequenceSpec
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cell: str
-    hidden: int
-    layers: int
-    bidirectional: bool
-    dropout: float
-    inputs: tuple[str, ...]
-    embedding_dim: int
-    pca: int = 0  # principal components, where they are an input
-    classes: tuple[str, ...] = CLASSES
-
-    @property
-    def input_dim(self) -> int:
-        """Features per slice that enter the recurrent network."""
-        sizes = {"embedding": self.embedding_dim, "logits": len(self.classes), "pca": self.pca}
-        return sum(sizes[name] for name in self.inputs)
+    Sources = dict[str, Tensor]
 
 
 class SequenceModel(nn.Module):
-    """The paper's ``LSTM(2048, 512, num_layers=2, bidirectional)`` and ``Linear(1024, 6)`` with zero bias."""
+    """A context over the slices and one linear head for every slice, its bias zero at the start (the paper's)."""
 
     def __init__(self, spec: SequenceSpec) -> None:
         super().__init__()
         self.spec = spec
-        cell = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
-        self.recurrent = cell(
-            spec.input_dim,
-            spec.hidden,
-            num_layers=spec.layers,
-            bidirectional=spec.bidirectional,
-            dropout=spec.dropout if spec.layers > 1 else 0.0,
-            batch_first=True,
-        )
+        self.context = build_context(spec)
         self.dropout = nn.Dropout(spec.dropout)
-        self.head = nn.Linear(spec.hidden * (2 if spec.bidirectional else 1), len(spec.classes))
+        width = int(self.context.width)  # type: ignore[arg-type]
+        self.head = nn.Linear(width + spec.width(spec.skip), len(spec.classes))
         nn.init.zeros_(self.head.bias)
-        if "pca" in spec.inputs:  # stored with the weights: without a store, embeddings are all there is
+        self._start_skip()
+        if "pca" in spec.inputs + spec.skip:  # stored with the weights: without a store, embeddings are all there is
             self.register_buffer("pca_mean", torch.zeros(spec.embedding_dim))
             self.register_buffer("pca_components", torch.zeros(spec.pca, spec.embedding_dim))
 
@@ -59,30 +44,105 @@ class SequenceModel(nn.Module):
         self.get_buffer("pca_mean").copy_(mean)
         self.get_buffer("pca_components").copy_(components)
 
-    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """Map padded features (B, T, input_dim) and lengths (B,) to logits (B, T, 6).
-
-        Packed, so that padding never reaches the recurrence: without it the backward direction would start
-        in the padding. Logits beyond a series' length mean nothing.
-        """
-        packed = pack_padded_sequence(features, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        hidden, _ = self.recurrent(packed)
-        padded, _ = pad_packed_sequence(hidden, batch_first=True, total_length=features.shape[1])  # (B, T, 2H)
-        logits: Tensor = self.head(self.dropout(padded))
+    def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
+        """Map padded sources and lengths (B,) to logits (B, T, 6); beyond a series' length they mean nothing."""
+        position_mm = sources[POSITION]
+        on_device = lengths.to(position_mm.device)
+        hidden = self.context(make_inputs(self.spec.inputs, sources, on_device), lengths, position_mm)
+        hidden = self.dropout(hidden)
+        if self.spec.skip:
+            hidden = torch.cat([hidden, make_inputs(self.spec.skip, sources, on_device)], dim=-1)
+        logits: Tensor = self.head(hidden)
         return logits
 
-    def one_series(self, embedding: Tensor, cnn_logits: Tensor) -> Tensor:
-        """Map one series' embeddings (T, D) and slice-CNN logits (T, 6) to logits (T, 6)."""
-        sources = {"embedding": embedding, "logits": cnn_logits}
-        if "pca" in self.spec.inputs:
-            centred = embedding.float() - self.get_buffer("pca_mean")
-            sources["pca"] = centred @ self.get_buffer("pca_components").T
-        features = select_inputs(self.spec.inputs, sources)
-        lengths = torch.tensor([len(features)])
-        output: Tensor = self(features.unsqueeze(0), lengths)
-        return output.squeeze(0)
+    def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
+        """Map one series' embeddings (T, D), slice-CNN logits (T, 6) and positions (T,) to logits (T, 6)."""
+        return _one_series(self, embedding, cnn_logits, position_mm)
+
+    def add_derived(self, sources: Sources) -> Sources:
+        """Add the principal components where the model wants them and only embeddings are there."""
+        if "pca" not in self.spec.inputs + self.spec.skip:
+            return sources
+        centred = sources["embedding"].float() - self.get_buffer("pca_mean")
+        return sources | {"pca": centred @ self.get_buffer("pca_components").T}
+
+    def _start_skip(self) -> None:
+        """Let the skipped slice-CNN logits pass as they are at the start: learning begins from stage one's answer."""
+        if "logits" not in self.spec.skip:
+            return
+        before = self.spec.skip[: self.spec.skip.index("logits")]
+        first = int(self.context.width) + self.spec.width(before)  # type: ignore[arg-type]
+        size = len(self.spec.classes)
+        with torch.no_grad():
+            self.head.weight[:, first : first + size] = torch.eye(size)
 
 
-def select_inputs(inputs: tuple[str, ...], sources: dict[str, Tensor]) -> Tensor:
-    """Concatenate the chosen inputs along the last axis, in float32."""
-    return torch.cat([sources[name].float() for name in inputs], dim=-1)
+class MovingAverage(nn.Module):
+    """The floor: the slice CNN's probabilities averaged over neighbouring slices. Nothing is learned."""
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
+        """See SequenceModel."""
+        probabilities = torch.sigmoid(sources["logits"].double())
+        return torch.logit(moving_average(probabilities, lengths, self.spec.kernel), eps=1e-12)
+
+    def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
+        """See SequenceModel."""
+        return _one_series(self, embedding, cnn_logits, position_mm)
+
+    def add_derived(self, sources: Sources) -> Sources:
+        """See SequenceModel."""
+        return sources
+
+
+class SequenceEnsemble(nn.Module):
+    """Several trained networks as one: the mean of their probabilities, over both orders of slices if asked."""
+
+    def __init__(self, spec: SequenceSpec, members: Sequence[SequenceModel | MovingAverage]) -> None:
+        super().__init__()
+        self.spec = spec.model_copy(update={"members": len(members)})
+        self.members = nn.ModuleList(members)
+
+    def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
+        """See SequenceModel; the logits are those of the mean probability."""
+        found = [member(sources, lengths) for member in self.members]
+        if self.spec.reversed:
+            on_device = lengths.to(sources[POSITION].device)
+            turned = {name: reverse(values, on_device) for name, values in sources.items()}
+            found += [reverse(member(turned, lengths), on_device) for member in self.members]
+        return mean_logits(torch.stack(found))
+
+    def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
+        """See SequenceModel."""
+        return _one_series(self, embedding, cnn_logits, position_mm)
+
+    def add_derived(self, sources: Sources) -> Sources:
+        """See SequenceModel; all members were trained on one store, and share its components."""
+        return self.members[0].add_derived(sources)  # type: ignore[operator, no-any-return]
+
+
+AnySequence = SequenceModel | MovingAverage | SequenceEnsemble
+
+
+def build_sequence(spec: SequenceSpec) -> AnySequence:
+    """Build the network, or the several, that a spec describes."""
+    single = MovingAverage if spec.cell == "average" else SequenceModel
+    if spec.members == 1 and not spec.reversed:
+        return single(spec)
+    return SequenceEnsemble(spec, [single(spec) for _ in range(spec.members)])
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """Return the logits (…) of the mean over the first axis of the probabilities, without leaving log space."""
+    positive, negative = (torch.logsumexp(F.logsigmoid(sign * logits), dim=0) for sign in (1, -1))
+    return positive - negative
+
+
+def _one_series(model: AnySequence, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
+    sources = {"embedding": embedding, "logits": cnn_logits, POSITION: position_mm.to(embedding.device).float()}
+    batch = {name: values.unsqueeze(0) for name, values in model.add_derived(sources).items()}
+    output: Tensor = model(batch, torch.tensor([len(embedding)]))
+    return output.squeeze(0)

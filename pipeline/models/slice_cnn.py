@@ -5,31 +5,17 @@ Windows and normalisation are part of the model, so that no caller can feed it o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ichpipe.classes import CLASSES
 from ichpipe.errors import ParamsError
-from ichpipe.params import WindowParams
+from ichpipe.models.specs import SliceCnnSpec
 from ichpipe.windows import Windows
 
-
-class SliceCnnSpec(BaseModel):
-    """All that is needed to build the network again; stored beside its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    backbone: str  # timm name
-    windows: tuple[WindowParams, ...] = Field(strict=False)
-    size_px: int
-    mean: tuple[float, ...]  # per channel, after windowing to 0 … 1
-    std: tuple[float, ...]
-    classes: tuple[str, ...] = CLASSES
-    dropout: float = 0.0
+if TYPE_CHECKING:
+    from ichpipe.params import WindowParams
 
 
 class SliceCnn(nn.Module):
@@ -92,6 +78,8 @@ def spec_for(backbone: str, windows: tuple[WindowParams, ...], size_px: int, dro
 
 
 def _pretrained_config(backbone: str) -> dict[str, Any]:
+    import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
+
     if not timm.is_model(backbone):
         near = ", ".join(timm.list_models(f"*{backbone}*")[:5])
         hint = f" (timm has {near})" if near else "; see timm.list_models()"
@@ -103,6 +91,8 @@ def _pretrained_config(backbone: str) -> dict[str, Any]:
 
 
 def _create_backbone(name: str, channels: int) -> nn.Module:
+    import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
+
     model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
     if not hasattr(model, "forward_head") or not hasattr(model, "head_hidden_size"):
         raise ParamsError(f"fit-slices.backbone: {name} does not follow timm's features contract; take another")

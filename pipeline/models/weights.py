@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,29 +19,14 @@ from ichpipe.artifacts import MODEL_FILE
 from ichpipe.errors import WeightsError
 from ichpipe.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
-from ichpipe.models.sequence import SequenceModel, SequenceSpec
-from ichpipe.models.slice_cnn import SliceCnn, SliceCnnSpec
-from ichpipe.thin import WINDOW_MM
+from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
+from ichpipe.models.sequence import AnySequence, MovingAverage, SequenceEnsemble, SequenceModel, build_sequence
+from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 M = TypeVar("M", bound=nn.Module)
-
-HEADER_KEY = "ichpipe"
-FORMAT_VERSION = 1
-SPACING = "spacing_mm"
-"""Name in ``made_from`` of the distance of the slices that a model was trained on."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a model file says of itself."""
-
-    kind: str  # slice-cnn, sequence, end-to-end
-    slice_cnn: SliceCnnSpec | None
-    sequence: SequenceSpec | None
-    made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
 
 
 def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
@@ -64,43 +46,18 @@ def load_slice_cnn(folder: Path) -> SliceCnn:
     return _filled(SliceCnn(header.slice_cnn), state, folder)
 
 
-def load_sequence(folder: Path) -> SequenceModel:
+def load_sequence(folder: Path) -> AnySequence:
     """Load stage two's network in evaluation mode."""
     header, state = _read(folder, "sequence", "ichpipe fit-sequence")
     assert header.sequence is not None  # noqa: S101 - the kind says so
-    return _filled(SequenceModel(header.sequence), state, folder)
+    return _filled(build_sequence(header.sequence), state, folder)
 
 
 def load_end_to_end(folder: Path) -> EndToEnd:
     """Load the fine-tuned network in evaluation mode."""
     header, state = _read(folder, "end-to-end", "ichpipe finetune")
     assert header.slice_cnn is not None and header.sequence is not None  # noqa: S101, PT018 - the kind says so
-    return _filled(EndToEnd(SliceCnn(header.slice_cnn), SequenceModel(header.sequence)), state, folder)
-
-
-def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
-    """Read what the model in ``folder`` says of itself, without its weights."""
-    path = require_file(folder / MODEL_FILE, remedy)
-    try:
-        with safe_open(path, framework="pt") as handle:
-            text = (handle.metadata() or {}).get(HEADER_KEY)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}); train or copy it again") from error
-    if text is None:
-        raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
-    return _parse_header(path, text)
-
-
-def spacing_of(folder: Path) -> float:
-    """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
-    text = read_header(folder).made_from.get(SPACING, "")
-    try:
-        spacing = float(text or WINDOW_MM)
-    except ValueError as error:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
-    if not 0 < spacing < math.inf:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
-    return spacing
+    return _filled(EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence)), state, folder)
 
 
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
@@ -130,33 +87,23 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         return {"kind": "end-to-end", **{key: spec.model_dump(mode="json") for key, spec in specs.items()}}
     if isinstance(model, SliceCnn):
         return {"kind": "slice-cnn", "slice_cnn": model.spec.model_dump(mode="json")}
-    if isinstance(model, SequenceModel):
+    if isinstance(model, SequenceModel | MovingAverage | SequenceEnsemble):
         return {"kind": "sequence", "sequence": model.spec.model_dump(mode="json")}
     raise TypeError(f"no description for {type(model).__name__}")
-
-
-def _parse_header(path: Path, text: str) -> Header:
-    try:
-        raw = json.loads(text)
-        if raw["format_version"] > FORMAT_VERSION:
-            raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
-        return Header(
-            raw["kind"],
-            SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
-            SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
-            raw["made_from"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{path}: the description in its header is damaged ({error})") from error
 
 
 def _read(folder: Path, kind: str, command: str) -> tuple[Header, dict[str, Tensor]]:
     header = read_header(folder, f"run: {command}")
     if header.kind != kind:
         raise WeightsError(f"{folder / MODEL_FILE} holds a {header.kind} model, wanted {kind}")
-    return header, load_file(folder / MODEL_FILE)
+    state = load_file(folder / MODEL_FILE)
+    return header, state if header.format_version > 1 else _renamed(state)
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors of format 1, which knew recurrent networks alone, the names that they have since."""
+    old, new = re.compile(r"^(sequence\.)?recurrent\."), r"\1context.recurrent."
+    return {old.sub(lambda found: found.expand(new), name): tensor for name, tensor in state.items()}
 
 
 def _filled(model: M, state: dict[str, Tensor], folder: Path) -> M:
@@ -197,6 +144,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _hub_state(name: str) -> dict[str, Tensor]:
+    import timm  # noqa: PLC0415 - slow to import, and only training from a hub needs it here
+
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub client raises many kinds where there is no network

@@ -1,0 +1,151 @@
+"""How a slice learns from its neighbours: recurrence, attention or convolution over one series.
+
+Each maps features (B, T, F), lengths (B,) and positions (B, T) in mm to (B, T, ``width``); what stands in the padding
+never changes what comes out for a slice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ichpipe.models.inputs import extent, inside
+
+if TYPE_CHECKING:
+    from ichpipe.models.specs import SequenceSpec
+
+SHORTEST_MM, LONGEST_MM = 20.0, 800.0
+"""Wavelengths of the position encoding: from four slices of 5 mm to twice the longest head scan."""
+
+
+def build_context(spec: SequenceSpec) -> nn.Module:
+    """Build what ``spec.cell`` names; each has ``width``."""
+    if spec.cell == "transformer":
+        return Attention(spec)
+    if spec.cell == "conv":
+        return Convolution(spec)
+    return ResidualRecurrent(spec) if spec.residual else Recurrent(spec)
+
+
+class Recurrent(nn.Module):
+    """LSTM or GRU over the slices of a series; 2 x 512 bidirectional LSTM is the paper's (Nguyen et al. 2020)."""
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.width = spec.hidden * (2 if spec.bidirectional else 1)
+        self.recurrent = _cell(spec, spec.input_dim, spec.layers)
+
+    def forward(self, features: Tensor, lengths: Tensor, _position_mm: Tensor) -> Tensor:
+        """See the module."""
+        return _run(self.recurrent, features, lengths)
+
+
+class ResidualRecurrent(nn.Module):
+    """Two recurrent layers whose outputs, and a ReLU layer on each, are summed (RSNA 2019's 2nd place)."""
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.width = spec.hidden * (2 if spec.bidirectional else 1)
+        self.first, self.second = _cell(spec, spec.input_dim, 1), _cell(spec, self.width, 1)
+        self.after_first, self.after_second = (nn.Linear(self.width, self.width) for _ in range(2))
+
+    def forward(self, features: Tensor, lengths: Tensor, _position_mm: Tensor) -> Tensor:
+        """See the module."""
+        first = _run(self.first, features, lengths)
+        second = _run(self.second, first, lengths)
+        return first + second + F.relu(self.after_first(first)) + F.relu(self.after_second(second))
+
+
+class Attention(nn.Module):
+    """A Transformer encoder (pre-norm) that knows where a slice lies in mm, not which number it has."""
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.width = spec.hidden
+        self.project = nn.Linear(spec.input_dim, spec.hidden)
+        layer = nn.TransformerEncoderLayer(
+            spec.hidden, spec.heads, 2 * spec.hidden, spec.dropout, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, spec.layers, norm=nn.LayerNorm(spec.hidden), enable_nested_tensor=False
+        )
+
+    def forward(self, features: Tensor, lengths: Tensor, position_mm: Tensor) -> Tensor:
+        """See the module."""
+        there = inside(lengths.to(features.device), features.shape[1])
+        tokens = self.project(features) + encode_position(position_mm, lengths.to(features.device), self.width)
+        hidden: Tensor = self.encoder(tokens, src_key_padding_mask=~there)
+        return hidden
+
+
+def encode_position(position_mm: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Return sines and cosines (B, T, width) of the distance in mm from the middle of the series.
+
+    Wavelengths rise in a geometric series from 20 to 800 mm (Vaswani et al. 2017, with millimetres for numbers).
+    """
+    low, high = extent(position_mm, lengths)
+    place = position_mm.float() - (low + high) / 2  # (B, T)
+    count = (width + 1) // 2
+    rates = torch.linspace(math.log(SHORTEST_MM), math.log(LONGEST_MM), count, device=place.device).neg().exp()
+    angle = place.unsqueeze(-1) * rates * 2 * math.pi
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
+
+
+class Convolution(nn.Module):
+    """Residual 1-D convolutions over the slices; beyond either end of a series there is zero, as in its padding."""
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.width = spec.hidden
+        self.project = nn.Linear(spec.input_dim, spec.hidden)
+        self.norms = nn.ModuleList(nn.LayerNorm(spec.hidden) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(
+            nn.Conv1d(spec.hidden, spec.hidden, spec.kernel, padding=spec.kernel // 2) for _ in range(spec.layers)
+        )
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(self, features: Tensor, lengths: Tensor, _position_mm: Tensor) -> Tensor:
+        """See the module."""
+        there = inside(lengths.to(features.device), features.shape[1]).unsqueeze(-1)
+        hidden: Tensor = self.project(features)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            seen = norm(hidden) * there
+            hidden = hidden + self.dropout(F.relu(layer(seen.transpose(1, 2)).transpose(1, 2)))
+        return hidden
+
+
+def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
+    """Average values (B, T, C) over ``kernel`` neighbouring slices; at an end over those that are there."""
+    there = inside(lengths.to(values.device), values.shape[1])[:, None].to(values.dtype)  # (B, 1, T)
+    summed = F.avg_pool1d(values.transpose(1, 2) * there, kernel, stride=1, padding=kernel // 2)
+    share = F.avg_pool1d(there, kernel, stride=1, padding=kernel // 2).clamp(min=1 / (2 * kernel))
+    return (summed / share).transpose(1, 2)
+
+
+def _cell(spec: SequenceSpec, inputs: int, layers: int) -> nn.RNNBase:
+    kind = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
+    dropout = spec.dropout if layers > 1 else 0.0
+    cell: nn.RNNBase = kind(
+        inputs, spec.hidden, num_layers=layers, bidirectional=spec.bidirectional, dropout=dropout, batch_first=True
+    )
+    return cell
+
+
+def _run(recurrent: nn.RNNBase, features: Tensor, lengths: Tensor) -> Tensor:
+    """Run over each series alone: packed, unless all are of one length, which is faster as it is.
+
+    Without packing the backward direction would start in the padding.
+    """
+    slices = features.shape[1]
+    if int(lengths.min()) == slices:
+        whole: Tensor = recurrent(features)[0]
+        return whole
+    packed = pack_padded_sequence(features, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    hidden, _ = recurrent(packed)
+    padded: Tensor = pad_packed_sequence(hidden, batch_first=True, total_length=slices)[0]  # (B, T, width)
+    return padded

@@ -1,0 +1,78 @@
+"""What a model file says of itself, read without torch and without its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.errors import WeightsError
+from ichpipe.files import require_file
+from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
+from ichpipe.thin import WINDOW_MM
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEADER_KEY = "ichpipe"
+FORMAT_VERSION = 2
+SPACING = "spacing_mm"
+"""Name in ``made_from`` of the distance of the slices that a model was trained on."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a model file says of itself."""
+
+    kind: str  # slice-cnn, sequence, end-to-end
+    slice_cnn: SliceCnnSpec | None
+    sequence: SequenceSpec | None
+    format_version: int
+    made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
+
+
+def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
+    """Read what the model in ``folder`` says of itself, without its weights."""
+    path = require_file(folder / MODEL_FILE, remedy)
+    try:
+        with safe_open(path, framework="np") as handle:
+            text = (handle.metadata() or {}).get(HEADER_KEY)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file ({error}); train or copy it again") from error
+    if text is None:
+        raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
+    return _parse_header(path, text)
+
+
+def spacing_of(folder: Path) -> float:
+    """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
+    text = read_header(folder).made_from.get(SPACING, "")
+    try:
+        spacing = float(text or WINDOW_MM)
+    except ValueError as error:
+        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
+    if not 0 < spacing < math.inf:
+        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
+    return spacing
+
+
+def _parse_header(path: Path, text: str) -> Header:
+    try:
+        raw = json.loads(text)
+        if raw["format_version"] > FORMAT_VERSION:
+            raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
+        return Header(
+            raw["kind"],
+            SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
+            SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
+            int(raw["format_version"]),
+            raw["made_from"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path}: the description in its header is damaged ({error})") from error
