@@ -56,7 +56,7 @@ def ladder(metrics: Mapping[str, Any]) -> bytes:
     patients = f", {metrics['n_patients']} patients" if "n_patients" in metrics else ""
     counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies{patients}"
     figure.suptitle(f"The same held-out patients for every model: {counts}; bars: bootstrap over patients", fontsize=11)
-    return _png(figure)
+    return to_png(figure)
 
 
 def roc(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -68,7 +68,7 @@ def roc(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     figure.supxlabel("false positive rate (1 - specificity)", fontsize=10)
     figure.supylabel("true positive rate (sensitivity)", fontsize=10)
     _legend_above(figure, panels.flat[0])
-    return _png(figure)
+    return to_png(figure)
 
 
 def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -87,7 +87,7 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> byt
     figure.supxlabel("epoch", fontsize=10)
     figure.supylabel("weighted log loss", fontsize=10)
     _legend_above(figure, panels.flat[0])
-    return _png(figure)
+    return to_png(figure)
 
 
 def study_sheet(
@@ -112,7 +112,7 @@ def study_sheet(
     for axes, index in zip(tiles.flat, chosen, strict=False):
         _tile(axes, hu[index], truth[index], int(index))
     _probability_panel(below.subplots(), probabilities, truth[:, 0])
-    return _png(figure)
+    return to_png(figure)
 
 
 def _auc_any(aucs: Mapping[str, Any]) -> tuple[float | None, list[float] | None]:
@@ -137,7 +137,7 @@ def _rungs(axes: Axes, names: list[str], found: list[tuple[float | None, list[fl
     axes.set_title(title, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.15)
-    _plain(axes, grid="x")
+    plain_axes(axes, grid="x")
     if all(value is None for value, _ in found):
         axes.set_xticks([])
 
@@ -153,7 +153,7 @@ def _roc_panel(axes: Axes, name: str, points: Mapping[str, Sequence[Mapping[str,
         axes.text(0.5, 0.5, "no positive or no negative", ha="center", va="center", backgroundcolor="white")
     axes.set_title(name, fontsize=10)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    _plain(axes, grid="both")
+    plain_axes(axes, grid="both")
 
 
 def _history_panel(axes: Axes, name: str, history: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +173,7 @@ def _history_panel(axes: Axes, name: str, history: Sequence[Mapping[str, Any]]) 
     axes.set_title(name, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.1, y=0.15)
-    _plain(axes, grid="y")
+    plain_axes(axes, grid="y")
 
 
 def _tile(axes: Axes, hu: NDArray[np.int16], truth: NDArray[np.float64], index: int) -> None:
@@ -201,7 +201,7 @@ def _probability_panel(axes: Axes, probabilities: Mapping[str, ArrayLike], posit
     axes.legend(handles=[shade, *handles], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.set(xlim=(-0.5, len(positive) - 0.5), ylim=(-0.02, 1.02), xlabel="slice index", ylabel="P(any)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes, grid="y")
+    plain_axes(axes, grid="y")
 
 
 def _style(number: int, marker: str | None = None) -> dict[str, Any]:
@@ -210,7 +210,8 @@ def _style(number: int, marker: str | None = None) -> dict[str, Any]:
     return style | ({"marker": marker, "markersize": 3.5} if marker else {})
 
 
-def _plain(axes: Axes, grid: str) -> None:
+def plain_axes(axes: Axes, grid: str) -> None:
+    """Leave of the frame what carries numbers, and a light grid along ``grid`` (x, y or both)."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="0.9", linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
@@ -223,7 +224,7 @@ def _legend_above(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False, fontsize=9)
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """Render without matplotlib's version and the date in the file; PNG goes through Agg, without a display."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})

@@ -6,10 +6,11 @@ another network's embeddings gives numbers that mean nothing. Neither shows in s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.errors import WeightsError
+from ichpipe.artifacts import MODEL_FILE, RECORD_FILE
+from ichpipe.errors import IchpipeError, WeightsError
+from ichpipe.files import read_json
 from ichpipe.models.header import read_header
 
 if TYPE_CHECKING:
@@ -33,3 +34,15 @@ def require_made_from(folder: Path, wanted: dict[str, str], command: str) -> Non
     if other:
         what = " and another ".join(other)
         raise WeightsError(f"{folder / MODEL_FILE} was trained on another {what} than there is now; run: {command}")
+
+
+def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -> bool:
+    """Say whether the model in ``folder`` was trained with these parameters on these inputs, and written whole.
+
+    The record is written last. Code is not compared: a new version of this package trains nothing anew by itself.
+    """
+    try:
+        require_made_from(folder, made_from, "")
+        return bool(read_json(folder / RECORD_FILE)["params"] == params)
+    except (IchpipeError, KeyError, TypeError):
+        return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from ichpipe.bootstrap import Ranking, group_sums, percentile_interval, resample, resampled_mean
 from ichpipe.classes import CLASSES, METRIC_WEIGHTS
@@ -215,6 +214,8 @@ def curves(
 
 
 def _roc(name: str, label: Floats, value: Floats, max_points: int) -> list[dict[str, Any]]:
+    from sklearn.metrics import roc_curve  # noqa: PLC0415 - takes a second, and only plots need it
+
     fpr, tpr, threshold = roc_curve(label, value)
     keep = _thin(fpr, tpr, max_points)
     found = zip(fpr[keep].tolist(), tpr[keep].tolist(), threshold[keep].tolist(), strict=True)
@@ -222,6 +223,8 @@ def _roc(name: str, label: Floats, value: Floats, max_points: int) -> list[dict[
 
 
 def _precision_recall(name: str, label: Floats, value: Floats, max_points: int) -> list[dict[str, Any]]:
+    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415 - see _roc
+
     precision, recall, threshold = precision_recall_curve(label, value)
     keep = _thin(recall, precision, max_points)
     thresholds = [*threshold.tolist(), None]

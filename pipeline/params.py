@@ -227,11 +227,12 @@ class EvaluateParams(Section):
     bootstrap_samples: Positive = 1000  # resamples of patients
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
+    baseline: str | None = None  # the arm that `compare` measures the others against; null: finetune.arm
     seed: Count = 0
 
     def bootstrap(self) -> dict[str, Any]:
         """Return the settings of resampling alone."""
-        return self.model_dump(exclude={"study_score"})
+        return self.model_dump(exclude={"study_score", "baseline"})
 
 
 class Params(Section):
@@ -250,6 +251,10 @@ class Params(Section):
     def _finetune_names_an_arm(self) -> Params:
         if self.finetune.arm not in self.sequence:
             raise ValueError(f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}")
+        if self.evaluate.baseline not in (None, *self.sequence):
+            raise ValueError(
+                f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}"
+            )
         return self
 
     @model_validator(mode="after")

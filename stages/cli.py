@@ -247,10 +247,30 @@ def evaluate(settings: Settings) -> None:
     click.echo(run(settings.params(), settings.artifacts()))
 
 
+@command("compare")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--baseline", metavar="ARM", default=None, help="Arm to compare with [params: evaluate.baseline].")
+def compare(settings: Settings, runs: tuple[Path, ...], baseline: str | None) -> str:
+    """Put the arms of stage two beside each other: seeds, paired differences, and what of it is noise.
+
+    RUNS are artifacts folders; without any, this run's own.
+
+    \b
+    Example:
+      ichpipe compare --baseline paper
+    """
+    from ichpipe.stages.compare import run
+
+    return run(settings.params(), settings.artifacts(), runs, baseline)
+
+
 @command("cross-validate")
 @gpu_option
-def cross_validate(settings: Settings, gpu: str) -> None:
+@click.option("--arms-only", is_flag=True, help="No fine-tuning: the arms of stage two alone, compared.")
+def cross_validate(settings: Settings, gpu: str, *, arms_only: bool) -> str:
     """Run every step once per fold of patients, and score the pooled held-out predictions.
+
+    What was trained on the same inputs with the same parameters is kept.
 
     \b
     Example:
@@ -258,7 +278,7 @@ def cross_validate(settings: Settings, gpu: str) -> None:
     """
     from ichpipe.stages.cross_validate import run
 
-    click.echo(run(settings.params(), settings.artifacts(), gpu))
+    return run(settings.params(), settings.artifacts(), gpu, arms_only=arms_only)
 
 
 command("predict")(gpu_option(workers_option(predict)))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ichpipe import studies
-from ichpipe.artifacts import Artifacts
+from ichpipe.artifacts import RECORD_FILE, Artifacts
 from ichpipe.errors import ParamsError
-from ichpipe.files import digest_of, digest_of_file, read_json, write_json, write_text
-from ichpipe.predictions import FINETUNED, SLICE_CNN, ladder_text, score_all, sequence_name, write_table
-from ichpipe.stages import evaluate, extract, finetune, fit_sequence, fit_slices, prepare
+from ichpipe.files import digest_of, read_json, write_json, write_text
+from ichpipe.ladder import ladder_text, score_all
+from ichpipe.predictions import (
+    FINETUNED,
+    POOLED,
+    SLICE_CNN,
+    read_predictions,
+    sequence_name,
+    write_predictions,
+    write_table,
+)
+from ichpipe.stages import compare, evaluate, extract, finetune, fit_sequence, fit_slices, prepare
 from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ichpipe.params import Params
@@ -23,23 +33,69 @@ if TYPE_CHECKING:
 log = logging.getLogger("ichpipe")
 
 
-def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
-    """Write ``cv/fold-K/…`` per fold and ``cv/metrics``, ``cv/plots``, ``cv/predictions`` over all patients.
+def run(params: Params, artifacts: Artifacts, gpu: str = "auto", *, arms_only: bool = False) -> str:
+    """Write ``cv/fold-K/…`` per fold and ``cv/metrics``, ``cv/plots``, ``cv/predictions``, ``cv/compare`` over all.
 
-    Each patient is scored once, by models that never saw that patient. The files are scanned every time; folds
-    that were fitted on the same index with the same parameters are kept, so that an interrupted run goes on.
-    Returns the ladder of models as a table of text.
+    Each patient is scored once, by models that never saw that patient. The files are scanned every time; a model that
+    was trained on the same inputs with the same parameters is kept, so that an interrupted run goes on and a changed
+    arm alone is trained again. ``arms_only``: no fine-tuning, and the comparison of arms alone.
+    Returns the ladder of models and the comparison of arms as text.
     """
-    root = artifacts.root / "cv"
+    whole = Artifacts(artifacts.root / "cv")
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
-    prepare.run(params.prepare, Artifacts(root).index_dir, cache=artifacts.resume("prepare"))
-    folds = [_fit_fold(params, root, fold, gpu) for fold in range(params.prepare.folds)]
+    prepare.run(params.prepare, whole.index_dir, cache=artifacts.resume("prepare"))
+    folds = [_fit_fold(params, whole.root, fold, gpu, arms_only=arms_only) for fold in range(params.prepare.folds)]
+    for arm in params.sequence:
+        _pool_arm([fold.sequence(arm) for fold in folds], whole.sequence(arm))
+    ladder = "" if arms_only else _score(params, whole, folds) + "\n\n"
+    return ladder + compare.run(params, whole)
+
+
+def _fit_fold(params: Params, root: Path, fold: int, gpu: str, *, arms_only: bool) -> Artifacts:
+    log.info("fold %d of %d", fold + 1, params.prepare.folds)
+    chosen = params.model_copy(update={"prepare": params.prepare.model_copy(update={"test_fold": fold})})
+    artifacts = Artifacts(root / f"fold-{fold}")
+    _split(Artifacts(root), chosen, artifacts)
+    if not fit_slices.is_done(chosen, artifacts):
+        fit_slices.run(chosen, artifacts, gpu)
+    extract.run(chosen, artifacts, gpu)
+    for arm in chosen.sequence:
+        if not fit_sequence.is_done(chosen, artifacts, arm):
+            log.info("fold %d of %d, arm %s", fold + 1, params.prepare.folds, arm)
+            fit_sequence.run(chosen, artifacts, arm, gpu)
+    if not arms_only and not finetune.is_done(chosen, artifacts):
+        finetune.run(chosen, artifacts, gpu)
+    return artifacts
+
+
+def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
+    """Write the fold's index: that of all patients, split anew."""
+    index = studies.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
+    rejected = pd.read_csv(whole.index_dir / "rejected.csv")
+    studies.write_outputs(artifacts.index_dir, index, rejected, studies.summarise(index, rejected))
+
+
+def _pool_arm(folders: Sequence[Path], target: Path) -> None:
+    """Put the test predictions of an arm's folds into one table, seed by seed, with a record of all folds."""
+    tables = [read_predictions(folder, "ichpipe cross-validate") for folder in folders]
+    test = pd.concat([table[table["split"] == "test"] for table in tables], ignore_index=True)
+    write_predictions(test, target, POOLED)
+    records: list[dict[str, Any]] = [read_json(folder / RECORD_FILE) for folder in folders]
+    seeds = [
+        {"seed": parts[0]["seed"], "seconds": round(sum(part["seconds"] for part in parts), 1)}
+        for parts in zip(*(record["seeds"] for record in records), strict=True)
+    ]
+    first = {name: records[0][name] for name in ("arm", "params", "n_parameters", "device", "versions", "commit")}
+    store = digest_of([record["store"] for record in records])
+    write_json(target / RECORD_FILE, {**first, "store": store, "folds": len(folders), "seeds": seeds})
+
+
+def _score(params: Params, whole: Artifacts, folds: Sequence[Artifacts]) -> str:
     for number, fold in enumerate(folds, start=1):
         log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold))
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
-    whole = Artifacts(root)
     metrics = score_all(tables, params.evaluate, params.finetune.arm)
     metrics["folds"] = [read_json(fold.metrics) for fold in folds]
     write_json(whole.metrics, metrics)
@@ -49,33 +105,6 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> str:
     text = ladder_text(metrics)
     write_text(whole.metrics.with_name("ladder.txt"), text + "\n")
     return text
-
-
-def _fit_fold(params: Params, root: Path, fold: int, gpu: str) -> Artifacts:
-    chosen = params.model_copy(update={"prepare": params.prepare.model_copy(update={"test_fold": fold})})
-    artifacts = Artifacts(root / f"fold-{fold}")
-    _split(Artifacts(root), chosen, artifacts)
-    fitted_with = chosen.model_dump(mode="json", exclude={"phantom", "evaluate"})
-    mark = artifacts.root / "fitted.json"
-    key = {"params": digest_of(fitted_with), "index": digest_of_file(artifacts.index)}
-    if mark.exists() and read_json(mark) == key:
-        log.info("fold %d is fitted", fold)
-        return artifacts
-    log.info("fold %d of %d", fold + 1, params.prepare.folds)
-    fit_slices.run(chosen, artifacts, gpu)
-    extract.run(chosen, artifacts, gpu)
-    for arm in chosen.sequence:
-        fit_sequence.run(chosen, artifacts, arm, gpu)
-    finetune.run(chosen, artifacts, gpu)
-    write_json(mark, key)
-    return artifacts
-
-
-def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
-    """Write the fold's index: that of all patients, split anew."""
-    index = studies.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
-    rejected = pd.read_csv(whole.index_dir / "rejected.csv")
-    studies.write_outputs(artifacts.index_dir, index, rejected, studies.summarise(index, rejected))
 
 
 def _pool(paths: list[Path]) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from ichpipe.ct import read_hu
 from ichpipe.errors import DataError
 from ichpipe.figures import ladder, learning_curves, roc, study_sheet
 from ichpipe.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
+from ichpipe.ladder import ladder_text, score_all
 from ichpipe.lineage import require_made_from
 from ichpipe.metrics import curves
 from ichpipe.predictions import (
@@ -24,11 +25,9 @@ from ichpipe.predictions import (
     LABELS,
     SLICE_CNN,
     known_slices,
-    ladder_text,
     make_table,
     own_predictions,
     read_predictions,
-    score_all,
     sequence_name,
     write_table,
 )

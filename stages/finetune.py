@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ichpipe import augment
+from ichpipe.artifacts import MODEL_FILE
 from ichpipe.caches import made_by
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
@@ -17,12 +18,12 @@ from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import TrainingError, UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of, digest_of_file
-from ichpipe.lineage import require_made_from
+from ichpipe.lineage import is_fitted, require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.header import SPACING
 from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
-from ichpipe.predictions import held_out, make_table, write_predictions
+from ichpipe.predictions import held_out, make_table, model_mark, write_predictions
 from ichpipe.progress import track
 from ichpipe.record import Stopwatch, write_history, write_record
 from ichpipe.studies import read_index
@@ -62,18 +63,15 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
     require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, command)
     model = EndToEnd(cnn, sequence).to(device)
     fitting = EndToEndFitting(model, section, device, image_series(index, "train"), image_series(index, "val"))
-    made_from = {
-        "index": digest_of_file(artifacts.index),
-        "slice_cnn": digest_of_file(artifacts.slice_cnn / "model.safetensors"),
-        "sequence": digest_of_file(artifacts.sequence(section.arm) / "model.safetensors"),
-    }
+    made_from = _made_from(artifacts, section.arm)
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
     history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
-    saved = save_model(artifacts.finetuned, model, made_from | _spacing(index))
+    save_model(artifacts.finetuned, model, made_from | _spacing(index))
     rows = held_out(index)
-    write_predictions(make_table(rows, predict_held_out(model, rows, device)), saved)
+    table = make_table(rows, predict_held_out(model, rows, device))
+    write_predictions(table, artifacts.finetuned, model_mark(artifacts.finetuned))
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
@@ -81,6 +79,20 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto") -> None:
         artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=watch.seconds(), facts=facts
     )
     trainer.finish()
+
+
+def is_done(params: Params, artifacts: Artifacts) -> bool:
+    """Say whether the model that `run` would train is there already, with its predictions."""
+    section = params.finetune
+    return is_fitted(artifacts.finetuned, section.model_dump(mode="json"), _made_from(artifacts, section.arm))
+
+
+def _made_from(artifacts: Artifacts, arm: str) -> dict[str, str]:
+    return {
+        "index": digest_of_file(artifacts.index),
+        "slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE),
+        "sequence": digest_of_file(artifacts.sequence(arm) / MODEL_FILE),
+    }
 
 
 def _spacing(index: pd.DataFrame) -> dict[str, str]:

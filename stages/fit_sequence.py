@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ichpipe.caches import open_features
+from ichpipe.caches import made_by, open_features
 from ichpipe.device import autocast, choose_device, derive_seed, needs_scaling
 from ichpipe.errors import ParamsError, TrainingError
 from ichpipe.files import digest_of, digest_of_file
-from ichpipe.lineage import require_made_from
+from ichpipe.lineage import is_fitted, require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
-from ichpipe.predictions import held_out, make_table, of_seeds, write_predictions
+from ichpipe.predictions import held_out, make_table, model_mark, of_seeds, write_predictions
 from ichpipe.record import Stopwatch, write_history, write_record
 from ichpipe.series import Shuffle, hold_on, predict_batches, predict_rows, read_series, train_batches
 from ichpipe.studies import read_index
@@ -61,15 +61,25 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
         fitted.append(_fit(section, features, data, device, Task(seed, checkpoint, key)))
     members = [one for each in (fitted if section.average.seeds else fitted[:1]) for one in each.kept]
     folder = artifacts.sequence(arm)
-    model = save_model(folder, _assemble(section, features, members), made_from)
+    save_model(folder, _assemble(section, features, members), made_from)
     tables = {each.task.seed: make_table(data.held_out, each.probabilities) for each in fitted}
-    write_predictions(of_seeds(tables), model)
+    write_predictions(of_seeds(tables), folder, model_mark(folder))
     write_history(folder, fitted[0].history)
     facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
     params_read = section.model_dump(mode="json")
     write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
     for each in fitted:
         each.task.checkpoint.unlink(missing_ok=True)
+
+
+def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
+    """Say whether the arm that `run` would train is there already, with its predictions."""
+    section, index = choose_arm(params, arm), read_index(artifacts.index)
+    made_from = {
+        "index": digest_of_file(artifacts.index),
+        "embeddings": digest_of(made_by(params, artifacts, index, section)),
+    }
+    return is_fitted(artifacts.sequence(arm), section.model_dump(mode="json"), made_from)
 
 
 def choose_arm(params: Params, arm: str) -> SequenceParams:

@@ -16,10 +16,11 @@ from ichpipe import augment
 from ichpipe.artifacts import FOLDS_FILE
 from ichpipe.classes import CLASSES
 from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
-from ichpipe.errors import TrainingError
+from ichpipe.errors import IchpipeError, TrainingError
 from ichpipe.feeding import SliceDataset, batches_of, slice_loader
 from ichpipe.files import digest_of, digest_of_file, write_json
-from ichpipe.folds import fold_numbers, made_from_without, part_rows
+from ichpipe.folds import fold_models, fold_numbers, made_from_without, part_rows
+from ichpipe.lineage import is_fitted
 from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained, save_model
@@ -98,6 +99,16 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 
     _record(params, device, whole, parts)
     for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # those of folds no longer wanted, too
         checkpoint.unlink()
+
+
+def is_done(params: Params, artifacts: Artifacts) -> bool:
+    """Say whether the networks that `run` would train are there already."""
+    index = digest_of_file(artifacts.index)
+    try:
+        fold_models(artifacts, params, index)
+    except IchpipeError:
+        return False
+    return is_fitted(artifacts.slice_cnn, _identity(params), {"index": index})
 
 
 def build(params: Params) -> SliceCnn:

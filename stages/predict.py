@@ -15,10 +15,10 @@ from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path
+from ichpipe.ladder import smooth_series
 from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.pooling import pool
-from ichpipe.predictions import smooth_series
 from ichpipe.progress import track
 from ichpipe.scan import scan
 from ichpipe.submission import build_submission, read_sample

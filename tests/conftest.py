@@ -127,7 +127,8 @@ fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
 extract: {chunk_rows: 100, batch_size: 50}
 sequence:
   paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
-  gru-logits: {cell: gru, hidden: 8, layers: 1, epochs: 2, inputs: [embedding, logits]}
+  gru-logits: {cell: gru, hidden: 8, layers: 1, epochs: 2, inputs: [embedding, logits], seeds: 2}
+  floor: {cell: average, inputs: [logits]}
 finetune: {arm: paper, epochs: 1, chunk_slices: 9}
 evaluate: {bootstrap_samples: 50}
 """

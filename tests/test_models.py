@@ -83,11 +83,10 @@ def test_chunked_gradient_equals_plain_backpropagation(cell: str, inputs: tuple[
     model = EndToEnd(cnn, sequence(cell, inputs, cnn.embedding_dim, dropout=dropout)).train()
     hu = torch.randint(-100, 200, (7, 1, SIZE, SIZE), dtype=torch.int16)
     labels = (torch.rand(7, 6) < 0.4).float()
+    loss_of = functools.partial(_loss, labels)
     chunks = [functools.partial(hu.__getitem__, slice(start, start + 3)) for start in (0, 3, 6)]
 
-    loss = backward_in_chunks(
-        model, chunks, PLACES[:7], lambda logits: weighted_bce(logits, labels), context=contextlib.nullcontext, seed=3
-    )
+    loss = backward_in_chunks(model, chunks, PLACES[:7], loss_of, context=contextlib.nullcontext, seed=3)
     chunked = gradients(model)
     one = backward_in_chunks(
         model,
@@ -116,14 +115,11 @@ def test_dropout_draws_the_same_in_both_passes_of_a_chunk() -> None:
     hu = torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16)
     labels = torch.ones(4, 6)
     settings_ = {"context": contextlib.nullcontext, "seed": 5}
-    first = backward_in_chunks(
-        model, [lambda: hu], PLACES[: len(hu)], lambda logits: weighted_bce(logits, labels), **settings_
-    )
+    loss_of = functools.partial(_loss, labels)
+    first = backward_in_chunks(model, [lambda: hu], PLACES[: len(hu)], loss_of, **settings_)
     gradient = gradients(model)
     model.zero_grad()
-    second = backward_in_chunks(
-        model, [lambda: hu], PLACES[: len(hu)], lambda logits: weighted_bce(logits, labels), **settings_
-    )
+    second = backward_in_chunks(model, [lambda: hu], PLACES[: len(hu)], loss_of, **settings_)
     assert first == second
     for name, value in gradients(model).items():
         assert torch.equal(value, gradient[name]), name
@@ -146,6 +142,10 @@ def test_batch_norm_keeps_its_statistics_end_to_end() -> None:
     model(torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16), PLACES[:4])
     for name, value in cnn.named_buffers():
         assert torch.equal(value, before[name]), name
+
+
+def _loss(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return weighted_bce(logits, labels)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

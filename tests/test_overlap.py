@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 
+from ichpipe.ladder import ladder_text, score_all
 from ichpipe.params import EvaluateParams
-from ichpipe.predictions import ladder_text, score_all
 from ichpipe.studies import read_index
 
 

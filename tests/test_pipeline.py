@@ -35,7 +35,7 @@ def test_nothing_to_resume_is_left_behind(run):
 
 def test_evaluate_json_follows_the_contract(run):
     metrics = json.loads(run.metrics())
-    assert set(metrics["sequence"]) == {"paper", "gru-logits"}
+    assert set(metrics["sequence"]) == {"paper", "gru-logits", "floor"}
     for model in (metrics["slice_cnn"], metrics["finetuned"], *metrics["sequence"].values()):
         assert 0 < model["weighted_log_loss"] < 5
         assert set(model["log_loss"]) == set(model["auc"]) == set(model["study_auc"]) == set(CLASSES)
@@ -47,7 +47,7 @@ def test_evaluate_json_follows_the_contract(run):
 
 def test_every_model_is_scored_on_the_same_patients_and_none_of_them_is_trained_on(run, index):
     tables = [pd.read_parquet(path) for path in sorted((run.artifacts / "predictions").glob("*.parquet"))]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables[1:]:
         assert table["sop_uid"].tolist() == tables[0]["sop_uid"].tolist()
     others = index.loc[index["split"] != "test", "patient_id"]
@@ -331,12 +331,22 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
         splits = read_index(fold / "index" / "slices.parquet")
         scored = pd.read_parquet(fold / "predictions" / "finetuned.parquet")
         assert not set(scored["patient_id"]) & set(splits.loc[splits["split"] != "test", "patient_id"])
+    arms = json.loads((root / "compare" / "arms.json").read_text())
+    assert [row["arm"] for row in arms["arms"]] == ["paper", "gru-logits", "floor"]
+    assert (arms["n_slices"], arms["warnings"]) == (len(index), [])
     metrics = (root / "metrics" / "evaluate.json").read_bytes()
     weights = root / "fold-0" / "slice-cnn" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     assert other(*small, "cross-validate").exit_code == 0
     assert weights.stat().st_mtime_ns == before
     assert (root / "metrics" / "evaluate.json").read_bytes() == metrics
+    arm = root / "fold-1" / "sequence" / "gru-logits" / "model.safetensors"
+    kept = [path for path in (root / "fold-1").rglob("model.safetensors") if path != arm]
+    times = [path.stat().st_mtime_ns for path in kept]
+    before_arm = arm.read_bytes()
+    assert other(*small, "--set", "sequence.gru-logits.hidden=6", "cross-validate", "--arms-only").exit_code == 0
+    assert arm.read_bytes() != before_arm
+    assert [path.stat().st_mtime_ns for path in kept] == times  # one changed arm is all that is trained again
     less = next(iter(index["path"]))  # other data under the same parameters: fitted anew
     data = tmp_path / "less"
     shutil.copytree(run.data, data)

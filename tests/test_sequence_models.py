@@ -1,4 +1,4 @@
-"""Stage two's networks: padding, batch and order change nothing, inputs are what they are called, averages are means."""
+"""Stage two's networks: padding and batch change nothing, inputs are what they are called, averages are means."""
 
 import itertools
 
@@ -112,7 +112,7 @@ def turned_round(one):
 def swap_directions(model):
     """Exchange the weights of both directions, and the halves of whatever reads their concatenated output."""
     state, swapped = model.state_dict(), {}
-    for name, values in state.items():
+    for name in state:
         forward, backward = (name, f"{name}_reverse") if "_l" in name else (name, name)
         if name.endswith("_reverse"):
             forward, backward = name, name.removesuffix("_reverse")

@@ -1,14 +1,17 @@
 """Model files that describe themselves, and pretrained weights that are what they are taken for."""
 
+import json
+
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ichpipe.errors import MissingFileError, WeightsError
 from ichpipe.models.end_to_end import EndToEnd
-from ichpipe.models.sequence import SequenceModel
+from ichpipe.models.sequence import SequenceModel, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import (
@@ -138,3 +141,32 @@ def test_missing_weights_are_named(source):
     with pytest.raises((WeightsError, MissingFileError)) as caught:
         load_pretrained(timm.create_model("resnet10t", num_classes=0), "resnet10t", source)
     assert source.split("/")[-1].removeprefix("package:").split("/")[0] in str(caught.value)
+
+
+def test_a_recurrent_model_of_format_1_is_still_read(model, tmp_path):
+    """Before there were other networks than recurrent ones their tensors had no ``context.`` before them."""
+    for part, load in ((model.sequence, load_sequence), (model, load_end_to_end)):
+        path = save_model(tmp_path / load.__name__, part, {})
+        with safe_open(path, framework="pt") as handle:
+            text = json.loads(handle.metadata()["ichpipe"])
+        spec = text["sequence"]
+        text |= {"format_version": 1, "sequence": {name: spec[name] for name in OLD_SPEC}}
+        old = {name.replace("context.", ""): tensor for name, tensor in part.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in old.items()}, path, metadata={"ichpipe": json.dumps(text)})
+        assert same(load(path.parent), part)
+
+
+OLD_SPEC = ["cell", "hidden", "layers", "bidirectional", "dropout", "inputs", "embedding_dim", "pca", "classes"]
+
+
+@pytest.mark.parametrize("change", [{"cell": "average"}, {"members": 3}, {"members": 2, "reversed": True}])
+def test_networks_that_average_come_back(change, tmp_path):
+    spec = SequenceSpec(
+        cell="gru", hidden=4, layers=1, bidirectional=True, dropout=0.0, inputs=("logits",), embedding_dim=5
+    )
+    built = build_sequence(spec.model_copy(update=change))
+    save_model(tmp_path, built, {})
+    loaded = load_sequence(tmp_path)
+    assert type(loaded) is type(built)
+    assert loaded.spec == built.spec
+    assert same(loaded, built)
