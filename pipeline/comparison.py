@@ -35,7 +35,7 @@ NOISE: Final = "noise"
 OTHER: Final = "not comparable"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One arm as it was trained: test predictions of each seed, and the record of its training."""
 

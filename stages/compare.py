@@ -25,7 +25,7 @@ log = logging.getLogger("ichpipe")
 def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baseline: str | None = None) -> str:
     """Write ``compare/arms.json``, ``arms.md`` and ``arms.png``; return the markdown.
 
-    ``runs`` are artifacts folders; none: this run's own. Of several, arms are named ``FOLDER/ARM``.
+    ``runs`` are artifacts folders; none: this run's own. Of several, arms are named ``RUN/ARM``, as they were given.
     """
     roots = list(runs) or [artifacts.root]
     names = list(params.sequence) if roots == [artifacts.root] else None
@@ -49,7 +49,7 @@ def read_arms(root: Path, names: list[str] | None = None, *, prefixed: bool = Fa
     if not there:
         raise DataError(f"{below.arms} holds no trained arm; run: ichpipe fit-sequence")
     chosen = there if names is None else names
-    return [_read_arm(below.sequence(name), f"{root.name}/{name}" if prefixed else name) for name in chosen]
+    return [_read_arm(below.sequence(name), f"{root}/{name}" if prefixed else name) for name in chosen]
 
 
 def _read_arm(folder: Path, name: str) -> Arm:

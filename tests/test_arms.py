@@ -146,7 +146,7 @@ def test_runs_of_other_patients_and_stores_are_told_apart(armed, run, tmp_path):
     assert other("--set", "prepare.seed=5", "prepare").exit_code == 0
     other.steps("fit-slices", "extract")
     assert other("fit-sequence", "--arm", "paper").exit_code == 0
-    said = armed("compare", run.artifacts, other.artifacts, "--baseline", f"{run.artifacts.name}/paper")
+    said = armed("compare", run.artifacts, other.artifacts, "--baseline", f"{run.artifacts}/paper")
     assert said.exit_code == 0, said.output
     assert "not comparable" in said.output
     assert "another embedding store" in said.output

@@ -1,8 +1,11 @@
 """The benchmarks run at a tiny size and count what they should; nothing here looks at time."""
 
+import argparse
 import importlib.util
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -11,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def load(name):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -65,3 +69,31 @@ def test_kills(tmp_path):
     assert result["wrong_numbers_read_after_a_kill"] == 0
     assert result["rows_identical_to_an_undisturbed_store"]
     assert result["chunk_files_identical"]
+
+
+def test_sequence(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = load("sequence")
+    options = argparse.Namespace(
+        slices=12_000, series=346, backbone="resnet10t", size=32, epochs=2, batch_series=8, precision="fp32", labels=[],
+        headers=None, folder=None, out=None,
+    )  # fmt: skip
+    result = bench.run(tmp_path, options)
+    assert result["labels"]["linear_head_loss"] == pytest.approx(0.063, abs=0.002)
+    drawn, wanted = (result["labels"][name]["any"] for name in ("prevalence", "prevalence_of_the_table"))
+    assert drawn == pytest.approx(wanted, abs=0.06)
+    assert len(result["arms"]["paper"]["epochs"]) == 2
+    assert all(one["seconds"] > 0 for one in result["arms"]["paper"]["epochs"])
+    assert result["end_to_end_epoch_over_cached_epoch"] > 0
+    scores = {row["arm"]: row["weighted_log_loss"]["mean"] for row in result["compare"]["arms"]}
+    assert set(scores) == {"slice-cnn", "moving-average", "paper"}
+
+
+def test_simulated_neighbours_correlate_as_asked(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    simulate = load("simulate")
+    lengths = np.full(400, 30)
+    noise = simulate.neighbourly(lengths, 4, 0.7, np.random.default_rng(0)).reshape(400, 30, 4)
+    assert float((noise[:, 1:] * noise[:, :-1]).mean()) == pytest.approx(0.7, abs=0.03)
+    assert float(noise.std()) == pytest.approx(1, abs=0.03)
+    assert abs(float((noise[1:, 0] * noise[:-1, -1]).mean())) < 0.1  # another study's neighbour is no neighbour
