@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class Trainer:
     key: str
     scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of where training stands
     last: int = 1  # keep the weights of the last so many epochs; 1: of the one that is best on validation
+    save_every_s: float = 0.0  # seconds between checkpoints: weights of 200 MB cost more than a short epoch
     kept: list[Weights] = field(default_factory=list)  # oldest first, after `run`
 
     def run(
@@ -109,7 +111,7 @@ class Trainer:
         if not history and (compare_with_start or not self.epochs):
             history = [Epoch(0, None, self._finite(validate(), 0), 0.0)]
             self.kept = [self._weights()]
-        first = history[-1].epoch + 1 if history else 1
+        first, saved = history[-1].epoch + 1 if history else 1, time.monotonic()
         for epoch in range(first, self.epochs + 1):
             torch.manual_seed(derive_seed(self.seed, "dropout", epoch))
             rate = self.optimizer.param_groups[0]["lr"]
@@ -117,7 +119,9 @@ class Trainer:
             val_loss = self._finite(validate(), epoch)
             self._keep(all(val_loss < earlier.val_loss for earlier in history))
             history.append(Epoch(epoch, train_loss, val_loss, rate))
-            self._save(history)
+            if epoch == self.epochs or time.monotonic() - saved >= self.save_every_s:
+                self._save(history)
+                saved = time.monotonic()
             log.info("epoch %d/%d: train %.4f, validation %.4f", epoch, self.epochs, train_loss, val_loss)
         self.model.load_state_dict(self.kept[-1])
         return history

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
+SAVE_EVERY_S = 20.0
+"""An epoch over cached features may take less time than its checkpoint."""
+
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
     """Train the arm's seeds on the train split and write the arm's model and every seed's predictions.
@@ -229,9 +232,17 @@ class SequenceFitting:
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
-        last = min(self.section.average.epochs, max(1, self.epochs))
         return Trainer(
-            self.model, self.optimizer, self.schedule, self.seed, self.epochs, checkpoint, key, self.scaler, last
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.seed,
+            self.epochs,
+            checkpoint,
+            key,
+            self.scaler,
+            last=min(self.section.average.epochs, max(1, self.epochs)),
+            save_every_s=SAVE_EVERY_S,
         )
 
     def train_epoch(self, epoch: int) -> float:

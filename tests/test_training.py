@@ -263,3 +263,34 @@ def test_divergence_stops_with_the_remedy_and_keeps_the_last_good_state(tmp_path
         Toy(tmp_path, 3, script=[1.0, value]).run()
     again = Toy(tmp_path, 3, script=[0.9, 0.8])
     assert [line.val_loss for line in again.run()] == [1.0, 0.9, 0.8]
+
+
+def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path, monkeypatch):
+    toy, saved = Toy(tmp_path, 6), []
+    toy.trainer.save_every_s = 1e6
+    save = toy.trainer._save
+    monkeypatch.setattr(toy.trainer, "_save", lambda history: saved.append(len(history)) or save(history))
+    toy.run()
+    assert saved == [6]
+    again = Toy(tmp_path, 6)
+    again.run()
+    assert again.epochs_seen == []
+
+
+def test_the_weights_of_the_last_epochs_are_kept_if_asked(tmp_path):
+    every = Toy(tmp_path / "every", 6)
+    every.trainer.last = 6
+    some = Toy(tmp_path / "some", 6)
+    some.trainer.last = 3
+    stopped = Toy(tmp_path / "stopped", 4)
+    stopped.trainer.last = 3
+    for toy in (every, some, stopped):
+        toy.run()
+    resumed = Toy(tmp_path / "stopped", 6)
+    resumed.trainer.last = 3
+    resumed.run()
+    assert len(every.trainer.kept) == 6
+    for found in (some, resumed):
+        assert len(found.trainer.kept) == 3
+        for one, other in zip(found.trainer.kept, every.trainer.kept[3:], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
