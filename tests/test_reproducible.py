@@ -1,0 +1,57 @@
+"""Stage two in two fresh clones of the same commit: the same bytes from the same cache, parameters and seed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CODE = "from ichpipe.stages.cli import main; main()"
+WHERE = "import ichpipe, pathlib; print(pathlib.Path(ichpipe.__file__).parents[1])"
+
+
+def clone(folder):
+    """Clone this checkout (or, where there is none, copy it) and lay its rooms out as they install."""
+    source = folder / "source"
+    if (ROOT / ".git").exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
+    else:
+        for room in ("pipeline", "stages", "cache"):
+            shutil.copytree(ROOT / room, source / room)
+    site = folder / "site"
+    for room, place in (("pipeline", "ichpipe"), ("stages", "ichpipe/stages"), ("cache", "ichpipe/cache")):
+        shutil.copytree(source / room, site / place, ignore=shutil.ignore_patterns("__pycache__"))
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def test_two_fresh_clones_give_the_same_bytes(run, tmp_path):
+    made = []
+    for name in ("one", "two"):
+        environment = clone(tmp_path / name)
+        found = subprocess.run(
+            [sys.executable, "-c", WHERE], env=environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+        assert Path(found) == tmp_path / name / "site"  # the clone's code, not this checkout's
+        branch = run.copy(tmp_path / name / "run")
+        shutil.rmtree(branch.artifacts / "sequence")
+        shutil.rmtree(branch.artifacts / "metrics")
+        for command in ("fit-sequence", "finetune", "evaluate", "compare"):
+            line = [sys.executable, "-c", CODE, *branch.arguments(command)]
+            subprocess.run(line, env=environment, check=True, capture_output=True)
+        made.append(branch.artifacts)
+    one, two = made
+    names = [f"sequence/{arm}/{file}" for arm in ("paper", "gru-logits", "floor") for file in
+             ("model.safetensors", "predictions.parquet", "history.json")]  # fmt: skip
+    names += ["finetuned/predictions.parquet", "metrics/evaluate.json"]
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert without_seconds(one) == without_seconds(two)
+
+
+def without_seconds(artifacts):
+    found = json.loads((artifacts / "compare" / "arms.json").read_text())
+    for row in found["arms"]:
+        assert row.pop("seconds_per_seed") >= 0
+    return found
