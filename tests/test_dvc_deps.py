@@ -118,6 +118,17 @@ def test_device_and_workers_stay_out_of_the_recipe(name):
     assert not re.search(r"--(gpu|workers|scheduler)\b", commands_of(STAGES[name]))
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_each_parameter_of_a_stage_stands_in_params_yaml(name):
+    """DVC reads the file, not our defaults: a key that is left out there stops the stage."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for key in STAGES[name].get("params", []):
+        node = params
+        for word in key.replace(".${key}", "").split("."):
+            assert word in node, f"{name}: params.yaml lacks {key}"
+            node = node[word]
+
+
 def test_closure_follows_lazy_imports_packages_and_cycles(tmp_path):
     files = {
         "stages/__init__.py": "",
