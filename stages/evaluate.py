@@ -31,6 +31,7 @@ from ichpipe.predictions import (
     sequence_name,
     write_table,
 )
+from ichpipe.stages import compare
 from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def run(params: Params, artifacts: Artifacts) -> str:
-    """Write metrics, plots and predictions; return the ladder of models as a table of text."""
+    """Write metrics, plots, predictions and the comparison of arms; return ladder and comparison as text."""
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
     if held_out.empty:
@@ -68,7 +69,7 @@ def run(params: Params, artifacts: Artifacts) -> str:
     _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
     text = ladder_text(metrics)
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
-    return text
+    return f"{text}\n\n{compare.run(params, artifacts)}"
 
 
 def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
