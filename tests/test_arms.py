@@ -205,3 +205,17 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
 def test_what_need_not_wait_does_not(stage, absent):
     code = f"import sys, ichpipe.stages.{stage}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+def test_arms_on_a_gpu_score_like_those_on_the_cpu(armed, tmp_path):
+    """Other sums, other bits: the same within what two seeds differ by."""
+    other = armed.copy(tmp_path)
+    other.params.write_text(armed.params.read_text())
+    for arm in ("paper", "transformer", "conv", "second", "changed", "mirrored", "floor"):
+        assert other("fit-sequence", "--gpu", "0", "--arm", arm).exit_code == 0
+        found, wanted = (
+            json.loads((one.artifacts / "sequence" / arm / "record.json").read_text())["val_loss"]
+            for one in (other, armed)
+        )
+        assert found == pytest.approx(wanted, abs=0.02), arm

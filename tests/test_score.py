@@ -100,7 +100,7 @@ def test_certain_and_wrong_is_clipped_as_in_the_competition(tables, tmp_path):
 
 def test_table_of_evaluate_scores_as_evaluate_does(tables, tmp_path):
     labels, predictions = tables
-    index = labels.assign(slice_index=0, position_mm=0.0).sort_values("sop_uid", ignore_index=True)
+    index = labels.assign(split="test", slice_index=0, position_mm=0.0).sort_values("sop_uid", ignore_index=True)
     values = predictions.set_index("sop_uid").loc[index["sop_uid"], list(CLASSES)].to_numpy()
     table = make_table(index, values)
     write_table(table, tmp_path / "finetuned.parquet")
