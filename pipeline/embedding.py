@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,23 +71,20 @@ def view_draw(view: View, slices: Sequence[SliceInput]) -> augment.AugmentDraw:
         for uid in dict.fromkeys(uids)
     }
     seeds = [derive_seed(view.seed, "view-noise", view.number, one.file_digest) for one in slices]
-    draws = [of_series[uid] for uid in uids]
-    return augment.AugmentDraw(
-        torch.cat([draw.affine for draw in draws]),
-        torch.cat([draw.offset_hu for draw in draws]),
-        torch.cat([draw.noise_hu for draw in draws]),
-        torch.tensor(seeds, dtype=torch.int64),
-    )
+    joined = augment.AugmentDraw.joined([of_series[uid] for uid in uids])
+    return replace(joined, noise_seed=torch.tensor(seeds, dtype=torch.int64))
 
 
 def view_parameters(view: View, slices: Sequence[SliceInput]) -> dict[str, NDArray[Any]]:
     """Return a view's draws as arrays to be stored beside its rows.
 
     ``augmentation`` (n, 8), float32: the affine map of `AugmentDraw` row by row, HU offset, noise (HU, standard
-    deviation); ``noise_seed`` (n, 1), int64.
+    deviation), then, where the parameters ask for them, 50 displacements of the warp and the blur (pixels);
+    ``noise_seed`` (n, 1), int64.
     """
     draw = view_draw(view, slices)
-    columns = [draw.affine.flatten(1), draw.offset_hu.view(-1, 1), draw.noise_hu.view(-1, 1)]
+    drawn = (draw.affine, draw.offset_hu, draw.noise_hu, draw.warp, draw.blur_px)
+    columns = [part.flatten(1) if part.ndim > 1 else part.view(-1, 1) for part in drawn if part is not None]
     return {"augmentation": torch.cat(columns, 1).numpy(), "noise_seed": draw.noise_seed.view(-1, 1).numpy()}
 
 

@@ -105,10 +105,17 @@ def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
 def slice_loader(
     dataset: SliceDataset, batch_size: int, order: Sequence[int], workers: int
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of slices in the given order, decoded by ``workers`` processes (0: in this one)."""
+    """Batches of slices in the given order; see `batch_loader`."""
+    return batch_loader(dataset, batches_of(order, batch_size), workers)
+
+
+def batch_loader(
+    dataset: SliceDataset, batches: Sequence[Sequence[int]], workers: int
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one)."""
     return DataLoader(
         dataset,
-        batch_sampler=batches_of(order, batch_size),
+        batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,

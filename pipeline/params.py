@@ -95,6 +95,18 @@ class AugmentParams(Section):
     shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # of the image side, plus or minus
     offset_hu: Annotated[float, Field(ge=0.0)] = 2.0  # plus or minus, one value for the whole slice
     noise_hu: Annotated[float, Field(ge=0.0)] = 3.0  # largest standard deviation of added Gaussian noise
+    vertical_flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # upside down
+    crop_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # smallest share of the image that a random crop keeps
+    crop_aspect: Annotated[float, Field(ge=1.0)] = 1.0  # widest ratio of a crop's sides; it is stretched to a square
+    distortion: Annotated[float, Field(ge=0.0, lt=0.2)] = 0.0  # of the image side, at the nodes of a 5 x 5 grid
+    blur_px: Annotated[float, Field(ge=0.0)] = 0.0  # largest standard deviation of a Gaussian blur
+
+
+class CutMixParams(Section):
+    """CutMix over the slices of a batch (Yun et al. 2019; the paper: alpha 1)."""
+
+    alpha: Annotated[float, Field(ge=0.0)] = 0.0  # of the Beta distribution; 0: none
+    probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # share of the batches that are mixed
 
 
 class SliceParams(Section):
@@ -104,13 +116,19 @@ class SliceParams(Section):
     pretrained: str | None = None  # path of a weights file, package:NAME/FILE, imagenet, or null
     epochs: Positive = 8
     batch_size: Positive = 32  # slices
+    accumulate: Positive = 1  # batches per optimiser step
+    sample_slices: Positive | None = None  # an epoch is one sample of so many contiguous slices a series; null: all
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2  # none on biases and norms
+    adam_eps: PositiveFloat = 1e-8
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
     dropout: Fraction = 0.0  # on the embedding, before the classifier
     max_grad_norm: PositiveFloat = 5.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
+    cutmix: CutMixParams = CutMixParams()
     folds: Count = 0  # further CNNs, each fitted without one fold of the train patients; 0 or prepare.folds
     seed: Count = 0
 
@@ -209,15 +227,23 @@ class FinetuneParams(Section):
 
     arm: str = "paper"
     epochs: Positive = 2
-    batch_series: Positive = 2  # series per optimiser step
+    batch_series: Positive = 2  # series per batch
+    accumulate: Positive = 1  # batches per optimiser step
+    sample_slices: Positive | None = None  # contiguous slices of each series and epoch (the paper: 10); null: all
     chunk_slices: Positive = 16  # slices held with a graph at one time
-    learning_rate_cnn: PositiveFloat = 3e-5
+    learning_rate_cnn: Annotated[float, Field(ge=0.0)] = 3e-5  # 0: the slice CNN stays as it is
     learning_rate_sequence: PositiveFloat = 1e-4
+    unfreeze_epochs: Count = 0  # the CNN's parts join from the last to the first, one every so many; 0: all at once
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    adam_eps: PositiveFloat = 1e-8
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.2
+    ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
     max_grad_norm: PositiveFloat = 5.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # torch.compile of the slice CNN; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
+    augment_together: bool = True  # slices of a series move alike; false: each for itself (the paper)
+    cutmix: CutMixParams = CutMixParams()
     seed: Count = 0
 
 
@@ -333,7 +359,7 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
 
 
 def _known_keys(model: type[BaseModel]) -> list[str]:
-    sections = (PhantomParams, SelectionParams, PrepareParams, WindowParams, AugmentParams, SliceParams, ViewParams)
-    rest = (ExtractParams, SequenceParams, RegularizeParams, AverageParams, FinetuneParams, EvaluateParams)
+    sections = (PhantomParams, SelectionParams, PrepareParams, WindowParams, AugmentParams, CutMixParams, SliceParams)
+    rest = (ViewParams, ExtractParams, SequenceParams, RegularizeParams, AverageParams, FinetuneParams, EvaluateParams)
     names = [field.alias or name for name, field in model.model_fields.items()]
     return names + [name for section in sections + rest for name in section.model_fields]

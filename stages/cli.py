@@ -106,6 +106,14 @@ gpu_option = click.option(
     metavar="auto|cpu|N[,N]",
     help="Device to compute on.",
 )
+loaders_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    envvar="ICHPIPE_LOADERS",
+    show_default=True,
+    help="Decoding processes; 0 decodes in this one.",
+)
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
 )
@@ -166,14 +174,7 @@ def prepare(settings: Settings, workers: int) -> None:
 
 @command("fit-slices")
 @gpu_option
-@click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=0,
-    envvar="ICHPIPE_LOADERS",
-    show_default=True,
-    help="Decoding processes; 0 decodes in this one.",
-)
+@loaders_option
 def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
     """Stage one: train the slice CNN. Goes on where it was stopped.
 
@@ -221,7 +222,8 @@ def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
 
 @command("finetune")
 @gpu_option
-def finetune(settings: Settings, gpu: str) -> None:
+@loaders_option
+def finetune(settings: Settings, gpu: str, workers: int) -> None:
     """Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
 
     \b
@@ -230,7 +232,7 @@ def finetune(settings: Settings, gpu: str) -> None:
     """
     from ichpipe.stages.finetune import run
 
-    run(settings.params(), settings.artifacts(), gpu)
+    run(settings.params(), settings.artifacts(), gpu, workers)
 
 
 @command("evaluate")
@@ -380,3 +382,7 @@ def main(arguments: list[str] | None = None) -> Any:
 def _without_traceback(message: str) -> str:
     """Torch puts the traceback of a decoding process into the error's text; the last line says what is wrong."""
     return message.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in message else message
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ichpipe.models.sequence import AnySequence
     from ichpipe.params import Params, SequenceParams
     from ichpipe.series import LabelledSeries
-    from ichpipe.training import Epoch, Weights
+    from ichpipe.training import Epoch, Position, Weights
 
 log = logging.getLogger("ichpipe")
 
@@ -245,13 +246,15 @@ class SequenceFitting:
             save_every_s=SAVE_EVERY_S,
         )
 
-    def train_epoch(self, epoch: int) -> float:
-        """Pass once over the training series; return the mean loss per batch."""
+    def train_epoch(self, epoch: int, position: Position) -> None:
+        """Pass over the training series from where the epoch stands."""
         self.model.train()
-        section, losses = self.section, []
+        section = self.section
         shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)
-        for batch in train_batches(self.train, self.names, section.batch_series, shuffle):
+        batches = train_batches(self.train, self.names, section.batch_series, shuffle)
+        for batch in itertools.islice(batches, position.step, None):
             if batch.labels.isnan().all():  # a crop may hold no known label
+                position.advance(0.0, 0.0)
                 continue
             here = batch.to(self.device)
             with autocast(self.device, section.precision):
@@ -259,8 +262,7 @@ class SequenceFitting:
             loss = weighted_bce(logits.float().flatten(0, 1), here.labels.flatten(0, 1))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             step(self.model, self.optimizer, self.schedule, self.scaler, section.max_grad_norm)
-            losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+            position.advance(loss)
 
     def validate(self) -> float:
         """Return the weighted log loss on the validation slices."""

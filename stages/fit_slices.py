@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ichpipe import augment
+from ichpipe import parallel
 from ichpipe.artifacts import FOLDS_FILE
 from ichpipe.classes import CLASSES
-from ichpipe.device import autocast, choose_device, derive_seed, generator, needs_scaling
+from ichpipe.device import choose_device, derive_seed
 from ichpipe.errors import IchpipeError, TrainingError
-from ichpipe.feeding import SliceDataset, batches_of, slice_loader
+from ichpipe.feeding import SliceDataset
 from ichpipe.files import digest_of, digest_of_file, write_json
 from ichpipe.folds import fold_models, fold_numbers, made_from_without, part_rows
 from ichpipe.lineage import is_fitted
-from ichpipe.losses import weighted_bce, weighted_bce_sum
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained, save_model
-from ichpipe.progress import track
 from ichpipe.record import Stopwatch, write_history, write_record
+from ichpipe.slice_fitting import SliceFitting, Slices
 from ichpipe.studies import read_index
-from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,18 +34,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.artifacts import Artifacts
-    from ichpipe.params import Params, SliceParams
+    from ichpipe.params import Params
     from ichpipe.training import Epoch
 
 log = logging.getLogger("ichpipe")
-
-
-@dataclass(frozen=True)
-class Slices:
-    """The labelled slices of both splits; decoded once for all networks where they fit into memory."""
-
-    train: SliceDataset
-    val: SliceDataset
 
 
 @dataclass(frozen=True)
@@ -83,18 +73,27 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 
 
     With ``fit-slices.folds`` also one network per fold without that fold's patients (see `folds`). Checkpoints stay
     until all is written: a stage that was interrupted trains no finished network again, even if DVC removed its files.
+    Under `torchrun` its processes share every batch, and the first writes.
     """
-    device = choose_device(gpu)
+    device = choose_device(parallel.local_gpu(gpu))
     index = read_index(artifacts.index)
     train, val = labelled(index, "train"), labelled(index, "val")
     plain, *folds = _tasks(params, artifacts, train)
     size = params.prepare.size_px
-    fit = functools.partial(_fit, params, Slices(_dataset(train, size), _dataset(val, size)), device, workers)
-    whole = fit(plain)
-    if artifacts.fold_cnns.exists():  # networks of two runs never stand together
-        shutil.rmtree(artifacts.fold_cnns)
-    whole.save()
-    parts = [_fit_and_save(fit, task) for task in folds]
+    slices = Slices(_dataset(train, size), _dataset(val, size), train["series_uid"].tolist())
+    fit = functools.partial(_fit, params, slices, device, workers)
+    with parallel.processes():
+        first = parallel.rank() == 0
+        whole = fit(plain)
+        if first:
+            shutil.rmtree(artifacts.fold_cnns, ignore_errors=True)  # networks of two runs never stand together
+            whole.save()
+        parts = [_fit_and_save(fit, task) for task in folds]
+    if first:
+        _write_rest(params, artifacts, device, whole, parts)
+
+
+def _write_rest(params: Params, artifacts: Artifacts, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
     write_json(artifacts.fold_cnns / FOLDS_FILE, [fitted.facts for fitted in parts])
     _record(params, device, whole, parts)
     for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # those of folds no longer wanted, too
@@ -155,7 +154,11 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
     """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
     watch = Stopwatch()
     cnn = build(params).to(device)
-    fitting = SliceFitting(cnn, params.fit_slices, device, workers, slices, task)
+    if parallel.count() > 1 and device.type == "cuda":
+        cnn = _with_common_statistics(cnn)
+    if params.fit_slices.compile:
+        cnn.compile()
+    fitting = SliceFitting(cnn, params.fit_slices, device, workers, slices, task.rows, task.seed)
     key = digest_of({"params": _identity(params), "made_from": task.made_from, "device": device.type})
     history = fitting.trainer(task.checkpoint, key).run(fitting.train_epoch, fitting.validate)
     best = min(history, key=lambda line: line.val_loss)
@@ -175,8 +178,17 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
 def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
     log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
     fitted = fit(task)
-    fitted.save()
+    if parallel.rank() == 0:
+        fitted.save()
     return fitted
+
+
+def _with_common_statistics(cnn: SliceCnn) -> SliceCnn:
+    """Let batch norm see the batches of all processes (GPUs; on a CPU PyTorch has no such layer)."""
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    converted: SliceCnn = convert_sync_batchnorm(cnn)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
@@ -190,67 +202,6 @@ def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fit
         facts["folds_wall_seconds"] = [fitted.seconds for fitted in parts]
     folder, identity = whole.task.folder, _identity(params)
     write_record(folder, stage="fit-slices", params=identity, device=device, seconds=whole.seconds, facts=facts)
-
-
-class SliceFitting:
-    """One epoch of training and one pass of validation over single slices."""
-
-    def __init__(
-        self,
-        cnn: SliceCnn,
-        section: SliceParams,
-        device: torch.device,
-        workers: int,
-        slices: Slices,
-        task: Task,
-    ) -> None:
-        self.cnn, self.section, self.device, self.workers = cnn, section, device, workers
-        self.slices, self.rows, self.seed = slices, task.rows, task.seed
-        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
-        self.optimizer = make_optimizer([(cnn, section.learning_rate)], section.weight_decay)
-        per_epoch = len(batches_of(self.rows, section.batch_size))
-        self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)
-
-    def trainer(self, checkpoint: Path, key: str) -> Trainer:
-        """Return what runs the epochs."""
-        return Trainer(
-            self.cnn, self.optimizer, self.schedule, self.seed, self.section.epochs, checkpoint, key, self.scaler
-        )
-
-    def train_epoch(self, epoch: int) -> float:
-        """Pass once over the training slices in a new order; return the mean loss."""
-        self.cnn.train()
-        drawn_order = torch.randperm(len(self.rows), generator=generator(self.seed, "order", epoch))
-        order = [self.rows[number] for number in drawn_order.tolist()]
-        loader = slice_loader(self.slices.train, self.section.batch_size, order, self.workers)
-        total = 0.0
-        for number, (hu, labels, _) in enumerate(track(loader, f"epoch {epoch}")):
-            drawn = augment.draw(self.section.augment, len(hu), generator(self.seed, "augment", epoch, number))
-            total += self._step(augment.apply(hu.to(self.device), drawn), labels) * len(hu)
-        return total / len(self.rows)
-
-    def validate(self) -> float:
-        """Return the weighted log loss on the validation slices."""
-        return self.loss_on(self.slices.val, range(len(self.slices.val)))
-
-    @torch.inference_mode()
-    def loss_on(self, dataset: SliceDataset, rows: Sequence[int]) -> float:
-        """Return the weighted log loss on rows of a data set, in the precision of `extract` and `predict`."""
-        self.cnn.eval()
-        total = 0.0
-        for hu, labels, _ in slice_loader(dataset, 64, rows, self.workers):
-            with autocast(self.device, "auto"):
-                _, logits = self.cnn(hu.to(self.device))
-            total += float(weighted_bce_sum(logits.float(), labels.to(self.device)))
-        return total / len(rows)
-
-    def _step(self, hu: torch.Tensor, labels: torch.Tensor) -> float:
-        with autocast(self.device, self.section.precision):
-            _, logits = self.cnn(hu)
-        loss = weighted_bce(logits.float(), labels.to(self.device))
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        step(self.cnn, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
-        return float(loss.detach())
 
 
 def _dataset(index: pd.DataFrame, size_px: int) -> SliceDataset:

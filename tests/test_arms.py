@@ -192,7 +192,7 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         fit_sequence.SequenceFitting,
         "train_epoch",
-        lambda self, epoch: seen.append((self.seed, epoch)) or train(self, epoch),
+        lambda self, epoch, position: seen.append((self.seed, epoch)) or train(self, epoch, position),
     )
     assert killed(*settings, "fit-sequence", "--arm", "paper").exit_code == 0
     assert seen == [(2, 1), (2, 2)]

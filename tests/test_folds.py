@@ -20,6 +20,7 @@ from ichpipe.metrics import weighted_log_loss
 from ichpipe.models.header import read_header
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params import Params, load_params
+from ichpipe.slice_fitting import SliceFitting
 from ichpipe.stages import fit_slices, phantom, prepare
 from ichpipe.studies import read_index, write_outputs
 
@@ -33,7 +34,7 @@ class Spy:
         self.fed, self.start, self.seeds, self.epochs = defaultdict(set), {}, {}, []
         self.name, self.training, self.stop_after = None, False, stop_after
         self.watch_fit(monkeypatch, fit_slices._fit)
-        self.watch_epoch(monkeypatch, fit_slices.SliceFitting.train_epoch)
+        self.watch_epoch(monkeypatch, SliceFitting.train_epoch)
         self.watch_reading(monkeypatch, SliceDataset.__getitem__)
 
     def watch_fit(self, monkeypatch, original):
@@ -45,17 +46,16 @@ class Spy:
         monkeypatch.setattr(fit_slices, "_fit", fit)
 
     def watch_epoch(self, monkeypatch, original):
-        def train_epoch(fitting, epoch):
+        def train_epoch(fitting, epoch, position):
             self.start.setdefault(self.name, {key: value.clone() for key, value in fitting.cnn.state_dict().items()})
             self.epochs.append((self.name, epoch))
             self.training = True
-            loss = original(fitting, epoch)
+            original(fitting, epoch, position)
             self.training = False
             if (self.name, epoch) == self.stop_after:
                 raise InterruptedError(f"stopped in {self.name}")
-            return loss
 
-        monkeypatch.setattr(fit_slices.SliceFitting, "train_epoch", train_epoch)
+        monkeypatch.setattr(SliceFitting, "train_epoch", train_epoch)
 
     def watch_reading(self, monkeypatch, original):
         def read(dataset, row):

@@ -169,26 +169,28 @@ def test_no_weight_decay_on_biases_and_norms():
 class Toy:
     """A linear regression whose validation loss is scripted where wanted."""
 
-    def __init__(self, folder, epochs, key="k", script=None):
+    def __init__(self, folder, epochs, key="k", script=None, stop_after=None):
         torch.manual_seed(0)
+        self.stop_after = stop_after
         self.model, self.script = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), script
         optimizer = make_optimizer([(self.model, 0.05)], 0.01)
         schedule = make_schedule(optimizer, 3, 6, 1)
         self.trainer = Trainer(self.model, optimizer, schedule, 7, epochs, folder / "checkpoint.pt", key)
         self.epochs_seen = []
 
-    def train_epoch(self, epoch):
+    def train_epoch(self, epoch, position):
         self.epochs_seen.append(epoch)
         self.model.train()
-        generator = torch.Generator().manual_seed(epoch)
-        for _ in range(3):
-            x = torch.randn(16, 4, generator=generator)
+        for number in range(position.step, 3):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(10 * epoch + number))
             loss = (self.model(x) - x.sum(1, keepdim=True)).square().mean()
             self.trainer.optimizer.zero_grad()
             loss.backward()
             self.trainer.optimizer.step()
             self.trainer.schedule.step()
-        return float(loss.detach())
+            position.advance(loss)
+            if (epoch, number) == self.stop_after:
+                raise KeyboardInterrupt
 
     def validate(self):
         if self.script is not None:
@@ -215,6 +217,48 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_history(tmp_path, stop):
     assert resumed.run() == history
     assert resumed.epochs_seen == list(range(stop + 1, 7))
     assert torch.equal(resumed.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("stop_after", [(1, 0), (2, 1), (4, 2)])
+def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop_after, ema_decay):
+    monkeypatch.setattr("ichpipe.training.SAVE_WITHIN_S", 0.0)
+    whole = Toy(tmp_path / "whole", 6)
+    whole.trainer.ema_decay = ema_decay
+    history = whole.run()
+    stopped = Toy(tmp_path / "stopped", 6, stop_after=stop_after)
+    stopped.trainer.ema_decay = ema_decay
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    torch.manual_seed(99)  # another process
+    resumed = Toy(tmp_path / "stopped", 6)
+    resumed.trainer.ema_decay = ema_decay
+    assert resumed.run() == history
+    assert resumed.epochs_seen == list(range(stop_after[0], 7))
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_the_moving_average_is_what_is_validated_and_kept(tmp_path):
+    plain, averaged = Toy(tmp_path / "plain", 6), Toy(tmp_path / "averaged", 6)
+    averaged.trainer.ema_decay = 0.9
+    steps = []
+    advance = averaged.train_epoch
+
+    def train_epoch(epoch, position):
+        after = position._after_step
+        position._after_step = lambda: (steps.append(averaged.weights().clone()), after())
+        advance(epoch, position)
+
+    averaged.train_epoch = train_epoch
+    averaged.trainer.last = plain.trainer.last = 6
+    history = plain.run()
+    found = averaged.run()
+    assert [line.train_loss for line in found] == [line.train_loss for line in history]  # learning is the same
+    assert [line.val_loss for line in found] != [line.val_loss for line in history]
+    wanted = steps[0]
+    for number, weights in enumerate(steps[1:], start=1):
+        wanted = wanted + (1 - min(0.9, (1 + number) / (10 + number))) * (weights - wanted)
+    torch.testing.assert_close(averaged.weights(), wanted)
 
 
 def test_the_loss_scale_of_fp16_goes_on_too(tmp_path):
@@ -269,7 +313,7 @@ def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path, monkeypat
     toy, saved = Toy(tmp_path, 6), []
     toy.trainer.save_every_s = 1e6
     save = toy.trainer._save
-    monkeypatch.setattr(toy.trainer, "_save", lambda history: saved.append(len(history)) or save(history))
+    monkeypatch.setattr(toy.trainer, "_save", lambda: saved.append(len(toy.trainer._history)) or save())
     toy.run()
     assert saved == [6]
     again = Toy(tmp_path, 6)

@@ -70,6 +70,8 @@ def backward_in_chunks(
     with _fixed_random(seed, -1, device), context():
         loss = loss_of(model.sequence.one_series(embedding, cnn_logits, position_mm))
     (loss * scale).backward()  # type: ignore[no-untyped-call]
+    if not any(parameter.requires_grad for parameter in model.cnn.parameters()):
+        return float(loss.detach())
     start = 0
     for number, chunk in enumerate(chunks):
         outputs = _embed(model, chunk(), seed, number, context)

@@ -77,6 +77,18 @@ def spec_for(backbone: str, windows: tuple[WindowParams, ...], size_px: int, dro
     )
 
 
+def parts_of(cnn: SliceCnn) -> list[list[nn.Parameter]]:
+    """Return the parameters by part, from the first to the last: timm's grouping, the classifier in the last."""
+    from timm.models import group_parameters  # noqa: PLC0415 - slow to import
+
+    backbone: Any = cnn.backbone
+    names = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    of_name = dict(backbone.named_parameters())
+    parts = [[of_name[name] for name in names[key]] for key in sorted(names)]
+    parts[-1] += list(cnn.classifier.parameters())
+    return parts
+
+
 def _pretrained_config(backbone: str) -> dict[str, Any]:
     import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
 

@@ -1,0 +1,91 @@
+"""Several processes that train one model, as `torchrun` starts them: shares of a batch in, one gradient out.
+
+No wrapper of the model: step three calls backward several times per optimiser step (see `end_to_end`), so gradients are
+summed once, before the step, in one message. One process alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the other processes of this run where `torchrun` started it; leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_gpu(gpu: str) -> str:
+    """Return the device of this process: under `torchrun`, ``auto`` is one GPU for each process."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("LOCAL_RANK", gpu) if several and gpu == "auto" and torch.cuda.is_available() else gpu
+
+
+def count() -> int:
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process; 0 writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return the part of a list that this process takes."""
+    return items[rank() :: count()]
+
+
+def all_sum(*values: float) -> tuple[float, ...]:
+    """Return sums over the processes."""
+    if count() == 1:
+        return values
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(found)
+    return tuple(found.tolist())
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the processes; one that is missing here counts as zero."""
+    if count() == 1:
+        return
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in learning:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in learning])  # type: ignore[union-attr]
+    distributed.all_reduce(flat)
+    start = 0
+    for parameter in learning:
+        stop = start + parameter.numel()
+        parameter.grad.copy_(flat[start:stop].view_as(parameter))  # type: ignore[union-attr]
+        start = stop
+
+
+def average_statistics(model: torch.nn.Module) -> None:
+    """Give all processes the mean of their running statistics (batch norm on a CPU keeps its own in each)."""
+    if count() == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            distributed.all_reduce(buffer)
+            buffer.div_(count())
