@@ -283,6 +283,24 @@ def cross_validate(settings: Settings, gpu: str, *, arms_only: bool) -> str:
     return run(settings.params(), settings.artifacts(), gpu, arms_only=arms_only)
 
 
+@command("export")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder [ARTIFACTS/export]."
+)
+@click.option("--onnx", is_flag=True, help="Also model.onnx, compared with the network under onnxruntime.")
+def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
+    """Write the fine-tuned model as a folder to hand on: weights and model card.
+
+    \b
+    Example:
+      ichpipe export --out model --onnx
+    """
+    from ichpipe.stages.export import run
+
+    artifacts = settings.artifacts()
+    click.echo(run(settings.params(), artifacts, out or artifacts.root / "export", onnx=onnx))
+
+
 command("predict")(gpu_option(workers_option(predict)))
 command("score")(score)
 

@@ -201,7 +201,7 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
     wanted = batch.labels(labels)
     chunks = [partial(batch.images, hu, part, CPU) for part in parts]
-    backward_in_chunks(model, chunks, places, lambda logits: weighted_bce(logits, wanted), context=_nothing, seed=3)
+    backward_in_chunks(model, chunks, places, lambda logits: weighted_bce(logits, wanted), context=_Nothing, seed=3)
     chunked = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     outputs = []
@@ -216,7 +216,7 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     assert float(plain.norm()) > 0
 
 
-class _nothing:
+class _Nothing:
     def __enter__(self):
         return self
 

@@ -86,7 +86,8 @@ class MovingAverage(nn.Module):
 
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
         """See SequenceModel."""
-        probabilities = torch.sigmoid(sources["logits"].double())
+        exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
+        probabilities = torch.sigmoid(sources["logits"].float() if exported else sources["logits"].double())
         return torch.logit(moving_average(probabilities, lengths, self.spec.kernel), eps=1e-12)
 
     def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
@@ -144,5 +145,8 @@ def mean_logits(logits: Tensor) -> Tensor:
 def _one_series(model: AnySequence, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
     sources = {"embedding": embedding, "logits": cnn_logits, POSITION: position_mm.to(embedding.device).float()}
     batch = {name: values.unsqueeze(0) for name, values in model.add_derived(sources).items()}
-    output: Tensor = model(batch, torch.tensor([len(embedding)]))
+    length = torch.tensor([len(embedding)])
+    if torch.onnx.is_in_onnx_export():  # a plain number would stay in an exported file
+        length = torch.ones_like(position_mm, dtype=torch.int64).sum(dim=0, keepdim=True)
+    output: Tensor = model(batch, length)
     return output.squeeze(0)

@@ -1,0 +1,116 @@
+"""The end-to-end network as one ONNX file, and the proof that it computes the same."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ichpipe.errors import IchpipeError
+from ichpipe.files import atomic_path
+from ichpipe.models.sequence import mean_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ichpipe.models.end_to_end import EndToEnd
+
+OPSET = 17
+TOLERANCE = 1e-4
+LENGTHS = (2, 13, 40)
+"""Slices of the series on which the file is compared with the network; one, for networks of a single slice, too."""
+INPUTS = {
+    "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal",
+    "position_mm": "float32 (slices): positions along the slice normal, mm",
+}
+OUTPUT = "float32 (slices, 6): probabilities"
+
+
+class Exported(nn.Module):
+    """HU (T, 1, S, S) and positions (T,) in mm to probabilities (T, 6), windows and mirrored images within."""
+
+    def __init__(self, model: EndToEnd) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hu: Tensor, position_mm: Tensor) -> Tensor:
+        """See the class. Positions always take part, so that the file has the same two inputs for every network."""
+        looks = [hu, hu.flip(-1)] if self.model.sequence.spec.mirrored else [hu]
+        logits = [self.model(look, position_mm) for look in looks]
+        joined = mean_logits(torch.stack(logits)) if len(logits) > 1 else logits[0]
+        return torch.sigmoid(joined) + 0 * position_mm[:, None]
+
+
+def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> float:
+    """Write ``target`` and return its largest difference from the network, in probability.
+
+    A difference above 1e-4 is an error, and nothing is written. So is a Transformer: PyTorch's exporters fix its number
+    of slices. Needs the packages of the extra ``export``.
+    """
+    if model.sequence.spec.cell == "transformer":
+        raise IchpipeError(
+            "--onnx: a Transformer arm can't be written as ONNX for series of any length; "
+            "fine-tune another arm (finetune.arm), or hand on the safetensors file alone"
+        )
+    try:
+        import onnx  # noqa: PLC0415 - an extra
+        import onnxruntime  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise IchpipeError(f"--onnx needs the package {error.name}; run: pip install 'ichpipe[export]'") from error
+    exported = Exported(model).eval()
+    with atomic_path(target) as temporary:
+        _trace(exported, temporary)
+        graph = onnx.load(temporary)
+        for key, value in {
+            "ichpipe": json.dumps(description, sort_keys=True),
+            **INPUTS,
+            "probabilities": OUTPUT,
+        }.items():
+            graph.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(graph)
+        onnx.save(graph, temporary)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        worst = max(_difference(exported, session, n) for n in LENGTHS)
+        if not worst <= TOLERANCE:
+            raise IchpipeError(
+                f"the ONNX file differs from the network by {worst:.1e} in probability (allowed: {TOLERANCE:.0e}); "
+                "it was not written. This backbone or torch version does not export well: take another"
+            )
+    return worst
+
+
+def _trace(exported: Exported, target: Path) -> None:
+    """Trace with the exporter that writes recurrent layers as such, for any number of slices.
+
+    PyTorch's newer one unrolls them for the length it saw (measured with torch 2.14: other lengths are refused).
+    """
+    hu, places = _example(exported, 7)
+    axes = {name: {0: "slices"} for name in ("hu", "position_mm", "probabilities")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is the older one, and that Python values are constants: both meant
+        torch.onnx.export(
+            exported, (hu, places), str(target), dynamo=False, opset_version=OPSET, dynamic_axes=axes,
+            input_names=["hu", "position_mm"], output_names=["probabilities"],
+        )  # fmt: skip
+
+
+def _example(exported: Exported, slices: int) -> tuple[Tensor, Tensor]:
+    """Return a series that looks like nothing: air, tissue and bone in blocks, at uneven distances."""
+    draw, size = np.random.default_rng(slices), exported.model.cnn.spec.size_px
+    coarse = draw.choice([-1000.0, 20.0, 35.0, 70.0, 900.0], size=(slices, 1, 8, 8))
+    hu = torch.from_numpy(coarse).float()
+    hu = nn.functional.interpolate(hu, size=(size, size)) + 5 * torch.from_numpy(
+        draw.standard_normal((slices, 1, size, size), dtype=np.float32)
+    )
+    return hu, torch.from_numpy(np.cumsum(draw.uniform(2, 7, slices)).astype(np.float32))
+
+
+@torch.inference_mode()
+def _difference(exported: Exported, session: Any, slices: int) -> float:
+    hu, places = _example(exported, slices)
+    found = session.run(None, {"hu": hu.numpy(), "position_mm": places.numpy()})[0]
+    return float(np.abs(found - exported(hu, places).numpy()).max())

@@ -1,0 +1,53 @@
+"""The fine-tuned model as a folder to hand on: weights, model card, and ONNX on demand."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import TYPE_CHECKING
+
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.card import card_text, make_card
+from ichpipe.errors import DataError
+from ichpipe.files import atomic_path, digest_of_file, require_file, write_json, write_text
+from ichpipe.models.header import read_header
+from ichpipe.studies import read_index
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ichpipe.artifacts import Artifacts
+    from ichpipe.params import Params
+
+log = logging.getLogger("ichpipe")
+
+CARD_FILE = "config.json"
+PAGE_FILE = "README.md"
+ONNX_FILE = "model.onnx"
+
+
+def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) -> str:
+    """Write ``model.safetensors``, ``config.json``, ``README.md`` and, if asked, ``model.onnx``; return a summary.
+
+    The index must be the one that the model was trained on, since the card counts its patients.
+    """
+    source = require_file(artifacts.finetuned / MODEL_FILE, "run: ichpipe finetune")
+    header = read_header(artifacts.finetuned)
+    index = read_index(artifacts.index)
+    if header.made_from.get("index") != digest_of_file(artifacts.index):
+        raise DataError(f"{source} was trained on another index than {artifacts.index}; run: ichpipe finetune")
+    card = make_card(artifacts.finetuned, index, params.prepare.dataset, params.evaluate)
+    with atomic_path(out / MODEL_FILE) as temporary:
+        shutil.copyfile(source, temporary)
+    lines = [f"{out / MODEL_FILE}: {source.stat().st_size / 1e6:.1f} MB"]
+    if onnx:
+        from ichpipe.models.onnx_export import write_onnx
+        from ichpipe.models.weights import load_end_to_end
+
+        description = {name: card[name] for name in ("classes", "slice_cnn", "sequence", "model_sha256")}
+        worst = write_onnx(load_end_to_end(artifacts.finetuned), out / ONNX_FILE, description)
+        card["onnx"] = {"sha256": digest_of_file(out / ONNX_FILE), "largest_difference": worst}
+        lines.append(f"{out / ONNX_FILE}: differs from the network by at most {worst:.1e} in probability")
+    write_json(out / CARD_FILE, card)
+    write_text(out / PAGE_FILE, card_text(card))
+    return "\n".join([*lines, f"{out / CARD_FILE}, {out / PAGE_FILE}: what it is, was trained on, and is not for"])
