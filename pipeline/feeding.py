@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ichpipe.pixels import PixelCache
+
 AIR_HU = -1024
 HOLD_BYTES = 2**30
 """A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
@@ -67,8 +69,10 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
-    def __init__(self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int) -> None:
-        self.paths = list(paths)
+    def __init__(
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
+    ) -> None:
+        self.paths, self.pixels = list(paths), pixels
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
         self.size_px = size_px
         # A set that fits is decoded once and held; a larger one is read again every epoch.
@@ -84,10 +88,13 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def _slice(self, row: int) -> Tensor:
         if self._held is None:
-            return load_slice(self.paths[row], self.size_px)
+            return self._read(self.paths[row])
         if row not in self._held:
-            self._held[row] = load_slice(self.paths[row], self.size_px)
+            self._held[row] = self._read(self.paths[row])
         return self._held[row]
+
+    def _read(self, path: str) -> Tensor:
+        return load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
 
 
 def batches_of(order: Sequence[int], size: int) -> list[list[int]]:

@@ -49,6 +49,16 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Let the first process do something whose result the others then find."""
+    if rank() > 0:
+        distributed.barrier()
+    yield
+    if rank() == 0 and count() > 1:
+        distributed.barrier()
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return the part of a list that this process takes."""
     return items[rank() :: count()]

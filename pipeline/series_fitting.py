@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params import FinetuneParams
+    from ichpipe.pixels import PixelCache
     from ichpipe.training import Position
 
 
@@ -90,12 +91,13 @@ class EndToEndFitting:
         train: list[ImageSeries],
         val: list[ImageSeries],
         workers: int = 0,
+        pixels: PixelCache | None = None,
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
         self.workers = workers
         paths = [path for series in train for path in series.paths]
         labels = torch.cat([series.labels for series in train])
-        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px)
+        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, pixels)
         self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
         self.context = functools.partial(autocast, device, section.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))

@@ -15,6 +15,7 @@ import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
+from ichpipe.stages.options import gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.score_command import score
 
@@ -98,27 +99,6 @@ def _say(text: str | None, **_options: Any) -> None:
         click.echo(text)
 
 
-gpu_option = click.option(
-    "--gpu",
-    default="auto",
-    envvar="ICHPIPE_GPU",
-    show_default=True,
-    metavar="auto|cpu|N[,N]",
-    help="Device to compute on.",
-)
-loaders_option = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=0,
-    envvar="ICHPIPE_LOADERS",
-    show_default=True,
-    help="Decoding processes; 0 decodes in this one.",
-)
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
-)
-
-
 def _quiet(_context: click.Context, _option: click.Parameter, quiet: bool) -> None:
     if quiet:
         _set_up_logging(quiet=True)
@@ -175,7 +155,8 @@ def prepare(settings: Settings, workers: int) -> None:
 @command("fit-slices")
 @gpu_option
 @loaders_option
-def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
+@pixels_option
+def fit_slices(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
     """Stage one: train the slice CNN. Goes on where it was stopped.
 
     \b
@@ -184,7 +165,7 @@ def fit_slices(settings: Settings, gpu: str, workers: int) -> None:
     """
     from ichpipe.stages.fit_slices import run
 
-    run(settings.params(), settings.artifacts(), gpu, workers)
+    run(settings.params(), settings.artifacts(), gpu, workers, pixel_cache)
 
 
 @command("extract")
@@ -223,7 +204,8 @@ def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
 @command("finetune")
 @gpu_option
 @loaders_option
-def finetune(settings: Settings, gpu: str, workers: int) -> None:
+@pixels_option
+def finetune(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
     """Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
 
     \b
@@ -232,7 +214,7 @@ def finetune(settings: Settings, gpu: str, workers: int) -> None:
     """
     from ichpipe.stages.finetune import run
 
-    run(settings.params(), settings.artifacts(), gpu, workers)
+    run(settings.params(), settings.artifacts(), gpu, workers, pixel_cache)
 
 
 @command("evaluate")

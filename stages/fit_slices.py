@@ -23,6 +23,7 @@ from ichpipe.folds import fold_models, fold_numbers, made_from_without, part_row
 from ichpipe.lineage import is_fitted
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained, save_model
+from ichpipe.pixels import fill_pixel_cache
 from ichpipe.record import Stopwatch, write_history, write_record
 from ichpipe.slice_fitting import SliceFitting, Slices
 from ichpipe.studies import read_index
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from ichpipe.artifacts import Artifacts
     from ichpipe.params import Params
+    from ichpipe.pixels import PixelCache
     from ichpipe.training import Epoch
 
 log = logging.getLogger("ichpipe")
@@ -68,22 +70,27 @@ class Fitted:
         write_history(self.task.folder, self.history)
 
 
-def run(params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0) -> None:
+def run(
+    params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0, pixel_cache: Path | None = None
+) -> None:
     """Train on the index's train split, keep what is best on its validation split, write the model.
 
     With ``fit-slices.folds`` also one network per fold without that fold's patients (see `folds`). Checkpoints stay
     until all is written: a stage that was interrupted trains no finished network again, even if DVC removed its files.
-    Under `torchrun` its processes share every batch, and the first writes.
+    Under `torchrun` its processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded
+    slices (`pixels`); the result is the same without it.
     """
     device = choose_device(parallel.local_gpu(gpu))
     index = read_index(artifacts.index)
     train, val = labelled(index, "train"), labelled(index, "val")
     plain, *folds = _tasks(params, artifacts, train)
     size = params.prepare.size_px
-    slices = Slices(_dataset(train, size), _dataset(val, size), train["series_uid"].tolist())
-    fit = functools.partial(_fit, params, slices, device, workers)
     with parallel.processes():
         first = parallel.rank() == 0
+        with parallel.first_goes_first():
+            pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
+        slices = Slices(_dataset(train, size, pixels), _dataset(val, size, pixels), train["series_uid"].tolist())
+        fit = functools.partial(_fit, params, slices, device, workers)
         whole = fit(plain)
         if first:
             shutil.rmtree(artifacts.fold_cnns, ignore_errors=True)  # networks of two runs never stand together
@@ -204,8 +211,8 @@ def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fit
     write_record(folder, stage="fit-slices", params=identity, device=device, seconds=whole.seconds, facts=facts)
 
 
-def _dataset(index: pd.DataFrame, size_px: int) -> SliceDataset:
-    return SliceDataset(index["path"].tolist(), index[list(CLASSES)].to_numpy(np.float32), size_px)
+def _dataset(index: pd.DataFrame, size_px: int, pixels: PixelCache | None) -> SliceDataset:
+    return SliceDataset(index["path"].tolist(), index[list(CLASSES)].to_numpy(np.float32), size_px, pixels)
 
 
 def _identity(params: Params) -> dict[str, object]:

@@ -97,3 +97,24 @@ def test_simulated_neighbours_correlate_as_asked(monkeypatch):
     assert float((noise[:, 1:] * noise[:, :-1]).mean()) == pytest.approx(0.7, abs=0.03)
     assert float(noise.std()) == pytest.approx(1, abs=0.03)
     assert abs(float((noise[1:, 0] * noise[:-1, -1]).mean())) < 0.1  # another study's neighbour is no neighbour
+
+
+def test_end_to_end(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = load("end_to_end")
+    options = argparse.Namespace(
+        backbone="resnet10t", size=64, slices=[4, 12], plain=[12], chunk=4, precision="fp32", one=None, out=None
+    )
+    result = bench.run(options)
+    assert [one["slices"] for one in result["chunked"]] == [4, 12]
+    assert all(one["seconds"] > 0 for one in result["chunked"] + result["plain"])
+    assert result["ratios"][0]["slices"] == 12
+
+
+def test_feeding(tmp_path, monkeypatch):
+    pytest.importorskip("gdcm")
+    monkeypatch.syspath_prepend(FOLDER)
+    options = argparse.Namespace(dicom=None, file_px=64, sizes=[32], slices=20, out=None)
+    (found,) = load("feeding").run(tmp_path, options)["sizes"]
+    assert set(found["cache_over_decoding"]) == {"uncompressed", "jpeg_lossless", "jpeg_2000_lossless"}
+    assert all(value > 0 for value in found["slices_per_second"].values())

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+gpu_option = click.option(
+    "--gpu",
+    default="auto",
+    envvar="ICHPIPE_GPU",
+    show_default=True,
+    metavar="auto|cpu|N[,N]",
+    help="Device to compute on.",
+)
+loaders_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    envvar="ICHPIPE_LOADERS",
+    show_default=True,
+    help="Decoding processes; 0 decodes in this one.",
+)
+pixels_option = click.option(
+    "--pixel-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="ICHPIPE_PIXEL_CACHE",
+    help="Folder for decoded slices; pays where files are compressed (JPEG, JPEG 2000).",
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
+)
