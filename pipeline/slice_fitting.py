@@ -97,8 +97,9 @@ class SliceFitting:
     def _backward(self, batch: Batch, hu: Tensor, of_all: int) -> Tensor:
         """Add the gradient of this process's part of a batch; return its part of the step's mean loss."""
         labels = batch.labels(self.slices.train.labels)[batch.mine].to(self.device)
+        images = batch.images(hu, batch.mine, self.device)  # not under autocast: bfloat16 has no place for HU
         with autocast(self.device, self.section.precision):
-            _, logits = self.cnn(batch.images(hu, batch.mine, self.device))
+            _, logits = self.cnn(images)
         loss = weighted_bce_sum(logits.float(), labels) / of_all
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
