@@ -189,11 +189,10 @@ def test_accumulated_batches_learn_what_one_batch_does(tmp_path):
 
 
 def test_images_are_made_in_full_precision_whatever_the_network_computes_in(tmp_path, monkeypatch):
-    seen = []
+    seen, embed = [], SliceCnn.embed
+    monkeypatch.setattr(SliceCnn, "embed", lambda cnn, hu: seen.append(hu) or embed(cnn, hu))
     for precision in ("fp32", "bf16"):
-        fitting = slice_fitting(tmp_path, batch_size=12, precision=precision, augment=WILD)
-        fitting.cnn.embed, embed = (lambda hu, f=fitting: seen.append(hu) or embed(hu)), fitting.cnn.embed
-        one_step(fitting)
+        one_step(slice_fitting(tmp_path, batch_size=12, precision=precision, augment=WILD))
     assert torch.equal(seen[0], seen[1])
 
 
