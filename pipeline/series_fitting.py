@@ -120,6 +120,7 @@ class EndToEndFitting:
         steps = self._steps(epoch)[position.step :]
         loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
         pixels = iter(batch_loader(self.slices, loads, self.workers))
+        position.begin()
         for batches in track(steps, f"epoch {epoch}", len(steps)):
             of_all = sum(batch.n_series for batch in batches)
             losses = []

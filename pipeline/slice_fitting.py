@@ -71,6 +71,7 @@ class SliceFitting:
         steps = self._steps(epoch)[position.step :]
         loads = [batch.needed_rows for batches in steps for batch in batches if batch.mine]
         pixels = iter(batch_loader(self.slices.train, loads, self.workers))
+        position.begin()
         for batches in track(steps, f"epoch {epoch}", len(steps)):
             of_all = sum(len(batch.rows) for batch in batches)
             losses = [self._backward(batch, next(pixels)[0], of_all) for batch in batches if batch.mine]

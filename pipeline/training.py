@@ -90,6 +90,19 @@ class Position:
         self.losses: list[Tensor] = []
         self.weights: list[float] = []
         self._after_step = after_step
+        self._random: tuple[Tensor, list[Tensor]] | None = None
+
+    def begin(self, random: tuple[Tensor, list[Tensor]] | None = None) -> None:
+        """Take up the random state in which the epoch was stopped, if it was.
+
+        To be called once everything is set up: a DataLoader that starts draws a number from the global generator.
+        """
+        self._random = random or self._random
+        if self._random is None:
+            return
+        torch.set_rng_state(self._random[0])
+        if len(self._random[1]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(self._random[1])
 
     @property
     def step(self) -> int:
@@ -268,9 +281,7 @@ class Trainer:
         self._position = Position(state["rate"], self._after_step)
         self._position.losses = list(state["losses"])
         self._position.weights = state["weights"].tolist()
-        torch.set_rng_state(state["random"])
-        if len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self._position.begin((state["random"], state["random_cuda"]))
         return self._position.step
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
