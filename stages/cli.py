@@ -15,7 +15,8 @@ import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
-from ichpipe.stages.options import gpu_option, loaders_option, pixels_option, workers_option
+from ichpipe.stages.cache_command import cache
+from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.score_command import score
 
@@ -94,9 +95,12 @@ def cli(
 
 
 @cli.result_callback()
-def _say(text: str | None, **_options: Any) -> None:
-    if text is not None:
-        click.echo(text)
+def _say(said: str | Verdict | None, **_options: Any) -> None:
+    if isinstance(said, Verdict):
+        click.echo(said.text)
+        sys.exit(0 if said.sound else 1)
+    if said is not None:
+        click.echo(said)
 
 
 def _quiet(_context: click.Context, _option: click.Parameter, quiet: bool) -> None:
@@ -287,69 +291,7 @@ command("predict")(gpu_option(workers_option(predict)))
 command("score")(score)
 
 
-@cli.group("cache")
-def cache() -> None:
-    """Look after an embedding store.
-
-    \b
-    Example:
-      ichpipe cache info artifacts/embeddings.zarr
-    """
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@cache.command("info")
-@click.argument("store")
-@json_option
-def cache_info(store: str, as_json: bool) -> None:
-    """Say what is in STORE: rows, studies, generations, bytes, what made them, what is missing.
-
-    \b
-    Example:
-      ichpipe cache info artifacts/embeddings.zarr
-    """
-    from ichpipe.stages.cache import info
-
-    click.echo(info(store, as_json=as_json))
-
-
-@cache.command("verify")
-@click.argument("store")
-@json_option
-@click.option("--repair", is_flag=True, help="Remove what is damaged, so that extract computes it again.")
-def cache_verify(store: str, as_json: bool, repair: bool) -> None:
-    """Read every byte of STORE against its checksum; exit 1 and name the studies where something is wrong.
-
-    \b
-    Example:
-      ichpipe cache verify artifacts/embeddings.zarr
-    """
-    from ichpipe.stages.cache import verify
-
-    text, sound = verify(store, as_json=as_json, repair=repair)
-    click.echo(text)
-    if not sound:
-        sys.exit(1)
-
-
-@cache.command("prune")
-@click.argument("store")
-@click.option("--keep", metavar="GENERATION", multiple=True, help="Keep this one; may be repeated [all in use].")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@json_option
-@click.pass_obj
-def cache_prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Free STORE of generations that no slice CNN below the artifacts made, and of rows that left the index.
-
-    \b
-    Example:
-      ichpipe cache prune artifacts/embeddings.zarr --dry-run
-    """
-    from ichpipe.stages.cache import prune
-
-    click.echo(prune(store, settings.artifacts(), keep, dry_run=dry_run, as_json=as_json))
+cli.add_command(cache)
 
 
 def _set_up_logging(quiet: bool) -> None:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import click
+
+
+class Verdict(NamedTuple):
+    """What a command that judges returns: text to print, and whether all is well (exit code 0, else 1)."""
+
+    text: str
+    sound: bool
+
 
 gpu_option = click.option(
     "--gpu",
