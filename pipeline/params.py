@@ -114,6 +114,7 @@ class SliceParams(Section):
 
     backbone: str = "resnet10t"  # any timm name
     pretrained: str | None = None  # path of a weights file, package:NAME/FILE, imagenet, or null
+    pooling: Literal["avg", "max", "avgmax", "catavgmax"] | None = None  # timm's global_pool; null: the backbone's own
     epochs: Positive = 8
     batch_size: Positive = 32  # slices
     accumulate: Positive = 1  # batches per optimiser step
@@ -198,6 +199,7 @@ class SequenceParams(Section):
     batch_series: Positive = 8
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    adam_eps: PositiveFloat = 1e-8
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
     max_grad_norm: PositiveFloat = 5.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU

@@ -226,7 +226,7 @@ class SequenceFitting:
         learns = any(True for _ in model.parameters())
         self.epochs = section.epochs if learns else 0
         self.optimizer = make_optimizer(
-            [(model if learns else _nothing(), section.learning_rate)], section.weight_decay
+            [(model if learns else _nothing(), section.learning_rate)], section.weight_decay, section.adam_eps
         )
         per_epoch = -(-len(train) // section.batch_series)
         self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)

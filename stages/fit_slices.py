@@ -124,7 +124,7 @@ def build(params: Params) -> SliceCnn:
     """
     section = params.fit_slices
     torch.manual_seed(derive_seed(section.seed, "weights"))
-    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout))
+    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
     if section.pretrained is not None:
         load_pretrained(cnn.backbone, section.backbone, section.pretrained)
     return cnn

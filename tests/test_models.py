@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.sequence import SequenceModel
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
+from ichpipe.models.weights import load_slice_cnn, save_model
 from ichpipe.params import PAPER_WINDOWS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZE = 32
 PLACES = torch.arange(8) * 5.0
@@ -54,6 +59,34 @@ def test_the_embedding_is_what_the_classifier_sees(backbone: str) -> None:
         again = cnn.classify(embedding)
     assert embedding.shape == (2, cnn.embedding_dim)
     assert torch.equal(logits, again)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
+def test_pooling_by_mean_and_maximum_gives_what_the_classifier_sees(backbone: str) -> None:
+    cnn = SliceCnn(spec_for(backbone, PAPER_WINDOWS, SIZE, 0.0, "catavgmax")).eval()
+    hu = torch.randint(-1000, 1500, (2, 1, SIZE, SIZE), dtype=torch.int16)
+    with torch.no_grad():
+        embedding, logits = cnn(hu)
+    assert embedding.shape == (2, cnn.embedding_dim)
+    assert logits.shape == (2, 6)
+    if backbone == "resnet10t":  # nothing follows the pooling: the first half is what it is without a maximum
+        plain = small_cnn(backbone=backbone).eval()
+        plain.backbone.load_state_dict(cnn.backbone.state_dict())
+        with torch.no_grad():
+            assert torch.equal(embedding[:, : plain.embedding_dim], plain.embed(hu))
+
+
+def test_pooling_survives_saving(tmp_path: Path) -> None:
+    cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, SIZE, 0.0, "catavgmax")).eval()
+    save_model(tmp_path, cnn, {})
+    hu = torch.randint(-1000, 1500, (2, 1, SIZE, SIZE), dtype=torch.int16)
+    with torch.no_grad():
+        assert torch.equal(load_slice_cnn(tmp_path).eval().embed(hu), cnn.embed(hu))
+
+
+def test_a_backbone_without_the_pooling_asked_for_is_named() -> None:
+    with pytest.raises(ParamsError, match=r"fit-slices\.pooling.*vit_tiny"):
+        SliceCnn(spec_for("vit_tiny_patch16_224", PAPER_WINDOWS, 224, 0.0, "catavgmax"))
 
 
 def test_a_backbone_that_timm_does_not_know_is_named() -> None:

@@ -28,8 +28,8 @@ class SliceCnn(nn.Module):
         super().__init__()
         self.spec = spec
         self.windows = Windows(spec.windows)
-        self.backbone = _create_backbone(spec.backbone, len(spec.windows))
-        self.embedding_dim = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]
+        self.backbone = _create_backbone(spec)
+        self.embedding_dim = _embedding_dim(self.backbone, spec)
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(self.embedding_dim, len(spec.classes))
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
@@ -59,7 +59,9 @@ class SliceCnn(nn.Module):
         return embedding, self.classify(embedding)
 
 
-def spec_for(backbone: str, windows: tuple[WindowParams, ...], size_px: int, dropout: float) -> SliceCnnSpec:
+def spec_for(
+    backbone: str, windows: tuple[WindowParams, ...], size_px: int, dropout: float, pooling: str | None = None
+) -> SliceCnnSpec:
     """Describe a network with the mean and standard deviation that the backbone was pretrained with.
 
     ImageNet's for most (the paper's); other backbones differ (0.5 for the TensorFlow ones).
@@ -74,6 +76,7 @@ def spec_for(backbone: str, windows: tuple[WindowParams, ...], size_px: int, dro
         mean=tuple(mean[channel % len(mean)] for channel in channels),
         std=tuple(std[channel % len(std)] for channel in channels),
         dropout=dropout,
+        pooling=pooling,
     )
 
 
@@ -102,10 +105,30 @@ def _pretrained_config(backbone: str) -> dict[str, Any]:
     return {"mean": config.mean, "std": config.std}
 
 
-def _create_backbone(name: str, channels: int) -> nn.Module:
+def _create_backbone(spec: SliceCnnSpec) -> nn.Module:
     import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
 
-    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
+    name = spec.backbone
+    pooling: dict[str, Any] = {} if spec.pooling is None else {"global_pool": spec.pooling}
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
+    except (AssertionError, TypeError, ValueError) as error:
+        if spec.pooling is None:
+            raise
+        raise ParamsError(f"fit-slices.pooling: {name} has no {spec.pooling!r}; leave it null") from error
     if not hasattr(model, "forward_head") or not hasattr(model, "head_hidden_size"):
         raise ParamsError(f"fit-slices.backbone: {name} does not follow timm's features contract; take another")
     return model
+
+
+def _embedding_dim(backbone: Any, spec: SliceCnnSpec) -> int:
+    """Return the width that the head gives: timm's own figure leaves out what pooling does to it."""
+    if spec.pooling is None:
+        return int(backbone.head_hidden_size)
+    blank = torch.zeros(1, len(spec.windows), spec.size_px, spec.size_px)
+    training = backbone.training
+    backbone.eval()  # one image has no statistics
+    with torch.inference_mode():
+        width = backbone.forward_head(backbone.forward_features(blank), pre_logits=True).shape[1]
+    backbone.train(training)
+    return int(width)

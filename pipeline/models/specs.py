@@ -26,6 +26,7 @@ class SliceCnnSpec(BaseModel):
     std: tuple[float, ...]
     classes: tuple[str, ...] = CLASSES
     dropout: float = 0.0
+    pooling: str | None = None  # timm's global_pool; None: the backbone's own
 
 
 class SequenceSpec(BaseModel):
