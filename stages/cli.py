@@ -16,6 +16,7 @@ import click
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
 from ichpipe.stages.cache_command import cache
+from ichpipe.stages.explain_command import explain
 from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.score_command import score
@@ -287,6 +288,7 @@ def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
     click.echo(run(settings.params(), artifacts, out or artifacts.root / "export", onnx=onnx))
 
 
+command("explain")(gpu_option(workers_option(explain)))
 command("predict")(gpu_option(workers_option(predict)))
 command("score")(score)
 
