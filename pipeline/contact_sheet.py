@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 COLUMNS: Final = 6
+WIDTH_IN: Final = 11.0
 HEAT: Final = "inferno"
 SKIN_HU: Final = -300
 """More than this is head or holder, less is air."""
@@ -67,18 +68,19 @@ def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDAr
     return np.array(sorted(rows[np.argmax(probability[rows])] for rows in best if rows.size), dtype=np.intp)
 
 
-def contact_sheet(data: SheetData, columns: int = COLUMNS) -> bytes:
-    """Draw the sheet as PNG. Each panel is the plain slice, and beneath it the same slice under its heat map."""
-    rows, width = -(-len(data.rows) // columns), 11.0
+def contact_sheet(data: SheetData, columns: int = COLUMNS, width_in: float = WIDTH_IN) -> bytes:
+    """Draw the sheet as PNG, 100 pixels an inch: each slice plain, and beneath it the same under its heat map."""
+    rows, width = -(-len(data.rows) // columns), width_in
     box = head_box(data.hu)
     shape = data.hu[0][box].shape
     height_of_panel = width / columns * shape[0] / shape[1] * (2.0 if data.heat is not None else 1.0) + 0.3
-    tiles_high, below_high = 0.5 + rows * height_of_panel, 2.9
+    tiles_high, below_high = (0.5 if data.title else 0.1) + rows * height_of_panel, 2.9
     figure = Figure(figsize=(width, tiles_high + below_high), layout="constrained", facecolor="white")
-    sheet, below = figure.subfigures(2, 1, height_ratios=[tiles_high, below_high])
-    sheet.suptitle(data.title, fontsize=12)
+    sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[tiles_high, below_high]).flat
+    if data.title:
+        sheet.suptitle(data.title, fontsize=12)
     grid = sheet.subplots(rows, columns, squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
+    sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
     for axes in grid.flat:
         axes.set_axis_off()
     for number, axes in enumerate(grid.flat[: len(data.rows)]):
@@ -99,12 +101,13 @@ def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floa
     """Lay a heat map (S, S) over a grey slice (S, S): RGB (S, S, 3). Opacity grows with heat and probability."""
     colour = colormaps[HEAT](0.25 + 0.75 * heat)[..., :3]
     weight = (STRONGEST * probability * heat)[..., None]
-    return np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0)
+    mixed: Floats = np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0)
+    return mixed
 
 
 def head_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:
     """Return the rows and columns that hold the heads of slices (k, S, S), with a margin; all where there is none."""
-    inside = (hu > SKIN_HU).any(axis=0)
+    inside = np.any(hu > SKIN_HU, axis=0)
     if not inside.any():
         return slice(None), slice(None)
     margin = max(1, hu.shape[1] // 40)

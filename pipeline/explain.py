@@ -196,7 +196,7 @@ def _to_maps(output: Tensor, channels: int, prefix: int, name: str) -> Tensor:
     if output.ndim == 3 and output.shape[-1] == channels:
         side = math.isqrt(output.shape[1] - prefix)
         if side * side == output.shape[1] - prefix:
-            return output[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+            return output[:, prefix:].transpose(1, 2).reshape(len(output), channels, side, side)
     raise WeightsError(f"{name}: its layers give {tuple(output.shape[1:])}, which is no map; take another backbone")
 
 

@@ -19,6 +19,7 @@ from ichpipe.stages.cache_command import cache
 from ichpipe.stages.explain_command import explain
 from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
+from ichpipe.stages.report_command import report
 from ichpipe.stages.score_command import score
 
 if TYPE_CHECKING:
@@ -290,6 +291,7 @@ def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
 
 command("explain")(gpu_option(workers_option(explain)))
 command("predict")(gpu_option(workers_option(predict)))
+command("report")(gpu_option(report))
 command("score")(score)
 
 

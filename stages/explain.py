@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ichpipe.chosen import choose
 from ichpipe.classes import CLASSES
-from ichpipe.contact_sheet import SheetData, choose_panels, contact_sheet
+from ichpipe.contact_sheet import COLUMNS, WIDTH_IN, SheetData, choose_panels, contact_sheet
 from ichpipe.device import choose_device
 from ichpipe.embedding import to_probabilities
 from ichpipe.errors import DataError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from numpy.typing import NDArray
 
     from ichpipe.explain import EmbeddedSeries
     from ichpipe.params import SelectionParams
@@ -57,28 +58,48 @@ class Explainer:
         stride = stride_of(np.asarray(position_mm, dtype=np.float64), self.spacing_mm)
         return embed_series(self.model, paths, position_mm, self.device, stride)
 
-    def sheet(self, series: EmbeddedSeries, title: str, options: Options) -> tuple[bytes, np.ndarray]:
+    def sheet(self, series: EmbeddedSeries, title: str, options: Options) -> tuple[bytes, NDArray[np.float64]]:
         """Return the picture and the probabilities (T, 6); slices at the threshold or above are framed."""
         probabilities = to_probabilities(series.logits(self.model))
-        places, column = series.position_mm.numpy(), CLASSES.index(options.class_name)
-        highest = int(np.argmax(probabilities[:, column]))
-        title += f": P({options.class_name}) up to {probabilities[highest, column]:.2f}, at {places[highest]:.0f} mm"
-        rows = choose_panels(probabilities[:, column], places, options.panels)
-        picture = contact_sheet(
-            SheetData(
-                hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)[:, 0].numpy(),
-                heat=self.heat_maps(series, rows.tolist(), column),
-                rows=rows,
-                position_mm=places,
-                probabilities=probabilities,
-                framed=probabilities[:, column] >= options.threshold,
-                framed_means=f"P({options.class_name}) ≥ {options.threshold:g}",
-                title=title,
-                class_name=options.class_name,
-                threshold=options.threshold,
-            )
+        own = probabilities[:, CLASSES.index(options.class_name)]
+        highest = int(np.argmax(own))
+        at = float(series.position_mm[highest])
+        picture = self.draw(
+            series,
+            probabilities=probabilities,
+            title=f"{title}: P({options.class_name}) up to {own[highest]:.2f}, at {at:.0f} mm",
+            framed=own >= options.threshold,
+            framed_means=f"P({options.class_name}) ≥ {options.threshold:g}",
+            panels=options.panels,
+            class_name=options.class_name,
+            threshold=options.threshold,
         )
         return picture, probabilities
+
+    def draw(
+        self,
+        series: EmbeddedSeries,
+        *,
+        probabilities: NDArray[np.float64],
+        panels: int,
+        columns: int = COLUMNS,
+        width_in: float = WIDTH_IN,
+        class_name: str = "any",
+        **words: Any,
+    ) -> bytes:
+        """Choose slices by their probability, make their heat maps and draw; ``words`` are those of SheetData."""
+        places, column = series.position_mm.numpy(), CLASSES.index(class_name)
+        rows = choose_panels(probabilities[:, column], places, panels)
+        data = SheetData(
+            hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)[:, 0].numpy(),
+            heat=self.heat_maps(series, rows.tolist(), column),
+            rows=rows,
+            position_mm=places,
+            probabilities=probabilities,
+            class_name=class_name,
+            **words,
+        )
+        return contact_sheet(data, columns, width_in)
 
 
 def run(
@@ -92,7 +113,8 @@ def run(
     scanned, rejected = scan(list(paths), workers)
     chosen = choose(scanned, rejected, options.selection, one_per_study=not options.all_series)
     groups = chosen.slices.groupby("series_uid", sort=False)
-    lines, bad = [], [*zip(rejected["path"], rejected["reason"], strict=True)]
+    lines: list[dict[str, object]] = []
+    bad = [*zip(rejected["path"], rejected["reason"], strict=True)]
     for uid, group in track(groups, "explain", len(groups), "series"):
         series = explainer.embed(group["path"].tolist(), group["position_mm"].tolist())
         bad += series.bad
@@ -110,7 +132,7 @@ def run(
     return f"{said}\n{len(bad)} files were left out; `ichpipe predict` lists why for each" if bad else said
 
 
-def _facts(series: EmbeddedSeries, probabilities: np.ndarray, options: Options) -> dict[str, object]:
+def _facts(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: Options) -> dict[str, object]:
     """Say where a series is positive; mm are positions along the slice normal, empty where it is not."""
     own = probabilities[:, CLASSES.index(options.class_name)]
     at = series.position_mm.numpy()
