@@ -51,6 +51,7 @@ class SheetData:
     title: str
     class_name: str = "any"
     threshold: float | None = None  # drawn as a line
+    note: str = NOTE
 
 
 def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDArray[np.intp]:
@@ -86,8 +87,8 @@ def contact_sheet(data: SheetData, columns: int = COLUMNS, width_in: float = WID
     for number, axes in enumerate(grid.flat[: len(data.rows)]):
         _panel(axes, data, number, box)
     _curve(below.subplots(), data)
-    if data.heat is not None:
-        below.supxlabel(NOTE, fontsize=8.5, color="0.3")
+    if data.heat is not None and data.note:
+        below.supxlabel(data.note, fontsize=8.5, color="0.3")
     return to_png(figure)
 
 

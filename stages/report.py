@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.artifacts import Artifacts
+    from ichpipe.explainer import Explainer
     from ichpipe.params import Params
     from ichpipe.report.blocks import Picture
     from ichpipe.report.cases import Case
     from ichpipe.report.facts import Facts
-    from ichpipe.stages.explain import Explainer
 
 log = logging.getLogger("ichpipe")
 
-PANELS, COLUMNS, WIDTH_IN = 8, 4, 8.0
+PANELS, COLUMNS, WIDTH_IN = 8, 4, 6.5
 TITLE = "ichpipe: report of a run"
 
 
@@ -103,7 +103,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu: str) -> list[Picture]:
     from ichpipe.device import choose_device
-    from ichpipe.stages.explain import Explainer
+    from ichpipe.explainer import Explainer
 
     explainer = Explainer(artifacts.finetuned, choose_device(gpu))
     paths = read_index(artifacts.index).set_index("sop_uid")["path"]
@@ -119,6 +119,7 @@ def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: C
         series,
         probabilities=rows[list(CLASSES)].to_numpy(np.float64),
         title="",
+        note="",
         framed=labels[:, 0] == 1,
         framed_means="labelled positive",
         panels=PANELS,

@@ -13,6 +13,7 @@ from ichpipe.contact_sheet import choose_panels, contact_sheet, head_box, overla
 from ichpipe.embedding import classify_series
 from ichpipe.errors import WeightsError
 from ichpipe.explain import HeatMaps, embed_series, target_layer
+from ichpipe.explainer import Explainer
 from ichpipe.feeding import load_slices
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import build_sequence
@@ -22,7 +23,6 @@ from ichpipe.models.weights import load_pretrained
 from ichpipe.params import WindowParams
 from ichpipe.phantom.dataset import write_study
 from ichpipe.phantom.study import make_study
-from ichpipe.stages.explain import Explainer, Options
 
 CPU = torch.device("cpu")
 WINDOWS = tuple(WindowParams(level_hu=level, width_hu=width) for level, width in ((40, 80), (75, 215), (600, 2800)))
@@ -363,7 +363,7 @@ def test_sheet_shows_no_identifier(run):
     original = Text.set_text
     try:
         Text.set_text = lambda self, text: (seen.append(str(text)), original(self, text))[1]
-        explainer.sheet(series, "Study 1", Options(selection=None, panels=4))
+        explainer.sheet(series, "Study 1", class_name="any", threshold=0.5, panels=4)
     finally:
         Text.set_text = original
     said = " ".join(seen)

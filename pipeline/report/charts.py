@@ -59,7 +59,8 @@ class Axis:
         span = self.high - self.low
         rough = max(span / max(1, wanted), 1.0 if self.whole else 0.0)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+        factors = (1, 2, 5, 10) if self.whole else (1, 2, 2.5, 5, 10)
+        step = next(power * factor for factor in factors if power * factor >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -178,7 +179,7 @@ def _number(value: float) -> str:
 
 def _short(value: float, axis: Axis) -> str:
     step = (axis.high - axis.low) / 5
-    digits = max(0, min(4, 1 - math.floor(math.log10(step)))) if step < 10 else 0
+    digits = max(0, min(6, 1 - math.floor(math.log10(step)))) if step < 10 else 0
     text = f"{value:.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text in ("-0", "") else text

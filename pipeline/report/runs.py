@@ -114,7 +114,7 @@ def provenance(facts: Facts) -> Section:
             Table("Training", ["model", "wall time", "device", "validation loss"], times),
             Table("Versions", ["package", "version"], versions),
         ],
-        preformatted=yaml.safe_dump(facts.params, sort_keys=False, width=88),
+        preformatted=yaml.safe_dump(facts.params, sort_keys=False, width=88, allow_unicode=True),
     )
 
 
