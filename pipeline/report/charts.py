@@ -60,7 +60,7 @@ class Axis:
         rough = max(span / max(1, wanted), 1.0 if self.whole else 0.0)
         power = 10.0 ** math.floor(math.log10(rough))
         factors = (1, 2, 5, 10) if self.whole else (1, 2, 2.5, 5, 10)
-        step = next(power * factor for factor in factors if power * factor >= rough * 0.999)
+        step = next(power * factor for factor in factors if power * factor >= rough * 0.8)
         first = math.ceil(self.low / step - 1e-9)
         return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
