@@ -66,18 +66,23 @@ class Explainer:
         panels: int,
         columns: int = COLUMNS,
         width_in: float = WIDTH_IN,
+        framed: NDArray[np.bool_],
         class_name: str = "any",
         **words: Any,
     ) -> bytes:
-        """Choose slices by their probability, make their heat maps and draw; ``words`` are those of SheetData."""
+        """Choose slices, make their heat maps and draw; ``words`` are those of SheetData.
+
+        Of each stretch of the head a framed slice is shown before others, and of those the one with the highest P.
+        """
         places, column = series.position_mm.numpy(), CLASSES.index(class_name)
-        rows = choose_panels(probabilities[:, column], places, panels)
+        rows = choose_panels(probabilities[:, column] + framed, places, panels)
         data = SheetData(
             hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)[:, 0].numpy(),
             heat=self.heat_maps(series, rows.tolist(), column),
             rows=rows,
             position_mm=places,
             probabilities=probabilities,
+            framed=framed,
             class_name=class_name,
             **words,
         )

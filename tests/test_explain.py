@@ -370,3 +370,18 @@ def test_sheet_shows_no_identifier(run):
     assert "Study 1" in said
     assert not any(word in said for word in (study.patient_id, study.study_uid, study.series_uid, *study.sop_uids))
     assert all(name in said for name in CLASSES)
+
+
+def test_framed_slices_are_shown_before_others(run, monkeypatch):
+    """A labelled bleed that the model misses must be on the sheet of the miss."""
+    explainer = Explainer(run.artifacts / "finetuned", CPU)
+    study = make_study(3, 0, 48)
+    paths = [str(run.data / "dicom" / f"{uid}.dcm") for uid in study.sop_uids]
+    series = explainer.embed(paths, [5.0 * row for row in range(len(paths))])
+    probabilities, framed, shown = np.full((len(paths), 6), 0.1), np.zeros(len(paths), bool), []
+    framed[7] = True
+    probabilities[7] = 0.0
+    monkeypatch.setattr("ichpipe.explainer.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
+    explainer.draw(series, probabilities=probabilities, panels=4, framed=framed, framed_means="x", title="")
+    assert 7 in shown[0]
+    assert len(shown[0]) == 4

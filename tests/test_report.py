@@ -101,8 +101,8 @@ def test_every_plot_has_a_table_and_every_table_a_caption(reported):
     page = page_of(reported)
     for part in re.findall(r"<section.*?</section>", page, flags=re.DOTALL):
         if 'class="plot"' in part:
-            assert "<table>" in part
-    assert page.count("<table>") == page.count("<caption>")
+            assert "<table" in part
+    assert page.count("<table") == page.count("<caption>") > 10
     assert all(tag.get("scope") in ("col", "row") for tag in Reader(page).all("th"))
     assert all(tag.get("alt") for tag in Reader(page).all("img"))
     assert all(tag.get("aria-label") for tag in Reader(page).all("svg") if tag.get("role") == "img")

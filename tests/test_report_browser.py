@@ -61,6 +61,9 @@ def test_nothing_is_asked_of_the_network_and_nothing_sticks_out(open_page, width
     wide, seen = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert wide <= seen
     assert page.trouble == []
+    outside = "[...document.querySelectorAll('p, h1, h2, caption span, figure, summary, .tiles div')].filter(node => "
+    outside += "node.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(n => n.outerHTML)"
+    assert page.evaluate(outside) == []
     pictures = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
     assert pictures
     assert all(pictures)

@@ -20,6 +20,7 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False  # cells hold words, not numbers
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ def provenance(facts: Facts) -> Section:
         "How it was made",
         ["Wall time is that of training, as each stage recorded it; prepare, extract and evaluate record none."],
         [
-            Table("The run", ["what", "value"], facts_of_run),
+            Table("The run", ["what", "value"], facts_of_run, words=True),
             Table("Training", ["model", "wall time", "device", "validation loss"], times),
-            Table("Versions", ["package", "version"], versions),
+            Table("Versions", ["package", "version"], versions, words=True),
         ],
         preformatted=yaml.safe_dump(facts.params, sort_keys=False, width=88, allow_unicode=True),
     )
