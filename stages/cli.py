@@ -16,8 +16,10 @@ import click
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
 from ichpipe.stages.cache_command import cache
+from ichpipe.stages.explain_command import explain
 from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
+from ichpipe.stages.report_command import report
 from ichpipe.stages.score_command import score
 
 if TYPE_CHECKING:
@@ -287,7 +289,9 @@ def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
     click.echo(run(settings.params(), artifacts, out or artifacts.root / "export", onnx=onnx))
 
 
+command("explain")(gpu_option(workers_option(explain)))
 command("predict")(gpu_option(workers_option(predict)))
+command("report")(gpu_option(report))
 command("score")(score)
 
 

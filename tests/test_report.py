@@ -1,0 +1,341 @@
+"""What the page of a run says, and that it says it safely. How it looks and behaves: test_report_browser.py."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ichpipe.artifacts import Artifacts
+from ichpipe.classes import CLASSES
+from ichpipe.params import load_params
+from ichpipe.predictions import LABELS
+from ichpipe.report.blocks import Section, Table, figure, seconds, share, with_interval
+from ichpipe.report.cases import as_picture, choose_cases
+from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
+from ichpipe.report.page import render_page
+from ichpipe.report.scores import of_studies
+from ichpipe.stages.report import run as make_report
+
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)> & ' {{ 7*7 }}"
+
+
+class Reader(HTMLParser):
+    """Collects tags with their attributes, and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self._stack = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def reported(run, tmp_path_factory):
+    made = run.copy(tmp_path_factory.mktemp("reported"))
+    result = made("report", "--gpu", "cpu", "--cases", 1)
+    assert result.exit_code == 0, result.output
+    return made
+
+
+def page_of(made):
+    return (made.artifacts / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def report_again(made, *rest):
+    result = made("report", "--gpu", "cpu", "--cases", 0, *rest)
+    assert result.exit_code == 0, result.output
+    return page_of(made)
+
+
+def test_page_holds_the_figures_of_the_run(reported):
+    text = Reader(page_of(reported)).text
+    metrics = json.loads(reported.metrics())
+    summary = json.loads((reported.artifacts / "index" / "summary.json").read_text())
+    assert figure(metrics["finetuned"]["weighted_log_loss"]) in text
+    assert with_interval(*(metrics["slice_cnn"]["auc"]["any"][key] for key in ("value", "ci_low", "ci_high"))) in text
+    positive = summary["splits"]["train"]["prevalence"]["any"]
+    assert share(positive["positive"], positive["known"]) in text
+    for arm in ("paper", "gru-logits", "floor"):
+        assert f"sequence, {arm}" in text
+    record = json.loads((reported.artifacts / "slice-cnn" / "record.json").read_text())
+    assert record["commit"] in text
+    assert record["versions"]["torch"] in text
+    assert seconds(record["wall_seconds"]) in text
+    assert "energy unknown" in text
+    assert "resnet10t" in text
+
+
+def test_page_is_one_file_without_script_or_address(reported):
+    page = page_of(reported)
+    reader = Reader(page)
+    assert not reader.all("script")
+    assert len(page) < 5_000_000
+    addresses = [tag[name] for _, tag in reader.tags for name in ("src", "href") if name in tag]
+    assert addresses
+    assert all(address.startswith(("#", "data:")) for address in addresses)
+    assert "http://" not in page
+    assert "https://" not in page
+    assert not any(name.startswith("on") or name == "style" for _, tag in reader.tags for name in tag)
+    (policy,) = [m["content"] for m in reader.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_every_plot_has_a_table_and_every_table_a_caption(reported):
+    page = page_of(reported)
+    for part in re.findall(r"<section.*?</section>", page, flags=re.DOTALL):
+        if 'class="plot"' in part:
+            assert "<table" in part
+    assert page.count("<table") == page.count("<caption>") > 10
+    assert all(tag.get("scope") in ("col", "row") for tag in Reader(page).all("th"))
+    assert all(tag.get("alt") for tag in Reader(page).all("img"))
+    assert all(tag.get("aria-label") for tag in Reader(page).all("svg") if tag.get("role") == "img")
+
+
+def test_links_lead_somewhere_and_identifiers_are_single(reported):
+    reader = Reader(page_of(reported))
+    names = [tag["id"] for _, tag in reader.tags if "id" in tag]
+    assert len(names) == len(set(names))
+    assert {tag["href"][1:] for tag in reader.all("a")} <= set(names)
+
+
+def test_same_run_same_bytes(reported, tmp_path):
+    """Without pictures: a gradient on a CPU depends in its last bits on where memory lies, so a heat map may, too."""
+    again = reported.copy(tmp_path / "again")
+    first = report_again(again)
+    shutil.rmtree(again.artifacts / "report")
+    assert report_again(again) == first
+    assert re.sub(r'src="data:[^"]*"', "", page_of(reported)).count("<td>") == first.count("<td>")
+
+
+def test_cases_are_shown_with_pictures(reported):
+    reader = Reader(page_of(reported))
+    assert len(reader.all("img")) >= 2
+    assert "Worst misses" in reader.text
+    assert "Worst false alarms" in reader.text
+
+
+def test_hostile_names_are_text(branch):
+    """Arm names, reasons and parameters come from files that anyone may write."""
+    metrics = json.loads(branch.metrics())
+    metrics["sequence"][HOSTILE] = metrics["sequence"].pop("paper")
+    metrics["paired"][HOSTILE] = next(iter(metrics["paired"].values()))
+    (branch.artifacts / "metrics" / "evaluate.json").write_text(json.dumps(metrics))
+    place = branch.artifacts / "index" / "summary.json"
+    summary = json.loads(place.read_text())
+    summary |= {"rejected": 1, "rejected_by_reason": {HOSTILE: 1}}
+    place.write_text(json.dumps(summary))
+    place = branch.artifacts / "compare" / "arms.json"
+    found = json.loads(place.read_text())
+    found["arms"][0]["arm"], found["baseline"], found["warnings"] = HOSTILE, HOSTILE, [HOSTILE]
+    place.write_text(json.dumps(found))
+    page = report_again(branch)
+    reader = Reader(page)
+    assert not reader.all("script")
+    assert not reader.all("img")
+    assert "<script>alert" not in page
+    assert HOSTILE in "".join(reader.words)
+    assert "49" not in "".join(word for word in reader.words if "alert" in word)
+
+
+@pytest.mark.parametrize(
+    ("gone", "sentence"),
+    [
+        ("compare", "Arms have not been compared"),
+        ("metrics", "There are no scores yet"),
+        ("plots", "not evaluated yet"),
+        ("finetuned", "There is no fine-tuned model"),
+        ("sequence", "At a glance"),
+        ("index/summary.json", "There is no index of slices"),
+    ],
+)
+def test_what_is_missing_is_said(branch, gone, sentence):
+    place = branch.artifacts / gone
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert sentence in Reader(report_again(branch)).text
+
+
+def test_only_an_index_is_a_report(branch):
+    for name in ("slice-cnn", "sequence", "finetuned", "metrics", "plots", "compare", "predictions"):
+        shutil.rmtree(branch.artifacts / name)
+    text = Reader(report_again(branch)).text
+    assert "This run has not been evaluated yet." in text
+    assert "Nothing has been trained yet" in text
+
+
+def test_nothing_at_all_is_one_error(run, tmp_path, capsys):
+    message = run.fresh(tmp_path / "empty").error(capsys, "report")
+    assert "holds no run" in message
+    assert "ichpipe prepare" in message
+
+
+def test_torn_file_is_named(branch, capsys):
+    place = branch.artifacts / "metrics" / "evaluate.json"
+    place.write_text(place.read_text()[:50])
+    assert "evaluate.json" in branch.error(capsys, "report")
+
+
+def test_undefined_figures_are_said_so(branch):
+    metrics = json.loads(branch.metrics())
+    nothing = {"value": None, "ci_low": None, "ci_high": None, "n_positive": 0}
+    for scores in (metrics["slice_cnn"], metrics["finetuned"], *metrics["sequence"].values()):
+        scores["weighted_log_loss_ci"] = None
+        for kind in ("auc", "study_auc"):
+            scores[kind] = dict.fromkeys(CLASSES, nothing)
+    for pair in metrics["paired"].values():
+        pair["auc_any"] = nothing
+        pair["weighted_log_loss"] |= {"ci_low": None, "ci_high": None}
+    (branch.artifacts / "metrics" / "evaluate.json").write_text(json.dumps(metrics))
+    for kind in ("roc", "precision_recall"):
+        (branch.artifacts / "plots" / f"{kind}.json").write_text("[]")
+    text = Reader(report_again(branch)).text
+    assert "not defined" in text
+    assert "nan" not in text.lower().split()
+    assert "None" not in text
+
+
+def test_test_patients_without_a_positive(branch):
+    from ichpipe.predictions import read_predictions, write_predictions
+
+    folder = branch.artifacts / "finetuned"
+    table = read_predictions(folder, "")
+    table[LABELS] = 0.0
+    from ichpipe.predictions import model_mark
+
+    write_predictions(table, folder, model_mark(folder))
+    text = Reader(report_again(branch, "--cases", 1)).text
+    assert "no positive or no negative in validation" in text
+    assert "Worst false alarms" in text
+    assert "Worst misses" not in text
+
+
+def test_unreadable_slices_cost_the_pictures_only(branch, tmp_path):
+    table = pd.read_parquet(branch.artifacts / "index" / "slices.parquet")
+    table["path"] = str(tmp_path / "gone" / "x.dcm")
+    table.to_parquet(branch.artifacts / "index" / "slices.parquet")
+    result = branch("report", "--gpu", "cpu", "--cases", 1)
+    assert result.exit_code == 0
+    page = Reader(page_of(branch))
+    assert "can't be read here" in page.text
+    assert not page.all("img")
+
+
+def test_no_place_of_the_machine_is_shown(reported, tmp_path):
+    assert str(reported.data) not in page_of(reported)
+    params = load_params(reported.params)
+    page = tmp_path / "page.html"
+    make_report(params, Artifacts(reported.artifacts), page, cases=0)
+    assert "…/dicom" in page.read_text(encoding="utf-8")
+
+
+def test_operating_point_is_chosen_on_validation(reported):
+    """By hand: the threshold for `any` of the page is one of the validation scores, and the counts are those at it."""
+    table = pd.read_parquet(reported.artifacts / "finetuned" / "predictions.parquet")
+    truth, score = of_studies(table[table["split"] == "val"], "max")
+    wanted = min(score[truth[:, 0] == 1, 0])  # few positives: 0.9 of them is all
+    test_truth, test_score = of_studies(table[table["split"] == "test"], "max")
+    called, positive = test_score[:, 0] >= wanted, test_truth[:, 0] == 1
+    counts = [
+        (a & b).sum() for a, b in ((called, positive), (~called, positive), (called, ~positive), (~called, ~positive))
+    ]
+    page = page_of(reported)
+    caption = page.index("Threshold for sensitivity")
+    row = re.search(r'<th scope="row">any</th>(.*?)</tr>', page[caption:]).group(1)
+    cells = re.findall(r"<td>(.*?)</td>", row)
+    assert cells[:5] == [f"{wanted:.3f}", *map(str, counts)]
+
+
+# The parts
+
+
+def test_cases_are_the_extremes_and_each_stands_once():
+    series = pd.Series(list("abcdef"))
+    positive = np.array([True, True, True, False, False, False])
+    score = np.array([0.9, 0.1, 0.5, 0.2, 0.8, 0.3])
+    found = [(case.series_uid, case.kind.split(":")[0]) for case in choose_cases(series, positive, score, 2)]
+    assert found == [
+        ("b", "Worst misses"),
+        ("c", "Worst misses"),
+        ("e", "Worst false alarms"),
+        ("f", "Worst false alarms"),
+        ("a", "Best finds"),
+    ]
+    assert choose_cases(series, np.zeros(6, bool), score, 1)[0].series_uid == "a"
+
+
+def test_plot_puts_points_in_their_place():
+    svg = str(line_plot("t", [Line("a", [(0, 0), (1, 1)])], Axis("x", 0, 1), Axis("y", 0, 1)))
+    path = re.search(r'<path class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg)
+    x0, y0, x1, y1 = map(float, path.groups())
+    assert (x0, y0, x1, y1) == (52, 200, 310, 10)
+
+
+def test_plot_escapes_what_comes_in():
+    for svg in (
+        line_plot(HOSTILE, [Line(HOSTILE, [(0, 0)])], Axis(HOSTILE, 0, 1), Axis(HOSTILE, 0, 1)),
+        interval_plot(HOSTILE, [Interval(HOSTILE, 0.5, 0.4, 0.6)], HOSTILE),
+    ):
+        assert not Reader(str(svg)).all("script")
+        assert not Reader(str(svg)).all("img")
+        assert "alert(1)" in str(svg)
+
+
+@pytest.mark.parametrize("rows", [[], [Interval("a", None)], [Interval("a", 0.0)], [Interval("a", 1e-9, -1e-9, 2e-9)]])
+def test_interval_plot_of_odd_rows_is_finite(rows):
+    svg = str(interval_plot("t", rows, "n", zero=True))
+    assert "nan" not in svg
+    assert "inf" not in svg
+
+
+def test_ticks_are_round_and_inside():
+    assert Axis("x", 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert Axis("x", -0.3, 1.3, whole=True).ticks() == [0, 1]
+    assert Axis("x", 0.7, 10.3, whole=True).ticks() == [2, 4, 6, 8, 10]
+    for low, high in ((0.0713, 0.0824), (-3e-5, 9e-5), (4.0, 1300.0)):
+        ticks = Axis("x", low, high).ticks()
+        assert 3 <= len(ticks) <= 8
+        assert low <= min(ticks) <= max(ticks) <= high
+
+
+def test_numbers_as_people_write_them():
+    assert with_interval(-0.00001, None, None) == "0.0000"
+    assert figure(None) == "not defined"
+    assert share(3, 0) == "3 of 0"
+    assert share(340, 2211) == "340 of 2,211 (15.4 %)"
+    assert [seconds(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
+
+
+def test_page_of_plain_sections_escapes_everything():
+    section = Section("a", HOSTILE, [HOSTILE], [Table(HOSTILE, [HOSTILE], [[HOSTILE, HOSTILE]])], preformatted=HOSTILE)
+    reader = Reader(render_page([section], HOSTILE))
+    assert not reader.all("script")
+    assert not reader.all("img")
+    assert sum(word == HOSTILE for word in reader.words) >= 7
+
+
+def test_picture_keeps_its_size():
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
+    picture = as_picture(buffer.getvalue(), "alt", "caption")
+    assert (picture.width, picture.height) == (60, 40)
+    assert picture == as_picture(buffer.getvalue(), "alt", "caption")
