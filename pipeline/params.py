@@ -254,11 +254,12 @@ class EvaluateParams(Section):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
     baseline: str | None = None  # the arm that `compare` measures the others against; null: finetune.arm
+    calibration: Literal["none", "temperature", "isotonic"] = "temperature"  # of the fine-tuned model, on validation
     seed: Count = 0
 
     def bootstrap(self) -> dict[str, Any]:
         """Return the settings of resampling alone."""
-        return self.model_dump(exclude={"study_score", "baseline"})
+        return self.model_dump(include={"bootstrap_samples", "confidence", "seed"})
 
 
 class Params(Section):
