@@ -67,6 +67,11 @@ class Calibration(BaseModel):
     isotonic: dict[str, Curve] = Field(default_factory=dict)
     as_they_are: dict[str, str] = Field(default_factory=dict)  # classes without a map, and why
 
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """The classes that have a map."""
+        return tuple(name for name in CLASSES if name in self.temperature or name in self.isotonic)
+
     def apply(self, probabilities: Floats) -> Floats:
         """Return the calibrated probabilities (n, 6); a class without a map comes back bit by bit as it was.
 
