@@ -50,7 +50,7 @@ def judge(
     """
     known = dict(overruled or {})
     level = dict(zip(slices["series_uid"], axial(slices), strict=True))
-    rows = [dict(row) for row in _candidates(series).to_dict("records")]
+    rows = [{str(key): value for key, value in row.items()} for row in _candidates(series).to_dict("records")]
     reasons = {str(row["series_uid"]): _why_not(row, params, level, known) for row in rows}
     unusable = {str(row["series_uid"]) for row in rows if not row["n_slices"]}
     stopped = {uid for uid, reason in reasons.items() if reason and (uid in unusable or not force)}

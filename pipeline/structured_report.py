@@ -18,7 +18,7 @@ import highdicom as hd
 import pydicom
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import UID, generate_uid
+from pydicom.uid import UID, CTImageStorage, generate_uid
 
 from ichpipe.archive import read_file
 from ichpipe.classes import CLASSES
@@ -57,6 +57,7 @@ PERCENT: Final = codes.UCUM.Percent
 NOT_FOR_DIAGNOSIS: Final = "Research software, not a medical device: not for diagnosis."
 SERIES_NUMBER: Final = 9901
 
+_DESCRIBED: Final = ("PixelSpacing", "SliceThickness", "ImagePositionPatient", "ImageOrientationPatient")
 _EMPTY: Final = (  # type 2 of the modules Patient and General Study: there, if empty
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
@@ -100,7 +101,7 @@ class SeriesFinding:
 def read_source(paths: Sequence[str]) -> list[Dataset]:
     """Read the headers of a series' images, files or members of archives, without pixels."""
     with quiet_pydicom():
-        sources = []
+        sources: list[Dataset] = []
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
             for keyword in _EMPTY:
@@ -124,8 +125,8 @@ def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: A
     """Return the report of one series; ``sources`` are the headers of all its images.
 
     Each measurement refers to the slices that show the finding; where none does, to the one that shows it most, whose
-    probability it is. All slices of the series are listed in the image library. Raises DataError where the source
-    can't be referred to.
+    probability it is. All slices are listed as evidence, and in the image library (TID 1600) where their headers have
+    what that describes. Raises DataError where the source can't be referred to.
     """
     require_reportable(sources)
     by_uid = {str(source.SOPInstanceUID): source for source in sources}
@@ -141,7 +142,7 @@ def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: A
         procedure_reported=codes.SCT.ComputedTomographyOfHead,
         imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
-        referenced_images=sources,
+        referenced_images=sources if all(map(_describes_itself, sources)) else None,
     )
     with quiet_pydicom():
         return _document(sources, content, algorithm)
@@ -151,6 +152,10 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
     """Write a report, whole or not at all."""
     with atomic_path(target) as temporary, quiet_pydicom():
         report.save_as(temporary, enforce_file_format=True)
+
+
+def _describes_itself(source: Dataset) -> bool:
+    return source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
 
 
 def _document(sources: Sequence[Dataset], content: Any, algorithm: Algorithm) -> hd.sr.EnhancedSR:

@@ -141,17 +141,17 @@ def _predict_all(
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
         values = to_probabilities(logits)
-        odd = ~np.isfinite(values).all(axis=1)  # fp16 can overflow
-        rejected += [(path, "its prediction is not a number") for path in readable.loc[odd, "path"]]
-        readable, values = readable[~odd].reset_index(drop=True), values[~odd]
+        finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
+        odd, sound = np.flatnonzero(~finite), np.flatnonzero(finite)
+        rejected += [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
+        readable, values = readable.iloc[sound].reset_index(drop=True), values[sound]
         table = pd.DataFrame(values if calibration is None else calibration.apply(values), columns=list(CLASSES))
         parts.append(pd.concat([readable.drop(columns=list(CLASSES), errors="ignore"), table], axis=1))
         counter.add(len(group))
     counter.close()
-    whole = [part for part in parts if len(part)]
-    return pd.concat(whole, ignore_index=True) if whole else parts[0], pd.DataFrame(
-        rejected, columns=["path", "reason"]
-    )
+    there = [part for part in parts if len(part)]
+    predicted = pd.concat(there, ignore_index=True) if there else parts[0]
+    return predicted, pd.DataFrame(rejected, columns=["path", "reason"])
 
 
 def _collect(

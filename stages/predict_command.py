@@ -67,7 +67,7 @@ def predict(
     \b
     With --out DIR, as CSV and as JSON:
       slices.csv studies.csv         probabilities, by slice and by study
-      predictions.json               the same with places, reasons, model and calibration
+      predictions.json               the same, with places, reasons and model
       series.csv                     which series were taken, and why
       refused.csv rejected.csv       studies and files left out, and why
     --json prints what predictions.json holds, for a pipe:
