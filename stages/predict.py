@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,7 @@ from ichpipe.calibration import read_calibration
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
-from ichpipe.errors import DataError
+from ichpipe.errors import DataError, IchpipeError
 from ichpipe.files import atomic_path, digest_of_file, write_json
 from ichpipe.head_ct import REFUSED_COLUMNS
 from ichpipe.intake import take_in
@@ -91,7 +92,9 @@ def run(
     used are listed, each with the reason; the rest goes on. Nothing left at all is an error, after the lists are
     written. A submission that lacks slices is refused after the other tables are written.
     """
-    # First: a wrong sample is found in seconds, prediction may take hours.
+    # First: what is wrong here is found in seconds, prediction may take hours.
+    if options.sr is not None and find_spec("highdicom") is None:
+        raise IchpipeError("--sr needs the package highdicom; run: pip install 'ichpipe[sr]'")
     sample = None if options.sample is None else read_sample(options.sample)
     device = choose_device(gpu)
     model = load_end_to_end(model_dir).to(device)

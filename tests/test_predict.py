@@ -305,3 +305,9 @@ def test_more_than_ten_studies_show_any_and_what_is_positive(run, head):
     text = run("predict", *folders, "--threshold", "1").stdout
     assert text.count(" any ") == 11
     assert " epidural " not in text
+
+
+def test_reports_without_highdicom_are_refused_before_any_work(run, head, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ichpipe.stages.predict.find_spec", lambda _name: None)
+    message = run.error(capsys, "predict", head("one"), "--sr", tmp_path / "sr")
+    assert "pip install 'ichpipe[sr]'" in message
