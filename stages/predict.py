@@ -27,7 +27,7 @@ from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.pooling import pool
 from ichpipe.prediction import Provenance, as_document, extents, package_version
-from ichpipe.prediction_text import counted, refused_text, short_uid, studies_text, wrapped
+from ichpipe.prediction_text import counted, refused_text, studies_text, wrapped
 from ichpipe.progress import Counter
 from ichpipe.submission import build_submission, read_sample
 from ichpipe.thin import stride_of
@@ -201,10 +201,11 @@ def _write_tables(found: Predicted, intake: Intake, out: Path, options: Options)
 
 
 def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
-    """Write a DICOM SR per predicted series; return a line for each that can't be."""
+    """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
     from ichpipe.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
 
-    remarks, paths = [], {str(uid): part["path"].tolist() for uid, part in found.slices.groupby("series_uid")}
+    failed: dict[str, list[str]] = {}
+    paths = {str(uid): part["path"].tolist() for uid, part in found.slices.groupby("series_uid")}
     made = found.provenance
     for row in found.studies.to_dict("records"):
         uid = str(row["series_uid"])
@@ -218,9 +219,11 @@ def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
         try:
             write_report(folder / f"{uid}.dcm", make_report(read_source(paths[uid]), finding, algorithm))
         except DataError as error:
-            remarks.append(f"no report for series {short_uid(uid)}: {error}")
-    written = len(found.studies) - len(remarks)
-    return [*remarks, f"{counted(written, 'DICOM report')} in {folder}: with the patient's identity, from the source"]
+            failed.setdefault(str(error), []).append(uid)
+    for reason, uids in failed.items():
+        log.warning("no DICOM report for %d series, %s the first: %s", len(uids), uids[0], reason)
+    written = len(found.studies) - sum(map(len, failed.values()))
+    return [f"{counted(written, 'DICOM report')} in {folder}, with the patient's identity"] if written else []
 
 
 def _document(found: Predicted, intake: Intake) -> dict[str, object]:
@@ -244,7 +247,7 @@ def _nothing_left(found: Predicted, out: Path | None) -> str:
         return f"none of {len(found.rejected)} files is a usable CT slice; {why}"
     head = f"refused: {counted(len(found.refused), 'study', 'studies')}, and nothing else to predict"
     remedy = "--force predicts what has CT pixels all the same, and marks the result"
-    return "\n".join([head, *refused_text(found.refused), f"{remedy}; {why}"])
+    return "\n".join([head, *refused_text(found.refused), *wrapped(f"{remedy}; {why}")])
 
 
 def _as_text(found: Predicted, intake: Intake, out: Path | None, remarks: list[str]) -> str:

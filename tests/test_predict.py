@@ -311,3 +311,23 @@ def test_reports_without_highdicom_are_refused_before_any_work(run, head, tmp_pa
     monkeypatch.setattr("ichpipe.stages.predict.find_spec", lambda _name: None)
     message = run.error(capsys, "predict", head("one"), "--sr", tmp_path / "sr")
     assert "pip install 'ichpipe[sr]'" in message
+
+
+def test_a_study_none_of_whose_slices_can_be_read_is_refused_not_lost(run, head, tmp_path, monkeypatch):
+    from ichpipe.stages import predict
+
+    good, bad = head("one"), head("other")
+    before = predict.classify_series
+
+    def unreadable(model, paths, *rest, **options):
+        if str(bad) in paths[0]:
+            return before(model, [], [], *rest[1:], **options)[0], [(path, "no decoder") for path in paths]
+        return before(model, paths, *rest, **options)
+
+    monkeypatch.setattr(predict, "classify_series", unreadable)
+    out = tmp_path / "out"
+    result = run("predict", good, bad, "--out", out)
+    assert result.exit_code == 0
+    assert len(table(out, "studies")) == 1
+    assert table(out, "refused")["reason"].tolist() == ["no slice could be read; the first: no decoder"]
+    assert len(table(out, "rejected")) == len(HEAD)
