@@ -143,9 +143,9 @@ def _too_little(labels: Floats, patients: NDArray[np.object_], fewest: int) -> s
     few = min(int(positive.sum()), int((~positive).sum()))
     if few < MIN_SLICES:
         kind = "positive" if positive.sum() == few else "negative"
-        return f"{few} {kind} validation slices, fewer than {MIN_SLICES}"
+        return f"{few} {kind} slices, fewer than {MIN_SLICES}"
     if (owners := len(set(patients[positive]))) < fewest:
-        return f"positive validation slices of {owners} patient{'s' * (owners != 1)}, fewer than {fewest}"
+        return f"positive slices of {owners} patient{'s' * (owners != 1)}, fewer than {fewest}"
     return ""
 
 

@@ -60,7 +60,7 @@ def calibration_text(scores: Mapping[str, Any]) -> str:
     ]
     before, after = (scores[step]["weighted_log_loss"] for step in STEPS)
     lines.append(f"  {'weighted':<18}{before:>10.4f} -> {after:.4f}")
-    return "\n".join(lines + [f"  {name} stays as it is: {why}" for name, why in scores["as_they_are"].items()])
+    return "\n".join(lines + [f"  {name} kept as it is: {why}" for name, why in scores["as_they_are"].items()])
 
 
 def reliability_figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
