@@ -1,4 +1,4 @@
-# The two commands of the README: make demo, make test. `make env` is what both need first.
+# The two commands of the README: make demo, make test. `make env` is what both need first; make docs builds the site.
 # Package indexes and proxies come from your own pip configuration; none is named here.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 # Test processes; each computes with one thread, since threads that share a core wait for each other by spinning.
 WORKERS ?= 2
 
-.PHONY: env demo test lint types clean
+.PHONY: env demo test lint types docs clean
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -41,6 +41,11 @@ types: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p ichpipe
+
+# The documentation as a static site in build/site: open build/site/index.html. Nothing is fetched.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,47 @@
-"""ichpipe: a two-stage feature-caching pipeline that finds intracranial haemorrhage on head CT."""
+"""ichpipe: a two-stage feature-caching pipeline that finds intracranial haemorrhage on head CT.
+
+The names below are the Python interface. Each is imported when it is first used (PEP 562): ``import ichpipe`` alone
+loads neither torch nor pydicom.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ichpipe.api import (
+        Embeddings,
+        Model,
+        Prediction,
+        SeriesEmbeddings,
+        SeriesPrediction,
+        Store,
+        load_model,
+        open_store,
+    )
+    from ichpipe.classes import CLASSES
+    from ichpipe.ct import read_hu
+    from ichpipe.errors import IchpipeError
+    from ichpipe.volume import Found, Volume, find_slices, read_series, read_studies
+
+__all__ = [
+    "CLASSES", "Embeddings", "Found", "IchpipeError", "Model", "Prediction", "SeriesEmbeddings", "SeriesPrediction",
+    "Store", "Volume", "find_slices", "load_model", "open_store", "read_hu", "read_series", "read_studies",
+]  # fmt: skip
+
+_WHERE = {"CLASSES": "classes", "IchpipeError": "errors", "read_hu": "ct"} | dict.fromkeys(
+    ("Found", "Volume", "find_slices", "read_series", "read_studies"), "volume"
+)
+"""Module of each name; the others are in ``api``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE.get(name, 'api')}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -104,6 +104,14 @@ class MakeEmbedder:
 
 
 @torch.inference_mode()
+def embed_hu(cnn: SliceCnn, hu: torch.Tensor, device: torch.device, batch_size: int = 64) -> torch.Tensor:
+    """Map HU (n, 1, size, size) to float32 embeddings (n, D) on the CPU; ``cnn`` is on ``device``."""
+    with autocast(device, "auto"):
+        parts = [cnn.eval().embed(part.to(device)).float().cpu() for part in torch.split(hu, batch_size)]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
 def classify_series(
     model: EndToEnd,
     paths: list[str],
@@ -117,23 +125,52 @@ def classify_series(
     Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series, or each of its
     ``stride`` interleaved parts (``ichpipe.thin.stride_of``).
     """
-    size, embedded, bad = model.cnn.spec.size_px, [], []
-    model.eval()
-    with autocast(device, "auto"):
+    bad: list[tuple[str, str]] = []
+
+    def chunks() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), chunk_slices):
-            hu, unreadable = load_readable(paths[start : start + chunk_slices], size)
-            bad += unreadable
+            hu, unreadable = load_readable(paths[start : start + chunk_slices], model.cnn.spec.size_px)
+            bad.extend(unreadable)
             if len(hu):
-                embedded.append(_looks(model, hu.to(device)))
-        if not embedded:
-            return torch.empty((0, len(model.cnn.spec.classes))), bad
-        unread = {path for path, _ in bad}
-        places = torch.tensor([at for at, path in zip(position_mm, paths, strict=True) if path not in unread])
-        found = [_join(model, list(look), places, stride) for look in zip(*embedded, strict=True)]
-    return (mean_logits(torch.stack(found)) if len(found) > 1 else found[0]), bad
+                yield hu
+
+    embedded = _embed_chunks(model, chunks(), device)
+    unread = {path for path, _ in bad}
+    places = torch.tensor([at for at, path in zip(position_mm, paths, strict=True) if path not in unread])
+    return _classify(model, embedded, places, device, stride), bad
+
+
+@torch.inference_mode()
+def classify_hu(
+    model: EndToEnd,
+    hu: torch.Tensor,
+    position_mm: Sequence[float],
+    device: torch.device,
+    chunk_slices: int = 32,
+    stride: int = 1,
+) -> torch.Tensor:
+    """Return float32 logits (n, 6) of one series given as HU (n, 1, size, size), int16; else as `classify_series`."""
+    embedded = _embed_chunks(model, torch.split(hu, chunk_slices), device)
+    return _classify(model, embedded, torch.tensor(position_mm), device, stride)
 
 
 Embedded = tuple[torch.Tensor, torch.Tensor]
+
+
+def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch.device) -> list[list[Embedded]]:
+    model.eval()
+    with autocast(device, "auto"):
+        return [_looks(model, chunk.to(device)) for chunk in chunks]
+
+
+def _classify(
+    model: EndToEnd, embedded: list[list[Embedded]], position_mm: torch.Tensor, device: torch.device, stride: int
+) -> torch.Tensor:
+    if not embedded:
+        return torch.empty((0, len(model.cnn.spec.classes)))
+    with autocast(device, "auto"):
+        found = [_join(model, list(look), position_mm, stride) for look in zip(*embedded, strict=True)]
+        return mean_logits(torch.stack(found)) if len(found) > 1 else found[0]
 
 
 def _looks(model: EndToEnd, hu: torch.Tensor) -> list[Embedded]:

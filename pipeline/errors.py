@@ -39,6 +39,10 @@ class WeightsError(IchpipeError, ValueError):
     """A weights file can't be read, or belongs to another model."""
 
 
+class StoreUnusableError(IchpipeError, RuntimeError):
+    """The embedding store is absent, damaged, or made by another network than the one asked for."""
+
+
 class TrainingError(IchpipeError, RuntimeError):
     """Training can't start or can't go on (nothing to learn from, loss not finite)."""
 

@@ -1,0 +1,167 @@
+"""The reference pages of commands and parameters, made from the code when the documentation is built.
+
+A page names what it wants by ``<!-- commands -->`` or ``<!-- parameters -->``. MkDocs calls what begins with
+``on_`` (``hooks`` in mkdocs.yml).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import re
+import tokenize
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import ichpipe.params
+from ichpipe.stages.cli import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def on_startup(**_: Any) -> None:
+    """Show mkdocstrings the sources under the name by which they install: it can't see through setup.cfg's mapping."""
+    link = ROOT / "build" / "docs-source" / "ichpipe"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(ROOT / "pipeline", target_is_directory=True)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the generated parts in their places."""
+    for mark, make in (("<!-- commands -->", commands), ("<!-- parameters -->", parameters)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, _linked(make()))
+    return markdown
+
+
+def _linked(text: str) -> str:
+    """Turn the names of pages in help texts and comments into links."""
+    return re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", text)
+
+
+def all_commands(group: click.Group = cli, path: str = "ichpipe") -> Iterator[tuple[str, click.Command]]:
+    """Yield every command below ``group`` with what is typed to call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from all_commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def commands() -> str:
+    """Return a section a command: what it does, an example, its options."""
+    parts = [_command("ichpipe", cli, "Options before the command")]
+    parts += [_command(path, command, path) for path, command in all_commands()]
+    return "\n\n".join(parts)
+
+
+def _command(path: str, command: click.Command, title: str) -> str:
+    context = click.Context(command, info_name=path)
+    text, _, example = inspect.cleandoc(command.help or "").partition("\b\nExample:")
+    usage = " ".join(command.collect_usage_pieces(context))
+    rows = [record for option in command.get_params(context) if (record := option.get_help_record(context))]
+    table = [f"| `{_cell(name)}` | {_cell(meaning)} |" for name, meaning in rows]
+    lines = [f"## {title}", "", text.strip(), "", "```text", f"{path} {usage}", *_indented(example), "```", ""]
+    return "\n".join([*lines, "| option | |", "|---|---|", *table])
+
+
+def _indented(example: str) -> list[str]:
+    lines = inspect.cleandoc(example).splitlines()
+    return ["", "example:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def parameters() -> str:
+    """Return a table a section of ``params.yaml``, and one for each group of keys that sections share."""
+    comments = _comments()
+    places = list(_places(ichpipe.params.Params, ""))
+    parts = []
+    for model in dict.fromkeys(model for _, model in places):
+        found = [place for place, other in places if other is model]
+        title = (
+            f"## {found[0].removesuffix('[]')}"
+            if "." not in found[0]
+            else f"## {model.__name__.removesuffix('Params').lower()}"
+        )
+        where = "" if "." not in found[0] else "In " + ", ".join(f"`{one}`" for one in found) + "."
+        text = inspect.cleandoc(model.__doc__ or "").replace("``", "`")
+        parts.append("\n\n".join(filter(None, (title, text, where, _table(model, comments)))))
+    return "\n\n".join(parts)
+
+
+def _places(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield every section with the key under which it stands, outer ones first."""
+    for name, field in model.model_fields.items():
+        key = f"{path}.{field.alias or name}".lstrip(".")
+        for inner in _models(field.annotation):
+            if field.annotation is not inner:  # a table or a list of them
+                key += ".NAME" if name == "sequence" else "[]"
+            yield key, inner
+            yield from _places(inner, key)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, ichpipe.params.Section):
+        return [annotation]
+    return [one for part in getattr(annotation, "__args__", ()) for one in _models(part)]
+
+
+def _table(model: type[BaseModel], comments: dict[tuple[str, str], str]) -> str:
+    schema = model.model_json_schema(by_alias=True)["properties"]
+    rows = [
+        f"| `{field.alias or name}` | {_kind(schema[field.alias or name])} | {_default(field.get_default())} "
+        f"| {_cell(comments.get((model.__name__, name), ''))} |"
+        for name, field in model.model_fields.items()
+        if not _models(field.annotation)
+    ]
+    return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows]) if rows else ""
+
+
+def _default(value: Any) -> str:
+    if "Undefined" in type(value).__name__:
+        return "required"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    if isinstance(value, bool) or value is None:
+        return "`null`" if value is None else f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_kind(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{one}`" for one in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema['items'])}"
+    words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}
+    kind = words.get(schema.get("type", ""), "`null`")
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
+    return f"{kind} {', '.join(limits)}".strip()
+
+
+def _comments() -> dict[tuple[str, str], str]:
+    """Return what stands behind each field of params.py, by class and field."""
+    source = inspect.getsource(ichpipe.params)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    return {
+        (node.name, field.target.id): of_line[field.lineno]
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.lineno in of_line
+    }

@@ -1,0 +1,234 @@
+"""What the documentation shows is there: commands, options, keys, links, pictures; and it builds without a warning."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import click
+import pytest
+import yaml
+
+import ichpipe
+from ichpipe.params import Params, Section, load_params
+from ichpipe.stages.cli import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+LINES = re.MULTILINE | re.DOTALL
+SECTION = r"^## (.*?)\n(.*?)(?=^## |\Z)"
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+WORKDAY = [page for page in PAGES if page.name != "log.md"]  # the lab book tells what was typed then
+
+
+def named(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page, *languages):
+    """Yield the fenced blocks of a page whose language is one of ``languages``."""
+    for language, text in re.findall(
+        r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        if language in languages:
+            yield text
+
+
+def shell_lines(page):
+    """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments."""
+    for text in blocks(page, "", "bash", "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            yield re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+
+
+def calls(line):
+    """Yield the arguments of each call of ichpipe within a line of shell."""
+    for part in re.split(r"&&|\|\||;|\||\$\(|\bdo\b", line):
+        words = part.split()
+        if "ichpipe" in words[:20] and (words[0] == "ichpipe" or words[0] == "torchrun" or "=" in words[0]):
+            yield shlex.split(part)[words.index("ichpipe") + 1 :]
+
+
+def parse(arguments):
+    """Parse without running or looking at values: an unknown command or option raises."""
+    group, rest = cli, list(arguments)
+    while True:
+        _, rest, _ = group.make_parser(click.Context(group)).parse_args(rest)
+        if not isinstance(group, click.Group) or not rest or rest[0].startswith("$") or rest[0].isupper():
+            return  # $stage, COMMAND
+        name, *rest = rest
+        if (found := group.get_command(click.Context(group), name)) is None:
+            raise click.UsageError(f"no command {name}")
+        group = found
+
+
+SHOWN = [(page, call) for page in WORKDAY for line in shell_lines(page) for call in calls(line)]
+
+
+def test_calls_are_found_and_a_wrong_one_is_refused():
+    assert len(SHOWN) > 40
+    assert list(calls("A=1 ichpipe --quiet prepare || break")) == [["--quiet", "prepare"]]
+    assert list(calls("torchrun --no-python ichpipe fit-slices")) == [["fit-slices"]]
+    assert not list(calls("pip install ichpipe"))
+    parse(["--set", "a.b=1", "cache", "info", "x", "--json"])
+    for wrong in (["prepares"], ["prepare", "--nothing"], ["--nothing", "prepare"], ["cache", "infos"]):
+        with pytest.raises(click.UsageError):
+            parse(wrong)
+
+
+@pytest.mark.parametrize(("page", "call"), SHOWN, ids=lambda value: named(value) if isinstance(value, Path) else None)
+def test_shown_command_is_one_that_the_program_takes(page, call):
+    parse([word.strip("[]") for word in call if "|" not in word])
+
+
+@pytest.mark.parametrize("page", WORKDAY, ids=named)
+def test_keys_given_by_set_are_known(page):
+    keys = {key for line in shell_lines(page) for call in calls(line) for key in set_keys(call)}
+    known = set(all_keys(Params))
+    wrong = [key for key in keys if re.sub(r"^sequence\.[^.]+", "sequence.NAME", key) not in known]
+    assert not wrong
+
+
+def set_keys(call):
+    return [value.partition("=")[0] for option, value in pairwise(call) if option == "--set"]
+
+
+def all_keys(model, path=""):
+    """Yield every key of a section and below, dotted."""
+    for name, field in model.model_fields.items():
+        key = f"{path}.{field.alias or name}".lstrip(".")
+        inner = [part for part in (field.annotation, *getattr(field.annotation, "__args__", ())) if is_section(part)]
+        if not inner:
+            yield key
+        for part in inner:
+            yield from all_keys(part, f"{key}.NAME" if name == "sequence" else key)
+
+
+def is_section(annotation):
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+@pytest.mark.parametrize("page", WORKDAY, ids=named)
+def test_parameter_files_and_python_that_are_shown_are_valid(page, tmp_path):
+    for text in blocks(page, "yaml"):
+        if set(yaml.safe_load(text)) <= {field.alias or name for name, field in Params.model_fields.items()}:
+            (tmp_path / "shown.yaml").write_text(text)
+            load_params(tmp_path / "shown.yaml")
+    for text in blocks(page, "python"):
+        if not text.startswith("--8<--"):
+            compile(text, named(page), "exec")
+            for names in re.findall(r"^from ichpipe import (.*)$", text, re.MULTILINE):
+                assert set(names.split(", ")) <= set(ichpipe.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_relative_links_and_pictures_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=LINES)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not urlsplit(target).scheme and not target.startswith("#"):
+            path, _, anchor = target.partition("#")
+            assert (page.parent / path).exists(), f"{named(page)} links to {target}"
+            if anchor and path.endswith(".md") and "reference/" not in path:
+                assert anchor in anchors(page.parent / path), f"{named(page)} links to {target}"
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    place = importlib.util.spec_from_file_location("reference", DOCS / "tools" / "reference.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+def test_reference_lists_every_command_and_option(reference):
+    text = reference.commands()
+    sections = dict(re.findall(SECTION, text, LINES))
+    found = dict(reference.all_commands())
+    assert len(found) >= 14
+    for path, command in found.items():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.hidden:
+                assert f"`{parameter.opts[0]}" in sections[path], f"{path} {parameter.opts[0]}"
+        assert "example:" in sections[path]
+
+
+def test_reference_lists_every_key_with_its_default(reference):
+    text = reference.parameters()
+    sections = {name: body.splitlines() for name, body in re.findall(SECTION, text, LINES)}
+    for place, model in reference._places(Params, ""):
+        title = place.removesuffix("[]")
+        if "." in place:
+            title = model.__name__.removesuffix("Params").lower()
+            assert any(f"`{place}`" in line for line in sections[title])
+        rows = [line.split(" | ") for line in sections[title] if line.startswith("| `")]
+        defaults = {row[0].strip("|` "): row[2] for row in rows}
+        leaves = {
+            field.alias or name for name, field in model.model_fields.items() if not reference._models(field.annotation)
+        }
+        assert set(defaults) == leaves
+    assert "| `epochs` | whole number > 0 | `8` |" in text
+    assert "| `store` | text or `null` | `null` | an fsspec address (s3://…); null: embeddings.zarr" in text
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.linked = [], []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "a":
+            self.linked.append(found.get("href"))
+        elif tag != "link" or found.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loaded += [found[name] for name in ("src", "href") if found.get(name)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'ichpipe[dev]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install 'ichpipe[dev]'")
+    out = tmp_path_factory.mktemp("docs") / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_site_builds_strictly_and_every_link_leads_somewhere(site):
+    pages = sorted(site.rglob("*.html"))
+    assert {path.relative_to(site).with_suffix(".md").as_posix() for path in pages} >= {
+        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")
+    }
+    for page in pages:
+        links = Links()
+        links.feed(page.read_text(encoding="utf-8"))
+        for target in links.loaded:
+            assert not urlsplit(target).netloc, f"{page.name} would fetch {target}"
+        for target in filter(None, links.loaded + links.linked):
+            place = urlsplit(target)
+            if not place.scheme and place.path and not place.path.startswith("/") and page.name != "404.html":
+                assert (page.parent / unquote(place.path)).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_styles_fetch_nothing(site):
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name
+    words = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    assert all(
+        f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
+    )
