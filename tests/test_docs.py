@@ -41,18 +41,23 @@ def blocks(page, *languages):
 
 
 def shell_lines(page):
-    """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments."""
+    """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments.
+
+    A call whose shown answer is a refusal is left out: it is wrong on purpose.
+    """
     for text in blocks(page, "", "bash", "sh"):
-        for line in text.replace("\\\n", " ").splitlines():
-            yield re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+        lines = text.replace("\\\n", " ").splitlines()
+        for line, answer in zip(lines, [*lines[1:], ""], strict=True):
+            if not answer.startswith(("ichpipe: ", "Usage: ", "Error: ")):
+                yield re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
 
 
 def calls(line):
     """Yield the arguments of each call of ichpipe within a line of shell."""
-    for part in re.split(r"&&|\|\||;|\||\$\(|\bdo\b", line):
+    for part in re.split(r"&&|\|\||;|\||\$\(|\bdo\b", line.rstrip()):
         words = part.split()
         if "ichpipe" in words[:20] and (words[0] == "ichpipe" or words[0] == "torchrun" or "=" in words[0]):
-            yield shlex.split(part)[words.index("ichpipe") + 1 :]
+            yield shlex.split(part.removesuffix('"').removesuffix(")"))[words.index("ichpipe") + 1 :]
 
 
 def parse(arguments):
