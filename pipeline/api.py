@@ -18,6 +18,7 @@ from ichpipe.artifacts import MODEL_FILE
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.caches import Cache
+from ichpipe.calibration import Calibration, read_calibration
 from ichpipe.classes import CLASSES
 from ichpipe.ct import AIR_HU, MAX_HU
 from ichpipe.device import choose_device
@@ -77,8 +78,15 @@ class Embeddings:
 class Model:
     """A trained model on a device. Made by `load_model`."""
 
-    def __init__(self, folder: Path, network: EndToEnd | SliceCnn, device: torch.device, spacing_mm: float) -> None:
-        self.folder, self.device, self.spacing_mm = folder, device, spacing_mm
+    def __init__(
+        self,
+        folder: Path,
+        network: EndToEnd | SliceCnn,
+        device: torch.device,
+        spacing_mm: float,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.folder, self.device, self.spacing_mm, self.calibration = folder, device, spacing_mm, calibration
         network.to(device).eval()
         self._end_to_end = network if isinstance(network, EndToEnd) else None
         self._cnn = network.cnn if isinstance(network, EndToEnd) else network
@@ -136,7 +144,7 @@ class Model:
 
         An array needs ``position_mm`` (n,), not falling, or ``spacing_mm``, the one distance of its slices: a model
         trained on slices 5 mm apart is shown thin ones as several interleaved series. ``study_score`` pools slices to a
-        study (``max``: Nguyen et al. 2020). No calibration is applied.
+        study (``max``: Nguyen et al. 2020). Probabilities are calibrated as `load_model` says.
 
         Raises DataError for another shape, a value that is not finite, or places that fall; WeightsError if the model
         is a slice CNN alone.
@@ -149,6 +157,8 @@ class Model:
         values = to_probabilities(logits)
         if not np.isfinite(values).all():  # fp16 can overflow
             raise DataError("a prediction is not a number: half precision overflowed; load_model(folder, gpu='cpu')")
+        if self.calibration is not None:
+            values = self.calibration.apply(values)
         smooth = smooth_thin(values, places)
         study = pool(smooth, np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
         return SeriesPrediction(values, study, self.classes)
@@ -158,11 +168,12 @@ class Model:
     ) -> Prediction:
         """Predict what lies below ``paths`` (folder, zip, file, or several), one series a study or all of them.
 
-        The same numbers as ``ichpipe predict`` without calibration. Files that can't be used are in ``rejected``.
+        The same numbers as ``ichpipe predict``, which also refuses what is no plain head CT. Files that can't be used
+        are in ``rejected``.
         Raises as `find_slices` does; DataError where not one slice can be decoded.
         """
         found = find_slices(paths, all_series=all_series, workers=workers)
-        slices, bad = predict_slices(self._whole(), found.slices, self.device, self.spacing_mm)
+        slices, bad = predict_slices(self._whole(), found.slices, self.device, self.spacing_mm, self.calibration)
         rejected = _with(found, list(bad.itertuples(index=False, name=None)))
         if slices.empty:
             raise DataError(f"none of {len(found.slices)} slices could be predicted; {rejected['reason'].iloc[-1]}")
@@ -183,11 +194,12 @@ class Model:
         return torch.stack([fit_to_size(one, self.size_px) for one in stack])
 
 
-def load_model(folder: str | Path, *, gpu: str = "auto") -> Model:
+def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
     """Load a model folder that ``finetune``, ``export`` or ``fit-slices`` has written; nothing is unpickled.
 
-    ``gpu`` is ``auto``, ``cpu`` or a number. Raises MissingFileError where there is no model, WeightsError where it is
-    damaged or of another kind, IchpipeError where there is no such GPU.
+    ``gpu`` is ``auto``, ``cpu`` or a number. With ``calibrated``, probabilities go through the maps that ``evaluate``
+    left beside the model (``calibration.json``), if it did. Raises MissingFileError where there is no model,
+    WeightsError where it or the calibration is damaged or of another kind, IchpipeError where there is no such GPU.
     """
     folder = Path(folder)
     device = choose_device(gpu)
@@ -198,7 +210,8 @@ def load_model(folder: str | Path, *, gpu: str = "auto") -> Model:
             "slice CNN"
         )
     network = load_slice_cnn(folder) if kind == "slice-cnn" else load_end_to_end(folder)
-    return Model(folder, network, device, spacing_of(folder))
+    calibration = read_calibration(folder) if calibrated and kind != "slice-cnn" else None
+    return Model(folder, network, device, spacing_of(folder), calibration)
 
 
 @dataclass(frozen=True)

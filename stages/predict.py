@@ -10,46 +10,35 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 import pandas as pd
 
 from ichpipe.artifacts import MODEL_FILE
 from ichpipe.calibration import read_calibration
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.errors import DataError, IchpipeError
 from ichpipe.files import atomic_path, digest_of_file, write_json
 from ichpipe.head_ct import REFUSED_COLUMNS
+from ichpipe.inference import IDENTIFIERS, SLICE_COLUMNS, STUDY_COLUMNS, predict_slices, score_series
 from ichpipe.intake import take_in
-from ichpipe.ladder import smooth_series
 from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
-from ichpipe.pooling import pool
 from ichpipe.prediction import Provenance, as_document, extents, package_version
 from ichpipe.prediction_text import counted, refused_text, studies_text, wrapped
-from ichpipe.progress import Counter
 from ichpipe.submission import build_submission, read_sample
-from ichpipe.thin import stride_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import torch
-
     from ichpipe.calibration import Calibration
     from ichpipe.intake import Intake
-    from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params import SelectionParams
     from ichpipe.pooling import StudyScore
     from ichpipe.prediction import Extent
 
 log = logging.getLogger("ichpipe")
 
-IDENTIFIERS = ["patient_id", "study_uid", "series_uid"]
-SLICE_COLUMNS = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm", *CLASSES]
-STUDY_COLUMNS = [*IDENTIFIERS, "n_slices", *CLASSES]
 FORCED = "forced"
 """Column that the tables have with ``--force``: whether the series would have been refused without."""
 
@@ -104,7 +93,7 @@ def run(
     one = not (options.all_series or whole_archive)
     selection, force = options.selection, options.force
     intake = take_in(paths, selection, workers, one_per_study=one, judged=not whole_archive, force=force)
-    slices, undecodable = _predict_all(model, intake.slices, device, spacing, calibration)
+    slices, undecodable = predict_slices(model, intake.slices, device, spacing, calibration)
     found = _collect(intake, slices, undecodable, options, _provenance(model_dir, calibration, options))
     if out is not None:
         _write_lists(found, intake, out)
@@ -132,31 +121,6 @@ def _provenance(model_dir: Path, calibration: Calibration | None, options: Optio
     )
 
 
-def _predict_all(
-    model: EndToEnd, index: pd.DataFrame, device: torch.device, spacing_mm: float, calibration: Calibration | None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
-    counter = Counter("predict", len(index), "slice")
-    for _, group in index.groupby("series_uid", sort=False):
-        places = group["position_mm"].to_numpy(np.float64)
-        stride = stride_of(places, spacing_mm)
-        logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
-        rejected += bad
-        readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
-        values = to_probabilities(logits)
-        finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
-        odd, sound = np.flatnonzero(~finite), np.flatnonzero(finite)
-        rejected += [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
-        readable, values = readable.iloc[sound].reset_index(drop=True), values[sound]
-        table = pd.DataFrame(values if calibration is None else calibration.apply(values), columns=list(CLASSES))
-        parts.append(pd.concat([readable.drop(columns=list(CLASSES), errors="ignore"), table], axis=1))
-        counter.add(len(group))
-    counter.close()
-    there = [part for part in parts if len(part)]
-    predicted = pd.concat(there, ignore_index=True) if there else parts[0]
-    return predicted, pd.DataFrame(rejected, columns=["path", "reason"])
-
-
 def _collect(
     intake: Intake, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
 ) -> Predicted:
@@ -165,7 +129,7 @@ def _collect(
     gone = lost.groupby(IDENTIFIERS, sort=False).agg(n_slices=("path", "size"), reason=("path", "first")).reset_index()
     gone["reason"] = "no slice could be read; the first: " + gone["reason"].map(reasons).astype(str)
     refused = [table for table in (intake.refused, gone[REFUSED_COLUMNS]) if len(table)]
-    studies = _per_series(slices, options.study_score)
+    studies = score_series(slices, options.study_score)
     if options.force:
         slices, studies = (
             table.assign(**{FORCED: table["series_uid"].isin(intake.forced)}) for table in (slices, studies)
@@ -178,13 +142,6 @@ def _collect(
         extents(slices, options.threshold),
         provenance,
     )
-
-
-def _per_series(slices: pd.DataFrame, study_score: StudyScore) -> pd.DataFrame:
-    groups = slices.groupby(IDENTIFIERS, sort=False)
-    table = groups.size().rename("n_slices").reset_index()
-    values = pool(smooth_series(slices), np.asarray(groups.ngroup(), dtype=np.intp), len(table), study_score)
-    return table.assign(**dict(zip(CLASSES, values.T, strict=True)))
 
 
 def _write_lists(found: Predicted, intake: Intake, out: Path) -> None:

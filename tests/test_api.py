@@ -1,5 +1,6 @@
 """The Python interface: the same numbers as the command line and the store, lazily, with errors that say what to do."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import pytest
 
 import ichpipe
 from ichpipe import CLASSES, IchpipeError, find_slices, load_model, open_store, read_hu, read_series, read_studies
+from ichpipe.calibration import Calibration, write_calibration
+from ichpipe.files import digest_of_file
 
 PROBABILITIES = list(CLASSES)
 
@@ -132,6 +135,31 @@ def test_folder_predicts_as_the_command_does(run, model, held_out, tmp_path):
     assert found.classes == CLASSES
     assert len(found.series) == 2
     assert found.rejected.empty
+
+
+@pytest.fixture
+def calibrated_model(run, tmp_path):
+    """Folder of the fine-tuned model with a temperature of 2 for `any` beside it."""
+    folder = tmp_path / "calibrated"
+    folder.mkdir()
+    shutil.copy(run.artifacts / "finetuned" / "model.safetensors", folder)
+    digest = digest_of_file(folder / "model.safetensors")
+    write_calibration(folder, Calibration(method="temperature", model_sha256=digest, temperature={"any": 2.0}))
+    return folder
+
+
+def test_calibration_is_applied_as_the_command_does(run, calibrated_model, held_out, volume, tmp_path):
+    args = ("predict", held_out[0], "--model", calibrated_model, "--out", tmp_path / "out", "--gpu", "cpu")
+    assert run(*args).exit_code == 0
+    written = pd.read_csv(tmp_path / "out" / "slices.csv")
+    model, raw = load_model(calibrated_model, gpu="cpu"), load_model(calibrated_model, gpu="cpu", calibrated=False)
+    found, plain = (one.predict_folder(held_out[0]).slices for one in (model, raw))
+    np.testing.assert_allclose(found[PROBABILITIES], written[PROBABILITIES], rtol=1e-6)
+    odds = np.sqrt(plain["any"] / (1 - plain["any"]))
+    np.testing.assert_allclose(found["any"], odds / (1 + odds), rtol=1e-9)
+    assert found[PROBABILITIES[1:]].equals(plain[PROBABILITIES[1:]])
+    rows = found[found["series_uid"] == volume.series_uid]
+    assert np.array_equal(model.predict(volume).slices, rows[PROBABILITIES].to_numpy())
 
 
 def test_array_predicts_as_the_folder_does(model, held_out, volume):
