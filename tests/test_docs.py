@@ -1,5 +1,6 @@
 """What the documentation shows is there: commands, options, keys, links, pictures; and it builds without a warning."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ from ichpipe.stages.cli import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CHROMIUM = "/usr/bin/chromium"
 LINES = re.MULTILINE | re.DOTALL
 SECTION = r"^## (.*?)\n(.*?)(?=^## |\Z)"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -143,6 +145,26 @@ def anchors(page):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
+def messages_of_the_program():
+    """Every text in the sources, what is filled in at run time as an ellipsis."""
+    for folder in ("pipeline", "stages", "cache"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+
+
+def test_messages_in_troubleshooting_are_those_of_the_program():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    said = [row for row in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) if "command not found" not in row]
+    sources = "\n".join(messages_of_the_program()) + (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert len(said) > 15
+    for message in said:
+        for part in filter(None, (part.strip("' ") for part in re.split(r"…| (?=\()", message))):
+            assert part in sources, f"no message of ours has {part!r}, of {message!r}"
+
+
 @pytest.fixture(scope="module")
 def reference():
     place = importlib.util.spec_from_file_location("reference", DOCS / "tools" / "reference.py")
@@ -232,3 +254,26 @@ def test_styles_fetch_nothing(site):
     assert all(
         f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
     )
+
+
+@pytest.mark.slow
+def test_search_works_from_disk_with_the_network_off(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no {CHROMIUM}")
+    said = []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(viewport={"width": 1400, "height": 900})
+        context.set_offline(True)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("requestfailed", lambda request: said.append(request.url))
+        page.goto(f"file://{site}/reference/python.html")
+        page.wait_for_timeout(500)
+        page.keyboard.press("/")
+        page.keyboard.type("backbone", delay=20)
+        page.locator(".md-search-result__item").first.wait_for(timeout=20_000)
+        browser.close()
+    assert not said
