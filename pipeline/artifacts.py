@@ -13,6 +13,7 @@ RECORD_FILE = "record.json"
 HISTORY_FILE = "history.json"
 PREDICTIONS_FILE = "predictions.parquet"
 FOLDS_FILE = "folds.json"
+CALIBRATION_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)

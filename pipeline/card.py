@@ -28,7 +28,7 @@ LIMITS = (
     "Not a medical device. Never for decisions about a patient.",
     "Probabilities hold for data like the training data; other scanners, protocols, ages and prevalences shift them.",
     "Trained on labels of single slices: it says where along the head, not where in the image.",
-    "A series that is no head CT, has contrast or another kernel gets a number all the same.",
+    "`ichpipe predict` refuses what the header shows to be no plain head CT; what the pixels show is not judged.",
 )
 
 

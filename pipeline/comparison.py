@@ -16,7 +16,7 @@ import numpy as np
 
 from ichpipe.bootstrap import Ranking, percentile_interval, resample, resampled_mean
 from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
+from ichpipe.errors import DataError, did_you_mean
 from ichpipe.metrics import CLIP, WEIGHTS
 from ichpipe.predictions import LABELS
 
@@ -69,8 +69,9 @@ def compare_arms(
     """
     base = next((arm for arm in arms if arm.name == baseline), None)
     if base is None:
-        there = ", ".join(arm.name for arm in arms) or "none"
-        raise DataError(f"there is no arm {baseline!r} to compare with; arms here: {there}")
+        names = [arm.name for arm in arms]
+        close = did_you_mean(baseline, names)
+        raise DataError(f"there is no arm {baseline!r} to compare with; arms here: {', '.join(names) or 'none'}{close}")
     slices = _slices(base)
     groups = {arm.name: _slices(arm) for arm in arms}
     same = [arm for arm in arms if groups[arm.name].sort_values().tolist() == slices.sort_values().tolist()]

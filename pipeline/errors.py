@@ -6,6 +6,12 @@ what is there instead, and what to do. It never holds a patient's name or birth 
 
 from __future__ import annotations
 
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class IchpipeError(Exception):
     """Base of every error that a user's input, data or machine can cause."""
@@ -39,3 +45,9 @@ class StoreUnusableError(IchpipeError, RuntimeError):
 
 class TrainingError(IchpipeError, RuntimeError):
     """Training can't start or can't go on (nothing to learn from, loss not finite)."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean …?)`` with the word of ``known`` that is nearest, or nothing where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

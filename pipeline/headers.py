@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
+FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
+"""How the reasons begin that ``force`` overrules."""
+
 _NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "OFF", "N/A", "NO CONTRAST", "WITHOUT", "WITHOUT CONTRAST"})
 _SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
 _HEADER_TAGS: Final = PIXEL_TAGS + tags(
@@ -75,9 +78,10 @@ class SliceHeader(NamedTuple):
         return self.transfer_syntax not in UNCOMPRESSED
 
 
-def read_header(path: Path | str) -> SliceHeader:
+def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
     """Read one file's header and digest; the pixels are measured, not decoded.
 
+    With ``force`` neither modality nor kind of image counts (FORCEABLE), but Hounsfield units there must be.
     Raises UnreadableDicomError whose message is the reason: not DICOM, damaged, not an axial-type CT
     slice, a needed tag missing, pixel data too short. docs/data.md lists them all. The error's ``series`` holds
     StudyInstanceUID and SeriesInstanceUID where they could be read.
@@ -87,7 +91,7 @@ def read_header(path: Path | str) -> SliceHeader:
     with quiet_pydicom():
         elements, syntax = quick_elements(data, _HEADER_TAGS) or _elements(data)
         try:
-            return _slice_header(name, data, elements, syntax)
+            return _slice_header(name, data, elements, syntax, force=force)
         except UnreadableDicomError as error:
             error.series = _series_of(elements)
             raise
@@ -98,8 +102,8 @@ def _elements(data: bytes) -> tuple[Elements, str]:
     return elements_of(dataset), transfer_syntax(dataset)
 
 
-def _slice_header(path: str, data: bytes, elements: Elements, syntax: str) -> SliceHeader:
-    image_type = _require_ct_slice(elements)
+def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, force: bool) -> SliceHeader:
+    image_type = elements.text("ImageType").upper() if force else _require_ct_slice(elements)
     facts = pixel_facts(elements, syntax)
     require_pixels(elements, facts)
     study_uid = elements.required_text("StudyInstanceUID")

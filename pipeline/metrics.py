@@ -40,6 +40,12 @@ def weighted_log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     return float((_losses(true, predicted) @ WEIGHTS).mean())
 
 
+def class_log_loss(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
+    """Return the mean binary cross-entropy of each class, in nats; arguments and errors as of weighted_log_loss."""
+    true, predicted, _ = _known(labels, probabilities)
+    return dict(zip(CLASSES, _losses(true, predicted).mean(axis=0).tolist(), strict=True))
+
+
 def score(
     labels: ArrayLike,
     probabilities: ArrayLike,

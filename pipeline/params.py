@@ -5,14 +5,14 @@ An unknown or missing key, a wrong type or a value out of range is an error that
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ichpipe.errors import MissingFileError, ParamsError
+from ichpipe.errors import MissingFileError, ParamsError, did_you_mean
+from ichpipe.param_keys import key_hint, written_out
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -254,11 +254,12 @@ class EvaluateParams(Section):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
     baseline: str | None = None  # the arm that `compare` measures the others against; null: finetune.arm
+    calibration: Literal["none", "temperature", "isotonic"] = "temperature"  # of the fine-tuned model, on validation
     seed: Count = 0
 
     def bootstrap(self) -> dict[str, Any]:
         """Return the settings of resampling alone."""
-        return self.model_dump(exclude={"study_score", "baseline"})
+        return self.model_dump(include={"bootstrap_samples", "confidence", "seed"})
 
 
 class Params(Section):
@@ -276,10 +277,14 @@ class Params(Section):
     @model_validator(mode="after")
     def _finetune_names_an_arm(self) -> Params:
         if self.finetune.arm not in self.sequence:
-            raise ValueError(f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}")
-        if self.evaluate.baseline not in (None, *self.sequence):
+            close = did_you_mean(self.finetune.arm, self.sequence)
             raise ValueError(
-                f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}"
+                f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}{close}"
+            )
+        if self.evaluate.baseline not in (None, *self.sequence):
+            close = did_you_mean(str(self.evaluate.baseline), self.sequence)
+            raise ValueError(
+                f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}{close}"
             )
         return self
 
@@ -346,20 +351,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, source: str) -> str:
     lines = [f"parameters ({source}) are not valid:"]
     for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"]) or "(top)"
-        hint = _did_you_mean(problem["loc"]) if problem["type"] == "extra_forbidden" else ""
-        what = f"unknown key{hint}" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"  {place}: {what}")
+        place = ".".join(str(part) for part in problem["loc"])
+        unknown = problem["type"] == "extra_forbidden"
+        what = (
+            f"unknown key{key_hint(Params, problem['loc'])}"
+            if unknown
+            else problem["msg"].removeprefix("Value error, ")
+        )
+        lines.append(f"  {place}: {what}" if place else f"  {what}")
     return "\n".join(lines)
 
 
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    close = difflib.get_close_matches(str(location[-1]), _known_keys(Params), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    sections = (PhantomParams, SelectionParams, PrepareParams, WindowParams, AugmentParams, CutMixParams, SliceParams)
-    rest = (ViewParams, ExtractParams, SequenceParams, RegularizeParams, AverageParams, FinetuneParams, EvaluateParams)
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    return names + [name for section in sections + rest for name in section.model_fields]
+def known_keys() -> list[str]:
+    """Return every key that holds a value, written out as for ``--set``; the name of an arm stands as ARM."""
+    return written_out(Params)

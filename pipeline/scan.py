@@ -54,16 +54,22 @@ PROCESSES_FROM: Final = 2000
 REJECTED: Final = ["path", "reason", "study_uid", "series_uid"]
 
 
-def scan(roots: Sequence[Path], workers: int = 1, cache: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def scan(
+    roots: Sequence[Path], workers: int = 1, cache: Path | None = None, *, force: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the headers of all files below ``roots`` and order the slices of each series.
 
     Returns the slices, sorted by ``series_uid, slice_index``, with the columns of HEADER_SCHEMA that describe them and
     those that ``order_series`` adds; and the rejected files as ``path, reason, study_uid, series_uid`` (empty
     where unknown), sorted by path. Every file is in exactly one of the two. ``workers`` processes read, which
     changes nothing in the result. With ``cache``, a folder, files that have not changed since are not read again.
+    ``force`` takes images of another modality or kind (``headers.FORCEABLE``), one process, no cache.
     """
     listing = list_files(roots)
-    headers = _read_all(listing.files, workers, HeaderCache(cache, HEADER_SCHEMA))
+    if force:
+        headers = read_headers(listing.files, force=True)
+    else:
+        headers = _read_all(listing.files, workers, HeaderCache(cache, HEADER_SCHEMA))
     refused = pc.is_valid(headers["reason"])
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "size", "stamp"]).to_pandas()
     rejected = [headers.filter(refused).select(REJECTED).to_pandas(), _rejected(listing.damaged)]
@@ -110,10 +116,10 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def read_headers(files: Sequence[Found]) -> pa.Table:
+def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
     with _no_collection():
-        rows = [_read(one.path) for one in files]
+        rows = [_read(one.path, force=force) for one in files]
     numbers = range(len(rows))
     headers = [row for row in rows if isinstance(row, SliceHeader)]
     good = np.array([number for number in numbers if isinstance(rows[number], SliceHeader)], dtype=np.int64)
@@ -139,12 +145,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: str) -> SliceHeader | tuple[str, str, str, str]:
+def _read(path: str, *, force: bool) -> SliceHeader | tuple[str, str, str, str]:
     name = portable(path)
     if name != path:
         return name, "file name is not UTF-8; rename the file", "", ""
     try:
-        header = read_header(path)
+        header = read_header(path, force=True) if force else read_header(path)
         if header.compressed:  # its length says nothing: only decoding shows that the stream is whole
             ct.read_hu(path)
     except UnreadableDicomError as error:

@@ -31,7 +31,7 @@ SERIES_COLUMNS: Final = [
     "patient_id", "study_uid", "series_uid", "n_slices", "n_refused", "spacing_mm", "thickness_mm", "span_mm",
     "kernel", "kernel_kind", "contrast", "marks", "body_part", "n_same_place", "lossy", "refused_because",
 ]  # fmt: skip
-FAULTS: Final = (  # from grave to light; what each means is said in _faults
+FAULTS: Final = (  # from grave to light; what each means is said in faults_of
     "unusable", "not a head", "other examination", "too little", "contrast", "reformatted", "bone kernel",
     "same places", "perhaps contrast", "lossy", "too long",
 )  # fmt: skip
@@ -97,7 +97,7 @@ def _facts(slices: pd.DataFrame) -> pd.DataFrame:
     facts["thickness_mm"] = facts["thickness_mm"].fillna(facts["spacing_mm"])
     facts = facts.join(_commonest(rows, "kernel")).join(_commonest(rows, "body_part"))
     words = rows["marks"] + " " + rows["image_type"].map(_marks_of_type)
-    words = words.where(_axial(rows), words + " reformatted")
+    words = words.where(axial(rows), words + " reformatted")
     unique = rows[_KEYS].assign(marks=words).drop_duplicates()
     return facts.join(unique.groupby(_KEYS)["marks"].agg(_union))
 
@@ -120,8 +120,8 @@ def _marks_of_type(image_type: str) -> str:
     return " ".join(mark for mark, there in found.items() if there)
 
 
-def _axial(slices: pd.DataFrame) -> NDArray[np.bool_]:
-    """Mark slices (n,) whose normal is within 45 degrees of the body's axis."""
+def axial(slices: pd.DataFrame) -> NDArray[np.bool_]:
+    """Mark slices (n,; as ``scan`` returns them) whose normal is within 45 degrees of the body's axis."""
     normals = np.cross(slices[list(DIRECTIONS[:3])], slices[list(DIRECTIONS[3:])])
     near: NDArray[np.bool_] = np.abs(normals[:, 2]) > _AXIAL_COSINE
     return near
@@ -149,7 +149,7 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
 
 def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: dict[str, str]) -> list[tuple[bool, str]]:
     """Return whether each series of one study is chosen, and why or why not."""
-    faults = [_faults(row, params) for row in rows]
+    faults = [faults_of(row, params) for row in rows]
     ranked = sorted(range(len(rows)), key=lambda number: _rank(rows[number], faults[number], params))
     best = ranked[0]
     named = choices.get(str(rows[best]["study_uid"]))
@@ -162,8 +162,8 @@ def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: di
     return [(usable and number == best, reason) for number, reason in enumerate(reasons)]
 
 
-def _faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
-    """Return the faults of a series as keys of FAULTS, with the words for each."""
+def faults_of(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
+    """Return the faults of a series, a row of ``describe_series``, as keys of FAULTS with the words for each."""
     if not row["n_slices"]:
         return {"unusable": row["refused_because"] or "no usable slice"}
     return _faults_of_kind(row) | _faults_of_extent(row, params)
@@ -290,5 +290,5 @@ def head_slices(slices: pd.DataFrame, head_mm: float | None) -> pd.Series:
     if head_mm is None:
         return pd.Series(data=True, index=slices.index)
     top = slices.groupby("series_uid")["position_mm"].transform("max")
-    near: pd.Series = (top - slices["position_mm"] <= head_mm) | ~_axial(slices)
+    near: pd.Series = (top - slices["position_mm"] <= head_mm) | ~axial(slices)
     return near

@@ -6,16 +6,18 @@ Only this file prints and exits. Stages are imported inside their commands, so t
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
 from ichpipe.stages.cache_command import cache
+from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.score_command import score
@@ -63,6 +65,7 @@ class Settings:
     "overrides",
     metavar="SECTION.KEY=VALUE",
     multiple=True,
+    shell_complete=complete_key,
     help="Change one parameter; wins over the file; may be repeated.",
 )
 @click.option(
@@ -91,6 +94,8 @@ def cli(
       ichpipe phantom --out data/phantom && dvc repro
     """
     _set_up_logging(quiet)
+    if _plain():
+        context.color = False
     context.obj = Settings(params_file or Path("params.yaml"), params_file is not None, overrides, artifacts_root)
 
 
@@ -101,6 +106,11 @@ def _say(said: str | Verdict | None, **_options: Any) -> None:
         sys.exit(0 if said.sound else 1)
     if said is not None:
         click.echo(said)
+
+
+def _plain() -> bool:
+    """Say whether colour is unwanted even on a terminal (no-color.org); elsewhere there is none anyway."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def _quiet(_context: click.Context, _option: click.Parameter, quiet: bool) -> None:
@@ -190,7 +200,9 @@ def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -
 
 @command("fit-sequence")
 @gpu_option
-@click.option("--arm", default=None, help="One arm of params: sequence; all of them if not given.")
+@click.option(
+    "--arm", default=None, shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given."
+)
 def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
     """Stage two: train a sequence model on the cached embeddings.
 
@@ -237,7 +249,13 @@ def evaluate(settings: Settings) -> None:
 
 @command("compare")
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
-@click.option("--baseline", metavar="ARM", default=None, help="Arm to compare with [params: evaluate.baseline].")
+@click.option(
+    "--baseline",
+    metavar="ARM",
+    default=None,
+    shell_complete=complete_arm,
+    help="Arm to compare with [params: evaluate.baseline].",
+)
 def compare(settings: Settings, runs: tuple[Path, ...], baseline: str | None) -> str:
     """Put the arms of stage two beside each other: seeds, paired differences, and what of it is noise.
 
@@ -289,6 +307,7 @@ def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
 
 command("predict")(gpu_option(workers_option(predict)))
 command("score")(score)
+command("completion")(completion)
 
 
 cli.add_command(cache)
@@ -311,14 +330,17 @@ def main(arguments: list[str] | None = None) -> Any:
     except (IchpipeError, StoreError) as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"ichpipe: {_without_traceback(str(error))}", err=True)
-        sys.exit(1)
+        _complain(_without_traceback(str(error)))
     except OSError as error:
         if "--debug" in arguments:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"ichpipe: {place}{error.strerror or error}", err=True)
-        sys.exit(1)
+        _complain(f"{place}{error.strerror or error}")
+
+
+def _complain(message: str) -> NoReturn:
+    click.echo(f"{click.style('ichpipe:', fg='red')} {message}", err=True, color=False if _plain() else None)
+    sys.exit(1)
 
 
 def _without_traceback(message: str) -> str:

@@ -12,6 +12,8 @@ from scipy.special import expit
 
 from ichpipe.artifacts import HISTORY_FILE, MODEL_FILE
 from ichpipe.caches import made_by, open_features
+from ichpipe.calibration import Calibration, fit_calibration, write_calibration
+from ichpipe.calibration_report import calibration_scores, calibration_text, reliability_figure, reliability_rows
 from ichpipe.classes import CLASSES
 from ichpipe.ct import read_hu
 from ichpipe.errors import DataError
@@ -26,6 +28,7 @@ from ichpipe.predictions import (
     SLICE_CNN,
     known_slices,
     make_table,
+    model_mark,
     own_predictions,
     read_predictions,
     sequence_name,
@@ -42,11 +45,15 @@ if TYPE_CHECKING:
 
     from ichpipe.artifacts import Artifacts
     from ichpipe.cache.reader import EmbeddingStore
-    from ichpipe.params import Params
+    from ichpipe.params import EvaluateParams, Params
 
 
 def run(params: Params, artifacts: Artifacts) -> str:
-    """Write metrics, plots, predictions and the comparison of arms; return ladder and comparison as text."""
+    """Write metrics, plots, predictions, the calibration of the fine-tuned model and the comparison of arms.
+
+    Scores are those of the probabilities as the networks give them; what calibration does to them stands beside.
+    Returns ladder, calibration and comparison as text.
+    """
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
     if held_out.empty:
@@ -61,13 +68,16 @@ def run(params: Params, artifacts: Artifacts) -> str:
     tables[FINETUNED] = found[found["split"] == "test"].reset_index(drop=True)
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
+    calibration = _calibrate(artifacts, found[found["split"] == "val"], params.evaluate)
+    metrics["calibration"] = calibration_scores(*_values(tables[FINETUNED]), calibration)
+    _write_reliability(artifacts.plots, tables[FINETUNED], calibration)
     write_json(artifacts.metrics, metrics)
     for name, table in tables.items():
         write_table(table, artifacts.predictions / f"{name}.parquet")
     write_plots(artifacts.plots, metrics, tables)
     _write_learning_curves(artifacts, list(params.sequence))
     _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
-    text = ladder_text(metrics)
+    text = f"{ladder_text(metrics)}\n\n{calibration_text(metrics['calibration'])}"
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
     return f"{text}\n\n{compare.run(params, artifacts)}"
 
@@ -80,6 +90,24 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
         write_json(folder / f"{kind}.json", rows)
     _write_png(folder / "ladder.png", ladder(metrics))
     _write_png(folder / "roc.png", roc({name: found["roc"] for name, found in points.items()}))
+
+
+def _calibrate(artifacts: Artifacts, val: pd.DataFrame, section: EvaluateParams) -> Calibration:
+    """Fit on the validation patients, who are never scored, and keep the result beside the model."""
+    mark = model_mark(artifacts.finetuned)
+    calibration = fit_calibration(*_values(val), val["patient_id"].to_numpy(object), section.calibration, mark)
+    write_calibration(artifacts.finetuned, calibration)
+    return calibration
+
+
+def _write_reliability(folder: Path, test: pd.DataFrame, calibration: Calibration) -> None:
+    rows = reliability_rows(*_values(test), calibration)
+    write_json(folder / "reliability.json", rows)
+    _write_png(folder / "reliability.png", reliability_figure(rows))
+
+
+def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
 
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:

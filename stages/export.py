@@ -6,7 +6,8 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from ichpipe.artifacts import MODEL_FILE
+from ichpipe.artifacts import CALIBRATION_FILE, MODEL_FILE
+from ichpipe.calibration import read_calibration, write_calibration
 from ichpipe.card import card_text, make_card
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path, digest_of_file, require_file, write_json, write_text
@@ -27,7 +28,7 @@ ONNX_FILE = "model.onnx"
 
 
 def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) -> str:
-    """Write ``model.safetensors``, ``config.json``, ``README.md`` and, if asked, ``model.onnx``; return a summary.
+    """Write weights, card, page, the calibration where there is one and, if asked, ONNX; return a summary.
 
     The index must be the one that the model was trained on, since the card counts its patients.
     """
@@ -40,6 +41,12 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) 
     with atomic_path(out / MODEL_FILE) as temporary:
         shutil.copyfile(source, temporary)
     lines = [f"{out / MODEL_FILE}: {source.stat().st_size / 1e6:.1f} MB"]
+    if calibration := read_calibration(artifacts.finetuned):
+        write_calibration(out, calibration)
+        lines.append(f"{out / CALIBRATION_FILE}: {calibration.method}, applied by predict")
+    else:
+        (out / CALIBRATION_FILE).unlink(missing_ok=True)  # of a model that was here before
+        lines.append("no calibration: ichpipe evaluate has not run; predict will give uncalibrated probabilities")
     if onnx:
         from ichpipe.models.onnx_export import write_onnx
         from ichpipe.models.weights import load_end_to_end

@@ -11,7 +11,7 @@ import torch
 
 from ichpipe.caches import made_by, open_features
 from ichpipe.device import autocast, choose_device, derive_seed, needs_scaling
-from ichpipe.errors import ParamsError, TrainingError
+from ichpipe.errors import ParamsError, TrainingError, did_you_mean
 from ichpipe.files import digest_of, digest_of_file
 from ichpipe.lineage import is_fitted, require_made_from
 from ichpipe.losses import weighted_bce, weighted_bce_sum
@@ -90,7 +90,8 @@ def choose_arm(params: Params, arm: str) -> SequenceParams:
     """Return the section of an arm; an unknown one is an error that lists the arms."""
     section = params.sequence.get(arm)
     if section is None:
-        raise ParamsError(f"--arm {arm}: params have no sequence.{arm}; arms are {', '.join(params.sequence)}")
+        close = did_you_mean(arm, params.sequence)
+        raise ParamsError(f"--arm {arm}: params have no sequence.{arm}; arms are {', '.join(params.sequence)}{close}")
     return section
 
 

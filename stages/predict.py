@@ -1,44 +1,57 @@
-"""Any folder of DICOM to probabilities per slice and per study, from the fine-tuned model alone."""
+"""DICOM to probabilities per slice and per study, from the fine-tuned model alone."""
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import click
 import numpy as np
 import pandas as pd
 
-from ichpipe.chosen import choose
+from ichpipe.artifacts import MODEL_FILE
+from ichpipe.calibration import read_calibration
 from ichpipe.classes import CLASSES
 from ichpipe.device import choose_device
 from ichpipe.embedding import classify_series, to_probabilities
-from ichpipe.errors import DataError
-from ichpipe.files import atomic_path
+from ichpipe.errors import DataError, IchpipeError
+from ichpipe.files import atomic_path, digest_of_file, write_json
+from ichpipe.head_ct import REFUSED_COLUMNS
+from ichpipe.intake import take_in
 from ichpipe.ladder import smooth_series
 from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.pooling import pool
-from ichpipe.progress import track
-from ichpipe.scan import scan
+from ichpipe.prediction import Provenance, as_document, extents, package_version
+from ichpipe.prediction_text import counted, refused_text, studies_text, wrapped
+from ichpipe.progress import Counter
 from ichpipe.submission import build_submission, read_sample
 from ichpipe.thin import stride_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
 
+    from ichpipe.calibration import Calibration
+    from ichpipe.intake import Intake
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params import SelectionParams
     from ichpipe.pooling import StudyScore
+    from ichpipe.prediction import Extent
 
 log = logging.getLogger("ichpipe")
 
 IDENTIFIERS = ["patient_id", "study_uid", "series_uid"]
 SLICE_COLUMNS = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm", *CLASSES]
 STUDY_COLUMNS = [*IDENTIFIERS, "n_slices", *CLASSES]
+FORCED = "forced"
+"""Column that the tables have with ``--force``: whether the series would have been refused without."""
 
 
 @dataclass(frozen=True)
@@ -48,63 +61,122 @@ class Options:
     selection: SelectionParams
     study_score: StudyScore = "max"
     all_series: bool = False  # every series of a study, not the one that stands for it
+    force: bool = False  # predict what is no head CT all the same, and mark it
+    uncalibrated: bool = False  # leave the calibration beside the model out
+    threshold: float = 0.5  # a probability of at least this is called positive
+    sr: Path | None = None  # folder of DICOM Structured Reports
+    as_json: bool = False  # return JSON instead of a table
     kaggle: Path | None = None  # also write the RSNA 2019 submission, of all series
     sample: Path | None = None  # whose rows and order the submission takes
     missing: float | None = None  # probability of slices without a prediction; None: an error
 
 
-def run(
-    paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
-) -> str:
-    """Write ``slices.csv``, ``studies.csv``, ``series.csv`` and ``rejected.csv``; return the table of studies as text.
+@dataclass(frozen=True)
+class Predicted:
+    """All there is to write and to say."""
 
-    A series is one sequence, and one series stands for a study unless ``options`` ask for all. Files that can't be
-    used are listed with the reason, and the rest goes on; nothing usable at all is an error. A submission that lacks
-    slices is refused after the other tables are written.
+    slices: pd.DataFrame  # SLICE_COLUMNS and more
+    studies: pd.DataFrame  # STUDY_COLUMNS
+    refused: pd.DataFrame  # REFUSED_COLUMNS
+    rejected: pd.DataFrame  # path, reason
+    where: Mapping[str, Mapping[str, Extent]]
+    provenance: Provenance
+
+
+def run(
+    paths: Sequence[Path], out: Path | None, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
+) -> str:
+    """Write tables, JSON and reports, as far as there is a folder for them; return the table of studies, or JSON.
+
+    One series stands for a study unless ``options`` ask for all. What is no head CT is refused, and files that can't be
+    used are listed, each with the reason; the rest goes on. Nothing left at all is an error, after the lists are
+    written. A submission that lacks slices is refused after the other tables are written.
     """
-    # First: a wrong sample is found in seconds, prediction may take hours.
+    # First: what is wrong here is found in seconds, prediction may take hours.
+    if options.sr is not None and find_spec("highdicom") is None:
+        raise IchpipeError("--sr needs the package highdicom; run: pip install 'ichpipe[sr]'")
     sample = None if options.sample is None else read_sample(options.sample)
     device = choose_device(gpu)
     model = load_end_to_end(model_dir).to(device)
+    calibration = None if options.uncalibrated else read_calibration(model_dir)
     spacing = spacing_of(model_dir)
-    scanned, rejected = scan(list(paths), workers)
-    chosen = choose(scanned, rejected, options.selection, one_per_study=not (options.all_series or options.kaggle))
-    slices, undecodable = _predict_all(model, chosen.slices, device, spacing)
-    rejected = pd.concat([rejected, chosen.left_out, undecodable], ignore_index=True)
-    _write_csv(rejected[["path", "reason"]], out / "rejected.csv")
-    _write_csv(chosen.series, out / "series.csv")
-    if slices.empty:
-        raise DataError(f"none of {len(rejected)} files is a usable CT slice; {out / 'rejected.csv'} says why for each")
-    studies = _per_series(slices, options.study_score)
-    _write_csv(slices[SLICE_COLUMNS], out / "slices.csv")
-    _write_csv(studies[STUDY_COLUMNS], out / "studies.csv")
+    whole_archive = options.kaggle is not None  # a submission wants every slice
+    one = not (options.all_series or whole_archive)
+    selection, force = options.selection, options.force
+    intake = take_in(paths, selection, workers, one_per_study=one, judged=not whole_archive, force=force)
+    slices, undecodable = _predict_all(model, intake.slices, device, spacing, calibration)
+    found = _collect(intake, slices, undecodable, options, _provenance(model_dir, calibration, options))
+    if out is not None:
+        _write_lists(found, intake, out)
+    if found.slices.empty:
+        raise DataError(_nothing_left(found, out))
+    if out is not None:
+        _write_tables(found, intake, out, options)
+    remarks = [] if options.sr is None else _write_reports(found, intake, options.sr)
     if options.kaggle is not None:
-        submission = build_submission(slices, rejected, sample, options.missing)
+        submission = build_submission(found.slices, found.rejected, sample, options.missing)
         for remark in submission.remarks:
             log.warning(remark)
         _write_csv(submission.table, options.kaggle)
-    return _as_text(studies, chosen.series, len(rejected))
+    return _as_json(found, intake) if options.as_json else _as_text(found, intake, out, remarks)
+
+
+def _provenance(model_dir: Path, calibration: Calibration | None, options: Options) -> Provenance:
+    absent = "left out" if options.uncalibrated else "absent"
+    return Provenance(
+        model_sha256=digest_of_file(model_dir / MODEL_FILE),
+        calibration=calibration.method if calibration else absent,
+        calibrated=calibration.mapped if calibration else (),
+        threshold=options.threshold,
+        study_score=options.study_score,
+    )
 
 
 def _predict_all(
-    model: EndToEnd, index: pd.DataFrame, device: torch.device, spacing_mm: float
+    model: EndToEnd, index: pd.DataFrame, device: torch.device, spacing_mm: float, calibration: Calibration | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
-    groups = index.groupby("series_uid", sort=False)
-    for _, group in track(groups, "predict", len(groups), "series"):
+    counter = Counter("predict", len(index), "slice")
+    for _, group in index.groupby("series_uid", sort=False):
         places = group["position_mm"].to_numpy(np.float64)
         stride = stride_of(places, spacing_mm)
         logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
         rejected += bad
         readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
-        table = pd.DataFrame(to_probabilities(logits), columns=list(CLASSES))
-        odd = ~np.isfinite(table.to_numpy()).all(axis=1)  # fp16 can overflow
-        rejected += [(path, "its prediction is not a number") for path in readable.loc[odd, "path"]]
-        readable, table = readable[~odd].reset_index(drop=True), table[~odd].reset_index(drop=True)
+        values = to_probabilities(logits)
+        finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
+        odd, sound = np.flatnonzero(~finite), np.flatnonzero(finite)
+        rejected += [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
+        readable, values = readable.iloc[sound].reset_index(drop=True), values[sound]
+        table = pd.DataFrame(values if calibration is None else calibration.apply(values), columns=list(CLASSES))
         parts.append(pd.concat([readable.drop(columns=list(CLASSES), errors="ignore"), table], axis=1))
-    whole = [part for part in parts if len(part)]
-    return pd.concat(whole, ignore_index=True) if whole else parts[0], pd.DataFrame(
-        rejected, columns=["path", "reason"]
+        counter.add(len(group))
+    counter.close()
+    there = [part for part in parts if len(part)]
+    predicted = pd.concat(there, ignore_index=True) if there else parts[0]
+    return predicted, pd.DataFrame(rejected, columns=["path", "reason"])
+
+
+def _collect(
+    intake: Intake, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
+) -> Predicted:
+    lost = intake.slices[~intake.slices["series_uid"].isin(slices["series_uid"])]
+    reasons = undecodable.set_index("path")["reason"]
+    gone = lost.groupby(IDENTIFIERS, sort=False).agg(n_slices=("path", "size"), reason=("path", "first")).reset_index()
+    gone["reason"] = "no slice could be read; the first: " + gone["reason"].map(reasons).astype(str)
+    refused = [table for table in (intake.refused, gone[REFUSED_COLUMNS]) if len(table)]
+    studies = _per_series(slices, options.study_score)
+    if options.force:
+        slices, studies = (
+            table.assign(**{FORCED: table["series_uid"].isin(intake.forced)}) for table in (slices, studies)
+        )
+    return Predicted(
+        slices,
+        studies,
+        pd.concat(refused, ignore_index=True) if refused else intake.refused,
+        pd.concat([intake.rejected, undecodable], ignore_index=True)[["path", "reason"]],
+        extents(slices, options.threshold),
+        provenance,
     )
 
 
@@ -115,23 +187,84 @@ def _per_series(slices: pd.DataFrame, study_score: StudyScore) -> pd.DataFrame:
     return table.assign(**dict(zip(CLASSES, values.T, strict=True)))
 
 
+def _write_lists(found: Predicted, intake: Intake, out: Path) -> None:
+    _write_csv(found.rejected, out / "rejected.csv")
+    _write_csv(found.refused, out / "refused.csv")
+    _write_csv(intake.series, out / "series.csv")
+
+
+def _write_tables(found: Predicted, intake: Intake, out: Path, options: Options) -> None:
+    more = [FORCED] if options.force else []
+    _write_csv(found.slices[SLICE_COLUMNS + more], out / "slices.csv")
+    _write_csv(found.studies[STUDY_COLUMNS + more], out / "studies.csv")
+    write_json(out / "predictions.json", _document(found, intake))
+
+
+def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
+    """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
+    from ichpipe.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
+
+    failed: dict[str, list[str]] = {}
+    paths = {str(uid): part["path"].tolist() for uid, part in found.slices.groupby("series_uid")}
+    made = found.provenance
+    for row in found.studies.to_dict("records"):
+        uid = str(row["series_uid"])
+        where, forced = found.where[uid], intake.forced.get(uid, "")
+        finding = SeriesFinding(
+            {name: float(row[name]) for name in CLASSES},
+            {name: where[name].sop_uids for name in CLASSES},
+            {name: where[name].highest for name in CLASSES},
+        )
+        algorithm = Algorithm(package_version(), made.model_sha256, made.threshold, made.calibration_said(), forced)
+        try:
+            write_report(folder / f"{uid}.dcm", make_report(read_source(paths[uid]), finding, algorithm))
+        except DataError as error:
+            failed.setdefault(str(error), []).append(uid)
+    for reason, uids in failed.items():
+        log.warning("no DICOM report for %d series, %s the first: %s", len(uids), uids[0], reason)
+    written = len(found.studies) - sum(map(len, failed.values()))
+    return [f"{counted(written, 'DICOM report')} in {folder}, with the patient's identity"] if written else []
+
+
+def _document(found: Predicted, intake: Intake) -> dict[str, object]:
+    tables = found.studies, found.slices, found.where, intake.series
+    return as_document(*tables, found.refused, intake.forced, found.provenance)
+
+
+def _as_json(found: Predicted, intake: Intake) -> str:
+    return json.dumps(_document(found, intake), indent=2, allow_nan=False)
+
+
 def _write_csv(table: pd.DataFrame, target: Path) -> None:
     """Nine significant digits: with six decimals 1e-8 would be 0, which costs 16 nats more where it is wrong."""
     with atomic_path(target) as temporary:
         table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
 
 
-def _as_text(studies: pd.DataFrame, series: pd.DataFrame, n_rejected: int) -> str:
-    lines = [f"{'series':<28}{'slices':>7}" + "".join(f"{name[:8]:>10}" for name in CLASSES)]
-    for row in studies.to_dict("records"):
-        uid = str(row["series_uid"])
-        name = uid if len(uid) <= 26 else f"…{uid[-25:]}"
-        lines.append(f"{name:<28}{row['n_slices']:>7}" + "".join(f"{row[label]:>10.3f}" for label in CLASSES))
-    usable = series[series["n_slices"] > 0]
+def _nothing_left(found: Predicted, out: Path | None) -> str:
+    why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
+    if found.refused.empty:
+        return f"none of {len(found.rejected)} files is a usable CT slice; {why}"
+    head = f"refused: {counted(len(found.refused), 'study', 'studies')}, and nothing else to predict"
+    remedy = "--force predicts what has CT pixels all the same, and marks the result"
+    return "\n".join([head, *refused_text(found.refused), *wrapped(f"{remedy}; {why}")])
+
+
+def _as_text(found: Predicted, intake: Intake, out: Path | None, remarks: list[str]) -> str:
+    mark = partial(click.style, fg="red", bold=True)
+    threshold = found.provenance.threshold
+    table = studies_text(found.studies, found.where, intake.series, intake.forced, threshold, mark)
+    lines = wrapped(f"positive from {threshold:g}; {found.provenance.calibration_said()}")
+    usable = intake.series[intake.series["n_slices"] > 0]
     if passed_over := int((~usable["chosen"]).sum()):
-        lines.append(f"{passed_over} series were passed over for another one of their study; series.csv says why")
-    if flawed := int((usable["chosen"] & usable["reason"].str.contains("though: ")).sum()):
-        lines.append(f"{flawed} studies have no series without a fault; series.csv says which faults")
-    if n_rejected:
-        lines.append(f"{n_rejected} files were left out; rejected.csv says why for each")
-    return "\n".join(lines)
+        lines.append(f"{passed_over} series passed over for another one of their study{_see(out, 'series.csv')}")
+    if len(found.refused):
+        lines.append(f"refused: {counted(len(found.refused), 'study', 'studies')}{_see(out, 'refused.csv')}")
+        lines += refused_text(found.refused)
+    if len(found.rejected):
+        lines.append(f"{counted(len(found.rejected), 'file')} left out{_see(out, 'rejected.csv')}")
+    return "\n".join([table, "", *lines, *(line for one in remarks for line in wrapped(one))])
+
+
+def _see(out: Path | None, name: str) -> str:
+    return "" if out is None else f"; {out / name} says why"

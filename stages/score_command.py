@@ -47,7 +47,7 @@ def score(settings: Settings, predictions: Path, labels: Path, form: str, out: P
     \b
     Example:
       ichpipe score submission.csv stage_2_train.csv --format rsna
-      ichpipe score prediction_probabilities.csv reads.csv --format cq500 --out metrics.json
+      ichpipe score prediction_probabilities.csv reads.csv --format cq500
       ichpipe score predictions/studies.csv labels.csv --format studies
     """
     if form == "rsna" and options["pool"]:

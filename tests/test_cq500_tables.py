@@ -132,7 +132,7 @@ def test_other_spellings_and_the_studies_of_predict_give_the_same(tables, paths,
     table[key] = [spell.format(scan_number(name)) for name in table[key]]
     if form == "studies":
         table = table.rename(columns={finding: name for name, finding in FINDINGS.items()})
-        table = table.assign(study_uid="1.2", series_uid="1.2.3", n_slices=30)
+        table = table.assign(study_uid="1.2", series_uid="1.2.3", n_slices=30, forced=False)
     found, _ = score(write(table, tmp_path / "other.csv"), paths[1], *CQ500)
     assert found["auc"] == expected["auc"]
     assert found["weighted_log_loss"] == pytest.approx(expected["weighted_log_loss"])

@@ -1,0 +1,269 @@
+"""Terminal manners: completion, colour, progress, suggestions, widths."""
+
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from test_cli_help import COMMANDS
+
+from ichpipe import progress
+from ichpipe.errors import ParamsError, did_you_mean
+from ichpipe.params import known_keys, load_params
+from ichpipe.stages.cli import cli, main
+
+ESCAPE = "\x1b["
+
+
+def ichpipe(*arguments, **environment):
+    code = "from ichpipe.stages.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def on_a_terminal(*arguments, **environment):
+    """Run with standard output and error on a terminal; return all that it shows."""
+    mother, child = pty.openpty()
+    code = "from ichpipe.stages.cli import main; main()"
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=child,
+        stderr=child,
+        stdin=child,
+        env={**clean, "TERM": "xterm", **environment},
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            part = os.read(mother, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    process.wait()
+    os.close(mother)
+    return shown.decode()
+
+
+def test_colour_is_for_terminals_and_no_color_is_heeded(tmp_path):
+    wrong = ["--params", tmp_path / "none.yaml", "prepare"]
+    assert f"{ESCAPE}31michpipe:" in on_a_terminal(*wrong)
+    assert ESCAPE not in on_a_terminal(*wrong, NO_COLOR="1")
+    assert ESCAPE not in on_a_terminal(*wrong, TERM="dumb")
+    piped = ichpipe(*wrong)
+    assert piped.returncode == 1
+    assert piped.stderr.startswith("ichpipe: ")
+    assert ESCAPE not in piped.stderr + piped.stdout
+
+
+def test_the_table_is_coloured_on_a_terminal_alone(run, index, tmp_path):
+    files = index.loc[index["series_uid"] == index["series_uid"].iloc[0], "path"]
+    (tmp_path / "list").write_text("\n".join(files), encoding="utf-8")
+    arguments = run.arguments("predict", f"@{tmp_path / 'list'}", "--threshold", "1e-9")
+    assert f"{ESCAPE}31m" in on_a_terminal(*arguments)
+    plain = on_a_terminal(*arguments, NO_COLOR="1")
+    assert " any " in plain
+    assert f"{ESCAPE}31m" not in plain
+    assert ESCAPE not in ichpipe(*arguments).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_what_the_shell_reads(shell):
+    found = CliRunner().invoke(cli, ["completion", shell])
+    assert found.exit_code == 0
+    assert f"_ICHPIPE_COMPLETE={shell}_complete" in found.output
+
+
+def complete(words, folder=None):
+    found = subprocess.run(
+        [sys.executable, "-c", "from ichpipe.stages.cli import main; main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "_ICHPIPE_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"ichpipe {words}",
+            "COMP_CWORD": str(len(words.split(" "))),
+        },
+    )
+    return [line.partition(",")[2] for line in found.stdout.splitlines() if line]
+
+
+def test_commands_options_keys_and_arms_are_completed(tmp_path):
+    (tmp_path / "params.yaml").write_text("sequence: {mine: {}, other: {}}\nfinetune: {arm: mine}\n")
+    assert complete("pre") == ["predict", "prepare"]
+    assert complete("predict --unc") == ["--uncalibrated"]
+    assert complete("fit-sequence --arm ", tmp_path) == ["mine", "other"]
+    assert complete("compare --baseline o", tmp_path) == ["other"]
+    assert complete("--set fit-slices.epo", tmp_path) == ["fit-slices.epochs="]
+    assert complete("--set sequence.mine.hid", tmp_path) == ["sequence.mine.hidden="]
+
+
+def test_completion_is_silent_where_the_parameters_are_wrong(tmp_path):
+    (tmp_path / "params.yaml").write_text("nonsense: 1\n")
+    assert complete("fit-sequence --arm ", tmp_path) == []
+
+
+def test_a_bash_that_reads_it_completes():
+    script = """
+        eval "$(ichpipe completion bash)"
+        COMP_WORDS=(ichpipe exp); COMP_CWORD=1; _ichpipe_completion ichpipe; echo "${COMPREPLY[@]}"
+    """
+    folder = os.path.dirname(sys.executable)  # noqa: PTH120
+    found = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert found.stdout.split() == ["export"]
+
+
+def test_commands_and_options_that_are_nearly_right_are_named():
+    assert "Did you mean 'predict'?" in CliRunner().invoke(cli, ["predct"]).output
+    assert "--out" in CliRunner().invoke(cli, ["predict", "--ouut", "x"]).output.partition("Did you mean")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("fit-slice.epochs=3", "did you mean fit-slices?"),
+        ("fit-slices.epoch=3", "did you mean epochs?"),
+        ("sequence.paper.hiden=3", "did you mean hidden?"),
+        ("prepare.selection.min_slice=3", "did you mean min_slices?"),
+        ("finetune.bootstrap_samples=3", "it is a key of evaluate"),
+        ("evaluate.zzz=1", "there are bootstrap_samples, confidence"),
+        ("finetune.arm=papre", "did you mean paper?"),
+        ("evaluate.baseline=papre", "did you mean paper?"),
+    ],
+)
+def test_keys_and_arms_that_are_nearly_right_are_named(tmp_path, override, hint):
+    with pytest.raises(ParamsError) as caught:
+        load_params(tmp_path / "none.yaml", (override,))
+    assert hint in str(caught.value)
+
+
+def test_an_arm_that_is_nearly_right_is_named(run, capsys):
+    assert "did you mean paper?" in run.error(capsys, "fit-sequence", "--arm", "papre")
+    assert "did you mean paper?" in run.error(capsys, "compare", "--baseline", "papre")
+
+
+def test_what_is_near_nothing_gets_no_suggestion():
+    assert did_you_mean("zzz", ["paper"]) == ""
+
+
+def test_known_keys_are_taken_by_set(tmp_path):
+    keys = known_keys()
+    assert {"fit-slices.epochs", "sequence.ARM.hidden", "prepare.selection.min_slices"} <= set(keys)
+    assert "sequence.ARM.average" not in keys  # a section
+    complaints = [complaint_of(tmp_path / "none.yaml", f"{key.replace('ARM', 'paper')}=[]") for key in keys]
+    assert not [one for one in complaints if "unknown key" in one]
+
+
+def complaint_of(path, override):
+    try:
+        load_params(path, (override,))
+    except ParamsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("path", [(), *COMMANDS], ids=lambda path: " ".join(path) or "ichpipe")
+def test_help_fits_80_columns(path):
+    text = CliRunner().invoke(cli, [*path, "--help"], terminal_width=80).output
+    assert max(len(line) for line in text.splitlines() if "ichpipe --params" not in line) <= 80
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    log = logging.getLogger("ichpipe")
+    monkeypatch.setattr(log, "propagate", True)
+    before = log.level
+    log.setLevel(logging.INFO)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    clock = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    yield caplog
+    log.setLevel(before)
+
+
+def test_long_work_in_a_pipe_says_rate_and_time_left_now_and_then(lines):
+    assert list(progress.track(range(6), "predict", 6, "series")) == list(range(6))
+    assert [re.sub(r"[\d.]+/s", "N/s", one) for one in lines.messages] == [
+        "predict: 2 of 6 series, N/s, 1 min 20 s left",
+        "predict: 4 of 6 series, N/s, 40 s left",
+        "predict: 6 of 6 series, N/s, 0 s left",
+        "predict: 6 series in 2 min 20 s",
+    ]
+
+
+def test_short_work_in_a_pipe_says_nothing(lines, monkeypatch):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 1.0)
+    assert list(progress.track(range(3), "predict", 3)) == [0, 1, 2]
+    assert lines.messages == []
+
+
+def test_quiet_silences_the_lines(lines, monkeypatch):
+    logging.getLogger("ichpipe").setLevel(logging.WARNING)
+    list(progress.track(range(9), "predict", 9))
+    assert lines.messages == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left_that_goes_away(monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(logging.getLogger("ichpipe"), "isEnabledFor", lambda _level: True)
+    counter = progress.Counter("extract", 40, "slice")
+    counter._bar.mininterval = 0
+    counter._bar.ncols, counter._bar.dynamic_ncols = 80, None
+    counter.add(10)
+    counter._bar.refresh()
+    bar = shown.getvalue().split("\r")[-1]
+    assert re.search(r"extract:  25%.*10/40 \[.*<.*slice/s\]", bar), bar
+    assert len(bar) <= 80
+    counter.close()
+    assert shown.getvalue().split("\r")[-1].strip() == ""
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not progress.on_terminal()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.2, "8 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (59.6, "1 min 00 s")]
+)
+def test_spans_of_time(seconds, text):
+    assert progress.span(seconds) == text
+
+
+def test_an_error_is_one_message_with_its_remedy(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--artifacts", str(tmp_path), "predict", str(tmp_path)])
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("ichpipe: ")
+    assert "run: ichpipe finetune" in message

@@ -1,0 +1,225 @@
+"""The DICOM SR: right codes and references, the patient of the source, read by dcmtk and highdicom."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+from conftest import save_dicom
+
+from ichpipe.classes import CLASSES
+from ichpipe.errors import DataError
+from ichpipe.structured_report import (
+    FINDINGS,
+    SITES,
+    Algorithm,
+    SeriesFinding,
+    make_report,
+    read_source,
+    write_report,
+)
+
+hd = pytest.importorskip("highdicom")
+
+ALGORITHM = Algorithm("1.2.3", "ab" * 32, 0.5, "calibrated: temperature", "")
+COPIED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+    "StudyTime", "StudyInstanceUID", "ReferringPhysicianName", "IssuerOfPatientID", "StudyDescription",
+)  # fmt: skip
+ENHANCED_SR = "1.2.840.10008.5.1.4.1.1.88.22"
+
+
+@pytest.fixture
+def series(write_series):
+    """Paths of five slices of a named patient, and their SOPInstanceUIDs in the order of the paths."""
+    paths = write_series(
+        "scan",
+        [0.0, 5.0, 10.0, 15.0, 20.0],
+        PatientName="Jekyll^Henry",
+        PatientID="P7",
+        PatientBirthDate="18860105",
+        PatientSex="M",
+        AccessionNumber="A77",
+        StudyID="S1",
+        StudyDate="20200102",
+        StudyTime="030405",
+        StudyDescription="CT head",
+        IssuerOfPatientID="HYDE",
+        ReferringPhysicianName="Utterson^G",
+        FrameOfReferenceUID="1.2.3.4",
+        PixelSpacing=[0.5, 0.5],
+        SliceThickness=5.0,
+    )
+    return [str(path) for path in paths], [f"1.2.3.1.{number}" for number in range(1, 6)]
+
+
+def found(uids, probability=0.9):
+    return SeriesFinding(
+        {**dict.fromkeys(CLASSES, 0.01), "any": probability, "subdural": 0.5},
+        {**dict.fromkeys(CLASSES, ()), "any": uids[1:4], "subdural": uids[2:3]},
+        dict.fromkeys(CLASSES, uids[4]),
+    )
+
+
+def made(paths, uids, tmp_path, algorithm=ALGORITHM, **changes):
+    target = tmp_path / "report.dcm"
+    write_report(target, make_report(read_source(paths), found(uids, **changes), algorithm))
+    return target
+
+
+def groups_of(path):
+    report = hd.sr.srread(path)
+    groups = report.content.get_image_measurement_groups()
+    return report, {group.tracking_identifier.removeprefix("ichpipe "): group for group in groups}
+
+
+def test_each_class_is_a_finding_with_probability_presence_site_and_images(series, tmp_path):
+    paths, uids = series
+    report, groups = groups_of(made(paths, uids, tmp_path))
+    assert report.SOPClassUID == ENHANCED_SR
+    assert list(groups) == list(CLASSES)
+    for name, group in groups.items():
+        assert (group.finding_type.value, group.finding_type.scheme_designator) == (FINDINGS[name].value, "SCT")
+        assert [site.value.value for site in group.finding_sites] == [SITES[name].value]
+        (measured,) = group.get_measurements()
+        assert (measured.name.value, measured.unit.value) == ("122157", "%")
+        (present,) = group.get_qualitative_evaluations()
+        assert present.value.meaning == ("Present" if name in ("any", "subdural") else "Absent")
+    assert groups["any"].get_measurements()[0].value == 90.0
+    assert groups["epidural"].get_measurements()[0].value == 1.0
+    assert groups["any"].finding_type.value == "1386000"
+
+
+def test_measurements_refer_to_the_slices_that_show_it(series, tmp_path):
+    paths, uids = series
+    _, groups = groups_of(made(paths, uids, tmp_path))
+
+    def images(name):
+        (measured,) = groups[name].get_measurements()
+        return [image.referenced_sop_instance_uid for image in measured.referenced_images]
+
+    assert images("any") == uids[1:4]
+    assert images("subdural") == uids[2:3]
+    assert images("epidural") == uids[4:5]  # none shows it: the one whose probability it is
+
+
+def test_all_slices_are_evidence_of_their_series(series, tmp_path):
+    paths, uids = series
+    report, _ = groups_of(made(paths, uids, tmp_path))
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    (one,) = study.ReferencedSeriesSequence
+    assert (study.StudyInstanceUID, one.SeriesInstanceUID) == ("1.2.3.1.0.1", "1.2.3.1")
+    assert {item.ReferencedSOPInstanceUID for item in one.ReferencedSOPSequence} == set(uids)
+
+
+def test_the_image_library_is_there_where_headers_describe_the_images(series, write_series, tmp_path):
+    paths, uids = series
+    assert "Image Library" in pydicom.dcmread(made(paths, uids, tmp_path)).to_json()
+    bare = [str(path) for path in write_series("bare", [0.0, 5.0, 10.0, 15.0, 20.0])]
+    report = pydicom.dcmread(made(bare, uids, tmp_path))
+    assert "Image Library" not in report.to_json()
+    assert (
+        len(report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 5
+    )
+
+
+def test_patient_and_study_are_those_of_the_source(series, tmp_path):
+    paths, uids = series
+    report = pydicom.dcmread(made(paths, uids, tmp_path))
+    source = pydicom.dcmread(paths[0])
+    for keyword in COPIED:
+        assert report[keyword].value == source[keyword].value, keyword
+    assert report.SeriesInstanceUID != source.SeriesInstanceUID
+    assert (report.Modality, report.VerificationFlag, report.PreliminaryFlag) == ("SR", "UNVERIFIED", "PRELIMINARY")
+
+
+def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
+    paths, uids = series
+    report, _ = groups_of(made(paths, uids, tmp_path))
+    text = report.to_json()
+    for word in ("ichpipe", "1.2.3", "ab" * 32, "calibrated: temperature", "at least 0.5", "not for diagnosis"):
+        assert word in text
+    contexts = report.content.get_observer_contexts()
+    assert [context.observer_type.meaning for context in contexts] == ["Device"]
+    assert "FORCED" not in text
+
+
+def test_what_was_forced_says_so(series, tmp_path):
+    paths, uids = series
+    forced = Algorithm("1.2.3", "ab" * 32, 0.5, "none", forced="not a head: CHEST")
+    text = pydicom.dcmread(made(paths, uids, tmp_path, forced)).to_json()
+    assert "Forced: the series was refused (not a head: CHEST)" in text
+    assert "research, FORCED" in text
+
+
+def test_names_in_other_alphabets_survive(series, tmp_path):
+    paths, uids = series
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        dataset.SpecificCharacterSet = "ISO_IR 100"
+        dataset.PatientName = "Müller^Jürgen"
+        save_dicom(dataset, tmp_path / "scan" / path.rpartition("/")[2])
+    report = pydicom.dcmread(made(paths, uids, tmp_path))
+    assert str(report.PatientName) == "Müller^Jürgen"
+
+
+def test_a_source_without_patient_data_gives_empty_ones(write_series, tmp_path):
+    paths = [str(path) for path in write_series("bare", [0.0, 5.0], PatientID=None)]
+    uids = ["1.2.3.1.1", "1.2.3.1.2"]
+    finding = SeriesFinding(dict.fromkeys(CLASSES, 0.1), dict.fromkeys(CLASSES, ()), dict.fromkeys(CLASSES, uids[0]))
+    report = make_report(read_source(paths), finding, ALGORITHM)
+    assert (report.PatientID or "", str(report.PatientName or "")) == ("", "")
+
+
+def test_uids_that_are_none_are_refused(write_series):
+    paths = [str(path) for path in write_series("rsna", [0.0], series="ID_a1b2c3")]
+    finding = SeriesFinding(dict.fromkeys(CLASSES, 0.1), dict.fromkeys(CLASSES, ()))
+    with pytest.raises(DataError, match="is no DICOM UID"):
+        make_report(read_source(paths), finding, ALGORITHM)
+
+
+@pytest.mark.skipif(shutil.which("dsrdump") is None, reason="dcmtk is not installed")
+def test_dcmtk_reads_it_without_a_complaint(series, tmp_path):
+    paths, uids = series
+    done = subprocess.run(
+        ["dsrdump", "+Pc", str(made(paths, uids, tmp_path))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("Enhanced SR Document")
+    for code in FINDINGS.values():
+        assert f"({code.value},SCT," in done.stdout
+    assert '(122157,DCM,"Probability")="90.0" (%,UCUM,"Percent")' in done.stdout
+
+
+def test_predict_writes_a_report_per_study_with_its_own_numbers(run, write_series, tmp_path):
+    for name in ("one", "two"):
+        study = f"1.2.{len(name) + ord(name[0])}"
+        write_series(f"scans/{name}", np.arange(0, 130, 5.0), series=f"{study}.5", StudyInstanceUID=study)
+    out, reports = tmp_path / "out", tmp_path / "reports"
+    result = run("predict", tmp_path / "scans", "--out", out, "--sr", reports)
+    assert result.exit_code == 0
+    assert "2 DICOM reports" in result.stdout
+    studies = pd.read_csv(out / "studies.csv").set_index("series_uid")
+    document = json.loads((out / "predictions.json").read_text())
+    assert sorted(path.stem for path in reports.iterdir()) == sorted(studies.index)
+    for path in reports.iterdir():
+        report, groups = groups_of(path)
+        assert document["model_sha256"] in report.to_json()
+        for name in CLASSES:
+            value = groups[name].get_measurements()[0].value
+            assert value == pytest.approx(100 * studies.loc[path.stem, name], rel=1e-5)
+
+
+def test_predict_says_for_which_study_there_is_no_report(run, index, tmp_path):
+    series = index["series_uid"].iloc[0]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(index.loc[index["series_uid"] == series, "path"]), encoding="utf-8")
+    result = run("predict", f"@{listed}", "--sr", tmp_path / "reports")
+    assert result.exit_code == 0
+    assert f"no DICOM report for 1 series, {series} the first: StudyInstanceUID is no DICOM UID" in result.stderr
+    assert "DICOM report" not in result.stdout
+    assert not (tmp_path / "reports").exists()
