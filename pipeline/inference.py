@@ -11,12 +11,13 @@ from ichpipe.classes import CLASSES
 from ichpipe.embedding import classify_series, to_probabilities
 from ichpipe.ladder import smooth_series
 from ichpipe.pooling import pool
-from ichpipe.progress import track
+from ichpipe.progress import Counter
 from ichpipe.thin import stride_of
 
 if TYPE_CHECKING:
     import torch
 
+    from ichpipe.calibration import Calibration
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.pooling import StudyScore
 
@@ -26,16 +27,21 @@ STUDY_COLUMNS: Final = [*IDENTIFIERS, "n_slices", *CLASSES]
 
 
 def predict_slices(
-    model: EndToEnd, index: pd.DataFrame, device: torch.device, spacing_mm: float
+    model: EndToEnd,
+    index: pd.DataFrame,
+    device: torch.device,
+    spacing_mm: float,
+    calibration: Calibration | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predict every series of ``index``, slices ordered: its readable rows with six probabilities (float64), 0 to 1.
 
-    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``). Also returns
-    ``path, reason`` of slices that can't be decoded, or whose prediction is not a number.
+    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``); without
+    ``calibration`` probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded,
+    or whose prediction is not a number.
     """
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
-    groups = index.groupby("series_uid", sort=False)
-    for _, group in track(groups, "predict", len(groups), "series"):
+    counter = Counter("predict", len(index), "slice")
+    for _, group in index.groupby("series_uid", sort=False):
         places = group["position_mm"].to_numpy(np.float64)
         stride = stride_of(places, spacing_mm)
         logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
@@ -43,9 +49,12 @@ def predict_slices(
         values = to_probabilities(logits)
         odd = np.flatnonzero(~np.isfinite(values).all(axis=1))  # fp16 can overflow
         rejected += bad + [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
-        table = pd.DataFrame(np.delete(values, odd, axis=0), columns=list(CLASSES))
+        sound = np.delete(values, odd, axis=0)
+        table = pd.DataFrame(calibration.apply(sound) if calibration else sound, columns=list(CLASSES))
         rest = readable.drop(index=list(odd)).reset_index(drop=True).drop(columns=list(CLASSES), errors="ignore")
         parts.append(pd.concat([rest, table], axis=1))
+        counter.add(len(group))
+    counter.close()
     filled = [part for part in parts if len(part)]
     slices = pd.concat(filled, ignore_index=True) if filled else parts[0]
     return slices, pd.DataFrame(rejected, columns=["path", "reason"])

@@ -43,15 +43,23 @@ def blocks(page, *languages):
 
 
 def shell_lines(page):
-    """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments."""
+    """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments.
+
+    In a block with prompts the rest is output; a line that is answered with an error is wrong on purpose.
+    """
     for text in blocks(page, "", "bash", "sh"):
-        for line in text.replace("\\\n", " ").splitlines():
-            yield re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+        lines = text.replace("\\\n", " ").splitlines()
+        prompts = any(line.startswith("$ ") for line in lines)
+        for line, answer in pairwise([*lines, ""]):
+            if answer.startswith(("ichpipe: ", "Usage: ", "Error: ")) or (prompts and not line.startswith("$ ")):
+                continue
+            quiet = re.sub(r"'[^']*'", "QUOTED", line.strip().removeprefix("$ ")).replace('"', "")
+            yield re.sub(r"\s#.*$", "", quiet)
 
 
 def calls(line):
     """Yield the arguments of each call of ichpipe within a line of shell."""
-    for part in re.split(r"&&|\|\||;|\||\$\(|\bdo\b", line):
+    for part in re.split(r"&&|\|\||;|\||\$\(|\)|\bdo\b", line):
         words = part.split()
         if "ichpipe" in words[:20] and (words[0] == "ichpipe" or words[0] == "torchrun" or "=" in words[0]):
             yield shlex.split(part)[words.index("ichpipe") + 1 :]
