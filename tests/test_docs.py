@@ -131,10 +131,9 @@ def test_parameter_files_and_python_that_are_shown_are_valid(page, tmp_path):
             (tmp_path / "shown.yaml").write_text(text)
             load_params(tmp_path / "shown.yaml")
     for text in blocks(page, "python"):
-        if not text.startswith("--8<--"):
-            compile(text, named(page), "exec")
-            for names in re.findall(r"^from ichpipe import (.*)$", text, re.MULTILINE):
-                assert set(names.split(", ")) <= set(ichpipe.__all__)
+        compile(text, named(page), "exec")
+        for names in re.findall(r"^from ichpipe import (.*)$", text, re.MULTILINE):
+            assert set(names.split(", ")) <= set(ichpipe.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -262,6 +261,17 @@ def test_styles_fetch_nothing(site):
     assert all(
         f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
     )
+
+
+@pytest.mark.slow
+def test_pages_hold_what_is_put_in_when_the_site_is_built(site):
+    for name in ("python", "reference/commands", "reference/parameters"):
+        assert "&lt;!--" not in (page := (site / f"{name}.html").read_text(encoding="utf-8"))
+        assert not re.search(r"<!-- (commands|parameters|examples)", page)
+    shown = (site / "python.html").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        first = script.read_text(encoding="utf-8").splitlines()[0].strip('"')
+        assert first in shown, f"docs/python.md does not show {script.name}"
 
 
 @pytest.mark.slow
