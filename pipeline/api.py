@@ -86,7 +86,7 @@ class Model:
         self, folder: Path, network: EndToEnd | SliceCnn, device: torch.device, calibration: Calibration | None
     ) -> None:
         self.folder, self.device, self.calibration = folder, device, calibration
-        self.spacing_mm = spacing_of(folder)  # of the slices that it was trained on
+        self.spacing_mm = spacing_of(folder)  # distance of the slices that it was trained on, mm
         network.to(device).eval()
         self._end_to_end = network if isinstance(network, EndToEnd) else None
         self._cnn = network.cnn if isinstance(network, EndToEnd) else network
