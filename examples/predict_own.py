@@ -14,12 +14,12 @@ arguments.add_argument("--model", default="artifacts/finetuned", help="folder of
 arguments.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
 given = arguments.parse_args()
 
-model = load_model(given.model)  # gpu="cpu" or gpu="0" chooses the device
+model = load_model(given.model)  # gpu="cpu" or "0" chooses the device; with the calibration beside it, if any
 
 # A folder: one series a study, chosen by rule; what can't be used is listed with the reason.
 found = model.predict_folder(given.path)
 given.out.mkdir(parents=True, exist_ok=True)
-for name in ("slices", "studies", "series", "rejected"):
+for name in ("slices", "studies", "series", "refused", "rejected"):
     getattr(found, name).to_csv(given.out / f"{name}.csv", index=False)
 print(
     f"{len(found.studies)} studies, {len(found.slices)} slices; {len(found.rejected)} files left out; see {given.out}"

@@ -18,7 +18,7 @@ from ichpipe.artifacts import MODEL_FILE
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.caches import Cache
-from ichpipe.calibration import Calibration, read_calibration
+from ichpipe.calibration import read_calibration
 from ichpipe.classes import CLASSES
 from ichpipe.ct import AIR_HU, MAX_HU
 from ichpipe.device import choose_device
@@ -26,19 +26,22 @@ from ichpipe.embedding import classify_hu, embed_hu, to_probabilities
 from ichpipe.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.feeding import fit_to_size, load_readable
 from ichpipe.inference import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
+from ichpipe.intake import take_in
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import read_header, spacing_of
 from ichpipe.models.weights import load_end_to_end, load_slice_cnn
+from ichpipe.params import SelectionParams
 from ichpipe.pooling import pool
 from ichpipe.progress import track
 from ichpipe.thin import smooth_thin, stride_of
-from ichpipe.volume import Found, Volume, find_slices
+from ichpipe.volume import Found, Volume, find_slices, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
 
+    from ichpipe.calibration import Calibration
     from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.pooling import StudyScore
     from ichpipe.volume import Paths
@@ -62,6 +65,7 @@ class Prediction:
     slices: pd.DataFrame  # slices.csv: identifiers, slice_index, position_mm, six probabilities
     studies: pd.DataFrame  # studies.csv: identifiers, n_slices, six probabilities
     series: pd.DataFrame  # series.csv: every series, whether it was taken, and why
+    refused: pd.DataFrame  # refused.csv: studies that are no head CT, and why
     rejected: pd.DataFrame  # rejected.csv: path, reason
     classes: tuple[str, ...] = CLASSES
 
@@ -79,14 +83,10 @@ class Model:
     """A trained model on a device. Made by `load_model`."""
 
     def __init__(
-        self,
-        folder: Path,
-        network: EndToEnd | SliceCnn,
-        device: torch.device,
-        spacing_mm: float,
-        calibration: Calibration | None = None,
+        self, folder: Path, network: EndToEnd | SliceCnn, device: torch.device, calibration: Calibration | None
     ) -> None:
-        self.folder, self.device, self.spacing_mm, self.calibration = folder, device, spacing_mm, calibration
+        self.folder, self.device, self.calibration = folder, device, calibration
+        self.spacing_mm = spacing_of(folder)  # distance of the slices that it was trained on, mm
         network.to(device).eval()
         self._end_to_end = network if isinstance(network, EndToEnd) else None
         self._cnn = network.cnn if isinstance(network, EndToEnd) else network
@@ -144,7 +144,7 @@ class Model:
 
         An array needs ``position_mm`` (n,), not falling, or ``spacing_mm``, the one distance of its slices: a model
         trained on slices 5 mm apart is shown thin ones as several interleaved series. ``study_score`` pools slices to a
-        study (``max``: Nguyen et al. 2020). Probabilities are calibrated as `load_model` says.
+        study (``max``: Nguyen et al. 2020). Whether what comes is a head is not looked at.
 
         Raises DataError for another shape, a value that is not finite, or places that fall; WeightsError if the model
         is a slice CNN alone.
@@ -157,29 +157,38 @@ class Model:
         values = to_probabilities(logits)
         if not np.isfinite(values).all():  # fp16 can overflow
             raise DataError("a prediction is not a number: half precision overflowed; load_model(folder, gpu='cpu')")
-        if self.calibration is not None:
+        if self.calibration:
             values = self.calibration.apply(values)
         smooth = smooth_thin(values, places)
         study = pool(smooth, np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
         return SeriesPrediction(values, study, self.classes)
 
     def predict_folder(
-        self, paths: Paths, *, all_series: bool = False, workers: int = 1, study_score: StudyScore = "max"
+        self,
+        paths: Paths,
+        *,
+        all_series: bool = False,
+        force: bool = False,
+        workers: int = 1,
+        study_score: StudyScore = "max",
     ) -> Prediction:
         """Predict what lies below ``paths`` (folder, zip, file, or several), one series a study or all of them.
 
-        The same numbers as ``ichpipe predict``, which also refuses what is no plain head CT. Files that can't be used
-        are in ``rejected``.
-        Raises as `find_slices` does; DataError where not one slice can be decoded.
+        The same as ``ichpipe predict`` (docs/predict.md): what is no head CT is in ``refused`` unless ``force``, files
+        that can't be used are in ``rejected``. Raises MissingFileError for a path that is not there, DataError where
+        nothing is left.
         """
-        found = find_slices(paths, all_series=all_series, workers=workers)
-        slices, bad = predict_slices(self._whole(), found.slices, self.device, self.spacing_mm, self.calibration)
-        rejected = _with(found, list(bad.itertuples(index=False, name=None)))
+        model = self._whole()
+        found = take_in(listed(paths), SelectionParams(), workers, one_per_study=not all_series, force=force)
+        slices, bad = predict_slices(model, found.slices, self.device, self.spacing_mm, self.calibration)
+        rejected = pd.concat([found.rejected, bad], ignore_index=True)[["path", "reason"]]
         if slices.empty:
-            raise DataError(f"none of {len(found.slices)} slices could be predicted; {rejected['reason'].iloc[-1]}")
-        return Prediction(
-            slices[SLICE_COLUMNS], score_series(slices, study_score), found.series, rejected, self.classes
-        )
+            why = found.refused["reason"].iloc[:1].to_list() or rejected["reason"].iloc[-1:].to_list()
+            raise DataError(
+                f"nothing to predict: {len(rejected)} files can't be used{''.join(f'; {one}' for one in why)}"
+            )
+        studies = score_series(slices, study_score)
+        return Prediction(slices[SLICE_COLUMNS], studies, found.series, found.refused, rejected, self.classes)
 
     def _whole(self) -> EndToEnd:
         if self._end_to_end is None:
@@ -197,9 +206,11 @@ class Model:
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
     """Load a model folder that ``finetune``, ``export`` or ``fit-slices`` has written; nothing is unpickled.
 
-    ``gpu`` is ``auto``, ``cpu`` or a number. With ``calibrated``, probabilities go through the maps that ``evaluate``
-    left beside the model (``calibration.json``), if it did. Raises MissingFileError where there is no model,
-    WeightsError where it or the calibration is damaged or of another kind, IchpipeError where there is no such GPU.
+    ``gpu`` is ``auto``, ``cpu`` or a number. With ``calibrated`` probabilities are taken through the calibration beside
+    the model, if there is one (docs/predict.md).
+
+    Raises MissingFileError where there is no model, WeightsError where it or its calibration is damaged or of another
+    kind, IchpipeError where there is no such GPU.
     """
     folder = Path(folder)
     device = choose_device(gpu)
@@ -210,8 +221,7 @@ def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True
             "slice CNN"
         )
     network = load_slice_cnn(folder) if kind == "slice-cnn" else load_end_to_end(folder)
-    calibration = read_calibration(folder) if calibrated and kind != "slice-cnn" else None
-    return Model(folder, network, device, spacing_of(folder), calibration)
+    return Model(folder, network, device, read_calibration(folder) if calibrated and kind == "end-to-end" else None)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ def predict_slices(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predict every series of ``index``, slices ordered: its readable rows with six probabilities (float64), 0 to 1.
 
-    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``). ``calibration``
-    maps the probabilities. Also returns ``path, reason`` of slices that can't be decoded, or whose prediction is not a
-    number.
+    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``); without
+    ``calibration`` probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded,
+    or whose prediction is not a number.
     """
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
     counter = Counter("predict", len(index), "slice")
@@ -50,7 +50,7 @@ def predict_slices(
         odd = np.flatnonzero(~np.isfinite(values).all(axis=1))  # fp16 can overflow
         rejected += bad + [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
         sound = np.delete(values, odd, axis=0)
-        table = pd.DataFrame(sound if calibration is None else calibration.apply(sound), columns=list(CLASSES))
+        table = pd.DataFrame(calibration.apply(sound) if calibration else sound, columns=list(CLASSES))
         rest = readable.drop(index=list(odd)).reset_index(drop=True).drop(columns=list(CLASSES), errors="ignore")
         parts.append(pd.concat([rest, table], axis=1))
         counter.add(len(group))

@@ -101,7 +101,7 @@ def find_slices(
 
     Raises MissingFileError for a path that is not there, DataError where not one slice is usable.
     """
-    scanned, rejected = scan(_listed(paths), workers)
+    scanned, rejected = scan(listed(paths), workers)
     chosen = choose(scanned, rejected, selection or SelectionParams(), one_per_study=not all_series)
     left_out = pd.concat([rejected, chosen.left_out], ignore_index=True)[["path", "reason"]]
     if chosen.slices.empty:
@@ -116,12 +116,13 @@ def _first(rejected: pd.DataFrame) -> str:
     return f"; the first is {row['path']}: {row['reason']}"
 
 
-def _listed(paths: Paths) -> list[Path]:
+def listed(paths: Paths) -> list[Path]:
+    """Return one path or several as a list."""
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
 
 
 def _named(paths: Paths) -> str:
-    first, *more = _listed(paths) or [Path()]
+    first, *more = listed(paths) or [Path()]
     return f"{first} and {len(more)} more" if more else str(first)
 
 

@@ -1,6 +1,5 @@
 """The Python interface: the same numbers as the command line and the store, lazily, with errors that say what to do."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -13,15 +12,13 @@ import pytest
 
 import ichpipe
 from ichpipe import CLASSES, IchpipeError, find_slices, load_model, open_store, read_hu, read_series, read_studies
-from ichpipe.calibration import Calibration, write_calibration
-from ichpipe.files import digest_of_file
 
 PROBABILITIES = list(CLASSES)
 
 
 @pytest.fixture(scope="module")
 def model(run):
-    return load_model(run.artifacts / "finetuned", gpu="cpu")
+    return load_model(run.artifacts / "finetuned", gpu="cpu", calibrated=False)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def test_slices_of_different_size_are_refused_as_an_array(write_ct):
 
 def test_folder_predicts_as_the_command_does(run, model, held_out, tmp_path):
     folder = held_out[0]
-    assert run("predict", folder, "--out", tmp_path, "--gpu", "cpu").exit_code == 0
+    assert run("predict", folder, "--out", tmp_path, "--gpu", "cpu", "--uncalibrated").exit_code == 0
     found = model.predict_folder(folder)
     for name, table in (("slices", found.slices), ("studies", found.studies)):
         written = pd.read_csv(tmp_path / f"{name}.csv", dtype={"patient_id": str, "study_uid": str, "series_uid": str})
@@ -137,29 +134,31 @@ def test_folder_predicts_as_the_command_does(run, model, held_out, tmp_path):
     assert found.rejected.empty
 
 
-@pytest.fixture
-def calibrated_model(run, tmp_path):
-    """Folder of the fine-tuned model with a temperature of 2 for `any` beside it."""
-    folder = tmp_path / "calibrated"
-    folder.mkdir()
-    shutil.copy(run.artifacts / "finetuned" / "model.safetensors", folder)
+def test_calibration_beside_the_model_is_applied_as_the_command_does(branch, held_out, volume, tmp_path):
+    from ichpipe.calibration import Calibration, write_calibration
+    from ichpipe.files import digest_of_file
+
+    folder = branch.artifacts / "finetuned"
     digest = digest_of_file(folder / "model.safetensors")
-    write_calibration(folder, Calibration(method="temperature", model_sha256=digest, temperature={"any": 2.0}))
-    return folder
+    write_calibration(folder, Calibration(method="temperature", model_sha256=digest, temperature={"any": 3.0}))
+    calibrated, plain = load_model(folder, gpu="cpu"), load_model(folder, gpu="cpu", calibrated=False)
+    assert branch("predict", held_out[0], "--out", tmp_path, "--gpu", "cpu").exit_code == 0
+    found = calibrated.predict_folder(held_out[0])
+    for name in ("slices", "studies"):
+        written = pd.read_csv(tmp_path / f"{name}.csv")[PROBABILITIES]
+        np.testing.assert_allclose(written, getattr(found, name)[PROBABILITIES], rtol=np.finfo(np.float32).eps)
+    one, raw = calibrated.predict(volume), plain.predict(volume)
+    here = (found.slices["series_uid"] == volume.series_uid).to_numpy()
+    assert np.array_equal(one.slices, found.slices[PROBABILITIES].to_numpy()[here])
+    assert np.array_equal(one.slices[:, 1:], raw.slices[:, 1:])
+    assert not np.allclose(one.slices[:, 0], raw.slices[:, 0])
 
 
-def test_calibration_is_applied_as_the_command_does(run, calibrated_model, held_out, volume, tmp_path):
-    args = ("predict", held_out[0], "--model", calibrated_model, "--out", tmp_path / "out", "--gpu", "cpu")
-    assert run(*args).exit_code == 0
-    written = pd.read_csv(tmp_path / "out" / "slices.csv")
-    model, raw = load_model(calibrated_model, gpu="cpu"), load_model(calibrated_model, gpu="cpu", calibrated=False)
-    found, plain = (one.predict_folder(held_out[0]).slices for one in (model, raw))
-    np.testing.assert_allclose(found[PROBABILITIES], written[PROBABILITIES], rtol=1e-6)
-    odds = np.sqrt(plain["any"] / (1 - plain["any"]))
-    np.testing.assert_allclose(found["any"], odds / (1 + odds), rtol=1e-9)
-    assert found[PROBABILITIES[1:]].equals(plain[PROBABILITIES[1:]])
-    rows = found[found["series_uid"] == volume.series_uid]
-    assert np.array_equal(model.predict(volume).slices, rows[PROBABILITIES].to_numpy())
+def test_what_is_no_head_ct_is_refused_unless_forced(model, write_series):
+    paths = write_series("few", [0.0, 5.0, 10.0])
+    with pytest.raises(IchpipeError, match="nothing to predict: 3 files can't be used; "):
+        model.predict_folder(paths[0].parent)
+    assert len(model.predict_folder(paths[0].parent, force=True).slices) == 3
 
 
 def test_array_predicts_as_the_folder_does(model, held_out, volume):

@@ -1,5 +1,6 @@
 """What the documentation shows is there: commands, options, keys, links, pictures; and it builds without a warning."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ from ichpipe.stages.cli import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CHROMIUM = "/usr/bin/chromium"
 LINES = re.MULTILINE | re.DOTALL
 SECTION = r"^## (.*?)\n(.*?)(?=^## |\Z)"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -43,21 +45,24 @@ def blocks(page, *languages):
 def shell_lines(page):
     """Yield what is typed into a shell: lines joined at backslashes, without prompts and comments.
 
-    A call whose shown answer is a refusal is left out: it is wrong on purpose.
+    In a block with prompts the rest is output; a line that is answered with an error is wrong on purpose.
     """
     for text in blocks(page, "", "bash", "sh"):
         lines = text.replace("\\\n", " ").splitlines()
-        for line, answer in zip(lines, [*lines[1:], ""], strict=True):
-            if not answer.startswith(("ichpipe: ", "Usage: ", "Error: ")):
-                yield re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+        prompts = any(line.startswith("$ ") for line in lines)
+        for line, answer in pairwise([*lines, ""]):
+            if answer.startswith(("ichpipe: ", "Usage: ", "Error: ")) or (prompts and not line.startswith("$ ")):
+                continue
+            quiet = re.sub(r"'[^']*'", "QUOTED", line.strip().removeprefix("$ ")).replace('"', "")
+            yield re.sub(r"\s#.*$", "", quiet)
 
 
 def calls(line):
     """Yield the arguments of each call of ichpipe within a line of shell."""
-    for part in re.split(r"&&|\|\||;|\||\$\(|\bdo\b", line.rstrip()):
+    for part in re.split(r"&&|\|\||;|\||\$\(|\)|\bdo\b", line):
         words = part.split()
         if "ichpipe" in words[:20] and (words[0] == "ichpipe" or words[0] == "torchrun" or "=" in words[0]):
-            yield shlex.split(part.removesuffix('"').removesuffix(")"))[words.index("ichpipe") + 1 :]
+            yield shlex.split(part)[words.index("ichpipe") + 1 :]
 
 
 def parse(arguments):
@@ -126,10 +131,9 @@ def test_parameter_files_and_python_that_are_shown_are_valid(page, tmp_path):
             (tmp_path / "shown.yaml").write_text(text)
             load_params(tmp_path / "shown.yaml")
     for text in blocks(page, "python"):
-        if not text.startswith("--8<--"):
-            compile(text, named(page), "exec")
-            for names in re.findall(r"^from ichpipe import (.*)$", text, re.MULTILINE):
-                assert set(names.split(", ")) <= set(ichpipe.__all__)
+        compile(text, named(page), "exec")
+        for names in re.findall(r"^from ichpipe import (.*)$", text, re.MULTILINE):
+            assert set(names.split(", ")) <= set(ichpipe.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -146,6 +150,26 @@ def test_relative_links_and_pictures_exist(page):
 def anchors(page):
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def messages_of_the_program():
+    """Every text in the sources, what is filled in at run time as an ellipsis."""
+    for folder in ("pipeline", "stages", "cache"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+
+
+def test_messages_in_troubleshooting_are_those_of_the_program():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    said = [row for row in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) if "command not found" not in row]
+    sources = "\n".join(messages_of_the_program()) + (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert len(said) > 15
+    for message in said:
+        for part in filter(None, (part.strip("' ") for part in re.split(r"…| (?=\()", message))):
+            assert part in sources, f"no message of ours has {part!r}, of {message!r}"
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +261,37 @@ def test_styles_fetch_nothing(site):
     assert all(
         f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
     )
+
+
+@pytest.mark.slow
+def test_pages_hold_what_is_put_in_when_the_site_is_built(site):
+    for name in ("python", "reference/commands", "reference/parameters"):
+        assert "&lt;!--" not in (page := (site / f"{name}.html").read_text(encoding="utf-8"))
+        assert not re.search(r"<!-- (commands|parameters|examples)", page)
+    shown = (site / "python.html").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        first = script.read_text(encoding="utf-8").splitlines()[0].strip('"')
+        assert first in shown, f"docs/python.md does not show {script.name}"
+
+
+@pytest.mark.slow
+def test_search_works_from_disk_with_the_network_off(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no {CHROMIUM}")
+    said = []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(viewport={"width": 1400, "height": 900})
+        context.set_offline(True)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("requestfailed", lambda request: said.append(request.url))
+        page.goto(f"file://{site}/reference/python.html")
+        page.wait_for_timeout(500)
+        page.keyboard.press("/")
+        page.keyboard.type("backbone", delay=20)
+        page.locator(".md-search-result__item").first.wait_for(timeout=20_000)
+        browser.close()
+    assert not said

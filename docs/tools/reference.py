@@ -1,7 +1,7 @@
 """The reference pages of commands and parameters, made from the code when the documentation is built.
 
-A page names what it wants by ``<!-- commands -->`` or ``<!-- parameters -->``. MkDocs calls what begins with
-``on_`` (``hooks`` in mkdocs.yml).
+A page names what it wants by ``<!-- commands -->``, ``<!-- parameters -->`` or ``<!-- examples/NAME.py -->``.
+MkDocs calls what begins with ``on_`` (``hooks`` in mkdocs.yml).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def on_startup(**_: Any) -> None:
     link = ROOT / "build" / "docs-source" / "ichpipe"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
-        link.symlink_to(ROOT / "pipeline", target_is_directory=True)
+        link.symlink_to(Path("..", "..", "pipeline"), target_is_directory=True)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -40,7 +40,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for mark, make in (("<!-- commands -->", commands), ("<!-- parameters -->", parameters)):
         if mark in markdown:
             markdown = markdown.replace(mark, _linked(make()))
-    return markdown
+    return re.sub(r"<!-- (examples/\w+\.py) -->", _script, markdown)
+
+
+def _script(found: re.Match[str]) -> str:
+    return f"```python\n{(ROOT / found[1]).read_text(encoding='utf-8')}```"
 
 
 def _linked(text: str) -> str:
