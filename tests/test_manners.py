@@ -122,7 +122,7 @@ def test_completion_is_silent_where_the_parameters_are_wrong(tmp_path):
 def test_a_bash_that_reads_it_completes():
     script = """
         eval "$(ichpipe completion bash)"
-        COMP_WORDS=(ichpipe exp); COMP_CWORD=1; _ichpipe_completion ichpipe; echo "${COMPREPLY[@]}"
+        COMP_WORDS=(ichpipe expo); COMP_CWORD=1; _ichpipe_completion ichpipe; echo "${COMPREPLY[@]}"
     """
     folder = os.path.dirname(sys.executable)  # noqa: PTH120
     found = subprocess.run(

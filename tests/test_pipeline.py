@@ -13,9 +13,9 @@ import pandas as pd
 import pydicom
 import pytest
 
+from ichpipe import inference
 from ichpipe.classes import CLASSES
 from ichpipe.quiet import quiet_pydicom
-from ichpipe.stages import predict
 from ichpipe.studies import read_index
 
 
@@ -256,7 +256,7 @@ def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder
 
 def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_one_series, tmp_path, monkeypatch):
     folder, rows = folder_of_one_series
-    before = predict.classify_series
+    before = inference.classify_series
 
     def overflow(*arguments, **options):
         logits, bad = before(*arguments, **options)
@@ -264,7 +264,7 @@ def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_o
         logits[2, 3] = float("nan")
         return logits, bad
 
-    monkeypatch.setattr(predict, "classify_series", overflow)
+    monkeypatch.setattr(inference, "classify_series", overflow)
     assert run("predict", folder, "--out", tmp_path).exit_code == 0
     assert pd.read_csv(tmp_path / "slices.csv")["sop_uid"].tolist() == rows["sop_uid"].drop(rows.index[2]).tolist()
     assert pd.read_csv(tmp_path / "rejected.csv")["reason"].tolist() == ["its prediction is not a number"]
