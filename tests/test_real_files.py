@@ -93,7 +93,7 @@ def test_predict_takes_the_same_series(run, philips, tmp_path):
 
 @pytest.mark.parametrize("name", ["cq500_real_dicom", "nema_wg04_ct_codecs", "rsna_real_slices"])
 def test_predict_reads_real_files(run, real_data, tmp_path, name):
-    result = run("predict", real_data / name, "--out", tmp_path)
+    result = run("predict", real_data / name, "--out", tmp_path, "--force")  # lone slices are refused otherwise
     assert result.exit_code == 0, result.output
     slices, rejected = pd.read_csv(tmp_path / "slices.csv"), pd.read_csv(tmp_path / "rejected.csv")
     files = [path for path in (real_data / name).rglob("*") if path.is_file()]
