@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 T = TypeVar("T")
 log = logging.getLogger("ichpipe")
 
 INTERVAL_S: Final = 30.0
 """Where there is no terminal, a line at most this often: a file keeps each of them."""
+NOTE_S: Final = 1.0
+"""A bar's note is made at most this often: reading a loss makes a GPU wait."""
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "batch") -> Iterator[T]:
@@ -35,24 +37,30 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
 
 
 class Counter:
-    """Counts work that arrives in lumps: a bar on a terminal, else a line every INTERVAL_S."""
+    """Counts work that arrives in lumps: a bar on a terminal, else a line every INTERVAL_S.
 
-    def __init__(self, what: str, total: int | None, unit: str) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+    ``note`` says how the work goes; it is called only where its text is shown.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str, note: Callable[[], str] | None = None) -> None:
+        self.what, self.total, self.unit, self.note, self.done = what, total, unit, note, 0
         wanted = log.isEnabledFor(logging.INFO)
         self._plain = wanted and not on_terminal()
         self._start = self._said = time.monotonic()
-        hidden = not wanted or self._plain
+        self._noted, hidden = self._start, not wanted or self._plain
         self._bar = tqdm(desc=what, total=total, unit=unit, leave=False, disable=hidden, dynamic_ncols=True)
 
     def add(self, amount: int) -> None:
         """Count ``amount`` more."""
         self.done += amount
-        self._bar.update(amount)
         now = time.monotonic()
+        if self.note and not self._bar.disable and now - self._noted >= NOTE_S:
+            self._noted = now
+            self._bar.set_postfix_str(self.note(), refresh=False)
+        self._bar.update(amount)
         if self._plain and now - self._said >= INTERVAL_S:
             self._said = now
-            log.info("%s", self._line(now - self._start))
+            log.info("%s%s", self._line(now - self._start), f"; {self.note()}" if self.note else "")
 
     def close(self) -> None:
         """Clear the bar; where lines were written, write how it ended."""

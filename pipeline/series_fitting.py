@@ -21,7 +21,7 @@ from ichpipe.mixing import draw_cut
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
 from ichpipe.parallel import all_sum, share
-from ichpipe.progress import track
+from ichpipe.progress import Counter
 from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
@@ -121,13 +121,17 @@ class EndToEndFitting:
         loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
         pixels = iter(batch_loader(self.slices, loads, self.workers))
         position.begin()
-        for batches in track(steps, f"epoch {epoch}", len(steps)):
+        slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
+        counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
+        for batches in steps:
             of_all = sum(batch.n_series for batch in batches)
             losses = []
             for batch in batches:
                 losses += self._backward(batch, next(pixels)[0], of_all) if batch.members else []
             step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
             position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
+            counter.add(sum(len(batch.images.rows) for batch in batches))
+        counter.close()
 
     @torch.inference_mode()
     def validate(self) -> float:

@@ -14,7 +14,7 @@ from ichpipe.feeding import batch_loader, batches_of, slice_loader
 from ichpipe.losses import weighted_bce_sum
 from ichpipe.mixing import draw_cut
 from ichpipe.parallel import all_sum, average_statistics, share
-from ichpipe.progress import track
+from ichpipe.progress import Counter
 from ichpipe.training import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
@@ -72,12 +72,16 @@ class SliceFitting:
         loads = [batch.needed_rows for batches in steps for batch in batches if batch.mine]
         pixels = iter(batch_loader(self.slices.train, loads, self.workers))
         position.begin()
-        for batches in track(steps, f"epoch {epoch}", len(steps)):
+        slices = sum(len(batch.rows) for batches in steps for batch in batches)
+        counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
+        for batches in steps:
             of_all = sum(len(batch.rows) for batch in batches)
             losses = [self._backward(batch, next(pixels)[0], of_all) for batch in batches if batch.mine]
             step(self.cnn, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
             mine = sum(len(batch.mine) for batch in batches)
             position.advance(torch.stack(losses).sum() * of_all / mine if losses else 0.0, mine)
+            counter.add(of_all)
+        counter.close()
         average_statistics(self.cnn)
 
     def validate(self) -> float:

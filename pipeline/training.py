@@ -33,6 +33,9 @@ Weights = dict[str, "Tensor"]
 SAVE_WITHIN_S = 300.0
 """Seconds between checkpoints within an epoch."""
 
+LOOK_STEPS = 50
+"""Steps between two looks at the loss: a GPU waits for each, and a run that has diverged should not go on for hours."""
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -114,6 +117,15 @@ class Position:
         self.losses.append(torch.as_tensor(loss).detach())
         self.weights.append(weight)
         self._after_step()
+
+    def latest(self) -> float:
+        """Return the mean loss of the last steps of this process, LOOK_STEPS at most; NaN before the first."""
+        last = [float(loss) for loss in self.losses[-LOOK_STEPS:]]
+        return math.fsum(last) / len(last) if last else math.nan
+
+    def note(self, optimizer: Optimizer) -> str:
+        """Say how the epoch goes: the latest loss and the first group's learning rate."""
+        return f"loss {self.latest():.4f}, learning rate {optimizer.param_groups[0]['lr']:.2g}"
 
     def mean(self) -> float:
         """Return the mean loss of the steps, over all processes; NaN where nothing counted."""
@@ -198,7 +210,11 @@ class Trainer:
     def _after_step(self) -> None:
         if self._average is not None:
             self._average.update_parameters(self.model)
-        if time.monotonic() - self._saved >= max(SAVE_WITHIN_S, self.save_every_s):
+        assert self._position is not None  # noqa: S101 - a step is part of an epoch
+        due = time.monotonic() - self._saved >= max(SAVE_WITHIN_S, self.save_every_s)
+        if due or self._position.step % LOOK_STEPS == 0:
+            self._finite(self._position.latest(), self._next_epoch())  # so that no checkpoint holds what has diverged
+        if due:
             self._save()
 
     def _validated(self, validate: Callable[[], float]) -> float:

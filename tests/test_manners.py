@@ -213,6 +213,16 @@ def test_long_work_in_a_pipe_says_rate_and_time_left_now_and_then(lines):
     ]
 
 
+def test_a_note_is_added_to_the_lines_and_made_only_for_them(lines):
+    made = []
+    counter = progress.Counter("epoch 1", 6, "slice", lambda: made.append(1) or f"loss 0.{len(made)}")
+    for _ in range(3):
+        counter.add(2)
+    counter.close()
+    assert [line.rpartition("; ")[2] for line in lines.messages[:-1]] == ["loss 0.1"]
+    assert made == [1]
+
+
 def test_short_work_in_a_pipe_says_nothing(lines, monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: 1.0)
     assert list(progress.track(range(3), "predict", 3)) == [0, 1, 2]
@@ -235,13 +245,14 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left_that_goes_away(monkeypatc
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(logging.getLogger("ichpipe"), "isEnabledFor", lambda _level: True)
-    counter = progress.Counter("extract", 40, "slice")
+    monkeypatch.setattr(progress, "NOTE_S", 0.0)
+    counter = progress.Counter("extract", 40, "slice", lambda: "loss 0.1")
     counter._bar.mininterval = 0
     counter._bar.ncols, counter._bar.dynamic_ncols = 80, None
     counter.add(10)
     counter._bar.refresh()
     bar = shown.getvalue().split("\r")[-1]
-    assert re.search(r"extract:  25%.*10/40 \[.*<.*slice/s\]", bar), bar
+    assert re.search(r"extract:  25%.*10/40 \[.*<.*slice/s, loss 0.1\]", bar), bar
     assert len(bar) <= 80
     counter.close()
     assert shown.getvalue().split("\r")[-1].strip() == ""

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from ichpipe import augment
+from ichpipe import augment, training
 from ichpipe.errors import TrainingError
 from ichpipe.feeding import SliceDataset, batches_of, fit_to_size
 from ichpipe.losses import weighted_bce
 from ichpipe.metrics import weighted_log_loss
 from ichpipe.models.specs import PREPROCESSING_VERSION
 from ichpipe.params import PAPER_WINDOWS, AugmentParams
-from ichpipe.training import Trainer, make_optimizer, make_schedule
+from ichpipe.training import LOOK_STEPS, Position, Trainer, make_optimizer, make_schedule
 from ichpipe.windows import Windows
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocessing.json"
@@ -307,6 +307,37 @@ def test_divergence_stops_with_the_remedy_and_keeps_the_last_good_state(tmp_path
         Toy(tmp_path, 3, script=[1.0, value]).run()
     again = Toy(tmp_path, 3, script=[0.9, 0.8])
     assert [line.val_loss for line in again.run()] == [1.0, 0.9, 0.8]
+
+
+def test_divergence_within_an_epoch_stops_it_and_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOOK_STEPS", 2)
+    monkeypatch.setattr(training, "SAVE_WITHIN_S", 0.0)  # a checkpoint after every step
+    toy = Toy(tmp_path, 3)
+
+    def train_epoch(epoch, position):
+        if epoch == 2 and position.step == 0:
+            position.advance(torch.tensor(0.5))
+            with torch.no_grad():
+                next(toy.model.parameters()).fill_(float("nan"))
+            position.advance(torch.tensor(float("nan")))
+            pytest.fail("the epoch went on")
+        toy.train_epoch(epoch, position)
+
+    with pytest.raises(TrainingError, match=r"nan in epoch 2.*learning rate"):
+        toy.trainer.run(train_epoch, toy.validate)
+    again = Toy(tmp_path, 3)
+    again.run()  # from the step before
+    assert again.epochs_seen == [2, 3]
+    assert bool(again.weights().isfinite().all())
+
+
+def test_an_epoch_says_its_latest_loss_and_learning_rate():
+    optimizer = make_optimizer([(nn.Linear(2, 1), 3e-4)], 0.0)
+    position = Position(3e-4, lambda: None)
+    assert position.note(optimizer) == "loss nan, learning rate 0.0003"
+    for loss in [100.0, *[0.25, 0.75] * (LOOK_STEPS // 2)]:
+        position.advance(loss)
+    assert position.note(optimizer) == "loss 0.5000, learning rate 0.0003"
 
 
 def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path, monkeypatch):
