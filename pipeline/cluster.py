@@ -24,8 +24,9 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
 
     One worker runs in this process, which saves starting a second interpreter with torch in it.
     """
-    # Daemonic workers may not have children, and a decoding pool would need them.
-    with dask.config.set({"distributed.worker.daemon": False}):
+    # Daemonic workers may not have children, and a decoding pool would need them. A scheduler forgets workers that were
+    # silent for five minutes, as all are after a laptop has slept; here a worker that is gone closes its connection.
+    with dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.worker-ttl": None}):
         if scheduler:
             with _connect_to(scheduler) as client:
                 yield client
