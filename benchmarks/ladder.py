@@ -51,12 +51,8 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
     "average of weights, end to end": ("finetune", {"ema_decay": 0.99}),
     "each slice augmented for itself": ("finetune", {"augment_together": False}),
     "part by part": ("finetune", {"unfreeze_epochs": 1}),
-    "from in-sample": ("finetune", {"arm": "paper-in-sample"}),
 }
 """Section and changed parameters; pieces of stage two are arms of the parameter file."""
-
-ARMS_OF_SLICES = (SLICE_CNN, "paper-in-sample")
-"""What a piece of stage one is judged by; networks out of fold would cost five times as much."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,8 @@ class Run:
         raw = base.model_dump(by_alias=True)
         section, changes = PIECES.get(self.piece, ("", {}))
         if section == "fit-slices":
-            raw["sequence"] = {name: raw["sequence"][name] for name in ARMS_OF_SLICES}
-            raw["finetune"]["arm"], raw["fit-slices"]["folds"] = ARMS_OF_SLICES[-1], 0
+            raw["sequence"] = {SLICE_CNN: raw["sequence"][SLICE_CNN]}  # networks out of fold would cost five times more
+            raw["finetune"]["arm"], raw["fit-slices"]["folds"] = SLICE_CNN, 0
         if section:
             raw[section] |= changes
         for part in (raw["fit-slices"], raw["finetune"], *raw["sequence"].values()):
@@ -119,14 +115,14 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     own = {name: _arm(runs[BASE], name, name) for name in (*base.sequence, FINETUNED)}
     by_section: dict[str, list[Arm | None]] = {"fit-slices": [], "finetune": []}
     for piece, (section, _) in PIECES.items():
-        names = ARMS_OF_SLICES if section == "fit-slices" else (FINETUNED,)
-        by_section[section] += [_arm(runs[piece], name, f"{name}, {piece}") for name in names]
-    of_sequence = [own[name] for name in base.sequence if name not in (SLICE_CNN, "paper-in-sample")]
-    rungs = ("moving-average", "paper-in-sample", base.finetune.arm, FINETUNED)
+        of_piece = SLICE_CNN if section == "fit-slices" else FINETUNED
+        by_section[section].append(_arm(runs[piece], of_piece, f"{of_piece}, {piece}"))
+    rungs = ("moving-average", f"{base.finetune.arm}-in-sample", base.finetune.arm, FINETUNED)
+    pieces = [name for name in base.sequence if name not in {SLICE_CNN, *rungs}]
     wanted = {
-        "ladder": [own[SLICE_CNN], *(own.get(name) for name in rungs)],
-        "stage one": [own[SLICE_CNN], own["paper-in-sample"], *by_section["fit-slices"]],
-        "stage two": [own[base.finetune.arm], *(arm for arm in of_sequence if arm is not own[base.finetune.arm])],
+        "ladder": [own[SLICE_CNN], *(own[name] for name in rungs)],
+        "stage one": [own[SLICE_CNN], *by_section["fit-slices"]],
+        "stage two": [own[base.finetune.arm], *(own[name] for name in pieces)],
         "end to end": [own[FINETUNED], *by_section["finetune"]],
     }
     settings = base.evaluate.bootstrap()

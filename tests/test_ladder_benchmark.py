@@ -34,7 +34,7 @@ def base(request):
 
 def test_every_piece_changes_its_section_and_nothing_else(ladder, base, tmp_path):
     plain = ladder.Run(ladder.BASE, 7, tmp_path).params(base).model_dump(by_alias=True)
-    assert plain["fit-slices"]["seed"] == plain["finetune"]["seed"] == plain["sequence"]["paper"]["seed"] == 7
+    assert plain["fit-slices"]["seed"] == plain["finetune"]["seed"] == plain["sequence"]["bilstm"]["seed"] == 7
     for piece, (section, changes) in ladder.PIECES.items():
         changed = ladder.Run(piece, 7, tmp_path).params(base).model_dump(by_alias=True)
         assert any(changed[section][key] != plain[section][key] for key in changes), piece
@@ -58,18 +58,18 @@ def test_tables_hold_what_is_complete_with_intervals(ladder, base, tmp_path):
     truth = np.array([0.0, 1.0] * 8)
     for seed in (0, 1):
         folder = Artifacts(ladder.Run(ladder.BASE, seed, tmp_path).folder / "cv")
-        for arm, probability in ((ladder.SLICE_CNN, 0.5), ("paper", 0.4)):
+        for arm, probability in ((ladder.SLICE_CNN, 0.5), ("bilstm", 0.4)):
             write_predictions(predicted(probability, truth), folder.sequence(arm), POOLED)
             write_json(folder.sequence(arm) / "record.json", {"n_parameters": 3})
         write_table(predicted(0.3, truth), folder.predictions / f"{FINETUNED}.parquet")
     found = ladder.tables(base, tmp_path, [0, 1, 2])
-    assert [row["arm"] for row in found["ladder"]["own"]] == [ladder.SLICE_CNN, "paper", FINETUNED]
+    assert [row["arm"] for row in found["ladder"]["own"]] == [ladder.SLICE_CNN, "bilstm", FINETUNED]
     first = found["ladder"]["own"][0]
     assert first["seeds"] == 2
     assert first["weighted_log_loss"] == pytest.approx([math.log(2)] * 3)
     assert first["auc_any"] == pytest.approx([0.5] * 3)
-    paper = found["ladder"]["arms"][1]["gain"]["weighted_log_loss"]["value"]
+    gain = found["ladder"]["arms"][1]["gain"]["weighted_log_loss"]["value"]
     by_hand = 2 / 7 * 0.5 * (math.log(0.4) + math.log(0.6)) + 5 / 7 * math.log(0.6) + math.log(2)
-    assert paper == pytest.approx(by_hand)
+    assert gain == pytest.approx(by_hand)
     assert [row["arm"] for row in found["end to end"]["own"]] == [FINETUNED]
     assert "| slice-cnn | 2 | 0.6931 [0.6931, 0.6931] | 0.5000" in ladder.as_text(found)
