@@ -31,13 +31,17 @@ class ComputePlugin(WorkerPlugin):
 
     name = PLUGIN
 
-    def __init__(self, make_compute: Callable[[int], Compute]) -> None:
-        self.make_compute = make_compute
+    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int]) -> None:
+        self.make_compute, self.numbers = make_compute, numbers
         self.compute: Compute | None = None
 
     def setup(self, worker: Worker) -> None:
-        """Build the function; the worker's number lets it choose its device."""
-        number = worker.name if isinstance(worker.name, int) else 0
+        """Build the function; the worker's number on its machine lets it choose its device.
+
+        Workers of our own cluster are named by numbers, and keep theirs when they are started anew. Others are
+        numbered by address; one that joins later is number 0.
+        """
+        number = worker.name if isinstance(worker.name, int) else self.numbers.get(worker.address, 0)
         self.compute = self.make_compute(number)
 
 
