@@ -3,8 +3,8 @@
 python benchmarks/growth.py --out growth.json        # 1,000 to 50,000 slices, and 752,803; 3 GB of disk
 
 Every size is a process of its own. "Above start" is the most memory it held less what it held with all libraries
-loaded. Files are small and the network is tiny, so that rows and names, which grow, weigh as much as they can. At RSNA's
-size all rows but a sample are in the store before, and the sample is computed: the index is whole, the disk is not.
+loaded. Files are small and the network is tiny, so that rows and names, which grow, weigh as much as they can. At
+RSNA's size all rows but a sample are in the store before: the index is whole, the disk is not.
 """
 
 from __future__ import annotations
