@@ -1,4 +1,4 @@
-"""Archives for benchmarks: files with the headers of real RSNA 2019 slices, or like them, and eight pixels a side."""
+"""Archives for benchmarks: files with the headers of real RSNA 2019 slices, or like them, and few pixels a side."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_headers(n_series: int = 60, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["series", "ImagePositionPatient", "ImageOrientationPatient"])
 
 
-def write_archive(folder: Path, headers: pd.DataFrame, n_slices: int) -> None:
+def write_archive(folder: Path, headers: pd.DataFrame, n_slices: int, side_px: int = SIDE_PX) -> None:
     """Write ``folder/dicom/ID_*.dcm``, one flat folder as Kaggle's, and ``folder/stage_2_train.csv``.
 
     Whole series in turn, each time under new UIDs, until there are ``n_slices``.
@@ -53,13 +53,13 @@ def write_archive(folder: Path, headers: pd.DataFrame, n_slices: int) -> None:
     labels = [f"{uid}_{name}" for uid in ["%s"] for name in (*CLASSES[1:], "any")]
     with (folder / "stage_2_train.csv").open("w") as table:
         table.write("ID,Label\n")
-        for uid, content, positive in _slices(headers, n_slices):
+        for uid, content, positive in _slices(headers, n_slices, side_px):
             (folder / "dicom" / f"{uid}.dcm").write_bytes(content)
             table.writelines(f"{row % uid},{int(positive and row.endswith(('any', 'subdural')))}\n" for row in labels)
 
 
-def _slices(headers: pd.DataFrame, n_slices: int) -> Iterator[tuple[str, bytes, bool]]:
-    template, generator = _template(), np.random.default_rng(0)
+def _slices(headers: pd.DataFrame, n_slices: int, side_px: int) -> Iterator[tuple[str, bytes, bool]]:
+    template, generator = _template(side_px), np.random.default_rng(0)
     groups = [group.to_numpy() for _, group in headers.groupby("series")]
     made = series = 0
     while made < n_slices:
@@ -78,7 +78,7 @@ def _slices(headers: pd.DataFrame, n_slices: int) -> Iterator[tuple[str, bytes, 
         series += 1
 
 
-def _template() -> bytes:
+def _template(side_px: int) -> bytes:
     """One file with the 24 elements of an RSNA slice, and marks of fixed length where slices differ."""
     dataset: Any = Dataset()
     dataset.file_meta = FileMetaDataset()
@@ -91,11 +91,11 @@ def _template() -> bytes:
         dataset.add_new("ImagePositionPatient", "LO", "X" * 64)
         dataset.add_new("ImageOrientationPatient", "LO", "D" * 72)
         dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.Rows = dataset.Columns = SIDE_PX
+        dataset.Rows = dataset.Columns = side_px
         dataset.PixelSpacing, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = ["0.488281"] * 2, 16, 16, 15
         dataset.PixelRepresentation, dataset.WindowCenter, dataset.WindowWidth = 1, "40", "150"
         dataset.RescaleIntercept, dataset.RescaleSlope = "-1024", "1"
-        dataset.PixelData = bytes(2 * SIDE_PX**2)
+        dataset.PixelData = bytes(2 * side_px**2)
         dataset["PixelData"].VR = "OW"
         file = BytesIO()
         dataset.save_as(file, enforce_file_format=True)

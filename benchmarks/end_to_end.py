@@ -8,17 +8,15 @@ highest above what it held with the model loaded; on a GPU what PyTorch had allo
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import store
+import kit
 import torch
 
 from ichpipe.device import autocast, choose_device
@@ -29,26 +27,29 @@ from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.params import PAPER_WINDOWS
 
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--slices", type=int, nargs="+", default=[8, 16, 32, 60])
     parser.add_argument("--plain", type=int, nargs="*", default=[8, 16], help="lengths for plain backpropagation")
     parser.add_argument("--chunk", type=int, default=4)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "SLICES"), help="measure one in this process")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one[0], int(options.one[1]), options)))
-        return
-    text = json.dumps(run(options), indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "SLICES"), help="measure one in this process, and print it")
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios."""
+    found: dict[str, float | None] = {"largest over smallest peak of memory": result["largest_over_smallest_peak"]}
+    for one in result["ratios"]:
+        found[f"{one['slices']} slices, memory of plain"] = one["memory_of_plain_over_chunked"]
+        found[f"{one['slices']} slices, seconds, times as long"] = one["seconds_of_chunked_over_plain"]
+    return found
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -66,8 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ]
     peaks = [one["peak_mb"] for one in found]
     return {
-        "machine": store.machine() | {"threads": torch.get_num_threads()},
-        "parameters": {name: str(value) for name, value in vars(options).items()},
+        "threads": torch.get_num_threads(),
         "chunked": found,
         "plain": plain,
         "largest_over_smallest_peak": max(peaks) / min(peaks),
@@ -138,8 +138,7 @@ def held(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    with Path("/proc/self/status").open(encoding="ascii") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+    return kit.status_mb()
 
 
 def peak(device: torch.device) -> float:
@@ -149,5 +148,19 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def measure_all(_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all lengths."""
+    return run(options)
+
+
+BENCHMARK = kit.Benchmark(
+    "plain backpropagation through the whole series", measure_all, ratios, add_options,
+    {"backbone": "resnet10t", "size": 64, "slices": [4, 12], "plain": [12]},
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    options = BENCHMARK.parse(__doc__, sys.argv[1:])
+    if options.one:
+        print(json.dumps(measure(options.one[0], int(options.one[1]), options)))
+    else:
+        BENCHMARK.main(__file__, __doc__)

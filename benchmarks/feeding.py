@@ -9,17 +9,14 @@ resized to the size of the model. The cache reads the same whatever the encoding
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gdcm
+import kit
 import numpy as np
 import pandas as pd
-import store
 import torch
 
 from ichpipe.feeding import load_slice
@@ -29,6 +26,7 @@ from ichpipe.pixels import fill_pixel_cache
 from ichpipe.stages import phantom
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 ENCODINGS = {
@@ -37,21 +35,21 @@ ENCODINGS = {
 }
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--dicom", type=Path)
     parser.add_argument("--file-px", type=int, default=512)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 256])
     parser.add_argument("--slices", type=int, default=120)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), options)
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios; above 1 the cache is faster."""
+    return {
+        f"{encoding}, {one['size_px']} px": value
+        for one in result["sizes"]
+        for encoding, value in one["cache_over_decoding"].items()
+    }
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 "kilobytes_per_slice": disk / len(index) / 1024,
             }
         )
-    return {"machine": store.machine(), "slices": len(files["uncompressed"]), "sizes": sizes}
+    return {"slices": len(files["uncompressed"]), "sizes": sizes}
 
 
 def originals(folder: Path, options: argparse.Namespace) -> list[Path]:
@@ -124,5 +122,10 @@ def rate(read: Any, paths: Sequence[Path]) -> float:
     return len(paths) / min(seconds)
 
 
+BENCHMARK = kit.Benchmark(
+    "decoding the files of each encoding", run, ratios, add_options,
+    {"file_px": 64, "sizes": [32], "slices": 20},
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

@@ -5,17 +5,15 @@ python benchmarks/kills.py --kills 50 --out kills.json
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kit
 import numpy as np
 
 from ichpipe.cache import upkeep
@@ -24,22 +22,29 @@ from ichpipe.cache.place import Place
 from ichpipe.cache.reader import EmbeddingStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import store_kit as kit
+import store_kit
+
+if TYPE_CHECKING:
+    import argparse
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), options.kills, options.seed)
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run it."""
+    return run(folder, options.kills, options.seed)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratio."""
+    return {
+        "share of kills after which a wrong number was read": result["wrong_numbers_read_after_a_kill"]
+        / result["kills"]
+    }
 
 
 def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     n_series, done, stores, wrong_reads = 40, 0, 0, 0
     whole = folder / "whole"
     _finish(whole, n_series)
-    slices = kit.Slices([3] * n_series)
+    slices = store_kit.Slices([3] * n_series)
     same_rows = same_files = True
     while done < kills:
         path = folder / f"store-{stores}"
@@ -69,7 +74,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             if not killed or done >= kills:
                 break
         _finish(path, n_series)
-        kit.assert_holds(path, slices)
+        store_kit.assert_holds(path, slices)
         same_rows &= _rows(path) == _rows(whole)
         same_files &= _chunks(path) == _chunks(whole)
         if problems := upkeep.verify(Place(str(path))):
@@ -84,7 +89,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def _program(path: Path, n_series: int) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(kit.__file__)), str(path), str(n_series)]
+    command = [sys.executable, str(Path(store_kit.__file__)), str(path), str(n_series)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -98,7 +103,7 @@ def _finish(path: Path, n_series: int) -> None:
 def _refused_or_right(path: Path, slices: Any) -> bool:
     with contextlib.suppress(StoreError):
         try:
-            kit.assert_holds(path, slices)
+            store_kit.assert_holds(path, slices)
         except AssertionError:
             return False
     return True
@@ -111,8 +116,10 @@ def _rows(path: Path) -> list[bytes]:
 
 
 def _chunks(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in kit.chunk_files(path)}
+    return {str(file.relative_to(path)): file.read_bytes() for file in store_kit.chunk_files(path)}
 
+
+BENCHMARK = kit.Benchmark("a store that nobody disturbed", measure, ratios, add_options, {"kills": 2})
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

@@ -6,19 +6,17 @@ The largest size takes 4 GB of disk for small files, and a million inodes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import archives
+import kit
 import numpy as np
 import pydicom
 
@@ -27,27 +25,37 @@ from ichpipe.files import digest_of_file
 from ichpipe.quiet import quiet_pydicom
 from ichpipe.scan import CHUNK_FILES, read_headers
 
+if TYPE_CHECKING:
+    import argparse
+
 ROUNDS = 5
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--headers", type=Path, help="Table of real headers; made up if not given.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[75_000, 750_000])
     parser.add_argument("--sample", type=int, default=20_000, help="Files of the comparison with bare pydicom.")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run every size."""
     headers = archives.read_headers(options.headers) if options.headers else archives.make_headers()
-    result = {"headers": "real" if options.headers else "made up", "sizes": {}}
+    sizes = {}
     for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            result["sizes"][size] = run(Path(folder), headers, size, options.sample, options.workers)
-        text = json.dumps(result, indent=2)
-        if options.out:
-            options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        sizes[size] = run(folder / str(size), headers, size, options.sample, options.workers)
+        shutil.rmtree(folder / str(size))
+    return {"headers": "real" if options.headers else "made up", "sizes": sizes}
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios; above 1 we are faster."""
+    found = {}
+    for size, one in result["sizes"].items():
+        found[f"reader, {size} slices"] = one["bare_pydicom"]["ratio"]
+        found[f"whole command, {size} slices"] = one["ratio_of_the_whole_command"]
+    return found
 
 
 def run(folder: Path, headers: Any, n_slices: int, n_sample: int, workers: int) -> dict[str, Any]:
@@ -137,5 +145,10 @@ def _outputs(folder: Path, name: str) -> tuple[str, ...]:
     return found
 
 
+BENCHMARK = kit.Benchmark(
+    "pydicom.dcmread(stop_before_pixels=True) of the same files", measure, ratios, add_options,
+    {"sizes": [600], "sample": 100},
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

@@ -5,37 +5,50 @@ python benchmarks/score.py --out score.json        # 674,258 slices, 17,000 pati
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kit
 import numpy as np
 import pandas as pd
 
 from ichpipe.classes import CLASSES
 
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
 PREVALENCE = (0.1440, 0.0041, 0.0483, 0.0352, 0.0476, 0.0630)
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+BARE = """
+import pandas as pd
+from sklearn.metrics import log_loss, roc_auc_score
+names = {names!r}
+labels, found = (pd.read_csv(path).set_index("sop_uid") for path in ("labels.csv", "predictions.csv"))
+found = found.loc[labels.index]
+[(log_loss(labels[name], found[name]), roc_auc_score(labels[name], found[name])) for name in names]
+"""
+"""What a user would write: no intervals, no checks, and the tables are wide."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--slices", type=int, default=674_258)
     parser.add_argument("--patients", type=int, default=17_000)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), options.slices, options.patients)
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run it."""
+    return run(folder, options.slices, options.patients)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios."""
+    return {f"{name}, times as long": seconds / result["bare_seconds"] for name, seconds in result["seconds"].items()}
 
 
 def run(folder: Path, n_slices: int, n_patients: int) -> dict[str, Any]:
@@ -52,9 +65,10 @@ def run(folder: Path, n_slices: int, n_patients: int) -> dict[str, Any]:
         "by slice, wide tables": ("predictions.csv", "labels.csv"),
         "by slice, submission and Kaggle's labels": ("submission.csv", "labels-long.csv"),
     }
-    timed = {name: measure(folder, *pair) for name, pair in pairs.items()}
+    timed = {name: scored(folder, *pair) for name, pair in pairs.items()}
+    bare = seconds_of(folder, [sys.executable, "-c", BARE.format(names=CLASSES)])
     megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {"n_slices": n_slices, "seconds": timed, "largest_process_mb": round(megabytes)}
+    return {"n_slices": n_slices, "seconds": timed, "bare_seconds": bare, "largest_process_mb": round(megabytes)}
 
 
 def make_tables(n_slices: int, n_patients: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -84,13 +98,22 @@ def long(table: pd.DataFrame, path: Path) -> None:
     rows[["ID", "Label"]].to_csv(path, index=False, float_format="%.6g")
 
 
-def measure(folder: Path, predictions: str, labels: str) -> float:
+def scored(folder: Path, predictions: str, labels: str) -> float:
     """Return the seconds of one call."""
-    code = f"from ichpipe.stages.cli import main; main({['score', predictions, labels, '--format', 'rsna']!r})"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-    return round(time.perf_counter() - start, 1)
+    return seconds_of(folder, kit.ichpipe("score", predictions, labels, "--format", "rsna"))
 
+
+def seconds_of(folder: Path, command: list[str]) -> float:
+    """Return the seconds that a program takes."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return round(time.perf_counter() - start, 2)
+
+
+BENCHMARK = kit.Benchmark(
+    "pandas and scikit-learn: log loss and AUC of two wide tables, without intervals", measure, ratios, add_options,
+    {"slices": 600, "patients": 30},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

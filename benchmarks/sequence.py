@@ -9,20 +9,18 @@ training and validation, timed by the lines that the command logs.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
 import re
 import resource
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import extract_unchanged
+import kit
 import numpy as np
 import pandas as pd
 import simulate
@@ -50,14 +48,16 @@ from ichpipe.params import PAPER_WINDOWS, load_params
 from ichpipe.series import Shuffle, hold_on, read_series, train_batches
 from ichpipe.studies import read_index, write_outputs
 
+if TYPE_CHECKING:
+    import argparse
+
 PAPER = {"cell": "lstm", "hidden": 512, "layers": 2, "inputs": ["embedding"], "warmup_epochs": 0.1}
 AVERAGE = {"cell": "average", "inputs": ["logits"]}
 EPOCH = re.compile(r"epoch (\d+)/\d+: train ([\d.]+), validation ([\d.]+)")
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--slices", type=int, default=752_803)
     parser.add_argument("--series", type=int, default=21_744)
     parser.add_argument("--backbone", default="resnet50")
@@ -67,15 +67,11 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--labels", type=Path, nargs="*", default=[])
     parser.add_argument("--headers", type=Path)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = run(Path(folder), options)
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratio."""
+    return {"end to end, times as long": result["end_to_end_epoch_over_cached_epoch"]}
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -99,8 +95,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     step = end_to_end(options)
     train_slices = fits["paper"]["train_slices"] = written.pop("train_slices")
     return {
-        "machine": store.machine() | {"threads": torch.get_num_threads()},
-        "parameters": {name: str(value) for name, value in vars(options).items()},
+        "threads": torch.get_num_threads(),
         "labels": describe(made, rows),
         "write": written,
         "loading": loading(params_file, artifacts),
@@ -170,8 +165,7 @@ def fit(folder: Path, params_file: Path, arm: str) -> dict[str, Any]:
 def command(folder: Path, params_file: Path, *words: str) -> dict[str, Any]:
     """Run a command of ours; its seconds, its lines with the time at which each came, and peak memory so far."""
     start = time.perf_counter()
-    code = "from ichpipe.stages.cli import main; main()"
-    line = [sys.executable, "-c", code, "--params", str(params_file), "--artifacts", str(folder / "artifacts"), *words]
+    line = kit.ichpipe("--params", params_file, "--artifacts", folder / "artifacts", *words)
     lines: list[tuple[float, str]] = []
     with subprocess.Popen(
         line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ
@@ -248,5 +242,10 @@ def _real_lengths(headers: Path) -> np.ndarray:
     return table.groupby("SeriesInstanceUID").size().to_numpy()
 
 
+BENCHMARK = kit.Benchmark(
+    "an epoch of stage two on cached embeddings", run, ratios, add_options,
+    {"slices": 12_000, "series": 346, "backbone": "resnet10t", "size": 32, "batch_series": 8, "precision": "fp32"},
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

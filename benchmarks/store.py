@@ -5,21 +5,15 @@ python benchmarks/store.py --out store.json        # RSNA's size: 752,803 x 2048
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import kit
 import numpy as np
 
 from ichpipe.cache import layout, upkeep
@@ -31,23 +25,12 @@ from ichpipe.cache.rows import Rows, encode_uids
 from ichpipe.cache.writer import Work, update
 from ichpipe.cluster import connect
 
+if TYPE_CHECKING:
+    import argparse
+
 CLASSES = ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 CHUNK_ROWS = 4096
 RANDOM_SERIES = 2000
-
-
-def main() -> None:
-    """Run all parts and print them."""
-    options = _options()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        sizes = options.slices, options.series, options.dim
-        known = np.loadtxt(options.lengths, dtype=int) if options.lengths else None
-        rest = {"rounds": options.rounds, "with_dvc": not options.no_dvc, "known_lengths": known}
-        result = run(Path(folder), *sizes, **rest)
-    text = json.dumps(result, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
 
 
 def run(
@@ -65,7 +48,7 @@ def run(
     rows, block = make_rows(lengths), random_block(dim)
     generation = Generation({"weights": "benchmark"}, dim, CLASSES, CHUNK_ROWS)
     path = folder / "embeddings.zarr"
-    result: dict[str, Any] = {"parameters": {"slices": n_slices, "series": n_series, "dim": dim}, "machine": machine()}
+    result: dict[str, Any] = {}
     result["write"] = write_both(folder, path, generation, rows, block, rounds)
     memory_map = np.memmap(folder / "plain.dat", np.float16, "r", shape=(n_slices, dim))
     result["read"] = read_both(path, memory_map, rows)
@@ -313,28 +296,37 @@ def dvc_times(folder: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Name what the figures were measured on."""
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "zarr", "dask", "google-crc32c")},
-    }
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--slices", type=int, default=752_803)
     parser.add_argument("--series", type=int, default=21_744)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--lengths", type=Path, help="text file, one series' number of slices a line, to draw from")
     parser.add_argument("--rounds", type=int, default=3, help="of writing")
-    parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--no-dvc", action="store_true")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
 
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run all parts."""
+    known = np.loadtxt(options.lengths, dtype=int) if options.lengths else None
+    sizes = options.slices, options.series, options.dim
+    return run(folder, *sizes, rounds=options.rounds, with_dvc=not options.no_dvc, known_lengths=known)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios; above 1 the store is faster, but for random series, where it is times as long."""
+    return {
+        "write through Dask": result["write"]["ratio_through_dask"],
+        "epoch": result["read"]["epoch_ratio"],
+        "first epoch, checksums compared": result["read"]["first_epoch_ratio"],
+        "random series, times as long": result["read"]["random_series_times_slower"],
+    }
+
+
+BENCHMARK = kit.Benchmark(
+    "one plain numpy.memmap of the same rows", measure, ratios, add_options,
+    {"slices": 6000, "series": 173, "dim": 16, "rounds": 1, "no_dvc": True},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main())
+    BENCHMARK.main(__file__, __doc__)

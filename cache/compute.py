@@ -31,28 +31,52 @@ class ComputePlugin(WorkerPlugin):
 
     name = PLUGIN
 
-    def __init__(self, make_compute: Callable[[int], Compute]) -> None:
-        self.make_compute = make_compute
+    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int]) -> None:
+        self.make_compute, self.numbers = make_compute, numbers
         self.compute: Compute | None = None
 
     def setup(self, worker: Worker) -> None:
-        """Build the function; the worker's number lets it choose its device."""
-        number = worker.name if isinstance(worker.name, int) else 0
+        """Build the function; the worker's number on its machine lets it choose its device.
+
+        Workers of our own cluster are named by numbers, and keep theirs when they are started anew. Others are
+        numbered by address; one that joins later is number 0.
+        """
+        number = worker.name if isinstance(worker.name, int) else self.numbers.get(worker.address, 0)
         self.compute = self.make_compute(number)
 
 
 def compute_chunk(address: str, segment: str, rows: slice, inputs: list[Any]) -> int:
-    """Compute one chunk of rows and write it, ``embedding`` last. Returns the number of its rows."""
-    plugin: Any = get_worker().plugins[PLUGIN]
-    embedding, logit = plugin.compute(inputs)
-    write_rows(Place(address), segment, rows, {"logit": logit, "embedding": embedding}, inputs)
+    """Compute one chunk of rows and write it, ``embedding`` last. Returns the number of its rows.
+
+    A worker may die between writing a chunk and saying so: then the task comes again, and the chunk is there.
+    """
+    place = Place(address)
+    if not _is_there(place, segment, rows):
+        plugin: Any = get_worker().plugins[PLUGIN]
+        embedding, logit = plugin.compute(inputs)
+        write_rows(place, segment, rows, {"logit": logit, "embedding": embedding}, inputs)
     return len(inputs)
+
+
+def _is_there(place: Place, segment: str, rows: slice) -> bool:
+    """Say whether a chunk of a local store is whole, by the sizes of its files, as `survey` does."""
+    if place.local is None:
+        return False
+    for array in _row_arrays(place, segment).values():
+        file = place.local / array.path / "c" / str(rows.start // int(array.chunks[0])) / "0"
+        if not file.exists() or file.stat().st_size != layout.chunk_bytes(array):
+            return False
+    return True
+
+
+def _row_arrays(place: Place, segment: str) -> dict[str, zarr.Array[Any]]:
+    store = place.zarr_store(read_only=False)
+    return {name: zarr.open_array(store, path=f"{segment}/{name}", mode="r+") for name in layout.ROW_ARRAYS}
 
 
 def write_rows(place: Place, segment: str, rows: slice, values: dict[str, NDArray[Any]], inputs: Sequence[Any]) -> None:
     """Write one whole chunk of a segment's row arrays; values that are not finite in float16 are refused."""
-    store = place.zarr_store(read_only=False)
-    arrays = {name: zarr.open_array(store, path=f"{segment}/{name}", mode="r+") for name in layout.ROW_ARRAYS}
+    arrays = _row_arrays(place, segment)
     for name, array in arrays.items():
         _check(values[name], (len(inputs), array.shape[1]), inputs)
     for name, array in arrays.items():

@@ -20,6 +20,9 @@ UID_BYTES = 64
 DIGEST_BYTES = 32
 """SHA-256."""
 
+PIECE_ROWS = 2**14
+"""Texts are encoded in pieces: as Python objects all of them would take several times the memory of their codes."""
+
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -86,10 +89,13 @@ def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.in
 
 def encode_uids(uids: Sequence[str]) -> Codes:
     """Encode UIDs as NUL-padded ASCII, shape (n, 64): Zarr v3 has no settled fixed-length string."""
-    for uid in uids:
-        if not uid.isascii() or not 0 < len(uid) <= UID_BYTES:
-            raise StoreError(f"UID {uid[:80]!r} is not 1 to {UID_BYTES} ASCII characters")
-    packed = np.array(uids, dtype=f"S{UID_BYTES}") if len(uids) else np.zeros(0, f"S{UID_BYTES}")
+    packed = np.zeros(len(uids), dtype=f"S{UID_BYTES}")
+    for start in range(0, len(uids), PIECE_ROWS):
+        piece = uids[start : start + PIECE_ROWS]
+        for uid in piece:
+            if not uid.isascii() or not 0 < len(uid) <= UID_BYTES:
+                raise StoreError(f"UID {uid[:80]!r} is not 1 to {UID_BYTES} ASCII characters")
+        packed[start : start + len(piece)] = piece
     return packed.view(np.uint8).reshape(len(uids), UID_BYTES)
 
 
@@ -105,7 +111,11 @@ def decode_uids(codes: Codes) -> list[str]:
 
 def encode_digests(digests: Sequence[str]) -> Codes:
     """Encode SHA-256 digests in hexadecimal as bytes, shape (n, 32)."""
-    packed = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8)
-    if packed.size != len(digests) * DIGEST_BYTES:
-        raise StoreError("a row's source must be a SHA-256 digest of 64 hexadecimal digits")
-    return packed.reshape(-1, DIGEST_BYTES)
+    packed = np.zeros((len(digests), DIGEST_BYTES), dtype=np.uint8)
+    for start in range(0, len(digests), PIECE_ROWS):
+        piece = digests[start : start + PIECE_ROWS]
+        found = np.frombuffer(bytes.fromhex("".join(piece)), dtype=np.uint8)
+        if found.size != len(piece) * DIGEST_BYTES:
+            raise StoreError("a row's source must be a SHA-256 digest of 64 hexadecimal digits")
+        packed[start : start + len(piece)] = found.reshape(-1, DIGEST_BYTES)
+    return packed

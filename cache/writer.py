@@ -8,6 +8,8 @@ renaming; the manifest that makes rows visible is written last. So a reader sees
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ class Work:
     """How rows are computed.
 
     ``inputs`` has one picklable value a row, handed in lists to the function that ``make_compute`` builds once per
-    worker (called with the worker's number). It returns embeddings (n, D) and logits (n, C), float32.
+    worker (called with the worker's number on its machine). It returns embeddings (n, D) and logits (n, C), float32.
     ``connect`` opens a Dask client; it is called only where there is something to compute. ``known`` gives arrays
     with one row for each of the row numbers asked for, to be stored beside them.
     """
@@ -127,21 +129,36 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
 
     from ichpipe.cache.compute import ComputePlugin, compute_chunk  # noqa: PLC0415
 
-    client.register_plugin(ComputePlugin(work.make_compute))
-    waiting = iter(tasks)
-    limit = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
+    client.register_plugin(ComputePlugin(work.make_compute, _numbers(_workers(client))))
+    waiting, running = iter(tasks), as_completed()  # type: ignore[no-untyped-call]
 
-    def submit(task: _Task) -> Any:
-        inputs = [work.inputs[row] for row in task.wanted]
-        place = f"{generation}/{task.segment}"
-        return client.submit(compute_chunk, address, place, task.rows, inputs, pure=False)
+    def fill() -> None:
+        """Submit as many as the workers that are there now can take: on a cluster they come and go."""
+        limit = TASKS_PER_WORKER * max(1, len(_workers(client)))
+        for task in itertools.islice(waiting, max(0, limit - running.count())):
+            inputs = [work.inputs[row] for row in task.wanted]
+            place = f"{generation}/{task.segment}"
+            running.add(client.submit(compute_chunk, address, place, task.rows, inputs, pure=False))  # type: ignore[no-untyped-call]
 
-    running = as_completed([submit(task) for _, task in zip(range(limit), waiting, strict=False)])  # type: ignore[no-untyped-call]
+    fill()
     for future in running:
         yield future.result()
-        following = next(waiting, None)
-        if following is not None:
-            running.add(submit(following))  # type: ignore[no-untyped-call]
+        fill()
+
+
+def _workers(client: Client) -> dict[str, Any]:
+    return dict(client.scheduler_info()["workers"])
+
+
+def _numbers(workers: dict[str, Any]) -> dict[str, int]:
+    """Number the workers of each machine from 0, by address."""
+    found: dict[str, int] = {}
+    next_of: Counter[str] = Counter()
+    for address in sorted(workers):
+        host = workers[address]["host"]
+        found[address] = next_of[host]
+        next_of[host] += 1
+    return found
 
 
 def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:

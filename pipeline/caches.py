@@ -7,8 +7,9 @@ out-of-fold ones where there are any; what is held out is always seen by the net
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ichpipe.artifacts import MODEL_FILE
 from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
@@ -77,13 +78,35 @@ class Cache:
 
     def rows(self) -> Rows:
         """Return its slices as the store names them."""
-        columns = (self.index[name].tolist() for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
+        columns = (Texts(self.index[name]) for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
         return Rows.of(*columns)
 
     def describe(self) -> str:
         """Say in a few words which one it is."""
         network = "slice CNN" if self.fold is None else f"slice CNN without fold {self.fold}"
         return network if self.view is None else f"{network}, view {self.view.number}"
+
+
+class Texts(Sequence[str]):
+    """A column of text as Python strings, made when they are asked for: as a list it would take twice the memory."""
+
+    def __init__(self, column: pd.Series[str]) -> None:
+        self._values = column.array
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        """Return one text, or several."""
+        found = self._values[row]
+        return found.tolist() if isinstance(row, slice) else found
 
 
 def store_address(params: Params, artifacts: Artifacts) -> str:

@@ -18,6 +18,7 @@ from ichpipe.ordering import find_ties_and_gaps, order_series
 from ichpipe.splits import SPLITS, assign_splits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -130,18 +131,19 @@ def write_rejected(out: Path, rejected: pd.DataFrame) -> None:
     write_text(out / "rejected.csv", rejected[["path", "reason"]].to_csv(index=False, lineterminator="\n"))
 
 
-def read_index(path: Path) -> pd.DataFrame:
-    """Read ``slices.parquet``: rows sorted by ``series_uid, slice_index``, columns of SCHEMA.
+def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.DataFrame:
+    """Read ``slices.parquet``: rows sorted by ``series_uid, slice_index``, all columns of SCHEMA or some.
 
     NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent.
     """
     require_file(path, "run `ichpipe prepare` first")
     try:
-        table = parquet.read_table(path)
+        there = parquet.read_schema(path).names
+        table = parquet.read_table(path, columns=[name for name in columns if name in there])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet file; run `ichpipe prepare` again") from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    missing = [name for name in SCHEMA.names if name not in there]
     if missing:
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; run `ichpipe prepare` again")
-    frame: pd.DataFrame = table.select(SCHEMA.names).cast(SCHEMA).to_pandas()
+    frame: pd.DataFrame = table.cast(pa.schema([SCHEMA.field(name) for name in columns])).to_pandas()
     return frame

@@ -13,7 +13,7 @@ from ichpipe.cache.layout import Generation
 from ichpipe.cache.place import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.writer import Work, update
-from ichpipe.caches import store_address, wanted_caches
+from ichpipe.caches import Texts, store_address, wanted_caches
 from ichpipe.device import choose_devices
 from ichpipe.embedding import MakeEmbedder, SliceInput, view_parameters
 from ichpipe.models.weights import load_slice_cnn
@@ -37,13 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
+COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")
+"""What is used of the index; the other half of its bytes stays on disk."""
+
 
 def run(
     params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 1, scheduler: str | None = None
 ) -> None:
     """Fill every generation that the parameters ask for; slices whose file and network are known cost nothing."""
     devices = tuple(str(device) for device in choose_devices(gpu))
-    index = read_index(artifacts.index)
+    index = read_index(artifacts.index, COLUMNS)
     place = Place(store_address(params, artifacts))
     with contextlib.ExitStack() as stack:
         connect = _once(stack, max(workers, len(devices)), scheduler)
@@ -78,7 +81,7 @@ class Slices(Sequence[SliceInput]):
     """The rows of an index as inputs, each made when it is asked for: mostly, none is."""
 
     def __init__(self, index: pd.DataFrame) -> None:
-        self._columns = [index[name].tolist() for name in ("path", "series_uid", "file_digest")]
+        self._columns = [Texts(index[name]) for name in ("path", "series_uid", "file_digest")]
 
     def __len__(self) -> int:
         """Return the number of slices."""

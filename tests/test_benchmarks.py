@@ -1,7 +1,7 @@
 """The benchmarks run at a tiny size and count what they should; nothing here looks at time."""
 
-import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)  # the scripts import each other by their names
 
 
 def load(name):
@@ -19,9 +24,37 @@ def load(name):
     return module
 
 
+def small(name, folder, *words):
+    """Run a benchmark as ``--small`` does; return its results, after a look at what stands beside them."""
+    bench = load(name)
+    options = bench.BENCHMARK.parse(bench.__doc__, ["--small", *words])
+    written = json.loads(json.dumps(bench.BENCHMARK.run(name, folder, options)))
+    assert written["benchmark"] == name
+    assert written["baseline"]
+    assert written["ratios"]
+    assert written["machine"]["cores"] >= 1
+    assert {"torch", "zarr", "python"} <= written["versions"].keys()
+    return written["result"]
+
+
+def test_the_command_lists_every_script_and_passes_small_on(tmp_path, monkeypatch, capsys):
+    command = load("__main__")
+    assert {"store", "extract_unchanged", "kills", "prepare", "score", "feeding", "sequence", "end_to_end"} <= set(
+        command.names()
+    )
+    assert command.main(["--small", "--only", "score", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "score.json").read_text())
+    assert written["parameters"]["slices"] == 600
+    assert "score (" in capsys.readouterr().out
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    (tmp_path / "broken.py").write_text('if __name__ == "__main__":\n    raise SystemExit(3)\n')
+    assert command.names() == ["broken"]
+    assert command.main(["--only", "broken", "--out", str(tmp_path)]) == 1
+    assert "broken: exit code 3" in capsys.readouterr().out
+
+
 def test_store(tmp_path):
-    bench = load("store")
-    result = bench.run(tmp_path, 6000, 173, 16, rounds=1, with_dvc=False)
+    result = small("store", tmp_path)
     assert result["write"]["rows_computed"] == 6000
     assert result["unchanged"]["rows_computed"] == 0
     part = result["one_percent_changed"]
@@ -39,17 +72,14 @@ def test_series_lengths_sum_up():
     assert (lengths.min(), lengths.max()) == (20, 60)
 
 
-def test_extract_unchanged(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    result = load("extract_unchanged").run(tmp_path, 3000, 87)
+def test_extract_unchanged(tmp_path):
+    result = small("extract_unchanged", tmp_path)
     assert len(result["seconds"]) == 3
     assert result["said"] == "slice CNN: all 3000 slices are there"
 
 
-def test_prepare(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    bench = load("prepare")
-    result = bench.run(tmp_path, bench.archives.make_headers(12), 600, 100, 2)  # outputs that differ would end it
+def test_prepare(tmp_path):
+    result = small("prepare", tmp_path)["sizes"]["600"]  # outputs that differ would end it
     assert result["bare_pydicom"]["ratio"] > 0
     assert result["ratio_of_the_whole_command"] > 0
     for name in ("one_worker", "again", "workers", "stopped"):
@@ -57,28 +87,22 @@ def test_prepare(tmp_path, monkeypatch):
 
 
 def test_score(tmp_path):
-    result = load("score").run(tmp_path, 600, 30)
+    result = small("score", tmp_path)
     assert len(result["seconds"]) == 4
     assert min(result["seconds"].values()) > 0
 
 
 @pytest.mark.slow
 def test_kills(tmp_path):
-    result = load("kills").run(tmp_path, 2, 0)
+    result = small("kills", tmp_path)
     assert result["kills"] >= 2
     assert result["wrong_numbers_read_after_a_kill"] == 0
     assert result["rows_identical_to_an_undisturbed_store"]
     assert result["chunk_files_identical"]
 
 
-def test_sequence(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    bench = load("sequence")
-    options = argparse.Namespace(
-        slices=12_000, series=346, backbone="resnet10t", size=32, epochs=2, batch_series=8, precision="fp32", labels=[],
-        headers=None, folder=None, out=None,
-    )  # fmt: skip
-    result = bench.run(tmp_path, options)
+def test_sequence(tmp_path):
+    result = small("sequence", tmp_path)
     assert result["labels"]["linear_head_loss"] == pytest.approx(0.063, abs=0.002)
     drawn, wanted = (result["labels"][name]["any"] for name in ("prevalence", "prevalence_of_the_table"))
     assert drawn == pytest.approx(wanted, abs=0.06)
@@ -89,8 +113,7 @@ def test_sequence(tmp_path, monkeypatch):
     assert set(scores) == {"slice-cnn", "moving-average", "paper"}
 
 
-def test_simulated_neighbours_correlate_as_asked(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+def test_simulated_neighbours_correlate_as_asked():
     simulate = load("simulate")
     lengths = np.full(400, 30)
     noise = simulate.neighbourly(lengths, 4, 0.7, np.random.default_rng(0)).reshape(400, 30, 4)
@@ -99,22 +122,15 @@ def test_simulated_neighbours_correlate_as_asked(monkeypatch):
     assert abs(float((noise[1:, 0] * noise[:-1, -1]).mean())) < 0.1  # another study's neighbour is no neighbour
 
 
-def test_end_to_end(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    bench = load("end_to_end")
-    options = argparse.Namespace(
-        backbone="resnet10t", size=64, slices=[4, 12], plain=[12], chunk=4, precision="fp32", one=None, out=None
-    )
-    result = bench.run(options)
+def test_end_to_end(tmp_path):
+    result = small("end_to_end", tmp_path)
     assert [one["slices"] for one in result["chunked"]] == [4, 12]
     assert all(one["seconds"] > 0 for one in result["chunked"] + result["plain"])
     assert result["ratios"][0]["slices"] == 12
 
 
-def test_feeding(tmp_path, monkeypatch):
+def test_feeding(tmp_path):
     pytest.importorskip("gdcm")
-    monkeypatch.syspath_prepend(FOLDER)
-    options = argparse.Namespace(dicom=None, file_px=64, sizes=[32], slices=20, out=None)
-    (found,) = load("feeding").run(tmp_path, options)["sizes"]
+    (found,) = small("feeding", tmp_path)["sizes"]
     assert set(found["cache_over_decoding"]) == {"uncompressed", "jpeg_lossless", "jpeg_2000_lossless"}
     assert all(value > 0 for value in found["slices_per_second"].values())
