@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +19,7 @@ from ichpipe.errors import DataError, UnreadableDicomError
 from ichpipe.header_cache import HeaderCache
 from ichpipe.headers import SliceHeader, read_header
 from ichpipe.ordering import DIRECTIONS, POSITION, TIE_MM, order_series
+from ichpipe.processes import process_pool
 from ichpipe.progress import Counter
 
 if TYPE_CHECKING:
@@ -100,20 +98,14 @@ def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]
     if workers <= 1 or sum(map(len, chunks)) < PROCESSES_FROM:
         yield from map(read_headers, chunks)
         return
-    # Started anew, not forked: this process has threads (pyarrow's), and a fork may inherit their locks.
-    anew = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=anew, initializer=_leave_interrupts_to_the_parent) as pool:
+        with process_pool(workers) as pool:
             yield from pool.map(read_headers, chunks)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that reads headers was killed, perhaps for want of memory; run again with fewer --workers "
             "(what was read is kept)"
         ) from error
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:
