@@ -111,10 +111,11 @@ def _members(session: int) -> list[int]:
     return found
 
 
-def _listing(folders: Sequence[Path]) -> list[tuple[Path, int, int]]:
+def _listing(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
     found = []
-    for path in (path for folder in folders for path in folder.rglob("*")):
-        with contextlib.suppress(OSError):
-            status = path.stat()
-            found.append((path, status.st_mtime_ns, status.st_size))
+    for parent, _, names in (walked for folder in folders for walked in os.walk(folder)):  # heeds no vanished folder
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(path := os.path.join(parent, name))  # noqa: PTH116, PTH118
+                found.append((path, status.st_mtime_ns, status.st_size))
     return found
