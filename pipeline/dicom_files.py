@@ -13,6 +13,7 @@ from pydicom.filereader import read_partial
 from ichpipe.archive import read_file
 from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.errors import UnreadableDicomError
+from ichpipe.terms import RESCALE_TYPES, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,7 +135,9 @@ def _rescale(elements: Elements) -> tuple[float, float]:
         raise UnreadableDicomError("RescaleSlope (0028,1053) is 0")
     kind = elements.text("RescaleType").upper()
     if kind not in HOUNSFIELD_TYPES:
-        raise UnreadableDicomError(f"RescaleType (0028,1054) is {kind[:16]!r}: values are not Hounsfield units")
+        raise UnreadableDicomError(
+            f"RescaleType (0028,1054) is {shown(kind, RESCALE_TYPES)}: values are not Hounsfield units"
+        )
     return slope, intercept
 
 

@@ -59,6 +59,7 @@ class PrepareParams(Section):
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
     val_fraction: Fraction = 0.15  # of all patients
     test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
+    hash_patient_ids: str | None = None  # env:NAME or a file with a secret key: PatientIDs become keyed hashes
     folds: Annotated[int, Field(ge=2)] = 5
     test_fold: Count | None = None  # cross-validation: this fold is the test set
     seed: Count = 0

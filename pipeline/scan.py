@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.archive import Found
+    from ichpipe.pseudonyms import Pseudonyms
 
 _TEXTS: Final = (
     "patient_id", "study_uid", "series_uid", "sop_uid", "path", "transfer_syntax", "file_digest", "image_type",
@@ -53,7 +54,12 @@ REJECTED: Final = ["path", "reason", "study_uid", "series_uid"]
 
 
 def scan(
-    roots: Sequence[Path], workers: int = 1, cache: Path | None = None, *, force: bool = False
+    roots: Sequence[Path],
+    workers: int = 1,
+    cache: Path | None = None,
+    *,
+    force: bool = False,
+    pseudonyms: Pseudonyms | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the headers of all files below ``roots`` and order the slices of each series.
 
@@ -61,13 +67,15 @@ def scan(
     those that ``order_series`` adds; and the rejected files as ``path, reason, study_uid, series_uid`` (empty
     where unknown), sorted by path. Every file is in exactly one of the two. ``workers`` processes read, which
     changes nothing in the result. With ``cache``, a folder, files that have not changed since are not read again.
-    ``force`` takes images of another modality or kind (``headers.FORCEABLE``), one process, no cache.
+    ``force`` takes images of another modality or kind (``headers.FORCEABLE``), one process, no cache. With
+    ``pseudonyms`` no PatientID leaves this function, nor is one kept in the cache.
     """
     listing = list_files(roots)
     if force:
-        headers = read_headers(listing.files, force=True)
+        headers = _hidden(read_headers(listing.files, force=True), pseudonyms)
     else:
-        headers = _read_all(listing.files, workers, HeaderCache(cache, HEADER_SCHEMA))
+        known = HeaderCache(cache, HEADER_SCHEMA, pseudonyms.mark if pseudonyms else "")
+        headers = _read_all(listing.files, workers, known, pseudonyms)
     refused = pc.is_valid(headers["reason"])
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "size", "stamp"]).to_pandas()
     rejected = [headers.filter(refused).select(REJECTED).to_pandas(), _rejected(listing.damaged)]
@@ -78,11 +86,12 @@ def scan(
     return slices, table.fillna("").reset_index(drop=True)
 
 
-def _read_all(files: list[Found], workers: int, cache: HeaderCache) -> pa.Table:
+def _read_all(files: list[Found], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
     known, unread = cache.split(files)
     chunks = [unread[start : start + CHUNK_FILES] for start in range(0, len(unread), CHUNK_FILES)]
     read, counter = [], Counter("headers", len(unread), "file") if len(chunks) > 1 else None
-    for table in _in_processes(chunks, workers):
+    for found in _in_processes(chunks, workers):
+        table = _hidden(found, pseudonyms)
         cache.add(table)
         read.append(table)
         if counter:
@@ -92,6 +101,17 @@ def _read_all(files: list[Found], workers: int, cache: HeaderCache) -> pa.Table:
     whole = pa.concat_tables([known, *read]).sort_by("path")
     cache.compact(whole)
     return whole
+
+
+def _hidden(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table:
+    """Replace each PatientID of a slice by its pseudonym."""
+    if pseudonyms is None:
+        return headers
+    place = headers.schema.get_field_index("patient_id")
+    given = headers["patient_id"].to_pylist()
+    hidden = iter(pseudonyms.of(one for one in given if one is not None))
+    values = pa.array([None if one is None else next(hidden) for one in given], pa.string())
+    return headers.set_column(place, "patient_id", values)
 
 
 def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]:

@@ -87,7 +87,12 @@ def predict(
     from ichpipe.stages.predict import Options, run
 
     params = settings.params()
-    chosen = Options(selection=params.prepare.selection, study_score=params.evaluate.study_score, **options)
+    chosen = Options(
+        selection=params.prepare.selection,
+        study_score=params.evaluate.study_score,
+        hash_patient_ids=params.prepare.hash_patient_ids,
+        **options,
+    )
     with alone_in(out, "predict"):
         return run(named, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
 
