@@ -84,6 +84,11 @@ class Tally:
     resumed: int = 0  # kills after which the stage ended with the bytes of the undisturbed run
     wrong: list[str] = field(default_factory=list)
 
+    def note(self, wrong: str) -> None:
+        """Keep what is wrong, and say it at once."""
+        self.wrong.append(wrong)
+        print(wrong, file=sys.stderr)
+
     @property
     def kills(self) -> int:
         """Return how many commands were ended."""
@@ -164,9 +169,9 @@ def _undisturbed(folder: Path, stage: Stage) -> tuple[float, int]:
 def _disturbed(
     here: Path, whole: Path, stage: Stage, facts: tuple[float, int], draw: random.Random, tally: Tally
 ) -> None:
-    """End a stage once or twice, let it run to its end, and compare."""
+    """End a stage two or three times, let it run to its end, and compare."""
     before = tally.kills
-    for _ in range(draw.choice((1, 2, 2))):
+    for _ in range(draw.choice((2, 2, 3))):
         number, command = draw.choice(SIGNALS), draw.choice(stage.commands)
         group = number == signal.SIGINT or (number == signal.SIGTERM and draw.random() < 0.5)
         wait = (
@@ -177,16 +182,17 @@ def _disturbed(
         found = killing.strike(_line(command), here, number, wait, group=group)
         tally.ends[_kind(found, number)] += 1
         if found.strays:
-            tally.wrong.append(f"{stage.name}: {found.strays} processes left by {number.name}")
-        if found.alive and "Traceback" in found.stderr:
-            tally.wrong.append(f"{stage.name}: {number.name}: {found.stderr[-1500:]}")
+            tally.note(f"{stage.name}: {found.strays} processes left by {number.name}")
+        if "Traceback" in found.stderr and found.code != -number:
+            tally.note(f"{stage.name}: {number.name}: {found.stderr[-3000:]}")
         if found.alive and found.code != 0:
             tally.stages[stage.name] += 1
             tally.signals[number.name] += 1
     with killing.start(_line(draw.choice(stage.commands)), here) as process:
         _, stderr = process.communicate()
     differences = [f"{stage.name}: {stderr[-800:]}"] if process.returncode else compare(here, whole, stage)
-    tally.wrong += differences
+    for one in differences:
+        tally.note(one)
     tally.resumed += 0 if differences else tally.kills - before
 
 

@@ -90,7 +90,7 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
         dataset = read_partial(BytesIO(data), force=True, specific_tags=wanted)  # dcmread without its preparations
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
-        raise UnreadableDicomError(reason) from error
+        raise UnreadableDicomError(reason) from None  # nor in a traceback
     if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
