@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-_LEFT: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # files.atomic_path
+_LEFT: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  # of files.atomic_path; of safetensors
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def hold(folder: Path, what: str, outputs: Sequence[Path] | None = None, resume:
             ) from error
         stack.callback(number.unlink, missing_ok=True)
         for place in [folder] if outputs is None else outputs:
-            _remove(place.glob(".*.tmp") if outputs is None else place.rglob(".*.tmp"))
+            _remove(place.glob(".*tmp*") if outputs is None else place.rglob(".*tmp*"))
         if resume is not None:
             _remove(resume.glob(f".{what}.*.tmp"))
         yield

@@ -12,6 +12,8 @@ KEPT = "what was finished is kept, and the same command goes on from there"
 
 def message_of(error: BaseException) -> str | None:
     """Return what to say of an error that the machine caused; None for any other one, which is a mistake of ours."""
+    if _is(error, "distributed", "scheduler", "KilledWorker"):
+        return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
     text = str(error)
     if _is(error, "torch", "OutOfMemoryError"):
         return (
@@ -25,8 +27,6 @@ def message_of(error: BaseException) -> str | None:
         return f"there is not enough memory; run again with fewer --workers or a smaller batch_size; {KEPT}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a process that decodes slices was killed, perhaps for want of memory; use fewer --workers; {KEPT}"
-    if _is(error, "distributed", "scheduler", "KilledWorker"):
-        return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
     return None
 
 

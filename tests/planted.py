@@ -35,7 +35,7 @@ class Planter:
         self.where = {}
 
     def word(self, what):
-        word = f"ZQ{len(self.where):04d}X"
+        word = f"ZQ{len(self.where):05d}X"
         self.where[word] = what
         return word
 
@@ -94,7 +94,7 @@ def found_in(content, words):
 
 
 def _words(text):
-    return {match.decode() for match in re.findall(rb"ZQ\d{4}X", text)}
+    return {match.decode() for match in re.findall(rb"ZQ\d{5}X", text)}
 
 
 def _as_date(word):
