@@ -33,10 +33,10 @@ PARAMS = """
 phantom: {studies: 16, size_px: 32, seed: 3}
 prepare: {dicom_dir: data/dicom, labels: data/stage_2_train.csv, size_px: 32, val_fraction: 0.2, test_fraction: 0.3,
   folds: 2}
-fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32, folds: 2}
+fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
 extract: {chunk_rows: 40, batch_size: 40}
 sequence:
-  paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1, out_of_fold: true}
+  paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
   floor: {cell: average, inputs: [logits]}
 finetune: {arm: paper, epochs: 2, chunk_slices: 9}
 evaluate: {bootstrap_samples: 20}
@@ -61,7 +61,6 @@ class Stage:
 
 
 _EVALUATED = tuple(f"artifacts/{name}" for name in ("metrics", "plots", "predictions", "compare", "finetuned"))
-_CROSS_VALIDATE = "--set fit-slices.folds=0 --set sequence.paper.out_of_fold=false cross-validate --arms-only"
 STAGES = (
     Stage("phantom", ("phantom --out data",), ("data",)),
     Stage("prepare", ("prepare",), ("artifacts/index",)),
@@ -74,7 +73,7 @@ STAGES = (
     Stage("export", ("export --out model",), ("model",)),
     Stage("predict", ("predict data/dicom --out predicted --kaggle predicted/kaggle.csv",), ("predicted",)),
     Stage("explain", ("explain data/dicom --out explained --panels 2",), ("explained",)),
-    Stage("cross-validate", (_CROSS_VALIDATE,), ("artifacts/cv",)),
+    Stage("cross-validate", ("cross-validate --arms-only",), ("artifacts/cv",)),
 )
 
 

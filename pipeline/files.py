@@ -21,8 +21,9 @@ FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of the operating system that mean: no more bytes here (disk, quota, size limit)."""
 
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
-_OTHER_WORDS: Final = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
-"""How libraries that write through C++ or Rust say it: their exceptions carry no error number."""
+_OTHER_WORDS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
+_TORCH: Final = ("PytorchStreamWriter", "inline_container.cc")
+"""How libraries that write through C++ or Rust say it: their exceptions carry no error number, torch's not even why."""
 
 
 @contextmanager
@@ -78,8 +79,10 @@ def _why_not_written(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         own = error.errno in FULL or error.errno == errno.EROFS or (error.errno in _REFUSED and error.filename2)
         return error.strerror if own else None
-    found = next((word for word in _OTHER_WORDS if word in str(error)), None)
-    return os.strerror(errno.ENOSPC) if found == _OTHER_WORDS[-1] else found
+    text = str(error)
+    if any(word in text for word in _TORCH):
+        return "torch could not write all of it: is the disk full?"
+    return next((word for word in _OTHER_WORDS if word in text), None)
 
 
 def _output_error(target: Path, why: str) -> OutputError:
