@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import killing
 
 PARAMS = """
-phantom: {studies: 16, size_px: 32, seed: 3}
+phantom: {studies: 8, size_px: 32, seed: 3}
 prepare: {dicom_dir: data/dicom, labels: data/stage_2_train.csv, size_px: 32, val_fraction: 0.2, test_fraction: 0.3,
   folds: 2}
 fit-slices: {backbone: resnet10t, epochs: 2, batch_size: 32, precision: fp32}
-extract: {chunk_rows: 40, batch_size: 40}
+extract: {chunk_rows: 24, batch_size: 24}
 sequence:
   paper: {cell: lstm, hidden: 8, layers: 2, epochs: 2, dropout: 0.1}
   floor: {cell: average, inputs: [logits]}
