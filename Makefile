@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 # Test processes; each computes with one thread, since threads that share a core wait for each other by spinning.
 WORKERS ?= 2
 
-.PHONY: env demo test lint types docs clean
+.PHONY: env demo test lint types audit docs clean
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -41,6 +41,10 @@ types: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p ichpipe
+
+# Known vulnerabilities of what is installed, where the public list can be reached; elsewhere it says that it can't.
+audit: env
+	$(BIN)/python .ci/audit.py
 
 # The documentation as a static site in build/site: open build/site/index.html. Nothing is fetched.
 docs: env

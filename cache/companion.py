@@ -84,7 +84,7 @@ def _blocks(store: EmbeddingStore, series_uids: Iterable[str], rows: int = 4096)
 
 def write(place: Place, store: EmbeddingStore, found: PrincipalComponents, chunk_rows: int) -> None:
     """Write the companion of all rows of a generation, unless it is there; former ones are removed."""
-    with place.lock(lambda: None):
+    with place.writing(), place.lock(lambda: None):
         group = layout.subgroup(layout.open_root(place, write=True), store.generation)
         manifest = str(group.attrs["manifest"])
         name = found.name(manifest)
@@ -93,6 +93,7 @@ def write(place: Place, store: EmbeddingStore, found: PrincipalComponents, chunk
             companion = group.require_group(name)
             _fill(companion, store, found, chunk_rows)
             companion.attrs["manifest"] = manifest
+            place.sync(f"{group.path}/{name}")
             group.attrs[POINTER] = name
         for other in layout.parts(place, group, layout.COMPANION).keys() - {name}:
             place.remove(f"{group.path}/{other}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ def write_chunk(place: Place, array: zarr.Array[Any], rows: slice, values: NDArr
         with temporary.open("wb", buffering=0) as handle:
             _write_all(handle, body.data)
             _write_all(handle, memoryview(google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little")))
+            os.fsync(handle.fileno())  # a chunk that is there counts as done, also after a power cut
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

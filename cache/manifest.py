@@ -54,6 +54,7 @@ def write_manifest(place: Place, group: zarr.Group, rows: Rows, segments: list[s
     name = layout.manifest_name(rows, chosen, where)
     if group.attrs.get("manifest") != name or not _is_whole(place, group):
         layout.create_manifest(group, name, rows, chosen, where)
+        place.sync(f"{group.path}/{name}")
         group.attrs["manifest"] = name
     for other in layout.parts(place, group, layout.MANIFEST).keys() - {name}:
         place.remove(f"{group.path}/{other}")

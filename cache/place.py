@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 """How the name of a file ends while zarr's LocalStore writes it; one that is left belongs to a killed process."""
+
+_NOT_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,32 @@ class Place:
         """Say whether anything is there."""
         self._fs.invalidate_cache()
         return bool(self._fs.exists(self._root))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the operating system says of a full disk, or of a folder that takes no files, into a StoreError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NOT_WRITTEN:
+                raise
+            raise StoreError(
+                f"{self} can't be written ({error.strerror}); make room there or let it be written to, then run the "
+                "same command again: chunks that were finished are kept"
+            ) from error
+
+    def sync(self, folder: str) -> None:
+        """Put the files of a folder, and their names, on the disk now. A remote store is left to its server."""
+        if self.local is None or os.name == "nt":  # Windows opens no folders
+            return
+        names = self.files(folder)
+        folders = {parent for name in names for parent in (self.local / name).parents if self.local in parent.parents}
+        for path in [self.local / name for name in names] + sorted(folders, reverse=True) + [self.local]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def lock(self, on_wait: Callable[[], None]) -> Iterator[None]:

@@ -200,7 +200,7 @@ def prune(place: Place, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool
     before = sum(place.files().values())
     removed, rows = [], 0
     freed_by_removal = 0
-    with place.lock(lambda: None):
+    with place.writing(), place.lock(lambda: None):
         root = layout.open_root(place, write=not dry_run)
         for name, group in layout.generations(place, root).items():
             if not keep(layout.identity_of(group)):

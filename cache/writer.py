@@ -2,7 +2,8 @@
 
 Chunks and tasks coincide because tasks that share a chunk lose rows silently. The worker that computed a chunk
 writes it; nothing but the inputs of its rows travels. Chunk files are written once, under their final name, by
-renaming; the manifest that makes rows visible is written last. So a reader sees the former rows or all new ones.
+renaming; the manifest that makes rows visible is written last, when all that it names is on the disk. So a reader sees
+the former rows or all new ones, also after a power cut.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def update(
     """
     if len(work.inputs) != len(rows):
         raise StoreError(f"{len(work.inputs)} inputs for {len(rows)} rows")
-    with place.lock(on_wait):
+    with place.writing(), place.lock(on_wait):
         group = layout.create_generation(layout.create_root(place), generation)
         _sweep(place, group.path)
         found = survey(place, group)
@@ -167,6 +168,7 @@ def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool
     absent = where[:, 0] == ABSENT
     if absent.any():
         raise StoreError(f"{place}: {int(absent.sum())} of {len(rows)} rows are not there; run: ichpipe extract")
+    place.sync(group.path)
     if keep_vanished:
         rows, where = _with_vanished(place, group, found, rows, where)
     write_manifest(place, group, rows, [segment.name for segment in found.segments], where)

@@ -10,6 +10,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from ichpipe.errors import IchpipeError
+from ichpipe.processes import interrupts_stay_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,9 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
             with _connect_to(scheduler) as client:
                 yield client
             return
-        with _local(workers) as cluster, Client(cluster) as client:  # type: ignore[no-untyped-call]
+        with interrupts_stay_here():
+            cluster = _local(workers)
+        with cluster, Client(cluster) as client:  # type: ignore[no-untyped-call]
             yield client
 
 

@@ -122,7 +122,7 @@ def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
         stored: NDArray[np.integer] = dataset.pixel_array
     except Exception as error:  # each codec has its own errors
         reason = f"pixels of transfer syntax {facts.transfer_syntax} can't be decoded ({type(error).__name__})"
-        raise UnreadableDicomError(reason) from error
+        raise UnreadableDicomError(reason) from None  # its message may quote the header
     if stored.shape != (facts.rows, facts.columns):
         raise UnreadableDicomError(f"decoded to {stored.shape}, the header says {facts.rows} x {facts.columns}")
     return stored

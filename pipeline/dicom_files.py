@@ -13,6 +13,7 @@ from pydicom.filereader import read_partial
 from ichpipe.archive import read_file
 from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.errors import UnreadableDicomError
+from ichpipe.terms import RESCALE_TYPES, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +90,7 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
         dataset = read_partial(BytesIO(data), force=True, specific_tags=wanted)  # dcmread without its preparations
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
-        raise UnreadableDicomError(reason) from error
+        raise UnreadableDicomError(reason) from None  # nor in a traceback
     if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
@@ -134,7 +135,9 @@ def _rescale(elements: Elements) -> tuple[float, float]:
         raise UnreadableDicomError("RescaleSlope (0028,1053) is 0")
     kind = elements.text("RescaleType").upper()
     if kind not in HOUNSFIELD_TYPES:
-        raise UnreadableDicomError(f"RescaleType (0028,1054) is {kind[:16]!r}: values are not Hounsfield units")
+        raise UnreadableDicomError(
+            f"RescaleType (0028,1054) is {shown(kind, RESCALE_TYPES)}: values are not Hounsfield units"
+        )
     return slope, intercept
 
 

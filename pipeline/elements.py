@@ -110,7 +110,7 @@ class Elements:
         try:
             value = self._dataset().get(keyword)
         except Exception as error:  # a damaged element; its text may quote the value, so it is not repeated
-            raise UnreadableDicomError(f"{keyword} can't be read ({type(error).__name__})") from error
+            raise UnreadableDicomError(f"{keyword} can't be read ({type(error).__name__})") from None
         if isinstance(value, (Sequence, bytes)):
             raise UnreadableDicomError(f"{keyword} is not text")
         parts = value if isinstance(value, MultiValue) else [] if value is None else [value]
@@ -153,5 +153,5 @@ def _whole_text(text: str, keyword: str) -> int | None:
 def _float(text: str, keyword: str, kind: str = "a number") -> float:
     try:
         return float(text if "_" not in text else "")  # 1_000 is Python's own notation, not DICOM's
-    except ValueError as error:
-        raise UnreadableDicomError(f"{keyword} is not {kind}") from error
+    except ValueError:
+        raise UnreadableDicomError(f"{keyword} is not {kind}") from None

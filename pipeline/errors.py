@@ -25,6 +25,14 @@ class MissingFileError(IchpipeError, FileNotFoundError):
     """An input that an earlier stage should have written, or the user should have named, is absent."""
 
 
+class OutputError(IchpipeError, OSError):
+    """A file can't be written: the disk is full, or the folder takes none."""
+
+
+class BusyError(IchpipeError, RuntimeError):
+    """Another process is writing the same outputs."""
+
+
 class DataError(IchpipeError, ValueError):
     """A table or a set of DICOM files can't be used as it stands."""
 

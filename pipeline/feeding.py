@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ichpipe import ct
 from ichpipe.errors import UnreadableDicomError
+from ichpipe.processes import interrupts_stay_here
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,15 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
 
 
+class _Loader(DataLoader[tuple[Tensor, Tensor, Tensor]]):
+    """A loader whose processes leave Ctrl-C to this one, which ends them."""
+
+    def __iter__(self) -> Any:
+        """Start the processes, if any."""
+        with interrupts_stay_here():
+            return super().__iter__()
+
+
 def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
     """Cut an order into batches; a single row left over joins the batch before it.
 
@@ -120,7 +130,7 @@ def batch_loader(
     dataset: SliceDataset, batches: Sequence[Sequence[int]], workers: int
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one)."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,

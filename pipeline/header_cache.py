@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from ichpipe import archive, ct, dicom_files, elements, headers, quick_parse, series_words
+from ichpipe import archive, ct, dicom_files, elements, headers, quick_parse, series_words, terms
 from ichpipe.files import atomic_path
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ _PARTS: Final = "headers-*.parquet"
 class HeaderCache:
     """Rows of HEADER_SCHEMA by path, size and stamp, below one folder; None keeps nothing."""
 
-    def __init__(self, folder: Path | None, schema: pa.Schema) -> None:
-        """Read what is there; a damaged part, or one by other code, is deleted."""
+    def __init__(self, folder: Path | None, schema: pa.Schema, mark: str = "") -> None:
+        """Read what is there; a damaged part, or one by other code or with another ``mark``, is deleted."""
         self._folder = folder
-        self._schema = schema.with_metadata({_MAKER: _maker().encode()})
+        self._schema = schema.with_metadata({_MAKER: f"{_maker()}{mark}".encode()})
         self._parts = [] if folder is None else sorted(folder.glob(_PARTS))
         self._tables = [table for path in self._parts if (table := self._read(path)) is not None]
 
@@ -100,7 +100,7 @@ def _last_of_each(paths: pa.ChunkedArray) -> np.ndarray:
 
 def _maker() -> str:
     """Name what decides the content of a row: our reading code, and the codecs that are installed."""
-    modules = (archive, ct, dicom_files, elements, headers, quick_parse, series_words)
+    modules = (archive, ct, dicom_files, elements, headers, quick_parse, series_words, terms)
     digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules))
     for name in _CODECS:
         digest.update(f"{name} {_version(name)}\n".encode())

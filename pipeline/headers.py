@@ -25,6 +25,7 @@ from ichpipe.errors import UnreadableDicomError
 from ichpipe.quick_parse import quick_elements
 from ichpipe.quiet import quiet_pydicom
 from ichpipe.series_words import marks_of
+from ichpipe.terms import MODALITIES, body_part, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class SliceHeader(NamedTuple):
     marks: str  # words that series_words knows of (0008,103E), (0018,1030) and (0008,1030); nothing else of them
     contrast_agent: bool  # (0018,0010) names one
     thickness_mm: float  # (0018,0050); NaN where absent
-    body_part: str  # (0018,0015), upper case; may be empty
+    body_part: str  # (0018,0015), as far as it is terms of the standard, upper case; may be empty
     instance_number: int | None  # (0020,0013); absent in RSNA
     position: tuple[float, float, float]  # (0020,0032), mm, patient coordinates
     row_direction: tuple[float, float, float]  # (0020,0037), first three: unit vector
@@ -124,7 +125,7 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
         marks=_marks(*map(elements.text, _SERIES_TEXTS)),
         contrast_agent=elements.text("ContrastBolusAgent").upper() not in _NO_AGENT,
         thickness_mm=elements.optional_float("SliceThickness"),
-        body_part=elements.text("BodyPartExamined").upper(),
+        body_part=body_part(elements.text("BodyPartExamined")),
         instance_number=elements.whole("InstanceNumber"),
         position=_vector(elements.floats("ImagePositionPatient", 3)),
         row_direction=row_direction,
@@ -151,14 +152,14 @@ def _require_ct_slice(elements: Elements) -> str:
     """Refuse what is no CT slice; return ImageType (0008,0008)."""
     modality = elements.text("Modality")
     if modality != "CT":
-        said = f"is {modality[:16]!r}" if modality else "is missing"
+        said = f"is {shown(modality, MODALITIES)}" if modality else "is missing"
         raise UnreadableDicomError(f"Modality (0008,0060) {said}, not CT")
     if elements.text("SOPClassUID").startswith(SECONDARY_CAPTURE):
         raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
     image_type = elements.text("ImageType").upper()
     for word in image_type.split("\\"):
-        if any(mark in word for mark in NOT_A_SLICE):
-            raise UnreadableDicomError(f"ImageType (0008,0008) says {word[:32]}: a localizer or screen, not a slice")
+        if said := next((mark for mark in NOT_A_SLICE if mark in word), None):
+            raise UnreadableDicomError(f"ImageType (0008,0008) says {said}: a localizer or screen, not a slice")
     return image_type
 
 

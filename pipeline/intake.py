@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ichpipe.params import SelectionParams
+    from ichpipe.pseudonyms import Pseudonyms
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,17 @@ def take_in(
     one_per_study: bool = True,
     judged: bool = True,
     force: bool = False,
+    pseudonyms: Pseudonyms | None = None,
 ) -> Intake:
     """Find the slices below ``paths`` and decide which of them are predicted (``selection``, ``head_ct``).
 
     Without ``judged`` nothing is refused. ``force`` takes what would be refused, as far as there are Hounsfield units.
+    With ``pseudonyms`` no PatientID is in what is returned.
     """
-    slices, rejected = scan(list(paths), workers)
+    slices, rejected = scan(list(paths), workers, pseudonyms=pseudonyms)
     overruled: dict[str, str] = {}
     if force:
-        slices, rejected, overruled = _by_force(slices, rejected)
+        slices, rejected, overruled = _by_force(slices, rejected, pseudonyms)
     chosen = choose(slices, rejected, params, one_per_study=one_per_study)
     rejected = pd.concat([rejected, chosen.left_out], ignore_index=True)
     if not judged:
@@ -92,13 +95,15 @@ def expand(arguments: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _by_force(slices: pd.DataFrame, rejected: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+def _by_force(
+    slices: pd.DataFrame, rejected: pd.DataFrame, pseudonyms: Pseudonyms | None
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Read again what was rejected for its modality or kind, of studies that have nothing else."""
     wanted = rejected["reason"].str.startswith(FORCEABLE) & ~rejected["study_uid"].isin(slices["study_uid"])
     if not wanted.any():
         return slices, rejected, {}
     again = rejected[wanted]
-    read, still = scan([Path(path) for path in again["path"]], force=True)
+    read, still = scan([Path(path) for path in again["path"]], force=True, pseudonyms=pseudonyms)
     reasons = again.set_index("path")["reason"]
     first = read.drop_duplicates("series_uid").set_index("series_uid")["path"].map(reasons)
     both = [part for part in (slices, read) if len(part)]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ichpipe.pseudonyms import Pseudonyms
     from ichpipe.tables import Table
 
     Floats = NDArray[np.float64]
@@ -56,6 +57,14 @@ class LabelTable:
     def of_slices(self) -> bool:
         """Whether a row is one slice."""
         return self.key == "sop_uid"
+
+    def hidden(self, pseudonyms: Pseudonyms | None) -> LabelTable:
+        """Return the table with each PatientID replaced by its pseudonym, where it names patients at all."""
+        if pseudonyms is None or self.key != "patient_id":
+            return self
+        names = {key: pseudonyms.of(value) for key, value in self.report.items() if key.endswith("_names")}
+        values = self.values.set_axis(pd.Index(pseudonyms.of(self.values.index), name=self.key)).sort_index()
+        return LabelTable(self.key, values, self.report | names)
 
 
 def read_labels(dataset: str, path: Path) -> LabelTable:

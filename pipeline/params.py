@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ichpipe.errors import MissingFileError, ParamsError, did_you_mean
 from ichpipe.param_keys import key_hint, written_out
@@ -59,6 +59,7 @@ class PrepareParams(Section):
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
     val_fraction: Fraction = 0.15  # of all patients
     test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
+    hash_patient_ids: str | None = None  # env:NAME or a file with a secret key: PatientIDs become keyed hashes
     folds: Annotated[int, Field(ge=2)] = 5
     test_fold: Count | None = None  # cross-validation: this fold is the test set
     seed: Count = 0
@@ -289,6 +290,14 @@ class Params(Section):
                 f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}{close}"
             )
         return self
+
+    @field_validator("sequence")
+    @classmethod
+    def _arms_are_folder_names(cls, arms: dict[str, SequenceParams]) -> dict[str, SequenceParams]:
+        for name in arms:
+            if not name.isprintable() or name.startswith((".", " ")) or set(name) & set("/\\:") or not name.strip():
+                raise ValueError(f"the arm {name!r} can't name a folder: no / \\ : in it, no point or blank first")
+        return arms
 
     @model_validator(mode="after")
     def _folds_agree(self) -> Params:

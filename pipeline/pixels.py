@@ -9,8 +9,6 @@ folds of the same files share one cache, and another size or preprocessing has a
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from ichpipe.errors import DataError
 from ichpipe.feeding import load_slices
 from ichpipe.files import digest_of
 from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.processes import process_pool
 from ichpipe.progress import Counter
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def _written(target: Path, starts: Sequence[int], paths: Sequence[str], size_px:
     if workers == 0 or len(tasks) < 2:
         yield from map(_write_shard, tasks)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn")) as pool:
+    with process_pool(min(workers, len(tasks))) as pool:
         yield from pool.map(_write_shard, tasks)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +19,7 @@ from ichpipe.errors import DataError, UnreadableDicomError
 from ichpipe.header_cache import HeaderCache
 from ichpipe.headers import SliceHeader, read_header
 from ichpipe.ordering import DIRECTIONS, POSITION, TIE_MM, order_series
+from ichpipe.processes import process_pool
 from ichpipe.progress import Counter
 
 if TYPE_CHECKING:
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.archive import Found
+    from ichpipe.pseudonyms import Pseudonyms
 
 _TEXTS: Final = (
     "patient_id", "study_uid", "series_uid", "sop_uid", "path", "transfer_syntax", "file_digest", "image_type",
@@ -55,7 +54,12 @@ REJECTED: Final = ["path", "reason", "study_uid", "series_uid"]
 
 
 def scan(
-    roots: Sequence[Path], workers: int = 1, cache: Path | None = None, *, force: bool = False
+    roots: Sequence[Path],
+    workers: int = 1,
+    cache: Path | None = None,
+    *,
+    force: bool = False,
+    pseudonyms: Pseudonyms | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the headers of all files below ``roots`` and order the slices of each series.
 
@@ -63,13 +67,15 @@ def scan(
     those that ``order_series`` adds; and the rejected files as ``path, reason, study_uid, series_uid`` (empty
     where unknown), sorted by path. Every file is in exactly one of the two. ``workers`` processes read, which
     changes nothing in the result. With ``cache``, a folder, files that have not changed since are not read again.
-    ``force`` takes images of another modality or kind (``headers.FORCEABLE``), one process, no cache.
+    ``force`` takes images of another modality or kind (``headers.FORCEABLE``), one process, no cache. With
+    ``pseudonyms`` no PatientID leaves this function, nor is one kept in the cache.
     """
     listing = list_files(roots)
     if force:
-        headers = read_headers(listing.files, force=True)
+        headers = _hidden(read_headers(listing.files, force=True), pseudonyms)
     else:
-        headers = _read_all(listing.files, workers, HeaderCache(cache, HEADER_SCHEMA))
+        known = HeaderCache(cache, HEADER_SCHEMA, pseudonyms.mark if pseudonyms else "")
+        headers = _read_all(listing.files, workers, known, pseudonyms)
     refused = pc.is_valid(headers["reason"])
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "size", "stamp"]).to_pandas()
     rejected = [headers.filter(refused).select(REJECTED).to_pandas(), _rejected(listing.damaged)]
@@ -80,11 +86,12 @@ def scan(
     return slices, table.fillna("").reset_index(drop=True)
 
 
-def _read_all(files: list[Found], workers: int, cache: HeaderCache) -> pa.Table:
+def _read_all(files: list[Found], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
     known, unread = cache.split(files)
     chunks = [unread[start : start + CHUNK_FILES] for start in range(0, len(unread), CHUNK_FILES)]
     read, counter = [], Counter("headers", len(unread), "file") if len(chunks) > 1 else None
-    for table in _in_processes(chunks, workers):
+    for found in _in_processes(chunks, workers):
+        table = _hidden(found, pseudonyms)
         cache.add(table)
         read.append(table)
         if counter:
@@ -96,24 +103,29 @@ def _read_all(files: list[Found], workers: int, cache: HeaderCache) -> pa.Table:
     return whole
 
 
+def _hidden(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table:
+    """Replace each PatientID of a slice by its pseudonym."""
+    if pseudonyms is None:
+        return headers
+    place = headers.schema.get_field_index("patient_id")
+    given = headers["patient_id"].to_pylist()
+    hidden = iter(pseudonyms.of(one for one in given if one is not None))
+    values = pa.array([None if one is None else next(hidden) for one in given], pa.string())
+    return headers.set_column(place, "patient_id", values)
+
+
 def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]:
     if workers <= 1 or sum(map(len, chunks)) < PROCESSES_FROM:
         yield from map(read_headers, chunks)
         return
-    # Started anew, not forked: this process has threads (pyarrow's), and a fork may inherit their locks.
-    anew = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=anew, initializer=_leave_interrupts_to_the_parent) as pool:
+        with process_pool(workers) as pool:
             yield from pool.map(read_headers, chunks)
     except BrokenProcessPool as error:
         raise DataError(
             "a process that reads headers was killed, perhaps for want of memory; run again with fewer --workers "
             "(what was read is kept)"
         ) from error
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:

@@ -129,6 +129,15 @@ def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: A
     what that describes. Raises DataError where the source can't be referred to.
     """
     require_reportable(sources)
+    try:
+        with quiet_pydicom():
+            return _made(sources, finding, algorithm)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
+        why = f"a header has what a report can't repeat ({type(error).__name__})"
+        raise DataError(why) from None
+
+
+def _made(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
     by_uid = {str(source.SOPInstanceUID): source for source in sources}
     groups = [_group(name, by_uid, finding, algorithm) for name in CLASSES]
     device = hd.sr.DeviceObserverIdentifyingAttributes(
@@ -144,8 +153,7 @@ def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: A
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources if all(map(_describes_itself, sources)) else None,
     )
-    with quiet_pydicom():
-        return _document(sources, content, algorithm)
+    return _document(sources, content, algorithm)
 
 
 def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:

@@ -19,13 +19,16 @@ from ichpipe.errors import IchpipeError
 from ichpipe.stages.cache_command import cache
 from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.explain_command import explain
-from ichpipe.stages.options import Verdict, gpu_option, loaders_option, pixels_option, workers_option
+from ichpipe.stages.faults import message_of
+from ichpipe.stages.options import Verdict, alone_in, gpu_option, loaders_option, pixels_option, workers_option
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.report_command import report
 from ichpipe.stages.score_command import score
+from ichpipe.stages.stopping import stop_cleanly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from ichpipe.artifacts import Artifacts
     from ichpipe.params import Params
@@ -45,6 +48,13 @@ class Settings:
         from ichpipe.params import load_params
 
         return load_params(self.params_file, self.overrides, must_exist=self.params_named)
+
+    def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
+        """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
+        from ichpipe.run_lock import hold
+
+        root = self.artifacts_root
+        return hold(root / ".locks", what, [root / output for output in outputs], root / ".resume")
 
     def artifacts(self) -> Artifacts:
         """Return where the run's files lie."""
@@ -150,7 +160,9 @@ def phantom(settings: Settings, out: Path, studies: int | None, size: int | None
 
     given = {"studies": studies, "size_px": size, "seed": seed}
     changes = {key: value for key, value in given.items() if value is not None}
-    run(settings.params().phantom.model_copy(update=changes), out)
+    params = settings.params().phantom.model_copy(update=changes)
+    with alone_in(out, "phantom"):
+        run(params, out)
 
 
 @command("prepare")
@@ -164,8 +176,9 @@ def prepare(settings: Settings, workers: int) -> None:
     """
     from ichpipe.stages.prepare import run
 
-    artifacts = settings.artifacts()
-    run(settings.params().prepare, artifacts.index_dir, workers, artifacts.resume("prepare"))
+    params, artifacts = settings.params().prepare, settings.artifacts()
+    with settings.alone("prepare", "index", ".resume/prepare"):
+        run(params, artifacts.index_dir, workers, artifacts.resume("prepare"))
 
 
 @command("fit-slices")
@@ -181,7 +194,9 @@ def fit_slices(settings: Settings, gpu: str, workers: int, pixel_cache: Path | N
     """
     from ichpipe.stages.fit_slices import run
 
-    run(settings.params(), settings.artifacts(), gpu, workers, pixel_cache)
+    params = settings.params()
+    with settings.alone("fit-slices", "slice-cnn"):
+        run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
 @command("extract")
@@ -212,11 +227,13 @@ def fit_sequence(settings: Settings, gpu: str, arm: str | None) -> None:
     Example:
       ichpipe --set sequence.paper.hidden=256 fit-sequence --arm paper
     """
-    from ichpipe.stages.fit_sequence import run
+    from ichpipe.stages.fit_sequence import choose_arm, run
 
     params = settings.params()
     for name in [arm] if arm else list(params.sequence):
-        run(params, settings.artifacts(), name, gpu)
+        choose_arm(params, name)
+        with settings.alone(f"fit-sequence.{name}", f"sequence/{name}"):
+            run(params, settings.artifacts(), name, gpu)
 
 
 @command("finetune")
@@ -232,7 +249,9 @@ def finetune(settings: Settings, gpu: str, workers: int, pixel_cache: Path | Non
     """
     from ichpipe.stages.finetune import run
 
-    run(settings.params(), settings.artifacts(), gpu, workers, pixel_cache)
+    params = settings.params()
+    with settings.alone("finetune", "finetuned"):
+        run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
 @command("evaluate")
@@ -246,7 +265,9 @@ def evaluate(settings: Settings) -> None:
     """
     from ichpipe.stages.evaluate import run
 
-    click.echo(run(settings.params(), settings.artifacts()))
+    params = settings.params()
+    with settings.alone("evaluate", "metrics", "plots", "predictions"):
+        click.echo(run(params, settings.artifacts()))
 
 
 @command("compare")
@@ -286,7 +307,9 @@ def cross_validate(settings: Settings, gpu: str, *, arms_only: bool) -> str:
     """
     from ichpipe.stages.cross_validate import run
 
-    return run(settings.params(), settings.artifacts(), gpu, arms_only=arms_only)
+    params = settings.params()
+    with settings.alone("cross-validate", "cv"):
+        return run(params, settings.artifacts(), gpu, arms_only=arms_only)
 
 
 @command("export")
@@ -303,8 +326,10 @@ def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
     """
     from ichpipe.stages.export import run
 
-    artifacts = settings.artifacts()
-    click.echo(run(settings.params(), artifacts, out or artifacts.root / "export", onnx=onnx))
+    params, artifacts = settings.params(), settings.artifacts()
+    folder = out or artifacts.root / "export"
+    with alone_in(folder, "export"):
+        click.echo(run(params, artifacts, folder, onnx=onnx))
 
 
 command("explain")(gpu_option(workers_option(explain)))
@@ -327,19 +352,29 @@ def _set_up_logging(quiet: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; exit code 0 done, 1 input or data wrong, 2 wrong usage."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line; exit code 0 done, 1 input, data or machine wrong, 2 wrong usage, 128 + n signal n."""
+    with stop_cleanly():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> Any:
     try:
         return cli.main(arguments, prog_name="ichpipe")
-    except (IchpipeError, StoreError) as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        message = _message(error)
+        if message is None or "--debug" in arguments:
             raise
-        _complain(_without_traceback(str(error)))
-    except OSError as error:
-        if "--debug" in arguments:
-            raise
+        _complain(message)
+
+
+def _message(error: Exception) -> str | None:
+    """Return the one line for what input, data or machine caused; None for a mistake in this program."""
+    if isinstance(error, (IchpipeError, StoreError)):
+        return _without_traceback(str(error))
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        _complain(f"{place}{error.strerror or error}")
+        return f"{place}{error.strerror or error}"
+    return message_of(error)
 
 
 def _complain(message: str) -> NoReturn:

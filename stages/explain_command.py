@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichpipe.classes import CLASSES
+from ichpipe.stages.options import alone_in
 
 if TYPE_CHECKING:
     from ichpipe.stages.cli import Settings
@@ -51,4 +52,5 @@ def explain(
     from ichpipe.stages.explain import Options, run
 
     chosen = Options(selection=settings.params().prepare.selection, **options)
-    return run(paths, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
+    with alone_in(out, "explain"):
+        return run(paths, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)

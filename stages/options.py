@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 
 class Verdict(NamedTuple):
@@ -40,3 +44,12 @@ pixels_option = click.option(
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
 )
+
+
+def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
+    """Hold a folder that the user named against other processes of the same command; None holds nothing."""
+    if folder is None:
+        return nullcontext()
+    from ichpipe.run_lock import hold
+
+    return hold(folder, what)

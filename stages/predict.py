@@ -25,6 +25,7 @@ from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.prediction import Provenance, as_document, extents, package_version
 from ichpipe.prediction_text import counted, refused_text, studies_text, wrapped
+from ichpipe.pseudonyms import read_pseudonyms
 from ichpipe.submission import build_submission, read_sample
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Options:
     kaggle: Path | None = None  # also write the RSNA 2019 submission, of all series
     sample: Path | None = None  # whose rows and order the submission takes
     missing: float | None = None  # probability of slices without a prediction; None: an error
+    hash_patient_ids: str | None = None  # where the key is (`pseudonyms`); None: PatientIDs stay as they are
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,15 @@ def run(
     whole_archive = options.kaggle is not None  # a submission wants every slice
     one = not (options.all_series or whole_archive)
     selection, force = options.selection, options.force
-    intake = take_in(paths, selection, workers, one_per_study=one, judged=not whole_archive, force=force)
+    intake = take_in(
+        paths,
+        selection,
+        workers,
+        one_per_study=one,
+        judged=not whole_archive,
+        force=force,
+        pseudonyms=read_pseudonyms(options.hash_patient_ids),
+    )
     slices, undecodable = predict_slices(model, intake.slices, device, spacing, calibration)
     found = _collect(intake, slices, undecodable, options, _provenance(model_dir, calibration, options))
     if out is not None:

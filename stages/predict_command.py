@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ichpipe.stages.options import alone_in
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
@@ -85,8 +87,14 @@ def predict(
     from ichpipe.stages.predict import Options, run
 
     params = settings.params()
-    chosen = Options(selection=params.prepare.selection, study_score=params.evaluate.study_score, **options)
-    return run(named, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
+    chosen = Options(
+        selection=params.prepare.selection,
+        study_score=params.evaluate.study_score,
+        hash_patient_ids=params.prepare.hash_patient_ids,
+        **options,
+    )
+    with alone_in(out, "predict"):
+        return run(named, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
 
 
 def _named(paths: Sequence[Path], listed: TextIO | None) -> list[Path]:

@@ -12,10 +12,12 @@ from ichpipe import label_tables, splits, studies
 from ichpipe.chosen import choose
 from ichpipe.errors import DataError
 from ichpipe.held_out import read_test_slices, test_table
+from ichpipe.pseudonyms import read_pseudonyms
 from ichpipe.scan import scan
 
 if TYPE_CHECKING:
     from ichpipe.params import PrepareParams
+    from ichpipe.pseudonyms import Pseudonyms
 
 log = logging.getLogger("ichpipe")
 
@@ -26,12 +28,13 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
     With ``cache``, a folder, headers read by a former run that was stopped or has ended are not read again.
     Raises MissingFileError without the folder or table, DataError where nothing usable is in them.
     """
+    pseudonyms = read_pseudonyms(params.hash_patient_ids)
     # Tables first: a wrong one is found in seconds, the scan may take an hour.
-    labels = None if params.labels is None else label_tables.read_labels(params.dataset, Path(params.labels))
+    labels = _labels(params, pseudonyms)
     test_slices = None
     if params.split == "stage1":
         test_slices = read_test_slices(test_table(params))
-    scanned, rejected = scan([Path(params.dicom_dir)], workers, cache)
+    scanned, rejected = scan([Path(params.dicom_dir)], workers, cache, pseudonyms=pseudonyms)
     if scanned.empty:
         studies.write_rejected(out, rejected)
         raise DataError(_nothing_usable(params, rejected, out))
@@ -46,6 +49,12 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
     studies.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
     _tell(index, chosen.series, summary)
+
+
+def _labels(params: PrepareParams, pseudonyms: Pseudonyms | None) -> label_tables.LabelTable | None:
+    if params.labels is None:
+        return None
+    return label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)
 
 
 def _one_per_study(params: PrepareParams) -> bool:

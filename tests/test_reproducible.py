@@ -55,3 +55,20 @@ def without_seconds(artifacts):
     for row in found["arms"]:
         assert row.pop("seconds_per_seed") >= 0
     return found
+
+
+def test_from_files_to_the_store_another_process_gives_the_same_bytes(run, tmp_path):
+    """The other half: index, slice CNN and store, made anew from the DICOM files, with decoding and Dask processes."""
+    other = run.fresh(tmp_path / "again")
+    for words in (("prepare",), ("fit-slices", "--workers", "1"), ("extract", "--workers", "2")):
+        line = [sys.executable, "-c", CODE, *other.arguments(*words)]
+        subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    for folder in ("index", "slice-cnn", "embeddings.zarr"):
+        one, two = (bytes_of(root / folder) for root in (run.artifacts, other.artifacts))
+        assert one.keys() == two.keys()
+        assert [name for name in one if one[name] != two[name]] == []
+
+
+def bytes_of(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "record.json"]  # wall times
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -1,0 +1,37 @@
+"""Faults of the machine, as one message each: a lost GPU, memory that is not enough, a process that was killed.
+
+Libraries raise them as errors of their own. This module imports none of them: it looks at what is loaded already.
+"""
+
+from __future__ import annotations
+
+import sys
+
+KEPT = "what was finished is kept, and the same command goes on from there"
+
+
+def message_of(error: BaseException) -> str | None:
+    """Return what to say of an error that the machine caused; None for any other one, which is a mistake of ours."""
+    if _is(error, "distributed", "scheduler", "KilledWorker"):
+        return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
+    text = str(error)
+    if _is(error, "torch", "OutOfMemoryError"):
+        return (
+            "the GPU's memory is full; lower batch_size (with a higher accumulate), finetune.chunk_slices, or take "
+            f"another GPU with --gpu; {KEPT}"
+        )
+    if _is(error, "torch", "AcceleratorError") or "CUDA error" in text:
+        first = text.strip().partition("\n")[0]
+        return f"the GPU failed ({first}); see nvidia-smi, or take another one with --gpu; {KEPT}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"there is not enough memory; run again with fewer --workers or a smaller batch_size; {KEPT}"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"a process that decodes slices was killed, perhaps for want of memory; use fewer --workers; {KEPT}"
+    return None
+
+
+def _is(error: BaseException, module: str, *names: str) -> bool:
+    found: object = sys.modules.get(module)
+    for name in names:
+        found = getattr(found, name, None)
+    return isinstance(found, type) and isinstance(error, found)

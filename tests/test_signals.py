@@ -1,0 +1,143 @@
+"""Ctrl-C, SIGTERM, a closed terminal, SIGKILL: soon, in one line, with the shell's exit code, and no process left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_benchmarks import FOLDER, load
+
+BEGIN = """
+import sys, time, threading
+from ichpipe.stages import stopping
+from ichpipe.stages.stopping import Stopped, stop_cleanly
+def begun():
+    print("begun", flush=True)
+"""
+LINE = "ichpipe: stopped by {}; the same command goes on\n"
+
+
+def program(body, **options):
+    """Start a program of ours that has installed its handlers when this returns."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + body], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_the_work_with_one_line_and_its_exit_code(name, code):
+    process = program("with stop_cleanly():\n    begun()\n    time.sleep(60)")
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (code, LINE.format(name))
+
+
+def test_what_a_library_makes_of_the_signal_is_not_shown():
+    """A DataLoader whose worker got the signal, too, raises an error of its own."""
+    body = """
+with stop_cleanly():
+    try:
+        begun()
+        time.sleep(60)
+    except BaseException:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+"""
+    process = program(body)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (143, LINE.format("SIGTERM"))
+
+
+STUCK = """
+with stop_cleanly():
+    while True:
+        try:
+            begun()
+            time.sleep(60)
+        except Stopped:
+            time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_what_does_not_end():
+    process = program(STUCK)
+    process.terminate()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, LINE.format("SIGINT"))
+
+
+def test_what_does_not_end_by_itself_is_ended():
+    process = program("stopping.GRACE_S = 0.3\n" + STUCK)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (143, LINE.format("SIGTERM"))
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup, and in a shell's background."""
+    process = program(
+        "with stop_cleanly():\n    begun()\n    time.sleep(1)\nprint('whole')",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    process.send_signal(signal.SIGINT)
+    said, wrong = process.communicate(timeout=20)
+    assert (process.returncode, said, wrong) == (0, "whole\n", "")
+
+
+def test_handlers_are_as_before_afterwards():
+    from ichpipe.stages.stopping import stop_cleanly
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_cleanly():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+POOL = """
+import os
+from ichpipe.processes import process_pool
+if __name__ == "__main__":
+    with stop_cleanly(), process_pool(2) as pool:
+        list(pool.map(abs, range(8)))
+        begun()
+        list(pool.map(time.sleep, [60, 60]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_of_a_pool_end_with_their_parent(number, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    killing = load("killing")
+    (tmp_path / "pool.py").write_text(BEGIN + POOL)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "pool.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    process.wait(timeout=20)
+    assert killing.strays_of(process.pid) == 0
+    said = process.stderr.read()
+    assert "Traceback" not in said
+    if number != signal.SIGKILL:  # then only Python's own tracker of semaphores is left to say that it tidies up
+        assert said == LINE.format(signal.Signals(number).name)
+    process.stdout.close()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_stages_ended_at_random_moments_go_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """A few here; benchmarks/stage_kills.py --kills 100 is the whole."""
+    monkeypatch.syspath_prepend(FOLDER)
+    found = load("stage_kills").run(tmp_path, 5, 1, ["prepare", "fit-slices"])
+    assert found["wrong"] == []
+    assert found["resumed_to_the_same_bytes"] == found["kills"] >= 5
