@@ -5,13 +5,16 @@ Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) a
 
 from __future__ import annotations
 
+import zlib
 from io import BytesIO
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pydicom.filereader import read_partial
+from pydicom.filereader import data_element_generator, read_partial
 
 from ichpipe.archive import read_file
+from ichpipe.codestreams import Claim, frame_bytes, require_sound
 from ichpipe.elements import Elements, elements_of, tags
+from ichpipe.entropy import require_complete
 from ichpipe.errors import UnreadableDicomError
 
 if TYPE_CHECKING:
@@ -24,6 +27,12 @@ MAX_SIDE_PX: Final = 4096
 """No CT image is wider; a header that claims more is damaged, and decoding it would fill the memory."""
 
 MAX_FILE_BYTES: Final = 256 * 2**20
+MAX_INFLATED_BYTES: Final = 96 * 2**20  # of a deflated file: the largest image, and a long header
+MAX_PARTS: Final = 50_000
+"""Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred.
+
+pydicom makes an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
+"""
 DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
@@ -39,7 +48,25 @@ PIXEL_TAGS: Final = tags(
 )  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+_PIECE_BYTES: Final = 2**16  # of a deflated file at a time
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
+
+
+class BoundedFile(BytesIO):
+    """Bytes that can be read in MAX_PARTS pieces and no more: then ValueError, a message about the file's header."""
+
+    left = MAX_PARTS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as BytesIO does."""
+        self.left -= 1
+        if self.left < 0:
+            raise TooManyElementsError
+        return BytesIO.read(self, size)
+
+
+class TooManyElementsError(ValueError):
+    """A header has more elements and items than any image needs."""
 
 
 class PixelFacts(NamedTuple):
@@ -59,6 +86,11 @@ class PixelFacts(NamedTuple):
     def compressed(self) -> bool:
         """Whether the pixels need a codec."""
         return self.transfer_syntax not in UNCOMPRESSED
+
+    @property
+    def claim(self) -> Claim:
+        """What a compressed stream must agree with."""
+        return Claim(self.rows, self.columns, self.bits_allocated)
 
     @property
     def pixel_bytes(self) -> int:
@@ -86,13 +118,34 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
-        dataset = read_partial(BytesIO(data), force=True, specific_tags=wanted)  # dcmread without its preparations
+        _require_modest(data)
+        dataset = read_partial(BoundedFile(data), force=True, specific_tags=wanted)  # dcmread without its preparations
+    except UnreadableDicomError:
+        raise
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from error
     if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
+
+
+def _require_modest(data: bytes) -> None:
+    """Refuse a deflated file that would fill the memory; pydicom inflates the whole of it."""
+    if DEFLATED_LITTLE.encode() not in data:
+        return
+    file = BoundedFile(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    for _ in data_element_generator(file, False, True, lambda tag, _representation, _length: tag.group != 2):
+        pass
+    inflater, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
+    for start in range(0, len(rest), _PIECE_BYTES):
+        piece = rest[start : start + _PIECE_BYTES]
+        while piece and not inflater.eof:
+            size += len(inflater.decompress(piece, 2**20))
+            if size > MAX_INFLATED_BYTES:
+                raise UnreadableDicomError(f"deflated data set of more than {MAX_INFLATED_BYTES} bytes")
+            piece = inflater.unconsumed_tail
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
@@ -123,8 +176,21 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
         if not pixels.startswith(_FIRST_ITEM):
             syntax = facts.transfer_syntax
             raise UnreadableDicomError(f"transfer syntax {syntax} is compressed, but PixelData is not encapsulated")
+        require_stream(pixels, facts)
     elif len(pixels) < facts.pixel_bytes:
         raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {facts.pixel_bytes} bytes")
+
+
+def require_stream(pixels: bytes, facts: PixelFacts, *, complete: bool = False) -> None:
+    """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``codestreams``).
+
+    With ``complete`` their codes are counted as well (``entropy``), which takes longer than decoding them.
+    """
+    require = require_complete if complete else require_sound
+    try:
+        require(frame_bytes(pixels), facts.transfer_syntax, facts.claim)
+    except UnreadableDicomError as error:
+        raise UnreadableDicomError(f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}") from error
 
 
 def _rescale(elements: Elements) -> tuple[float, float]:

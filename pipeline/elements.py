@@ -53,6 +53,8 @@ class Elements:
         value = element.value
         if isinstance(value, str):  # pydicom has looked at it already
             return value.strip(" \0")
+        if element.VR == "SQ":  # not parsed: its items may be any number
+            raise UnreadableDicomError(f"{keyword} is not text")
         if not isinstance(value, bytes) or not value.isascii() or _ESCAPE in value:
             return "" if value is None else self._converted(keyword)
         text = value.decode("ascii").strip(" \0")
