@@ -52,7 +52,7 @@ class TrialDecoder:
 
     def require(self, path: str) -> None:
         """Decode a file. Raises UnreadableDicomError: the reason of ``read_hu``, or that a codec died or hung."""
-        child = self._child or self._start()
+        child = self.start()
         try:
             child.stdin.write(json.dumps(path) + "\n")  # type: ignore[union-attr]  # a pipe
             answer = self._answers.get(timeout=self._timeout_s)
@@ -83,7 +83,15 @@ class TrialDecoder:
         child.stdout.close()  # type: ignore[union-attr]  # a pipe
         return code
 
-    def _start(self) -> subprocess.Popen[str]:
+    @property
+    def child_pid(self) -> int | None:
+        """Return the child's process id, None where none runs."""
+        return self._child.pid if self._child else None
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the child unless it runs. Raises DataError where that fails."""
+        if self._child:
+            return self._child
         # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
         self._child = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
