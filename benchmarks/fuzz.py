@@ -4,8 +4,8 @@ python benchmarks/fuzz.py --files 10000 --out fuzz.json
 python benchmarks/fuzz.py --files 2000 --dicom FOLDER         # real files as well
 python benchmarks/fuzz.py --files 1 --first 4711 --keep DIR   # one case again, and the file kept
 
-Sound files of nine encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), case N from
-seed N. A child process with a memory limit reads each: ``scan``'s way first (header; compressed files by the trial
+Sound files of nine encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), case N
+from seed N. A child process with a memory limit reads each: ``scan``'s way first (header; compressed files by the trial
 decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
 accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
 of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
@@ -19,6 +19,7 @@ import collections
 import json
 import os
 import random
+import resource
 import select
 import subprocess
 import sys
@@ -30,7 +31,10 @@ from typing import Any, Final
 
 import mutations
 import stream_mutations
+from fuzz_reading import Reading
 from good_files import good_files, read_folder
+
+from ichpipe.trial import TrialDecoder
 
 LIMIT_S: Final = 2.0
 HANGS_S: Final = 60.0
@@ -116,7 +120,12 @@ class Reader:
             return dict(json.loads(line))
         self.close()
         outcome = "died" if ready else "hang"
-        return {"outcome": outcome, "message": f"{outcome}: {child.returncode}", "s": time.perf_counter() - begun, "kb": 0}
+        return {
+            "outcome": outcome,
+            "message": f"{outcome}: {child.returncode}",
+            "s": time.perf_counter() - begun,
+            "kb": 0,
+        }
 
     def close(self) -> None:
         """End the child."""
@@ -129,7 +138,7 @@ class Reader:
         self.starts += 1
         code = "import fuzz; fuzz.serve()"
         where = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        self._child = subprocess.Popen(  # noqa: S603
+        self._child = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where
         )
         self._child.stdout.readline()  # type: ignore[union-attr]
@@ -138,11 +147,6 @@ class Reader:
 
 def serve() -> None:
     """Read the file of each line on standard input, and answer with a line of JSON."""
-    import resource
-
-    from fuzz_reading import Reading
-    from ichpipe.trial import TrialDecoder
-
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)

@@ -77,7 +77,11 @@ class Reading:
         except Exception as error:  # the reference's refusal is a disagreement like any other
             return "no reference", f"{type(error).__name__}: {error}"[:200]
         same = reference.shape == hu.shape and np.array_equal(reference, hu)
-        return ("equal", "") if same else ("unequal", f"{(reference != hu).sum()} pixels" if reference.shape == hu.shape else "")
+        return (
+            ("equal", "")
+            if same
+            else ("unequal", f"{(reference != hu).sum()} pixels" if reference.shape == hu.shape else "")
+        )
 
     def _processes(self) -> list[str]:
         child = self._trial.child_pid

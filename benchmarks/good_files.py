@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gdcm
@@ -26,6 +25,7 @@ from ichpipe.stages import phantom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from pydicom.uid import UID
 

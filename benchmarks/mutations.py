@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pydicom.filereader import data_element_generator
 
@@ -29,8 +29,9 @@ SYNTAXES: Final = [b"1.2.840.10008.1.2" + end for end in (
 )]  # fmt: skip
 NUMBERS: Final = (0, 1, 2, 7, 8, 12, 16, 17, 32, 63, 64, 65, 255, 4096, 4097, 32767, 32768, 60000, 65535)
 TEXTS: Final = (
-    b"nan", b"inf", b"-inf", b"1e400", b"1e308", b"-1e308", b"1_0", b"\xd9\xa3", b"", b" ", b"1\\2", b"0", b"-0", b"0x10", b"1,5",
-    b"\\\\\\", b"9" * 400, b"1" * 60000, b"\0", b"\xff\xfe", b"CT\0MR", b"1.2.3" * 40, b"\x1b$B", b"1e-320", b"+ 1", b"..",
+    b"nan", b"inf", b"-inf", b"1e400", b"1e308", b"-1e308", b"1_0", b"\xd9\xa3", b"", b" ", b"1\\2", b"0",
+    b"-0", b"0x10", b"1,5", b"\\\\\\", b"9" * 400, b"1" * 60000, b"\0", b"\xff\xfe", b"CT\0MR", b"1.2.3" * 40,
+    b"\x1b$B", b"1e-320", b"+ 1", b"..",
 )  # fmt: skip
 WHOLE: Final = (
     0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280002, 0x00280120, 0x00280121,
@@ -178,7 +179,9 @@ def absurd_number(parts: Parts, random: Random) -> bytes:
     value = random.choice(NUMBERS)
     chosen = random.choice((WHOLE[:2], WHOLE[:1], WHOLE[1:2], *[(tag,) for tag in WHOLE[2:]]))
     for tag in chosen:
-        parts = _put(parts, parts.made(tag, random.choice((b"US", b"US", b"US", b"SS", b"UL")), struct.pack(order, value)))
+        parts = _put(
+            parts, parts.made(tag, random.choice((b"US", b"US", b"US", b"SS", b"UL")), struct.pack(order, value))
+        )
     return parts.file()
 
 
@@ -230,9 +233,24 @@ def duplicate(parts: Parts, random: Random) -> bytes:
 
 def character_set(parts: Parts, random: Random) -> bytes:
     """Name a character set, known or not, and put bytes beyond ASCII into identifiers and descriptions."""
-    sets = (b"ISO_IR 100", b"ISO_IR 192", b"ISO 2022 IR 87\\ISO 2022 IR 149", b"GB18030", b"\\ISO 2022 IR 58", b"utf8", b"XXX")
+    sets = (
+        b"ISO_IR 100",
+        b"ISO_IR 192",
+        b"ISO 2022 IR 87\\ISO 2022 IR 149",
+        b"GB18030",
+        b"\\ISO 2022 IR 58",
+        b"utf8",
+        b"XXX",
+    )
     parts = _put(parts, parts.made(0x00080005, b"CS", random.choice(sets)))
-    texts = ("Müller Łódź".encode(), b"\xff\xfe\x80", b"\x1b$B;3ED\x1b(B", b"\x1b", b"\xb0\xa1" * 20, "東京".encode("gb18030"))
+    texts = (
+        "Müller Łódź".encode(),
+        b"\xff\xfe\x80",
+        b"\x1b$B;3ED\x1b(B",
+        b"\x1b",
+        b"\xb0\xa1" * 20,
+        "東京".encode("gb18030"),
+    )
     for tag in random.sample((0x00100020, 0x0020000D, 0x0020000E, 0x00080018, 0x0008103E, 0x00181210, 0x00080008), 2):
         parts = _put(parts, parts.made(tag, b"LO", random.choice(texts)))
     return parts.file()
@@ -242,7 +260,9 @@ def other_representation(parts: Parts, random: Random) -> bytes:
     """State another value representation; in an implicit file, put the two letters of one where there are none."""
     number = _any(parts, random)
     tag, data, before = parts.elements[number]
-    letters = random.choice((b"US", b"SS", b"SQ", b"UN", b"OB", b"OW", b"DS", b"UI", b"AT", b"FD", b"ZZ", b"??", b"\0\0", b"PN"))
+    letters = random.choice(
+        (b"US", b"SS", b"SQ", b"UN", b"OB", b"OW", b"DS", b"UI", b"AT", b"FD", b"ZZ", b"??", b"\0\0", b"PN")
+    )
     return parts.having(number, (tag, data[:4] + letters + data[6:], before)).file()
 
 
@@ -263,7 +283,9 @@ def splice(parts: Parts, random: Random) -> bytes:
     data = parts.file()
     low, high = sorted(random.randrange(len(data)) for _ in range(2))
     place = random.randrange(len(data))
-    return random.choice((data[:low] + data[high:], data[:high] + data[low:], data[:place] + data[low:high] + data[place:]))
+    return random.choice(
+        (data[:low] + data[high:], data[:high] + data[low:], data[:place] + data[low:high] + data[place:])
+    )
 
 
 def deflate_bomb(parts: Parts, random: Random) -> bytes:
@@ -272,7 +294,14 @@ def deflate_bomb(parts: Parts, random: Random) -> bytes:
     size = random.choice((64, 1024, 4096))
     body = b"".join(data for _, data, _ in parts.elements) if not parts.implicit and random.random() < 0.5 else b""
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return bytes(128) + b"DICM" + stated + packer.compress(body) + packer.flush(zlib.Z_FULL_FLUSH) + _zeros() * (size // 16)
+    return (
+        bytes(128)
+        + b"DICM"
+        + stated
+        + packer.compress(body)
+        + packer.flush(zlib.Z_FULL_FLUSH)
+        + _zeros() * (size // 16)
+    )
 
 
 @cache
@@ -295,8 +324,7 @@ def _insert(parts: Parts, random: Random, content: bytes) -> bytes:
     return replace(parts, elements=(*parts.elements[:place], (0, content, 0), *parts.elements[place:])).file()
 
 
-Mutation = Any if not TYPE_CHECKING else Callable[[Parts, Random], bytes]
-ANY_FILE: Final[tuple[Mutation, ...]] = (
+ANY_FILE: Final[tuple[Callable[[Parts, Random], bytes], ...]] = (
     flip_bytes, flip_header, flip_pixels, truncate, append, remove_elements, swap_values, absurd_number, absurd_text,
     wrong_length, nested_sequences, many_items, duplicate, character_set, other_representation, other_syntax, splice,
     deflate_bomb,

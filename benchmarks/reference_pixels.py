@@ -9,7 +9,6 @@ tests/test_ct.py checks by hand arithmetic.
 
 from __future__ import annotations
 
-import importlib.util
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,11 @@ from pydicom.uid import UID
 from ichpipe.ct import stored_to_hu
 from ichpipe.dicom_files import PixelFacts
 from ichpipe.quiet import quiet_pydicom
+
+try:
+    import imagecodecs
+except ImportError:
+    imagecodecs = None
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,9 +89,7 @@ def _frame(pixels: bytes) -> bytes:
 
 
 def _last_decoder(dataset: Dataset, facts: PixelFacts, frame: bytes) -> NDArray[Any]:
-    if importlib.util.find_spec("imagecodecs"):
-        import imagecodecs
-
+    if imagecodecs:
         decode = imagecodecs.jpegls_decode if facts.transfer_syntax[-2:] in {"80", "81"} else imagecodecs.jpeg2k_decode
         return np.asarray(decode(frame))
     dataset.file_meta.TransferSyntaxUID = UID(facts.transfer_syntax)

@@ -74,7 +74,9 @@ def claim(parts: Parts, random: Random) -> bytes:
         if random.random() < 0.2:
             struct.pack_into(">H", frame, 40, random.choice((0, 2, 16384, 65535)))
     else:
-        struct.pack_into("<LL", frame, 0, random.choice((0, 1, 2, 3, 15, 16, UNDEFINED)), random.choice((0, 64, 65, UNDEFINED)))
+        struct.pack_into(
+            "<LL", frame, 0, random.choice((0, 1, 2, 3, 15, 16, UNDEFINED)), random.choice((0, 64, 65, UNDEFINED))
+        )
     if random.random() < 0.5:
         order = "<H" if parts.little else ">H"
         for tag, value in ((0x00280010, side), (0x00280011, other)):
@@ -122,7 +124,9 @@ def in_zip(parts: Parts, random: Random) -> bytes:
         del data[random.randrange(len(data)) :]
     elif kind == "size":
         start = data.rindex(b"PK\x01\x02")
-        struct.pack_into("<L", data, start + random.choice((20, 24)), random.choice((0, 1, 2**20, 2**27, 2**31, UNDEFINED)))
+        struct.pack_into(
+            "<L", data, start + random.choice((20, 24)), random.choice((0, 1, 2**20, 2**27, 2**31, UNDEFINED))
+        )
     return bytes(data)
 
 

@@ -102,11 +102,16 @@ def _wraps_at_12_bits(facts: PixelFacts) -> bool:
 
 def _stored_pixels(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
     """Pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
-    if facts.compressed or facts.transfer_syntax == EXPLICIT_BIG:
+    if facts.compressed:
         return _decode(dataset, facts)
-    kind = f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
-    pixels = np.frombuffer(dataset.PixelData, dtype=kind, count=facts.rows * facts.columns)
-    return pixels.reshape(facts.rows, facts.columns)
+    order, pixels = "<", dataset.PixelData
+    if facts.transfer_syntax == EXPLICIT_BIG:
+        order = ">"
+        if facts.bits_allocated == 8 and dataset["PixelData"].VR == "OW":  # two pixels a word, turned round
+            pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
+    kind = f"{order}{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
+    stored = np.frombuffer(pixels, dtype=kind, count=facts.rows * facts.columns)
+    return stored.reshape(facts.rows, facts.columns)
 
 
 def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:

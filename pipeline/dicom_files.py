@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pydicom.filereader import data_element_generator, read_partial
+from pydicom.uid import UID
 
 from ichpipe.archive import read_file
 from ichpipe.codestreams import Claim, frame_bytes, require_sound
@@ -26,19 +27,25 @@ if TYPE_CHECKING:
 MAX_SIDE_PX: Final = 4096
 """No CT image is wider; a header that claims more is damaged, and decoding it would fill the memory."""
 
-MAX_FILE_BYTES: Final = 256 * 2**20
-MAX_INFLATED_BYTES: Final = 96 * 2**20  # of a deflated file: the largest image, and a long header
-MAX_PARTS: Final = 50_000
+MAX_FILE_BYTES: Final = 96 * 2**20
+"""The largest image, 64 MiB, and a long header; also of a deflated file when it is inflated."""
+
+MAX_PARTS: Final = 10_000
 """Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred.
 
 pydicom makes an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
 """
+
+_PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
 DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
 DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
 UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE})
+MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
+"""CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone."""
+
 HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 
 PIXEL_TAGS: Final = tags(
@@ -48,14 +55,16 @@ PIXEL_TAGS: Final = tags(
 )  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
-_PIECE_BYTES: Final = 2**16  # of a deflated file at a time
+_SYNTAX_TAG: Final = 0x00020010
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
 
 class BoundedFile(BytesIO):
-    """Bytes that can be read in MAX_PARTS pieces and no more: then ValueError, a message about the file's header."""
+    """Bytes that can be read in MAX_PARTS pieces, and those that long values need, and then TooManyElementsError."""
 
-    left = MAX_PARTS
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = MAX_PARTS + len(data) // _PART_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read as BytesIO does."""
@@ -118,8 +127,10 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
-        _require_modest(data)
-        dataset = read_partial(BoundedFile(data), force=True, specific_tags=wanted)  # dcmread without its preparations
+        inflated = _inflated(data)
+        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=wanted)  # a bare dcmread
+        if inflated:
+            dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
     except UnreadableDicomError:
         raise
     except Exception as error:  # hostile bytes make the parser raise almost anything
@@ -130,22 +141,29 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     return dataset
 
 
-def _require_modest(data: bytes) -> None:
-    """Refuse a deflated file that would fill the memory; pydicom inflates the whole of it."""
+def _inflated(data: bytes) -> bytes | None:
+    """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
     if DEFLATED_LITTLE.encode() not in data:
-        return
+        return None
     file = BoundedFile(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
-    for _ in data_element_generator(file, False, True, lambda tag, _representation, _length: tag.group != 2):
-        pass
-    inflater, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, file.read()
-    for start in range(0, len(rest), _PIECE_BYTES):
-        piece = rest[start : start + _PIECE_BYTES]
-        while piece and not inflater.eof:
-            size += len(inflater.decompress(piece, 2**20))
-            if size > MAX_INFLATED_BYTES:
-                raise UnreadableDicomError(f"deflated data set of more than {MAX_INFLATED_BYTES} bytes")
-            piece = inflater.unconsumed_tail
+    meta = list(data_element_generator(file, False, True, lambda tag, _representation, _length: tag.group != 2))
+    stated = next((one for one in meta if one.tag == _SYNTAX_TAG), None)
+    if stated is None or (stated.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
+        return None
+    end = stated.value_tell + len(stated.value)
+    plain = EXPLICIT_LITTLE.encode().ljust(len(stated.value), b"\0")
+    return data[: stated.value_tell] + plain + data[end : file.tell()] + _inflate(data[file.tell() :])
+
+
+def _inflate(packed: bytes) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(packed, MAX_FILE_BYTES)
+    if inflater.unconsumed_tail:
+        raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
+    if not inflater.eof:
+        raise UnreadableDicomError("its deflated data set is cut short")
+    return body
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
@@ -161,7 +179,9 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     stored = elements.whole("BitsStored") or allocated
     if allocated not in {8, 16, 32} or not 1 <= stored <= allocated:
         raise UnreadableDicomError(f"BitsAllocated {allocated} with BitsStored {stored} is not supported")
-    signed = bool(elements.required_whole("PixelRepresentation"))
+    if (sign := elements.required_whole("PixelRepresentation")) not in {0, 1}:
+        raise UnreadableDicomError(f"PixelRepresentation (0028,0103) is {sign}, not 0 or 1")
+    signed = sign == 1
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
@@ -196,8 +216,10 @@ def require_stream(pixels: bytes, facts: PixelFacts, *, complete: bool = False) 
 def _rescale(elements: Elements) -> tuple[float, float]:
     slope = elements.floats("RescaleSlope", 1)[0]
     intercept = elements.floats("RescaleIntercept", 1)[0]
-    if slope == 0:
-        raise UnreadableDicomError("RescaleSlope (0028,1053) is 0")
+    if not MIN_SLOPE <= slope <= MAX_SLOPE:
+        raise UnreadableDicomError(f"RescaleSlope (0028,1053) is {slope:g}: no Hounsfield units")
+    if abs(intercept) > MAX_INTERCEPT:
+        raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
     kind = elements.text("RescaleType").upper()
     if kind not in HOUNSFIELD_TYPES:
         raise UnreadableDicomError(f"RescaleType (0028,1054) is {kind[:16]!r}: values are not Hounsfield units")
