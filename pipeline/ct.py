@@ -8,11 +8,7 @@ import numpy as np
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
-from ichpipe.dicom_files import (
-    EXPLICIT_BIG,
-    PixelFacts,
-    read_pixel_dataset,
-)
+from ichpipe.dicom_files import EXPLICIT_BIG, PixelFacts, read_pixel_dataset, require_stream
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.quiet import quiet_pydicom
 
@@ -36,14 +32,18 @@ AIR_HU: Final = -1024
 MAX_HU: Final = 32767
 
 
-def read_hu(path: Path | str) -> NDArray[np.int16]:
+def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
     """Decode one CT slice. Returns (rows, columns) in Hounsfield units, from -1024 to 32767.
 
-    Raises UnreadableDicomError that names the file, and the transfer syntax where the codec failed.
+    A file that ``scan`` has taken (``scanned``) is spared the check that its compressed stream is complete, which
+    takes longer than decoding it. Raises UnreadableDicomError that names the file, and the transfer syntax where the
+    codec failed.
     """
     try:
         with quiet_pydicom():
             dataset, facts = read_pixel_dataset(path)
+            if facts.compressed and not scanned:
+                require_stream(dataset.PixelData, facts, complete=True)
             stored = _stored_pixels(dataset, facts)
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
@@ -102,11 +102,16 @@ def _wraps_at_12_bits(facts: PixelFacts) -> bool:
 
 def _stored_pixels(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
     """Pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
-    if facts.compressed or facts.transfer_syntax == EXPLICIT_BIG:
+    if facts.compressed:
         return _decode(dataset, facts)
-    kind = f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
-    pixels = np.frombuffer(dataset.PixelData, dtype=kind, count=facts.rows * facts.columns)
-    return pixels.reshape(facts.rows, facts.columns)
+    order, pixels = "<", dataset.PixelData
+    if facts.transfer_syntax == EXPLICIT_BIG:
+        order = ">"
+        if facts.bits_allocated == 8 and dataset["PixelData"].VR == "OW":  # two pixels a word, turned round
+            pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
+    kind = f"{order}{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
+    stored = np.frombuffer(pixels, dtype=kind, count=facts.rows * facts.columns)
+    return stored.reshape(facts.rows, facts.columns)
 
 
 def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:

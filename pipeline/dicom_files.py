@@ -5,13 +5,17 @@ Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) a
 
 from __future__ import annotations
 
+import zlib
 from io import BytesIO
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pydicom.filereader import read_partial
+from pydicom.filereader import data_element_generator, read_partial
+from pydicom.uid import UID
 
 from ichpipe.archive import read_file
+from ichpipe.codestreams import Claim, frame_bytes, require_sound
 from ichpipe.elements import Elements, elements_of, tags
+from ichpipe.entropy import require_complete
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.terms import RESCALE_TYPES, shown
 
@@ -24,13 +28,25 @@ if TYPE_CHECKING:
 MAX_SIDE_PX: Final = 4096
 """No CT image is wider; a header that claims more is damaged, and decoding it would fill the memory."""
 
-MAX_FILE_BYTES: Final = 256 * 2**20
+MAX_FILE_BYTES: Final = 96 * 2**20
+"""The largest image, 64 MiB, and a long header; also of a deflated file when it is inflated."""
+
+MAX_PARTS: Final = 10_000
+"""Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred.
+
+pydicom makes an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
+"""
+
+_PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
 DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
 DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
 UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE})
+MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
+"""CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone."""
+
 HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 
 PIXEL_TAGS: Final = tags(
@@ -40,7 +56,27 @@ PIXEL_TAGS: Final = tags(
 )  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+_SYNTAX_TAG: Final = 0x00020010
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
+
+
+class BoundedFile(BytesIO):
+    """Bytes that can be read in MAX_PARTS pieces, and those that long values need, and then TooManyElementsError."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = MAX_PARTS + len(data) // _PART_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as BytesIO does."""
+        self.left -= 1
+        if self.left < 0:
+            raise TooManyElementsError
+        return BytesIO.read(self, size)
+
+
+class TooManyElementsError(ValueError):
+    """A header has more elements and items than any image needs."""
 
 
 class PixelFacts(NamedTuple):
@@ -60,6 +96,11 @@ class PixelFacts(NamedTuple):
     def compressed(self) -> bool:
         """Whether the pixels need a codec."""
         return self.transfer_syntax not in UNCOMPRESSED
+
+    @property
+    def claim(self) -> Claim:
+        """What a compressed stream must agree with."""
+        return Claim(self.rows, self.columns, self.bits_allocated)
 
     @property
     def pixel_bytes(self) -> int:
@@ -87,13 +128,43 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
-        dataset = read_partial(BytesIO(data), force=True, specific_tags=wanted)  # dcmread without its preparations
+        inflated = _inflated(data)
+        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=wanted)  # a bare dcmread
+        if inflated:
+            dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
+    except UnreadableDicomError:
+        raise
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from None  # nor in a traceback
     if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
+
+
+def _inflated(data: bytes) -> bytes | None:
+    """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
+    if DEFLATED_LITTLE.encode() not in data:
+        return None
+    file = BoundedFile(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta = list(data_element_generator(file, False, True, lambda tag, _representation, _length: tag.group != 2))
+    stated = next((one for one in meta if one.tag == _SYNTAX_TAG), None)
+    if stated is None or (stated.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
+        return None
+    end = stated.value_tell + len(stated.value)
+    plain = EXPLICIT_LITTLE.encode().ljust(len(stated.value), b"\0")
+    return data[: stated.value_tell] + plain + data[end : file.tell()] + _inflate(data[file.tell() :])
+
+
+def _inflate(packed: bytes) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(packed, MAX_FILE_BYTES)
+    if inflater.unconsumed_tail:
+        raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
+    if not inflater.eof:
+        raise UnreadableDicomError("its deflated data set is cut short")
+    return body
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
@@ -109,7 +180,9 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     stored = elements.whole("BitsStored") or allocated
     if allocated not in {8, 16, 32} or not 1 <= stored <= allocated:
         raise UnreadableDicomError(f"BitsAllocated {allocated} with BitsStored {stored} is not supported")
-    signed = bool(elements.required_whole("PixelRepresentation"))
+    if (sign := elements.required_whole("PixelRepresentation")) not in {0, 1}:
+        raise UnreadableDicomError(f"PixelRepresentation (0028,0103) is {sign}, not 0 or 1")
+    signed = sign == 1
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
@@ -124,15 +197,30 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
         if not pixels.startswith(_FIRST_ITEM):
             syntax = facts.transfer_syntax
             raise UnreadableDicomError(f"transfer syntax {syntax} is compressed, but PixelData is not encapsulated")
+        require_stream(pixels, facts)
     elif len(pixels) < facts.pixel_bytes:
         raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {facts.pixel_bytes} bytes")
+
+
+def require_stream(pixels: bytes, facts: PixelFacts, *, complete: bool = False) -> None:
+    """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``codestreams``).
+
+    With ``complete`` their codes are counted as well (``entropy``), which takes longer than decoding them.
+    """
+    require = require_complete if complete else require_sound
+    try:
+        require(frame_bytes(pixels), facts.transfer_syntax, facts.claim)
+    except UnreadableDicomError as error:
+        raise UnreadableDicomError(f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}") from error
 
 
 def _rescale(elements: Elements) -> tuple[float, float]:
     slope = elements.floats("RescaleSlope", 1)[0]
     intercept = elements.floats("RescaleIntercept", 1)[0]
-    if slope == 0:
-        raise UnreadableDicomError("RescaleSlope (0028,1053) is 0")
+    if not MIN_SLOPE <= slope <= MAX_SLOPE:
+        raise UnreadableDicomError(f"RescaleSlope (0028,1053) is {slope:g}: no Hounsfield units")
+    if abs(intercept) > MAX_INTERCEPT:
+        raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
     kind = elements.text("RescaleType").upper()
     if kind not in HOUNSFIELD_TYPES:
         raise UnreadableDicomError(

@@ -25,6 +25,11 @@ _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6
 _WHOLE: Final = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "US or SS": 2, "UN": 0, "OB": 0, "OW": 0}
 """Bytes of one number in the value representations that hold whole numbers in binary; 0: as many as there are."""
 
+_NO_DECIMALS: Final = frozenset({
+    "AT", "FD", "FL", "OB", "OD", "OF", "OL", "OV", "OW", "PN", "SL", "SQ", "SS", "SV", "UL", "US", "UV",
+})  # fmt: skip
+"""Representations whose bytes are no decimal text; digits found there are another number, or none."""
+
 _BINARY: Final = frozenset({
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PixelPaddingValue", "PixelPaddingRangeLimit",
@@ -53,6 +58,8 @@ class Elements:
         value = element.value
         if isinstance(value, str):  # pydicom has looked at it already
             return value.strip(" \0")
+        if element.VR == "SQ":  # not parsed: its items may be any number
+            raise UnreadableDicomError(f"{keyword} is not text")
         if not isinstance(value, bytes) or not value.isascii() or _ESCAPE in value:
             return "" if value is None else self._converted(keyword)
         text = value.decode("ascii").strip(" \0")
@@ -73,7 +80,7 @@ class Elements:
         representation = element.VR or ("US" if keyword in _BINARY else "IS")
         if isinstance(element, RawDataElement) and representation in _WHOLE:
             return _binary(element, representation, keyword)
-        return _whole_text(self.text(keyword), keyword)
+        return _whole_text(self._decimals(keyword), keyword)
 
     def required_whole(self, keyword: str) -> int:
         """Return one whole number that may not be absent."""
@@ -84,7 +91,7 @@ class Elements:
 
     def floats(self, keyword: str, count: int) -> list[float]:
         """Return exactly ``count`` finite decimal numbers."""
-        text = self.text(keyword)
+        text = self._decimals(keyword)
         if not text:
             raise UnreadableDicomError(f"{keyword} is missing")
         numbers = [_float(part, keyword) for part in text.split("\\")]
@@ -104,6 +111,12 @@ class Elements:
         element = self._by_tag.get(_TAG[keyword])
         value = None if element is None else element.value
         return value if isinstance(value, bytes) else b""
+
+    def _decimals(self, keyword: str) -> str:
+        element = self._by_tag.get(_TAG[keyword])
+        if isinstance(element, RawDataElement) and element.VR in _NO_DECIMALS:
+            raise UnreadableDicomError(f"{keyword} is stored as {element.VR}, which is no decimal text")
+        return self.text(keyword)
 
     def _converted(self, keyword: str) -> str:
         """Let pydicom decode what is not plain ASCII: (0008,0005) names its character set."""

@@ -16,7 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from ichpipe import archive, ct, dicom_files, elements, headers, quick_parse, series_words, terms
+from ichpipe import (
+    archive,
+    codestreams,
+    ct,
+    dicom_files,
+    elements,
+    entropy,
+    headers,
+    quick_parse,
+    series_words,
+    terms,
+    trial,
+)
 from ichpipe.files import atomic_path
 
 if TYPE_CHECKING:
@@ -100,7 +112,19 @@ def _last_of_each(paths: pa.ChunkedArray) -> np.ndarray:
 
 def _maker() -> str:
     """Name what decides the content of a row: our reading code, and the codecs that are installed."""
-    modules = (archive, ct, dicom_files, elements, headers, quick_parse, series_words, terms)
+    modules = (
+        archive,
+        codestreams,
+        ct,
+        dicom_files,
+        elements,
+        entropy,
+        headers,
+        quick_parse,
+        series_words,
+        terms,
+        trial,
+    )
     digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules))
     for name in _CODECS:
         digest.update(f"{name} {_version(name)}\n".encode())

@@ -6,12 +6,11 @@ DICOMDIR, an encoding other than the file states, anything that raises) is left 
 
 from __future__ import annotations
 
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
 from pydicom.filereader import data_element_generator
 
-from ichpipe.dicom_files import DIRECTORY_CLASS, EXPLICIT_LITTLE, IMPLICIT_LITTLE, parse
+from ichpipe.dicom_files import DIRECTORY_CLASS, EXPLICIT_LITTLE, IMPLICIT_LITTLE, BoundedFile, parse
 from ichpipe.elements import Elements
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def quick_elements(data: bytes, wanted: list[BaseTag | int]) -> tuple[Elements, 
 
 
 def _quick(data: bytes, wanted: list[BaseTag | int]) -> tuple[Elements, str] | None:
-    file = BytesIO(data)
+    file = BoundedFile(data)
     file.seek(_PREAMBLE)
     meta: dict[int, Any] = {int(one.tag): one for one in data_element_generator(file, False, True, _after_meta)}
     syntax, media_class = (_uid(meta.get(tag)) for tag in (_SYNTAX, _MEDIA_CLASS))

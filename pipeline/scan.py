@@ -12,7 +12,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ichpipe import ct
 from ichpipe.archive import list_files, portable
 from ichpipe.dicom_files import UNCOMPRESSED
 from ichpipe.errors import DataError, UnreadableDicomError
@@ -21,6 +20,7 @@ from ichpipe.headers import SliceHeader, read_header
 from ichpipe.ordering import DIRECTIONS, POSITION, TIE_MM, order_series
 from ichpipe.processes import process_pool
 from ichpipe.progress import Counter
+from ichpipe.trial import TrialDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -130,8 +130,8 @@ def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]
 
 def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
-    with _no_collection():
-        rows = [_read(one.path, force=force) for one in files]
+    with _no_collection(), TrialDecoder() as trial:
+        rows = [_read(one.path, trial, force=force) for one in files]
     numbers = range(len(rows))
     headers = [row for row in rows if isinstance(row, SliceHeader)]
     good = np.array([number for number in numbers if isinstance(rows[number], SliceHeader)], dtype=np.int64)
@@ -157,14 +157,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: str, *, force: bool) -> SliceHeader | tuple[str, str, str, str]:
+def _read(path: str, trial: TrialDecoder, *, force: bool) -> SliceHeader | tuple[str, str, str, str]:
     name = portable(path)
     if name != path:
         return name, "file name is not UTF-8; rename the file", "", ""
     try:
         header = read_header(path, force=True) if force else read_header(path)
         if header.compressed:  # its length says nothing: only decoding shows that the stream is whole
-            ct.read_hu(path)
+            trial.require(path)
     except UnreadableDicomError as error:
         return path, str(error).removeprefix(f"{path}: "), *error.series
     return header

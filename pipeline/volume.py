@@ -129,7 +129,7 @@ def _named(paths: Paths) -> str:
 def _volume(index: pd.DataFrame) -> Volume:
     first = index.iloc[0]
     paths = tuple(index["path"])
-    slices = [ct.read_hu(path) for path in paths]
+    slices = [ct.read_hu(path, scanned=True) for path in paths]
     shapes = {one.shape for one in slices}
     if len(shapes) > 1:
         sizes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))

@@ -145,7 +145,7 @@ def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, p
     positive = counts[counts > 0] if (counts > 0).any() else counts
     uid = positive.index[len(positive) // 2]
     rows = held_out["series_uid"] == uid
-    hu = [read_hu(path) for path in held_out["path"][rows]]
+    hu = [read_hu(path, scanned=True) for path in held_out["path"][rows]]
     probabilities = {name: table[list(CLASSES)].to_numpy()[rows] for name, table in tables.items()}
     labels = held_out[list(CLASSES)].to_numpy()[rows]
     _write_png(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))

@@ -1,0 +1,328 @@
+"""Compressed streams looked at before their codec: what they claim, and whether their codes are complete."""
+
+import struct
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from ichpipe import ct, trial
+from ichpipe.codestreams import Claim, frame_bytes, require_sound
+from ichpipe.entropy import require_complete
+from ichpipe.errors import DataError, UnreadableDicomError
+from ichpipe.headers import read_header
+from ichpipe.quiet import quiet_pydicom
+from ichpipe.scan import scan
+from ichpipe.trial import TrialDecoder
+
+ROWS, COLUMNS = 40, 56
+CLAIM = Claim(ROWS, COLUMNS, 16)
+LOSSLESS_JPEG = str(JPEGLosslessSV1)
+
+
+def image():
+    rows, columns = np.mgrid[:ROWS, :COLUMNS]
+    return (1000 + 30 * rows + 7 * columns + np.random.default_rng(0).integers(0, 90, (ROWS, COLUMNS))).astype(
+        np.uint16
+    )
+
+
+def jpeg_lossless(pixels, precision=16, restart=0):
+    """A lossless JPEG by T.81, annex H: predictor 1, and a table that gives each category a code of five bits."""
+    bits, interval, parts = "", 0, []
+    for number, value in enumerate(pixels.ravel().tolist()):
+        row, column = divmod(number, pixels.shape[1])
+        if restart and number and number % restart == 0:
+            parts.append(bits)
+            bits, interval = "", number
+        if number == interval:
+            guess = 1 << (precision - 1)
+        else:
+            guess = int(pixels[row, column - 1]) if column else int(pixels[row - 1, 0])
+        difference = (value - guess + 32768) % 65536 - 32768
+        category = abs(difference).bit_length()
+        extra = difference if difference > 0 else difference + (1 << category) - 1
+        bits += f"{category:05b}" + (f"{extra:0{category}b}" if category else "")
+    parts.append(bits)
+    coded = [int(part.ljust(-(-len(part) // 8) * 8, "1"), 2).to_bytes(-(-len(part) // 8), "big") for part in parts]
+    coded = [part.replace(b"\xff", b"\xff\x00") for part in coded]
+    scan_bytes = b"".join(part + bytes([0xFF, 0xD0 + number % 8]) for number, part in enumerate(coded[:-1])) + coded[-1]
+    size = struct.pack(">BHHB", precision, *pixels.shape, 1) + b"\x01\x11\x00"
+    table = b"\0" + bytes([0, 0, 0, 0, 16, *[0] * 11]) + bytes(range(16))
+    segments = [(0xC3, size), (0xC4, table), *([(0xDD, struct.pack(">H", restart))] if restart else [])]
+    segments.append((0xDA, b"\x01\x01\x00\x01\x00\x00"))
+    head = b"".join(bytes([0xFF, marker]) + struct.pack(">H", len(one) + 2) + one for marker, one in segments)
+    return b"\xff\xd8" + head + scan_bytes + b"\xff\xd9"
+
+
+def coded_file(write_ct, syntax, pixels=None):
+    path = write_ct(pixels=image() if pixels is None else pixels)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        if syntax == JPEGLosslessSV1:
+            dataset.PixelData = encapsulate([jpeg_lossless(dataset.pixel_array)])
+            dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+            dataset.file_meta.TransferSyntaxUID = syntax
+        else:
+            dataset.compress(syntax, generate_instance_uid=False)
+        dataset.save_as(path)
+    return path
+
+
+def frame_of(path):
+    with quiet_pydicom():
+        return frame_bytes(pydicom.dcmread(path).PixelData)
+
+
+def with_frame(path, frame, **tags):
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.PixelData = encapsulate([frame + b"\0" * (len(frame) % 2)])
+        for keyword, value in tags.items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(path)
+    return path
+
+
+def require_both(frame, syntax):
+    require_sound(frame, syntax, CLAIM)
+    require_complete(frame, syntax, CLAIM)
+
+
+def reason_of(call, *arguments):
+    with pytest.raises(UnreadableDicomError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+def test_a_sound_stream_passes_and_gives_its_pixels(write_ct, syntax):
+    path = coded_file(write_ct, syntax)
+    require_sound(frame_of(path), str(syntax), CLAIM)
+    require_complete(frame_of(path), str(syntax), CLAIM)
+    assert read_header(path).compressed
+    if syntax == JPEGLosslessSV1:
+        pytest.importorskip("gdcm")
+    assert np.array_equal(ct.read_hu(path), image().astype(int) - 1024)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+@pytest.mark.parametrize("rows", [60_000, ROWS + 1])
+def test_a_stream_that_claims_another_size_is_refused_before_any_decoder(write_ct, monkeypatch, syntax, rows):
+    path = coded_file(write_ct, syntax)
+    frame = bytearray(frame_of(path))
+    if syntax == JPEG2000Lossless:
+        struct.pack_into(">L", frame, 12, rows)
+    else:
+        start = frame.index(b"\xff\xc3" if syntax == JPEGLosslessSV1 else b"\xff\xf7")
+        struct.pack_into(">H", frame, start + 5, rows)
+    with_frame(path, bytes(frame))
+    monkeypatch.setattr(ct, "_decode", lambda *_: pytest.fail("a decoder was called"))
+    expected = f"the stream claims {rows} x {COLUMNS} pixels, the header says {ROWS} x {COLUMNS}"
+    for read in (read_header, ct.read_hu):
+        reason = reason_of(read, path)
+        assert expected in reason
+        assert str(syntax) in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda f: f[:-2], "end marker"),
+        (lambda f: f[: len(f) // 2] + b"\xff\xd9", "codes do not end"),
+        (lambda f: f[:200] + f[230:], "codes do not end|no code|bits"),
+        (lambda f: f[:-2] + b"\x55\x55\xff\xd9", "codes do not end"),
+        (lambda f: f + bytes(100), "after its end marker"),
+        (lambda f: f[:200] + b"\xff\xda" + f[202:], "marker DA amid"),
+        (lambda f: f.replace(b"\xff\xc4", b"\xff\xfe", 1), "Huffman table is missing"),
+        (lambda f: f.replace(b"\xff\xc3", b"\xff\xc0", 1), "does not belong"),
+        (lambda f: f[:40], "cut short|out of place"),
+        (lambda f: b"GIF89a" + f, "does not begin as JPEG"),
+        (lambda f: f.replace(b"\xff\xda\x00\x08\x01", b"\xff\xda\x00\x08\x02", 1), "one component"),
+    ],
+)
+def test_damaged_lossless_jpeg(change, expected):
+    frame = change(jpeg_lossless(image()))
+    with pytest.raises(UnreadableDicomError, match=expected):
+        require_both(frame, LOSSLESS_JPEG)
+
+
+def test_samples_that_leave_their_bits_are_damage():
+    pixels = image() % 4096
+    require_complete(jpeg_lossless(pixels, 12), LOSSLESS_JPEG, CLAIM)
+    pixels[3, 5] = 4096
+    assert "more than 12 bits" in reason_of(require_complete, jpeg_lossless(pixels, 12), LOSSLESS_JPEG, CLAIM)
+
+
+def test_restart_markers_are_counted():
+    frame = jpeg_lossless(image(), restart=COLUMNS * 3)
+    require_sound(frame, LOSSLESS_JPEG, CLAIM)
+    require_complete(frame, LOSSLESS_JPEG, CLAIM)
+    place = frame.index(b"\xff\xd0")
+    assert "intervals" in reason_of(require_complete, frame[:place] + frame[place + 2 :], LOSSLESS_JPEG, CLAIM)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda f: struct.pack("<L", 3) + f[4:], "segments"),
+        (lambda f: f[:8] + struct.pack("<L", 2**31) + f[12:], "not in order"),
+        (lambda f: f[:30], "no header"),
+        (lambda f: f[:-40], "its runs give"),
+        (lambda f: f[:64] + b"\x7f" + f[65:], "its runs give"),
+        (lambda f: f + bytes(50), "its runs give"),
+    ],
+)
+def test_damaged_run_length(write_ct, change, expected):
+    frame = change(frame_of(coded_file(write_ct, RLELossless)))
+    with pytest.raises(UnreadableDicomError, match=expected):
+        require_both(frame, str(RLELossless))
+
+
+def put(form, place, *values):
+    def change(frame):
+        changed = bytearray(frame)
+        struct.pack_into(form, changed, place(frame) if callable(place) else place, *values)
+        return bytes(changed)
+
+    return change
+
+
+def coding_style(offset):
+    return lambda frame: frame.index(b"\xff\x52") + 4 + offset
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (put(">LL", 24, 1, 1), "tiles"),
+        (put(">LL", 24, 0, 56), "first tile"),
+        (put(">LL", 16, 2**31, 0), "contradicts"),
+        (put(">H", 40, 3), "contradicts"),
+        (put("B", 42, 37), "38 bits a sample"),
+        (put("BB", 43, 2, 2), "subsampled"),
+        (put(">H", coding_style(2), 65535), "coding style"),
+        (put("B", coding_style(5), 33), "coding style"),
+        (put("B", coding_style(6), 9), "coding style"),
+        (lambda f: f[:-60], "cut short"),
+        (lambda f: f[:80], "cut short"),
+        (lambda f: b"\x00\x00\x00\x0cjP  \r\n\x87\n" + f, "does not begin"),
+    ],
+)
+def test_damaged_jpeg_2000(write_ct, change, expected):
+    frame = change(frame_of(coded_file(write_ct, JPEG2000Lossless)))
+    assert expected in reason_of(require_sound, frame, str(JPEG2000Lossless), CLAIM)
+
+
+def test_a_jp2_file_around_the_codestream_is_unwrapped(write_ct):
+    frame = frame_of(coded_file(write_ct, JPEG2000Lossless))
+    boxed = b"\x00\x00\x00\x0cjP  \r\n\x87\n" + struct.pack(">L", 0) + b"jp2c" + frame
+    require_sound(boxed, str(JPEG2000Lossless), CLAIM)
+
+
+def test_precincts_of_a_pixel_each_are_refused():
+    style = struct.pack(">BBHBBBBBB", 1, 0, 1, 0, 5, 4, 4, 0, 1) + b"\x00" * 6
+    size = struct.pack(">H8LH3B", 0, 4096, 4096, 0, 0, 4096, 4096, 0, 0, 1, 15, 1, 1)
+    frame = b"\xff\x4f" + b"".join(
+        marker + struct.pack(">H", len(one) + 2) + one for marker, one in ((b"\xff\x51", size), (b"\xff\x52", style))
+    )
+    frame += b"\xff\x90\x00\x0a" + struct.pack(">HLBB", 0, 14, 0, 1) + b"\xff\x93\xff\xd9"
+    assert "too many precincts" in reason_of(require_sound, frame, str(JPEG2000Lossless), Claim(4096, 4096, 16))
+
+
+def test_near_lossless_is_no_lossless_jpeg_ls(write_ct):
+    frame = frame_of(coded_file(write_ct, JPEGLSLossless))
+    place = frame.index(b"\xff\xda") + 7
+    near = frame[:place] + b"\x02" + frame[place + 1 :]
+    assert "error of up to 2" in reason_of(require_sound, near, str(JPEGLSLossless), CLAIM)
+    require_sound(near, "1.2.840.10008.1.2.4.81", CLAIM)
+
+
+ITEM, END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0" + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (ITEM + bytes(4), "no fragment"),
+        (ITEM + bytes(4) + ITEM + b"\xff\xff\xff\xff" + bytes(9), "cut short"),
+        (ITEM + bytes(4) + ITEM + struct.pack("<L", 4) + bytes(4) + b"noise", "begin as an item"),
+        (ITEM + struct.pack("<3L", 8, 0, 12) + ITEM + struct.pack("<L", 4) + bytes(4), "offsets"),
+        (ITEM + struct.pack("<2L", 4, 7) + ITEM + struct.pack("<L", 4) + bytes(4), "offsets"),
+    ],
+)
+def test_fragments_that_are_not_those_of_one_frame(pixels, expected):
+    assert expected in reason_of(frame_bytes, pixels)
+
+
+def test_fragments_are_joined():
+    pixels = ITEM + struct.pack("<2L", 4, 0) + ITEM + struct.pack("<L", 2) + b"ab" + ITEM + struct.pack("<L", 2) + b"cd"
+    assert frame_bytes(pixels) == frame_bytes(pixels + END + b"whatever") == b"abcd"
+
+
+class TestTrial:
+    def test_it_decodes_and_gives_the_reason_of_read_hu(self, write_ct):
+        path = coded_file(write_ct, RLELossless)
+        with TrialDecoder() as decoder:
+            decoder.require(str(path))
+            with_frame(path, frame_of(path)[:-50])
+            assert f"{path}: {reason_of(decoder.require, str(path))}" == reason_of(ct.read_hu, path)
+            assert "No such file" in reason_of(decoder.require, str(path) + "x")
+
+    def test_a_decoder_that_crashes_or_hangs_costs_one_file(self, write_ct, monkeypatch):
+        """The child is told to die as a codec does on a bad stream: at once, by SIGSEGV, or never to answer."""
+        path = str(coded_file(write_ct, RLELossless))
+        serve = (
+            "import os, signal, time; from ichpipe import ct, trial; read = ct.read_hu\n"
+            "def mad(path):\n"
+            "    if path == 'crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
+            "    if path == 'exit': os._exit(3)\n"
+            "    if path == 'hang': time.sleep(600)\n"
+            "    return read(path)\n"
+            "ct.read_hu = mad; trial.serve()"
+        )
+        monkeypatch.setattr(trial, "_SERVE", serve)
+        with TrialDecoder(timeout_s=5) as decoder:
+            decoder.require(path)
+            assert "SIGSEGV" in reason_of(decoder.require, "crash")
+            decoder.require(path)
+            assert "exit code 3" in reason_of(decoder.require, "exit")
+            assert "longer than 5 s" in reason_of(decoder.require, "hang")
+            decoder.require(path)
+
+    def test_its_memory_is_bounded(self, write_ct, monkeypatch):
+        path = str(coded_file(write_ct, RLELossless))
+        serve = (
+            "from ichpipe import ct, trial\n"
+            "def greedy(path):\n"
+            "    try: bytearray(8 * 2**30)\n"
+            "    except MemoryError as error: raise ct.UnreadableDicomError('no memory') from error\n"
+            "ct.read_hu = greedy; trial.serve()"
+        )
+        monkeypatch.setattr(trial, "_SERVE", serve)
+        with TrialDecoder() as decoder:
+            assert reason_of(decoder.require, path) == "no memory"
+
+    def test_a_child_that_cannot_start_is_an_error_of_its_own(self, monkeypatch):
+        monkeypatch.setattr(trial, "_SERVE", "raise SystemExit(1)")
+        with TrialDecoder() as decoder, pytest.raises(DataError, match="can't be started"):
+            decoder.require("x")
+
+    def test_scan_goes_on_after_a_crash(self, tmp_path, write_ct, monkeypatch):
+        for name in ("a", "b", "c"):
+            path = write_ct(f"in/{name}", pixels=image(), number=ord(name))
+            with quiet_pydicom():
+                dataset = pydicom.dcmread(path)
+                dataset.compress(RLELossless, generate_instance_uid=False)
+                dataset.save_as(path)
+        serve = (
+            "import os, signal; from ichpipe import ct, trial; read = ct.read_hu\n"
+            "ct.read_hu = lambda path: os.kill(os.getpid(), signal.SIGABRT) if path.endswith('b') else read(path)\n"
+            "trial.serve()"
+        )
+        monkeypatch.setattr(trial, "_SERVE", serve)
+        slices, rejected = scan([tmp_path / "in"])
+        assert [path[-1] for path in slices["path"]] == ["a", "c"]
+        assert rejected["reason"].tolist() == ["its decoder crashed (SIGABRT): the stream is damaged"]

@@ -1,0 +1,150 @@
+"""A small run of the fuzzer, and one test for each kind of bomb that it throws."""
+
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from ichpipe import archive, dicom_files
+from ichpipe.ct import read_hu
+from ichpipe.errors import UnreadableDicomError
+from ichpipe.headers import read_header
+
+FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
+NEEDS = ("gdcm", "jpeg_ls", "openjpeg")
+
+
+def fuzz(tmp_path, *rest):
+    for name in NEEDS:
+        pytest.importorskip(name)
+    out = tmp_path / "fuzz.json"
+    # Time is measured by hand runs alone: the machine of a test may be busy.
+    command = [sys.executable, FUZZ, "--limit-s", "60", "--out", out, "--keep", tmp_path / "findings", *rest]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_270_damaged_files_are_refused_or_read_as_the_reference_reads_them(tmp_path):
+    result = fuzz(tmp_path, "--files", 270)
+    assert result["findings"] == 0
+    assert result["files"] == 270 == sum(result["outcomes"].values())
+    assert set(result["outcomes"]) == {"refused", "equal"}
+    assert min(len(set(counts)) for counts in result["by_encoding"].values()) == 2  # of each encoding some of both
+    assert len(result["by_encoding"]) == 9
+    assert len(result["by_mutation"]) >= 20
+    assert result["peak_mb"] < 1024
+
+
+@pytest.mark.real_data
+def test_damaged_real_files_too(tmp_path, real_data):
+    result = fuzz(tmp_path, "--files", 230, "--dicom", real_data / "nema_wg04_ct_codecs")
+    assert result["findings"] == 0
+
+
+def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, write_ct):
+    """Without this the fuzzer might find nothing because it sees nothing."""
+    monkeypatch.syspath_prepend(FUZZ.parent)
+    import fuzz_reading
+
+    from ichpipe.trial import TrialDecoder
+
+    path = write_ct(pixels=None, RescaleIntercept="-1000")
+    with TrialDecoder() as trial:
+        reading = fuzz_reading.Reading(trial)
+        assert reading.read(path)["outcome"] == "equal"
+        with monkeypatch.context() as patch:
+            patch.setattr(fuzz_reading.ct, "read_hu", lambda one: read_hu(one) + 1)
+            assert reading.read(path)["outcome"] == "unequal"
+        with monkeypatch.context() as patch:
+            patch.setattr(fuzz_reading, "read_header", lambda _: 1 / 0)
+            assert reading.read(path)["outcome"] == "exception"
+        with monkeypatch.context() as patch:
+            patch.setattr(fuzz_reading, "read_header", refusing("two\nlines"))
+            patch.setattr(fuzz_reading.ct, "read_hu", refusing("again"))
+            assert reading.read(path)["outcome"] == "unclear message"
+
+
+def refusing(message):
+    def read(_):
+        raise UnreadableDicomError(message)
+
+    return read
+
+
+def reason_of(path):
+    with pytest.raises(UnreadableDicomError) as caught:
+        read_header(path)
+    return str(caught.value)
+
+
+def test_a_deflated_bomb_is_not_inflated(write_ct):
+    path = write_ct(transfer_syntax=DeflatedExplicitVRLittleEndian)
+    before = read_hu(path)
+    data = path.read_bytes()
+    start = data.index(b"1.2.840.10008.1.2.1.99") + 22
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    block = packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    path.write_bytes(data[:start] + block * 256)  # 4 GiB
+    assert "inflates to more than" in reason_of(path)
+    path.write_bytes(data[:-8])
+    assert "cut short" in reason_of(path)
+    path.write_bytes(data)
+    assert (read_hu(path) == before).all()
+    assert read_header(path).transfer_syntax == DeflatedExplicitVRLittleEndian
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, None])
+@pytest.mark.parametrize("kind", ["items", "elements", "elements of an item"])
+def test_a_header_of_a_hundred_thousand_parts_is_refused(write_ct, syntax, kind):
+    path = write_ct(**({"transfer_syntax": syntax} if syntax else {}))
+    data = path.read_bytes()
+    sequence = b"\x08\x00\x15\x11" + (b"" if syntax else b"SQ\0\0") + b"\xff\xff\xff\xff"
+    tiny = (b"\x09\x00\x10\x00" + (bytes(4) if syntax else b"LO\0\0")) * 100_000
+    items = b"\xfe\xff\x00\xe0" + bytes(4)
+    content = {
+        "items": sequence + items * 100_000 + b"\xfe\xff\xdd\xe0" + bytes(4),
+        "elements": tiny,
+        "elements of an item": sequence + items[:4] + b"\xff" * 4 + tiny + b"\xfe\xff\x0d\xe0" + bytes(4)
+        + b"\xfe\xff\xdd\xe0" + bytes(4),
+    }[kind]  # fmt: skip
+    place = data.index(b"\x10\x00\x20\x00")  # PatientID (0010,0020)
+    path.write_bytes(data[:place] + content + data[place:])
+    assert "can't be parsed" in reason_of(path)
+
+
+def test_a_long_value_of_unknown_length_is_read_in_as_many_pieces_as_it_needs(write_ct, monkeypatch):
+    monkeypatch.setattr(dicom_files, "MAX_PARTS", 200)
+    path = write_ct()
+    data = path.read_bytes()
+    place = data.index(b"\x10\x00\x20\x00")
+    value = b"\x09\x00\x11\x10OB\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0" + struct.pack("<L", 2**22) + bytes(2**22)
+    path.write_bytes(data[:place] + value + b"\xfe\xff\xdd\xe0" + bytes(4) + data[place:])
+    assert read_header(path).rows == 4
+
+
+def test_a_zip_bomb_is_not_unfolded(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("x", bytes(dicom_files.MAX_FILE_BYTES + 1))
+    monkeypatch.setattr(archive, "_unfold", lambda *_: pytest.fail("unfolded"))
+    assert "too large for one CT slice" in reason_of(tmp_path / "bomb.zip/x")
+
+
+@pytest.mark.parametrize("sign", [2, 7, 65535])
+def test_a_sign_that_is_neither_0_nor_1_is_no_sign(write_ct, sign):
+    assert "PixelRepresentation" in reason_of(write_ct(PixelRepresentation=sign))
+
+
+@pytest.mark.parametrize("letters", [b"SS", b"FD", b"AT", b"PN"])
+def test_a_number_under_another_representation_is_not_read_as_text(write_ct, letters):
+    path = write_ct(RescaleSlope="2")
+    data = path.read_bytes()
+    assert b"\x28\x00\x53\x10DS" in data
+    path.write_bytes(data.replace(b"\x28\x00\x53\x10DS", b"\x28\x00\x53\x10" + letters))
+    assert f"RescaleSlope is stored as {letters.decode()}" in reason_of(path)
