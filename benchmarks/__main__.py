@@ -53,7 +53,8 @@ def one(name: str, out: Path, *, small: bool) -> bool:
     target = out / f"{name}.json"
     target.unlink(missing_ok=True)
     start = time.perf_counter()
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(target), *(["--small"] if small else [])]
+    script = FOLDER / f"{name}.py"
+    command = [sys.executable, str(script), "--out", str(target), *(["--small"] if small else [])]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode or not target.exists():
         print(f"{name}: exit code {done.returncode}", flush=True)
