@@ -245,8 +245,13 @@ def _as_stored(value: int, bits: int, *, signed: bool) -> int:
 
 
 def transfer_syntax(dataset: Dataset) -> str:
-    """Return the transfer syntax that a file states, or that the parser guessed where it has no meta header."""
+    """Return the transfer syntax that a file states, or that the parser guessed where it has no meta header.
+
+    Raises UnreadableDicomError where what is stated is no UID: it would be repeated in messages and tables.
+    """
     stated = elements_of(dataset.file_meta).text("TransferSyntaxUID")
+    if stated.strip("0123456789."):
+        raise UnreadableDicomError("TransferSyntaxUID (0002,0010) is no UID")
     if stated:
         return stated
     implicit, little = dataset.original_encoding  # guessed by the parser: no meta header

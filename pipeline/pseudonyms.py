@@ -74,5 +74,5 @@ def _from_file(path: Path) -> bytes:
         return path.read_bytes().strip()
     except OSError as error:
         raise MissingFileError(
-            f"prepare.hash_patient_ids: {path}: {error.strerror}; name a file with the key"
+            f"prepare.hash_patient_ids: {path}: {error.strerror}; name a file with the secret key"
         ) from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import highdicom as hd
 import pydicom
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID, CTImageStorage, generate_uid
@@ -67,6 +68,9 @@ _COPIED: Final = (  # of the same modules, where the source has them: a PACS may
     "PatientAge", "PatientSize", "PatientWeight", "StudyDescription", "IssuerOfAccessionNumberSequence",
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
+_KEPT_CODES: Final = ("Modality", "ImageType", "PatientSex", "PhotometricInterpretation", "SpecificCharacterSet")
+_WORDS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
+_OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence")
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,25 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
         sources: list[Dataset] = []
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
+            _leave_out_other_words(source)
             for keyword in _EMPTY:
                 if keyword not in source:
                     setattr(source, keyword, "")
             sources.append(source)
     return sources
+
+
+def _leave_out_other_words(source: Dataset) -> None:
+    """Remove all text that the report need not repeat; the library would copy names of physicians and the like."""
+    needed = {*_EMPTY, *_COPIED, *_KEPT_CODES}
+    for tag in list(source.keys()):  # as parsed: a value that can't be converted must not stop this
+        kind = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+        if kind in _WORDS and keyword_for_tag(tag) not in needed:
+            del source[tag]
+    for item in source.get("OtherPatientIDsSequence") or []:
+        for tag in list(item.keys()):
+            if keyword_for_tag(tag) not in _OF_OTHER_IDS:
+                del item[tag]
 
 
 def require_reportable(sources: Sequence[Dataset]) -> None:

@@ -23,8 +23,11 @@ KEPT = {  # what the product may write (PatientID and UIDs are keys of its table
 }  # fmt: skip
 DATES = {"PatientBirthDate": "19370213", "StudyDate": "19981117", "SeriesDate": "19981118", "AcquisitionDate":
          "19981119", "ContentDate": "19981120", "PatientBirthTime": "235907", "StudyTime": "221943"}  # fmt: skip
-IDENTITY = ("PatientName", "PatientBirthDate", "AccessionNumber", "StudyDate", "StudyTime", "StudyID",
-            "ReferringPhysicianName", "PatientBirthTime")  # fmt: skip
+IDENTITY = {
+    "PatientName", "PatientBirthDate", "PatientBirthTime", "PatientSex", "PatientAge", "AccessionNumber", "StudyDate",
+    "StudyTime", "StudyID", "StudyDescription", "ReferringPhysicianName", "IssuerOfPatientID", "TimezoneOffsetFromUTC",
+    "nested PatientID",
+}  # fmt: skip
 """What a DICOM Structured Report must repeat of its source (PS3.3, C.7.1.1 and C.7.2.1): --sr says that it does."""
 
 

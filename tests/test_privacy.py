@@ -1,10 +1,13 @@
 """Nothing of a patient but PatientID and UIDs reaches any output: planted in every element, searched in every byte."""
 
+import contextlib
+import io
 import itertools
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
+import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from conftest import ct_dataset, save_dicom
 
 from ichpipe.quiet import quiet_pydicom
+from ichpipe.stages.cli import main
 
 STAGES = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "report", "export")
 FEW = ("--set", "fit-slices.epochs=1", "--set", "finetune.epochs=1", "--set", "sequence.paper.epochs=1",
@@ -113,14 +117,32 @@ def syntax(one, planter):
 
 
 def ichpipe(*arguments):
-    """A real process, with all that it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ichpipe.stages.cli", *map(str, arguments)],
-        capture_output=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return done.returncode, done.stdout + done.stderr
+    """Exit code, and all that is said on both streams, by Python and by libraries beneath it."""
+    text, kept = io.StringIO(), [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as sink, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        for number in (1, 2):
+            os.dup2(sink.fileno(), number)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # shown, as to a user
+                code = outcome([str(one) for one in arguments])
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+        sink.seek(0)
+        return code, text.getvalue().encode() + sink.read()
+
+
+def outcome(arguments):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
+    except Exception:
+        traceback.print_exc()  # as Python does at the end of a program
+        return 1
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +171,7 @@ def contents_of(*folders):
 def test_no_planted_word_is_in_any_output_of_the_recipe(planted_run, planter):
     other, said = planted_run
     rejected = pd.read_csv(other.artifacts / "index" / "rejected.csv")
-    assert len(rejected) >= 14  # the bad files were met, and their reasons written
+    assert len(rejected) >= 12  # the bad files were met, and their reasons written
     assert not leaks(planter, [("said", said), *contents_of(other.artifacts)])
 
 
@@ -190,7 +212,7 @@ def test_a_report_for_the_pacs_has_the_identity_it_must_have_and_no_more(planted
     assert code == 0, text
     assert len(planted.files_below(tmp_path / "sr")) == 1
     leaked = leaks(planter, [("said", text), *contents_of(tmp_path / "sr")])
-    assert {what for _, what in leaked} <= set(planted.IDENTITY)
+    assert {what for _, what in leaked} <= planted.IDENTITY
     assert any(what == "PatientName" for _, what in leaked)
 
 
@@ -199,7 +221,7 @@ def test_nor_a_traceback_of_a_file_that_went_bad_later(planted_run, planter, dat
     """With --debug a traceback is shown, with what it was caused by: parsers quote what they can't read."""
     other, _ = planted_run
     index = pd.read_parquet(other.artifacts / "index" / "slices.parquet")
-    path = index.loc[index["split"] == "train", "path"].iloc[0]
+    path = index.loc[(index["split"] == "train") & index["any"].notna(), "path"].iloc[0]
     path = Path(path)
     content = path.read_bytes()
     with quiet_pydicom():

@@ -20,6 +20,7 @@ from ichpipe.archive import list_files, read_file
 from ichpipe.errors import DataError, MissingFileError, ParamsError, UnreadableDicomError
 from ichpipe.params import load_params
 from ichpipe.pseudonyms import Pseudonyms, read_pseudonyms
+from ichpipe.quiet import quiet_pydicom
 from ichpipe.scan import scan
 from ichpipe.terms import BODY_PARTS, MODALITIES, RESCALE_TYPES, body_part, shown
 
@@ -161,10 +162,11 @@ def test_a_dicomdir_leads_to_what_lies_beside_it_alone(outside, tmp_path):
     for path in sorted((tmp_path / "source").iterdir()):
         files.add(path)
     files.write(outside)
-    directory = pydicom.dcmread(outside / "DICOMDIR")
-    images = [record for record in directory.DirectoryRecordSequence if record.DirectoryRecordType == "IMAGE"]
-    images[0].ReferencedFileID = ["..", "secret.dcm"]
-    directory.save_as(outside / "DICOMDIR")
+    with quiet_pydicom():
+        directory = pydicom.dcmread(outside / "DICOMDIR")
+        images = [record for record in directory.DirectoryRecordSequence if record.DirectoryRecordType == "IMAGE"]
+        images[0].ReferencedFileID = ["..", "secret.dcm"]
+        directory.save_as(outside / "DICOMDIR")
     slices, _ = scan([outside / "DICOMDIR"])
     assert set(slices["patient_id"]) == {"INSIDE"}
     assert len(slices) == 2
