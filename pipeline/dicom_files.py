@@ -48,6 +48,8 @@ MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
 
 HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 
+_OTHER_TYPES: Final = frozenset({"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"})  # C.11.1.1.2
+
 PIXEL_TAGS: Final = tags(
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",
@@ -222,7 +224,8 @@ def _rescale(elements: Elements) -> tuple[float, float]:
         raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
     kind = elements.text("RescaleType").upper()
     if kind not in HOUNSFIELD_TYPES:
-        raise UnreadableDicomError(f"RescaleType (0028,1054) is {kind[:16]!r}: values are not Hounsfield units")
+        shown = repr(kind) if kind in _OTHER_TYPES else "not one of CT"
+        raise UnreadableDicomError(f"RescaleType (0028,1054) is {shown}: values are not Hounsfield units")
     return slope, intercept
 
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
+_MODALITIES: Final = frozenset({
+    "CR", "DX", "ECG", "ES", "IO", "IVUS", "KO", "MG", "MR", "NM", "OCT", "OP", "OT", "PR", "PT", "PX", "REG", "RF",
+    "RG", "RTDOSE", "RTIMAGE", "RTPLAN", "RTRECORD", "RTSTRUCT", "SC", "SEG", "SM", "SR", "US", "XA", "XC",
+})  # fmt: skip
 FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
 """How the reasons begin that ``force`` overrules."""
 
@@ -151,14 +155,16 @@ def _require_ct_slice(elements: Elements) -> str:
     """Refuse what is no CT slice; return ImageType (0008,0008)."""
     modality = elements.text("Modality")
     if modality != "CT":
-        said = f"is {modality[:16]!r}" if modality else "is missing"
+        # Quoted only where it is a usual one: a damaged file may have a name there.
+        known = f"is {modality!r}" if modality in _MODALITIES else "is something else"
+        said = known if modality else "is missing"
         raise UnreadableDicomError(f"Modality (0008,0060) {said}, not CT")
     if elements.text("SOPClassUID").startswith(SECONDARY_CAPTURE):
         raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
     image_type = elements.text("ImageType").upper()
-    for word in image_type.split("\\"):
-        if any(mark in word for mark in NOT_A_SLICE):
-            raise UnreadableDicomError(f"ImageType (0008,0008) says {word[:32]}: a localizer or screen, not a slice")
+    for mark in NOT_A_SLICE:
+        if mark in image_type:
+            raise UnreadableDicomError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
     return image_type
 
 
