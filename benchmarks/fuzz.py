@@ -9,7 +9,7 @@ from seed N. A child process with a memory limit reads each: ``scan``'s way firs
 decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
 accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
 of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
-reference's. Time is of the clock, both reads together; memory is the highest resident size of either process.
+reference's. Time is of the clock, both reads together, and CPU time of both processes beside it; memory is the highest resident size of either process.
 """
 
 from __future__ import annotations
@@ -170,12 +170,14 @@ class Tally:
         self._of_mutation: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self._reasons: collections.Counter[str] = collections.Counter()
         self._seconds: list[float] = []
+        self._cpu_s = 0.0
         self._kb, self._findings = 0, list[dict[str, Any]]()
 
     def add(self, number: int, encoding: str, names: list[str], data: bytes, found: dict[str, Any]) -> None:
         """Count one case."""
         outcome = str(found["outcome"])
         self._seconds.append(found["s"])
+        self._cpu_s = max(self._cpu_s, found.get("cpu_s", 0.0))
         self._kb = max(self._kb, found["kb"])
         self._outcomes[outcome] += 1
         self._of_encoding[encoding][outcome] += 1
@@ -200,6 +202,7 @@ class Tally:
             "outcomes": dict(self._outcomes),
             "findings": len(self._findings),
             "slowest_s": round(ordered[-1], 3),
+            "slowest_cpu_s": self._cpu_s,
             "median_s": round(ordered[len(ordered) // 2], 4),
             "peak_mb": self._kb // 1024,
             "reader_starts": starts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zipfile
 from pathlib import Path
@@ -33,16 +34,16 @@ class Reading:
         path = f"{file}/{stream_mutations.MEMBER}" if file.suffix == ".zip" else str(file)
         for process in self._processes():
             reset_peak(process)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), self._cpu_s()
         outcome, message, hu = self._product(path)
-        seconds = time.perf_counter() - begun
+        seconds, used = time.perf_counter() - begun, self._cpu_s() - used
         kilobytes = max(peak_kb(process) for process in self._processes())
         if hu is not None:
             outcome, message = self._compared(file, hu)
         elif outcome == "refused" and (message.count("\n") or not message or len(message) > LONGEST_MESSAGE
                                        or PLANTED in message):  # fmt: skip
             outcome = "unclear message"
-        return {"outcome": outcome, "message": message, "s": seconds, "kb": kilobytes}
+        return {"outcome": outcome, "message": message, "s": seconds, "cpu_s": round(used, 2), "kb": kilobytes}
 
     def _product(self, path: str) -> tuple[str, str, Any]:
         """Read like ``scan._read``, then the pixels: those of a file that the scan refuses must do no harm either."""
@@ -83,9 +84,18 @@ class Reading:
             else ("unequal", f"{(reference != hu).sum()} pixels" if reference.shape == hu.shape else "")
         )
 
+    def _cpu_s(self) -> float:
+        return sum(cpu_s(process) for process in self._processes())
+
     def _processes(self) -> list[str]:
         child = self._trial.child_pid
         return ["self", *([str(child)] if child else [])]
+
+
+def cpu_s(process: str) -> float:
+    """Return the CPU time of a process so far, in seconds (of 10 ms, as the kernel counts)."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def reset_peak(process: str) -> None:

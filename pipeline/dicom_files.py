@@ -49,6 +49,7 @@ MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
 
 HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 
+
 PIXEL_TAGS: Final = tags(
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",

@@ -25,10 +25,8 @@ _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6
 _WHOLE: Final = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "US or SS": 2, "UN": 0, "OB": 0, "OW": 0}
 """Bytes of one number in the value representations that hold whole numbers in binary; 0: as many as there are."""
 
-_NO_DECIMALS: Final = frozenset({
-    "AT", "FD", "FL", "OB", "OD", "OF", "OL", "OV", "OW", "PN", "SL", "SQ", "SS", "SV", "UL", "US", "UV",
-})  # fmt: skip
-"""Representations whose bytes are no decimal text; digits found there are another number, or none."""
+_DECIMALS: Final = frozenset({None, "DS", "IS", "UN", "LO", "SH", "CS", "ST", "LT", "UT", "UC"})
+"""Representations of numbers as text; None where the file states none. Digits under another are another number."""
 
 _BINARY: Final = frozenset({
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
@@ -114,7 +112,7 @@ class Elements:
 
     def _decimals(self, keyword: str) -> str:
         element = self._by_tag.get(_TAG[keyword])
-        if isinstance(element, RawDataElement) and element.VR in _NO_DECIMALS:
+        if isinstance(element, RawDataElement) and element.VR not in _DECIMALS:
             raise UnreadableDicomError(f"{keyword} is stored as {element.VR}, which is no decimal text")
         return self.text(keyword)
 

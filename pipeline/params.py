@@ -5,13 +5,13 @@ An unknown or missing key, a wrong type or a value out of range is an error that
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
 
 from ichpipe.errors import MissingFileError, ParamsError, did_you_mean
+from ichpipe.param_file import read_yaml
 from ichpipe.param_keys import key_hint, written_out
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """Base of the sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(allow_inf_nan=False, frozen=True, extra="forbid", strict=True, populate_by_name=True)
 
 
 class PhantomParams(Section):
@@ -307,15 +307,6 @@ class Params(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as DVC reads it: PyYAML alone takes ``1e-4`` (no point) for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool = False) -> Params:
     """Read ``path`` (the defaults where it is absent), apply ``SECTION.KEY=VALUE`` overrides, validate."""
     raw = _read_yaml(path) if path.exists() or must_exist else {}
@@ -329,10 +320,10 @@ def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise MissingFileError(f"parameter file {path} does not exist; name one with --params FILE") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ParamsError(f"parameter file {path} can't be read as YAML: {error}") from error
     if raw is None:
         return {}
@@ -347,8 +338,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or len(keys) < 2 or not all(keys):
         raise ParamsError(f"--set {override!r}: write SECTION.KEY=VALUE, for example fit-slices.epochs=3")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except YAMLError as error:
         raise ParamsError(f"--set {override!r}: the value is not YAML: {error}") from error
     node = raw
     for key in keys[:-1]:

@@ -21,6 +21,8 @@ _META_GROUP: Final = 0x0002
 _META_REPRESENTATIONS: Final = frozenset({"UI", "OB", "UL", "SH", "AE"})  # of group 0002, PS3.10, 7.1
 _MEDIA_CLASS: Final = 0x00020002
 _SYNTAX: Final = 0x00020010
+_CHARACTER_SET: Final = 0x00080005
+_TEXT: Final = frozenset({None, "CS"})
 _ENCAPSULATED: Final = "1.2.840.10008.1.2.4."  # JPEG and its kin: explicit, little-endian
 _RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
 
@@ -46,7 +48,9 @@ def _quick(data: bytes, wanted: list[BaseTag | int]) -> tuple[Elements, str] | N
     known = implicit or syntax in {EXPLICIT_LITTLE, _RUN_LENGTH} or syntax.startswith(_ENCAPSULATED)
     if not known or media_class == DIRECTORY_CLASS or implicit == _looks_explicit(data, file.tell()):
         return None
-    found = data_element_generator(file, implicit, True, None, None, specific_tags=wanted)
+    found = list(data_element_generator(file, implicit, True, None, None, specific_tags=wanted))
+    if any(one.tag == _CHARACTER_SET and one.VR not in _TEXT for one in found):  # pydicom converts it at once, or fails
+        return None
     return Elements(((one.tag, one) for one in found), lambda: parse(data, wanted)), syntax
 
 

@@ -141,7 +141,7 @@ def test_a_sign_that_is_neither_0_nor_1_is_no_sign(write_ct, sign):
     assert "PixelRepresentation" in reason_of(write_ct(PixelRepresentation=sign))
 
 
-@pytest.mark.parametrize("letters", [b"SS", b"FD", b"AT", b"PN"])
+@pytest.mark.parametrize("letters", [b"SS", b"FD", b"AT", b"PN", b"ZZ"])
 def test_a_number_under_another_representation_is_not_read_as_text(write_ct, letters):
     path = write_ct(RescaleSlope="2")
     data = path.read_bytes()

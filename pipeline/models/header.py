@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
+_PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
 SPACING = "spacing_mm"
 """Name in ``made_from`` of the distance of the slices that a model was trained on."""
 
@@ -41,8 +42,10 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
     try:
         with safe_open(path, framework="np") as handle:
             text = (handle.metadata() or {}).get(HEADER_KEY)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}); train or copy it again") from error
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: metadata names that JSON spoiled
+        raise WeightsError(
+            f"{path} is no whole safetensors file ({str(error)[:200]}); train or copy it again"
+        ) from error
     if text is None:
         raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
     return _parse_header(path, text)
@@ -63,16 +66,25 @@ def spacing_of(folder: Path) -> float:
 def _parse_header(path: Path, text: str) -> Header:
     try:
         raw = json.loads(text)
-        if raw["format_version"] > FORMAT_VERSION:
-            raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
-        return Header(
-            raw["kind"],
-            SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
-            SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
-            int(raw["format_version"]),
-            raw["made_from"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{path}: the description in its header is damaged ({error})") from error
+        newer = raw["format_version"] > FORMAT_VERSION
+        header = None if newer else _header_of(raw)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{path}: the description in its header is damaged ({reason})") from error
+    if header is None:
+        raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
+    return header
+
+
+def _header_of(raw: dict[str, Any]) -> Header:
+    if any(part not in raw for part in _PARTS[raw["kind"]]):
+        raise ValueError("it leaves a part of the model out")
+    if not isinstance(raw["made_from"], dict):
+        raise TypeError("made_from is no table")
+    return Header(
+        raw["kind"],
+        SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
+        SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
+        int(raw["format_version"]),
+        raw["made_from"],
+    )

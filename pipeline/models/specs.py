@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ichpipe.classes import CLASSES
 from ichpipe.params import WindowParams
@@ -14,39 +14,55 @@ PREPROCESSING_VERSION: Final = 1
 Golden values in the tests fail where the numbers change without it."""
 
 
-class SliceCnnSpec(BaseModel):
+Size = Annotated[int, Field(ge=1, le=65_536)]
+"""Wider than any network here; a damaged header must not decide how much memory is asked for."""
+
+Few = Annotated[int, Field(ge=1, le=64)]
+Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Described(BaseModel):
+    """A description whose classes are ours in our order: columns are told by their place from here on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _classes_are_ours(self) -> Self:
+        if getattr(self, "classes", CLASSES) != CLASSES:
+            raise ValueError(f"its classes are not {', '.join(CLASSES)} in this order")
+        return self
+
+
+class SliceCnnSpec(_Described):
     """All that is needed to build the slice CNN again; stored beside its weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     backbone: str  # timm name
-    windows: tuple[WindowParams, ...] = Field(strict=False)
-    size_px: int
+    windows: Annotated[tuple[WindowParams, ...], Field(min_length=1, max_length=8, strict=False)]
+    size_px: Annotated[int, Field(ge=8, le=4096)]
     mean: tuple[float, ...]  # per channel, after windowing to 0 … 1
     std: tuple[float, ...]
     classes: tuple[str, ...] = CLASSES
-    dropout: float = 0.0
+    dropout: Share = 0.0
     pooling: str | None = None  # timm's global_pool; None: the backbone's own
 
 
-class SequenceSpec(BaseModel):
+class SequenceSpec(_Described):
     """All that is needed to build the sequence model again; stored beside its weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cell: str
-    hidden: int
-    layers: int
+    cell: Literal["lstm", "gru", "transformer", "conv", "average"]
+    hidden: Size
+    layers: Few
     bidirectional: bool
-    dropout: float
-    inputs: tuple[str, ...]
-    embedding_dim: int
-    pca: int = 0  # principal components, where they are an input
-    skip: tuple[str, ...] = ()  # inputs that also go straight into the head
+    dropout: Share
+    inputs: tuple[Input, ...]
+    embedding_dim: Size
+    pca: Annotated[int, Field(ge=0, le=65_536)] = 0  # principal components, where they are an input
+    skip: tuple[Input, ...] = ()  # inputs that also go straight into the head
     residual: bool = False
-    kernel: int = 3
-    heads: int = 8
-    members: int = 1  # networks whose probabilities are averaged
+    kernel: Annotated[int, Field(ge=1, le=1025)] = 3
+    heads: Few = 8
+    members: Annotated[int, Field(ge=1, le=1000)] = 1  # networks whose probabilities are averaged
     reversed: bool = False  # … over the slices in both orders
     mirrored: bool = False  # … over the images and their left-right mirror images
     classes: tuple[str, ...] = CLASSES

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ichpipe.artifacts import MODEL_FILE
-from ichpipe.errors import WeightsError
+from ichpipe.errors import IchpipeError, WeightsError
 from ichpipe.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
@@ -24,6 +24,8 @@ from ichpipe.models.sequence import AnySequence, MovingAverage, SequenceEnsemble
 from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,21 +45,24 @@ def load_slice_cnn(folder: Path) -> SliceCnn:
     """Load stage one's network in evaluation mode."""
     header, state = _read(folder, "slice-cnn", "ichpipe fit-slices")
     assert header.slice_cnn is not None  # noqa: S101 - the kind says so
-    return _filled(SliceCnn(header.slice_cnn), state, folder)
+    spec = header.slice_cnn
+    return _filled(lambda: SliceCnn(spec), state, folder)
 
 
 def load_sequence(folder: Path) -> AnySequence:
     """Load stage two's network in evaluation mode."""
     header, state = _read(folder, "sequence", "ichpipe fit-sequence")
     assert header.sequence is not None  # noqa: S101 - the kind says so
-    return _filled(build_sequence(header.sequence), state, folder)
+    spec = header.sequence
+    return _filled(lambda: build_sequence(spec), state, folder)
 
 
 def load_end_to_end(folder: Path) -> EndToEnd:
     """Load the fine-tuned network in evaluation mode."""
     header, state = _read(folder, "end-to-end", "ichpipe finetune")
-    assert header.slice_cnn is not None and header.sequence is not None  # noqa: S101, PT018 - the kind says so
-    return _filled(EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence)), state, folder)
+    cnn, sequence = header.slice_cnn, header.sequence
+    assert cnn is not None and sequence is not None  # noqa: S101, PT018 - the kind says so
+    return _filled(lambda: EndToEnd(SliceCnn(cnn), build_sequence(sequence)), state, folder)
 
 
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
@@ -96,7 +101,10 @@ def _read(folder: Path, kind: str, command: str) -> tuple[Header, dict[str, Tens
     header = read_header(folder, f"run: {command}")
     if header.kind != kind:
         raise WeightsError(f"{folder / MODEL_FILE} holds a {header.kind} model, wanted {kind}")
-    state = load_file(folder / MODEL_FILE)
+    try:
+        state = load_file(folder / MODEL_FILE)
+    except Exception as error:  # a dtype or a shape that torch does not know; the header itself was whole
+        raise WeightsError(f"{folder / MODEL_FILE} holds no readable weights ({type(error).__name__})") from error
     return header, state if header.format_version > 1 else _renamed(state)
 
 
@@ -106,12 +114,28 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {old.sub(lambda found: found.expand(new), name): tensor for name, tensor in state.items()}
 
 
-def _filled(model: M, state: dict[str, Tensor], folder: Path) -> M:
+def _filled(build: Callable[[], M], state: dict[str, Tensor], folder: Path) -> M:
+    """Build a network and give it its weights; whatever in its description makes that fail is one error."""
+    path = folder / MODEL_FILE
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(f"{folder / MODEL_FILE} does not hold the weights that its header describes") from error
+        with torch.device("meta"):  # no memory yet: a damaged description may ask for any
+            wanted = _shapes(build().state_dict())
+        model = build() if wanted == _shapes(state) else None
+    except IchpipeError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        raise WeightsError(f"{path}: its header describes no network that can be built ({reason})") from error
+    if model is None:
+        raise WeightsError(f"{path} does not hold the weights that its header describes")
+    model.load_state_dict(state)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
+        raise WeightsError(f"{path} holds weights that are not finite; copy or train it again")
     return model.eval()
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _locate(source: str) -> Path:
