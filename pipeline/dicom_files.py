@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pydicom.filereader import read_partial
 
-from ichpipe.archive import read_file
 from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.errors import UnreadableDicomError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
 
@@ -66,16 +63,6 @@ class PixelFacts(NamedTuple):
         return self.rows * self.columns * self.bits_allocated // 8
 
 
-def read_pixel_dataset(path: Path | str) -> tuple[Dataset, PixelFacts]:
-    """Read what decoding needs, checked like in ``read_header``. Call it inside ``quiet_pydicom``."""
-    name = path if isinstance(path, str) else path.as_posix()
-    dataset = parse(read_file(name, MAX_FILE_BYTES), PIXEL_TAGS)
-    elements = elements_of(dataset)
-    facts = pixel_facts(elements, transfer_syntax(dataset))
-    require_pixels(elements, facts)
-    return dataset, facts
-
-
 def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     """Parse ``data`` as DICOM, keeping the elements of the wanted tags; a missing DICM prefix is tolerated.
 
@@ -112,6 +99,11 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
+
+
+def stored_type(facts: PixelFacts) -> str:
+    """Return the numpy type of stored pixels, little-endian."""
+    return f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
 
 
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:
