@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
     Known = Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]]
 
-TASKS_PER_WORKER = 2
-"""Enough to keep a worker busy, few enough that memory stays flat."""
+TASKS_PER_WORKER = 3
+"""One is computed, one is written, one waits: few enough that memory stays flat."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,12 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
     # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
     from distributed import as_completed  # noqa: PLC0415
 
-    from ichpipe.cache.compute import ComputePlugin, compute_chunk  # noqa: PLC0415
+    from ichpipe.cache.compute import ComputePlugin, compute_chunk, numbers_of  # noqa: PLC0415
 
-    client.register_plugin(ComputePlugin(work.make_compute))
+    addresses = client.nthreads()  # not scheduler_info, which some versions cut to five workers
+    client.register_plugin(ComputePlugin(work.make_compute, numbers_of(addresses)))
     waiting = iter(tasks)
-    limit = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
+    limit = TASKS_PER_WORKER * max(1, len(addresses))
 
     def submit(task: _Task) -> Any:
         inputs = [work.inputs[row] for row in task.wanted]

@@ -6,6 +6,7 @@ True is said only of what was understood to the last field; a stream of which th
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -64,8 +65,12 @@ def _table(body: bytes) -> int | None:
 
 def _is_sound_scan(body: bytes, tables: set[int]) -> bool:
     """Check one component, a table that is there, a predictor and no point transform (T.81, B.2.3 and H.1.2)."""
-    return len(body) == 6 and body[0] == 1 and body[2] & 15 == 0 and body[2] >> 4 in tables and (
-        1 <= body[3] <= 7 and body[4:] == b"\0\0"
+    return (
+        len(body) == 6
+        and body[0] == 1
+        and body[2] & 15 == 0
+        and body[2] >> 4 in tables
+        and (1 <= body[3] <= 7 and body[4:] == b"\0\0")
     )
 
 
@@ -86,5 +91,5 @@ def is_ordinary_run_length(stream: bytes, facts: PixelFacts) -> bool:
         return False
     count, *offsets = struct.unpack("<16I", stream[:64])
     used = [*offsets[:count], len(stream)] if count == facts.bits_allocated // 8 else []
-    ordered = all(first < second for first, second in zip(used, used[1:], strict=False))
+    ordered = all(first < second for first, second in pairwise(used))
     return bool(used) and used[0] == 64 and ordered and not any(offsets[count:])

@@ -1,9 +1,9 @@
 """Compressed pixels to stored pixels: the one place from which a codec is called.
 
-imagecodecs, where it is installed, decodes JPEG lossless, JPEG 2000 lossless and run-length streams two to eight times as
-fast as pydicom's plug-ins, and lets other threads run meanwhile. Some of its decoders trust a stream's header and crash
-where it lies, so a stream is given to them only if its header is ordinary and says what the DICOM header says
-(``code_streams``). Everything else goes to pydicom's decoders; the pixels are the same.
+imagecodecs, where it is installed, decodes JPEG lossless, JPEG 2000 lossless and run-length streams faster than
+pydicom's plug-ins (docs/dependencies.md), and lets other threads run meanwhile. Some of its decoders trust a stream's
+header and crash where it lies, so a stream is given to them only if its header is ordinary and says what the DICOM
+header says (``code_streams``). Everything else goes to pydicom's decoders; the pixels are the same.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def decode(pixel_data: bytes, facts: PixelFacts) -> NDArray[np.integer] | None:
 def imagecodecs() -> Any:
     """Return the module, or None where it is not installed; imported by the first compressed file."""
     try:
-        import imagecodecs as module  # noqa: PLC0415 - optional, and half of its time is spent in finding it
+        import imagecodecs as module  # noqa: PLC0415 - optional
     except ImportError:
         return None
     return module
