@@ -74,11 +74,11 @@ def _rescale(values: NDArray[np.integer], slope: float, intercept: float) -> NDA
 def _shift(values: NDArray[np.integer], intercept: int) -> NDArray[np.int16]:
     """Add a whole intercept, in 16 bits where the values have 16: they are clipped before, so that none overflows."""
     low, high = AIR_HU - intercept, MAX_HU - intercept
-    if values.dtype.itemsize == 2:
-        limits = np.iinfo(values.dtype)
-        hu = np.clip(values, max(low, limits.min), min(high, limits.max)).view(np.int16)
-        hu += np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
-        return hu
+    if values.dtype.itemsize == 2:  # limits that are wanted here lie within the type, as the values do
+        below, above = values.min() < low, values.max() > high
+        inside = np.maximum(values, low) if below else values
+        inside = np.minimum(inside, high) if above else inside
+        return inside.view(np.int16) + np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
     wide: NDArray[np.int16] = (np.clip(values.astype(np.int64), low, high) + intercept).astype(np.int16)
     return wide
 
