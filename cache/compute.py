@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -16,7 +17,7 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.place import PARTIAL, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from io import FileIO
 
     from distributed import Worker
@@ -32,8 +33,8 @@ class ComputePlugin(WorkerPlugin):
 
     name = PLUGIN
 
-    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int]) -> None:
-        self.make_compute, self.numbers = make_compute, numbers
+    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int] | None = None) -> None:
+        self.make_compute, self.numbers = make_compute, numbers or {}
         self.compute: Compute | None = None
 
     def setup(self, worker: Worker) -> None:
@@ -44,6 +45,23 @@ class ComputePlugin(WorkerPlugin):
         """
         number = worker.name if isinstance(worker.name, int) else self.numbers.get(worker.address, 0)
         self.compute = self.make_compute(number)
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - the base class's signature
+        """End what the function holds, if it has a ``close``."""
+        close = getattr(self.compute, "close", None)
+        if close is not None:
+            close()
+
+
+def numbers_of(addresses: Iterable[str]) -> dict[str, int]:
+    """Number the workers of each machine from 0, in the order of their addresses."""
+    numbers: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    for address in sorted(addresses):
+        machine = address.rpartition(":")[0]
+        numbers[address] = seen[machine]
+        seen[machine] += 1
+    return numbers
 
 
 def compute_chunk(address: str, segment: str, rows: slice, inputs: list[Any]) -> int:

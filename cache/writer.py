@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
     Known = Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]]
 
-TASKS_PER_WORKER = 2
-"""Enough to keep a worker busy, few enough that memory stays flat."""
+TASKS_PER_WORKER = 3
+"""One is computed, one is written, one waits: few enough that memory stays flat."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,9 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
     # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
     from distributed import as_completed  # noqa: PLC0415
 
-    from ichpipe.cache.compute import ComputePlugin, compute_chunk  # noqa: PLC0415
+    from ichpipe.cache.compute import ComputePlugin, compute_chunk, numbers_of  # noqa: PLC0415
 
-    client.register_plugin(ComputePlugin(work.make_compute, _numbers(_workers(client))))
+    client.register_plugin(ComputePlugin(work.make_compute, numbers_of(_workers(client))))
     waiting, running = iter(tasks), as_completed()  # type: ignore[no-untyped-call]
 
     def fill() -> None:
@@ -147,19 +146,8 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         fill()
 
 
-def _workers(client: Client) -> dict[str, Any]:
-    return dict(client.scheduler_info()["workers"])
-
-
-def _numbers(workers: dict[str, Any]) -> dict[str, int]:
-    """Number the workers of each machine from 0, by address."""
-    found: dict[str, int] = {}
-    next_of: Counter[str] = Counter()
-    for address in sorted(workers):
-        host = workers[address]["host"]
-        found[address] = next_of[host]
-        next_of[host] += 1
-    return found
+def _workers(client: Client) -> list[str]:
+    return list(client.nthreads())  # not scheduler_info, which some versions cut to five workers
 
 
 def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:

@@ -8,7 +8,7 @@ out-of-fold ones where there are any; what is held out is always seen by the net
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from ichpipe.artifacts import MODEL_FILE
@@ -58,6 +58,7 @@ class Cache:
     index: pd.DataFrame
     fold: int | None = None  # the fold that the network never saw
     view: View | None = None
+    precision: str = "auto"
 
     def identity(self) -> dict[str, Any]:
         """Name all that turns a file's bytes into a row; the store compares it field by field."""
@@ -65,6 +66,8 @@ class Cache:
         spec = header.slice_cnn
         if header.kind != "slice-cnn" or spec is None:
             raise WeightsError(f"{self.model_dir} holds a {header.kind} model; run: ichpipe fit-slices")
+        # Left out where it is as it always was: stores from before there was a choice stay what they are.
+        chosen = {} if self.precision == "auto" else {"precision": self.precision}
         return {
             "format_version": FORMAT_VERSION,
             "preprocessing_version": PREPROCESSING_VERSION,
@@ -74,6 +77,7 @@ class Cache:
             "size_px": spec.size_px,
             "excluded_fold": self.fold,
             "view": self.view.identity() if self.view else None,
+            **chosen,
         }
 
     def rows(self) -> Rows:
@@ -119,14 +123,11 @@ def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> 
 
     With ``extract.mirror`` every slice mirrored, too, by the network that embeds it plain for stage two.
     """
-    plain = Cache(artifacts.slice_cnn, index)
+    precision = params.extract.precision
+    plain = Cache(artifacts.slice_cnn, index, precision=precision)
     by_fold = _out_of_fold(params, artifacts, index)
-    train = by_fold or [Cache(artifacts.slice_cnn, index[index["split"] == "train"])]
-    views = [
-        Cache(cache.model_dir, cache.index, cache.fold, view)
-        for view in _views(params, params.extract.views.count)
-        for cache in train
-    ]
+    train = by_fold or [replace(plain, index=index[index["split"] == "train"])]
+    views = [replace(cache, view=view) for view in _views(params, params.extract.views.count) for cache in train]
     mirrors = _mirrored(plain, by_fold) if params.extract.mirror else []
     return [cache for cache in (plain, *by_fold, *views, *mirrors) if len(cache.index)]
 
@@ -134,7 +135,7 @@ def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> 
 def _mirrored(plain: Cache, by_fold: list[Cache]) -> list[Cache]:
     rest = plain.index[plain.index["split"] != "train"] if by_fold else plain.index
     return [
-        Cache(cache.model_dir, index, cache.fold, MIRROR)
+        replace(cache, index=index, view=MIRROR)
         for cache, index in ((plain, rest), *((cache, cache.index) for cache in by_fold))
     ]
 
@@ -143,7 +144,8 @@ def _out_of_fold(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> l
     if not params.fit_slices.folds:
         return []
     models = fold_models(artifacts, params, digest_of_file(artifacts.index))
-    return [Cache(folder, rows_of_fold(index, fold), fold) for fold, folder in models.items()]
+    precision = params.extract.precision
+    return [Cache(folder, rows_of_fold(index, fold), fold, precision=precision) for fold, folder in models.items()]
 
 
 def _views(params: Params, count: int) -> list[View]:

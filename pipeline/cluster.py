@@ -21,7 +21,7 @@ CONNECT_SECONDS = 20
 
 @contextlib.contextmanager
 def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
-    """Yield a client with ``workers`` single-threaded workers, or that of the scheduler at an address.
+    """Yield a client with ``workers`` workers, or that of the scheduler at an address.
 
     One worker runs in this process, which saves starting a second interpreter with torch in it.
     """
@@ -39,10 +39,10 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
 
 
 def _local(workers: int) -> LocalCluster:
-    """Every port is bound to this machine alone."""
+    """Every port is bound to this machine alone; while one thread of a worker writes a chunk, the other computes."""
     return LocalCluster(  # type: ignore[no-untyped-call]
         n_workers=workers,
-        threads_per_worker=1,
+        threads_per_worker=2,
         processes=workers > 1,
         host="127.0.0.1" if workers > 1 else None,
         dashboard_address="127.0.0.1:0",

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID
 
-from ichpipe.dicom_files import EXPLICIT_BIG, PixelFacts, read_pixel_dataset, require_stream
+from ichpipe import codecs
+from ichpipe.dicom_files import EXPLICIT_BIG, PixelFacts, require_stream, stored_type
 from ichpipe.errors import UnreadableDicomError
+from ichpipe.pixel_files import PixelFile, read_pixel_file
 from ichpipe.quiet import quiet_pydicom
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from pydicom.dataset import Dataset
 
 __all__ = [
     "AIR_HU",
@@ -41,13 +40,13 @@ def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
     """
     try:
         with quiet_pydicom():
-            dataset, facts = read_pixel_dataset(path)
-            if facts.compressed and not scanned:
-                require_stream(dataset.PixelData, facts, complete=True)
-            stored = _stored_pixels(dataset, facts)
+            file = read_pixel_file(path)
+            if file.facts.compressed and not scanned:
+                require_stream(file.pixel_data, file.facts, complete=True)
+            stored = _stored_pixels(file)
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
-    return stored_to_hu(stored, facts)
+    return stored_to_hu(stored, file.facts)
 
 
 def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.int16]:
@@ -57,39 +56,58 @@ def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.i
     -1024. PhotometricInterpretation MONOCHROME1 turns the display round, not the HU (C.7.6.3.1.2).
     """
     values, intercept = _pixel_values(stored, facts), facts.intercept
-    if _wraps_at_12_bits(facts):
-        values += 1000
-        values[values >= 4096] -= 4096
+    if wraps := _wraps_at_12_bits(facts):
+        values = values + values.dtype.type(1000)
+        np.subtract(values, 4096, out=values, where=values >= 4096)
         intercept = -1000.0
     hu = _rescale(values, facts.slope, intercept)
-    if facts.padding is not None:
+    if facts.padding is not None and (wraps or not _padding_is_clipped(facts, facts.padding[1])):
         low, high = facts.padding
         hu[(stored >= low) & (stored <= high)] = AIR_HU
     return hu
 
 
-def _rescale(values: NDArray[np.int64], slope: float, intercept: float) -> NDArray[np.int16]:
-    if slope == 1.0 and intercept.is_integer():  # nearly every file: no detour through floats
-        hu: NDArray[np.int16] = np.clip(values + int(intercept), AIR_HU, MAX_HU).astype(np.int16)
-    else:
-        hu = np.clip(np.rint(values * slope + intercept), AIR_HU, MAX_HU).astype(np.int16)
+def _rescale(values: NDArray[np.integer], slope: float, intercept: float) -> NDArray[np.int16]:
+    if slope == 1.0 and intercept.is_integer() and abs(intercept) <= MAX_HU:  # nearly every file
+        return _shift(values, int(intercept))
+    scaled = values.astype(np.float64) * slope + intercept
+    hu: NDArray[np.int16] = np.clip(np.rint(scaled), AIR_HU, MAX_HU).astype(np.int16)
     return hu
 
 
-def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.int64]:
+def _shift(values: NDArray[np.integer], intercept: int) -> NDArray[np.int16]:
+    """Add a whole intercept, in 16 bits where the values have 16: they are clipped before, so that none overflows."""
+    low, high = AIR_HU - intercept, MAX_HU - intercept
+    if values.dtype.itemsize == 2:  # limits that are wanted here lie within the type, as the values do
+        below, above = values.min() < low, values.max() > high
+        inside = np.maximum(values, low) if below else values
+        inside = np.minimum(inside, high) if above else inside
+        return inside.view(np.int16) + np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
+    wide: NDArray[np.int16] = (np.clip(values.astype(np.int64), low, high) + intercept).astype(np.int16)
+    return wide
+
+
+def _padding_is_clipped(facts: PixelFacts, highest: int) -> bool:
+    """Whether padding values end below -1024 HU anyway, as in most files; bits that are dropped only lower them."""
+    return facts.slope > 0 and highest * facts.slope + facts.intercept <= AIR_HU
+
+
+def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.integer]:
     """Drop bits above BitsStored (0028,0101); they are no part of the pixel (PS3.5, 8.1.1).
 
-    Negative numbers that were written whole stay as they are: -3024 is common beside BitsStored 12.
+    Negative numbers that were written whole stay as they are: -3024 is common beside BitsStored 12. The type is that
+    of ``stored``, which is not changed; 8 bits become 16, so that what follows can add to them.
     """
-    values = stored.astype(np.int64)
+    values = stored.astype(np.int16) if stored.dtype.itemsize == 1 else stored
     if facts.bits_stored == facts.bits_allocated:
         return values
     span = 1 << facts.bits_stored
     if not facts.signed:
-        return values & (span - 1)
+        return values & values.dtype.type(span - 1)
+    if values.max(initial=0) < span // 2:
+        return values
     not_extended = (values >= span // 2) & (values < span)  # two's complement without its leading ones
-    values[not_extended] -= span
-    return values
+    return np.add(values, -span, out=values.copy(), where=not_extended)
 
 
 def _wraps_at_12_bits(facts: PixelFacts) -> bool:
@@ -100,41 +118,24 @@ def _wraps_at_12_bits(facts: PixelFacts) -> bool:
     return facts.bits_stored == 12 and not facts.signed and facts.intercept > -100
 
 
-def _stored_pixels(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
+def _stored_pixels(file: PixelFile) -> NDArray[np.integer]:
     """Pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
+    facts = file.facts
     if facts.compressed:
-        return _decode(dataset, facts)
-    order, pixels = "<", dataset.PixelData
+        stored = codecs.decode(file.pixel_data, facts)
+        return codecs.decode_by_pydicom(file.dataset(), facts) if stored is None else stored
     if facts.transfer_syntax == EXPLICIT_BIG:
-        order = ">"
-        if facts.bits_allocated == 8 and dataset["PixelData"].VR == "OW":  # two pixels a word, turned round
-            pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
-    kind = f"{order}{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
-    stored = np.frombuffer(pixels, dtype=kind, count=facts.rows * facts.columns)
-    return stored.reshape(facts.rows, facts.columns)
+        return _big_endian(file)
+    pixels = np.frombuffer(file.pixel_data, dtype=stored_type(facts), count=facts.rows * facts.columns)
+    return pixels.reshape(facts.rows, facts.columns)
 
 
-def _decode(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
-    if not _has_decoder(facts.transfer_syntax):
-        raise UnreadableDicomError(
-            f"no decoder for transfer syntax {facts.transfer_syntax}; run: pip install 'ichpipe[dicom-codecs]'"
-        )
-    dataset.file_meta.TransferSyntaxUID = UID(facts.transfer_syntax)
-    dataset.SamplesPerPixel = 1  # pydicom demands both; old files leave them out
-    dataset.PhotometricInterpretation = dataset.get("PhotometricInterpretation") or "MONOCHROME2"
-    dataset.BitsStored, dataset.NumberOfFrames = facts.bits_stored, 1
-    try:
-        stored: NDArray[np.integer] = dataset.pixel_array
-    except Exception as error:  # each codec has its own errors
-        reason = f"pixels of transfer syntax {facts.transfer_syntax} can't be decoded ({type(error).__name__})"
-        raise UnreadableDicomError(reason) from None  # its message may quote the header
-    if stored.shape != (facts.rows, facts.columns):
-        raise UnreadableDicomError(f"decoded to {stored.shape}, the header says {facts.rows} x {facts.columns}")
-    return stored
-
-
-def _has_decoder(transfer_syntax: str) -> bool:
-    try:
-        return bool(get_decoder(UID(transfer_syntax)).is_available)
-    except NotImplementedError:
-        return False
+def _big_endian(file: PixelFile) -> NDArray[np.integer]:
+    """Turn samples round; 8-bit ones in words (OW) stand in pairs that are turned round, too (PS3.5, 8.1.1)."""
+    facts, element = file.facts, file.dataset()["PixelData"]
+    pixels = element.value
+    if facts.bits_allocated == 8 and element.VR == "OW":
+        pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
+    kind = np.dtype(stored_type(facts))
+    found = np.frombuffer(pixels, dtype=kind.newbyteorder(">"), count=facts.rows * facts.columns)
+    return found.astype(kind).reshape(facts.rows, facts.columns)

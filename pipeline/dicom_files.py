@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import UID
 
-from ichpipe.archive import read_file
 from ichpipe.codestreams import Claim, frame_bytes, require_sound
 from ichpipe.elements import Elements, elements_of, tags
 from ichpipe.entropy import require_complete
@@ -20,8 +19,6 @@ from ichpipe.errors import UnreadableDicomError
 from ichpipe.terms import RESCALE_TYPES, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
 
@@ -109,16 +106,6 @@ class PixelFacts(NamedTuple):
         return self.rows * self.columns * self.bits_allocated // 8
 
 
-def read_pixel_dataset(path: Path | str) -> tuple[Dataset, PixelFacts]:
-    """Read what decoding needs, checked like in ``read_header``. Call it inside ``quiet_pydicom``."""
-    name = path if isinstance(path, str) else path.as_posix()
-    dataset = parse(read_file(name, MAX_FILE_BYTES), PIXEL_TAGS)
-    elements = elements_of(dataset)
-    facts = pixel_facts(elements, transfer_syntax(dataset))
-    require_pixels(elements, facts)
-    return dataset, facts
-
-
 def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     """Parse ``data`` as DICOM, keeping the elements of the wanted tags; a missing DICM prefix is tolerated.
 
@@ -187,6 +174,11 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
+
+
+def stored_type(facts: PixelFacts) -> str:
+    """Return the numpy type of stored pixels, little-endian."""
+    return f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
 
 
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:

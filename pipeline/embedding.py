@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ichpipe import augment
+from ichpipe.ahead import Lanes, Loader
 from ichpipe.device import autocast, derive_seed, generator
 from ichpipe.feeding import load_readable, load_slices
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -38,29 +40,70 @@ class SliceInput:
         return self.path
 
 
+CPU_BATCH = 16
+"""Slices per forward pass on a CPU: more are no faster, and take more memory in each lane."""
+
+
 class SliceEmbedder:
-    """Maps slices to embeddings (n, D) and logits (n, 6), float32; under a view, after its augmentation."""
+    """Maps slices to embeddings (n, D) and logits (n, 6), float32; under a view, after its augmentation.
 
-    def __init__(self, cnn: SliceCnn, device: torch.device, batch_size: int, view: View | None = None) -> None:
+    Every forward pass has the same shape (a batch that is not full is filled up with its last slice) and, on a CPU,
+    one thread: so the bytes of a row depend neither on the rows beside it nor on how many lanes and workers there are.
+    Several threads may call; they take turns. ``loaders``: lanes on a CPU, decoding processes beside a GPU.
+    """
+
+    def __init__(
+        self,
+        cnn: SliceCnn,
+        device: torch.device,
+        batch_size: int,
+        view: View | None = None,
+        *,
+        loaders: int = 1,
+        precision: str = "auto",
+    ) -> None:
         self.cnn = cnn.to(device).eval()
-        self.device, self.batch_size, self.view = device, batch_size, view
+        self.device, self.view, self.precision = device, view, precision
+        cpu = device.type == "cpu"
+        self.batch_size = min(batch_size, CPU_BATCH) if cpu else batch_size
+        self._turn = Lock()
+        self._lanes = Lanes(max(1, loaders)) if cpu else None
+        self._loader = None if cpu else Loader(cnn.spec.size_px, loaders)
 
-    @torch.inference_mode()
     def __call__(self, slices: Sequence[SliceInput]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read and embed; a file that can't be read raises UnreadableDicomError with its name."""
-        size = self.batch_size
-        outputs = [self._batch(slices[start : start + size]) for start in range(0, len(slices), size)]
-        embedding = torch.cat([output[0] for output in outputs])
-        logits = torch.cat([output[1] for output in outputs])
-        return embedding.numpy(), logits.numpy()
+        parts = [slices[start : start + self.batch_size] for start in range(0, len(slices), self.batch_size)]
+        outputs = self._ahead(parts) if self._lanes is None else self._lanes.map(self._read, parts, self._turn)
+        embedding, logits = (torch.cat([output[which] for output in outputs]).cpu().numpy() for which in (0, 1))
+        return embedding, logits
 
-    def _batch(self, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        hu = load_slices([one.path for one in slices], self.cnn.spec.size_px).to(self.device)
+    def close(self) -> None:
+        """End threads and processes."""
+        if self._lanes is not None:
+            self._lanes.close()
+        self._loader = None
+
+    def _read(self, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._batch(load_slices([one.path for one in slices], self.cnn.spec.size_px), slices)
+
+    def _ahead(self, parts: Sequence[Sequence[SliceInput]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Queue one batch after the other on a GPU; nothing comes back before all are queued."""
+        assert self._loader is not None  # noqa: S101 - not a CPU, not closed
+        paths = [one.path for part in parts for one in part]
+        with self._turn:
+            batches = self._loader.batches(paths, self.batch_size, self.device)
+            return [self._batch(hu, part) for hu, part in zip(batches, parts, strict=True)]
+
+    @torch.inference_mode()
+    def _batch(self, hu: torch.Tensor, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.view is not None:
             hu = augment.apply(hu, view_draw(self.view, slices))
-        with autocast(self.device, "auto"):
+        lacking = self.batch_size - len(hu)
+        if lacking:
+            hu = torch.cat([hu, hu[-1:].expand(lacking, *hu.shape[1:])])
+        with autocast(self.device, self.precision):
             embedding, logits = self.cnn(hu)
-        return embedding.float().cpu(), logits.float().cpu()
+        return embedding[: len(slices)].float(), logits[: len(slices)].float()
 
 
 def view_draw(view: View, slices: Sequence[SliceInput]) -> augment.AugmentDraw:
@@ -96,11 +139,14 @@ class MakeEmbedder:
     devices: tuple[str, ...]
     batch_size: int
     view: View | None = None
+    precision: str = "auto"
+    loaders: int = 1
 
-    def __call__(self, worker_number: int) -> Callable[[Sequence[SliceInput]], tuple[Any, Any]]:
+    def __call__(self, worker_number: int) -> SliceEmbedder:
         """Load the model on the device that falls to this worker."""
         device = torch.device(self.devices[worker_number % len(self.devices)])
-        return SliceEmbedder(load_slice_cnn(self.model_dir), device, self.batch_size, self.view)
+        cnn = load_slice_cnn(self.model_dir)
+        return SliceEmbedder(cnn, device, self.batch_size, self.view, loaders=self.loaders, precision=self.precision)
 
 
 @torch.inference_mode()

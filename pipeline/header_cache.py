@@ -18,12 +18,15 @@ from pyarrow import parquet
 
 from ichpipe import (
     archive,
+    codecs,
     codestreams,
     ct,
     dicom_files,
     elements,
     entropy,
     headers,
+    ordinary_streams,
+    pixel_files,
     quick_parse,
     series_words,
     terms,
@@ -114,12 +117,15 @@ def _maker() -> str:
     """Name what decides the content of a row: our reading code, and the codecs that are installed."""
     modules = (
         archive,
+        codecs,
         codestreams,
         ct,
         dicom_files,
         elements,
         entropy,
         headers,
+        ordinary_streams,
+        pixel_files,
         quick_parse,
         series_words,
         terms,

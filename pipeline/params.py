@@ -147,7 +147,8 @@ class ExtractParams(Section):
     """The embedding store."""
 
     chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
-    batch_size: Positive = 64  # slices per forward pass
+    batch_size: Positive = 64  # slices per forward pass on a GPU; on a CPU 16 at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     views: ViewParams = ViewParams()
     mirror: bool = False  # also the left-right mirror image of every slice; an arm asks for it by `average.mirrored`
     pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)

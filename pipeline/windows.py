@@ -32,4 +32,4 @@ class Windows(nn.Module):
 
     def forward(self, hu: Tensor) -> Tensor:
         """Map HU (N, 1, H, W), any real dtype, to float32 (N, windows, H, W) in 0 … 1."""
-        return ((hu.float() - self.low) / self.width).clamp_(0.0, 1.0)
+        return (hu.float() - self.low).div_(self.width).clamp_(0.0, 1.0)

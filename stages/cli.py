@@ -20,7 +20,15 @@ from ichpipe.stages.cache_command import cache
 from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.explain_command import explain
 from ichpipe.stages.faults import message_of
-from ichpipe.stages.options import Verdict, alone_in, gpu_option, loaders_option, pixels_option, workers_option
+from ichpipe.stages.options import (
+    Verdict,
+    ahead_option,
+    alone_in,
+    gpu_option,
+    loaders_option,
+    pixels_option,
+    workers_option,
+)
 from ichpipe.stages.predict_command import predict
 from ichpipe.stages.report_command import report
 from ichpipe.stages.score_command import score
@@ -202,8 +210,9 @@ def fit_slices(settings: Settings, gpu: str, workers: int, pixel_cache: Path | N
 @command("extract")
 @gpu_option
 @workers_option
+@ahead_option
 @click.option("--scheduler", metavar="ADDRESS", default=None, help="Dask scheduler that is there, tcp://HOST:PORT.")
-def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -> None:
+def extract(settings: Settings, gpu: str, workers: int, loaders: int | None, scheduler: str | None) -> None:
     """Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
 
     \b
@@ -212,7 +221,7 @@ def extract(settings: Settings, gpu: str, workers: int, scheduler: str | None) -
     """
     from ichpipe.stages.extract import run
 
-    run(settings.params(), settings.artifacts(), gpu, workers, scheduler)
+    run(settings.params(), settings.artifacts(), gpu, workers, scheduler, loaders)
 
 
 @command("fit-sequence")

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
+from ichpipe.ahead import usual_loaders
 from ichpipe.cache import companion
 from ichpipe.cache.layout import Generation
 from ichpipe.cache.place import Place
@@ -42,27 +43,43 @@ COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split",
 
 
 def run(
-    params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 1, scheduler: str | None = None
+    params: Params,
+    artifacts: Artifacts,
+    gpu: str = "auto",
+    workers: int = 1,
+    scheduler: str | None = None,
+    loaders: int | None = None,
 ) -> None:
-    """Fill every generation that the parameters ask for; slices whose file and network are known cost nothing."""
+    """Fill every generation that the parameters ask for; slices whose file and network are known cost nothing.
+
+    ``loaders`` is of each worker: lanes on a CPU, decoding processes beside a GPU; None: all cores of this machine
+    together, or one where a scheduler has workers elsewhere.
+    """
     devices = tuple(str(device) for device in choose_devices(gpu))
+    workers = max(workers, len(devices))
+    if loaders is None:
+        loaders = 1 if scheduler else usual_loaders(devices[0], workers)
     index = read_index(artifacts.index, COLUMNS)
     place = Place(store_address(params, artifacts))
     with contextlib.ExitStack() as stack:
-        connect = _once(stack, max(workers, len(devices)), scheduler)
+        connect = _once(stack, workers, scheduler)
         caches = wanted_caches(params, artifacts, index)
         for cache in caches:
-            _fill(params, place, cache, devices, connect)
+            _fill(params, place, cache, _maker(params, cache, devices, loaders), connect)
     if params.extract.pca is not None:
         _add_components(params, place, caches, index)
 
 
-def _fill(params: Params, place: Place, cache: Cache, devices: tuple[str, ...], connect: Connect) -> None:
+def _maker(params: Params, cache: Cache, devices: tuple[str, ...], loaders: int) -> MakeEmbedder:
+    size = params.extract.batch_size
+    return MakeEmbedder(cache.model_dir.resolve(), devices, size, cache.view, cache.precision, loaders)
+
+
+def _fill(params: Params, place: Place, cache: Cache, maker: MakeEmbedder, connect: Connect) -> None:
     section = params.extract
     slices = Slices(cache.index)
     cnn = load_slice_cnn(cache.model_dir)
     generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
-    maker = MakeEmbedder(cache.model_dir.resolve(), devices, section.batch_size, cache.view)
     known = functools.partial(_parameters, cache.view, slices) if cache.view else None
     work = Work(slices, maker, connect, known)
     steps = update(place, generation, cache.rows(), work, keep_vanished=section.keep_vanished, on_wait=_say_waiting)

@@ -35,6 +35,13 @@ loaders_option = click.option(
     show_default=True,
     help="Decoding processes; 0 decodes in this one.",
 )
+ahead_option = click.option(
+    "--loaders",
+    type=click.IntRange(min=0),
+    default=None,
+    envvar="ICHPIPE_LOADERS",
+    help="Of each worker: batches side by side on a CPU, decoding processes beside a GPU [all cores].",
+)
 pixels_option = click.option(
     "--pixel-cache",
     type=click.Path(path_type=Path, file_okay=False),

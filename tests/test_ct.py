@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from ichpipe import ct
+from ichpipe import codecs, ct
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.headers import read_header
 from ichpipe.quiet import quiet_pydicom
@@ -283,6 +283,7 @@ def test_a_syntax_without_decoder_names_the_extra_that_brings_it(write_ct, monke
         dataset.compress(RLELossless, generate_instance_uid=False)
         dataset.save_as(path)
     ct.read_hu(path)
-    monkeypatch.setattr(ct, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))
+    monkeypatch.setattr(codecs, "imagecodecs", lambda: None)
+    monkeypatch.setattr(codecs, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))
     with pytest.raises(UnreadableDicomError, match=r"no decoder.*1\.2\.840\.10008\.1\.2\.5.*dicom-codecs"):
         ct.read_hu(path)

@@ -41,7 +41,7 @@ class SliceCnn(nn.Module):
         """Map HU (N, 1, size, size) to embeddings (N, embedding_dim)."""
         if hu.shape[-2:] != (self.spec.size_px, self.spec.size_px):
             raise ValueError(f"slices are {tuple(hu.shape[-2:])}, the model wants {self.spec.size_px} px")
-        image = (self.windows(hu) - self.mean) / self.std  # (N, C, S, S)
+        image = self.windows(hu).sub_(self.mean).div_(self.std)  # (N, C, S, S), one copy in memory
         image = image.contiguous(memory_format=torch.channels_last)
         backbone: Any = self.backbone
         features = backbone.forward_features(image)

@@ -1,0 +1,228 @@
+"""Slices a second of ``extract``, from DICOM files to the finished store, beside the bare network and bare decoding.
+
+python benchmarks/extract.py --out extract.json                                   # ResNet-50 at 512 px
+python benchmarks/extract.py --backbone test_resnet --size 128 --slices 2000      # decoding dominates
+
+One process, one run, turn by turn: (a) the network on tensors that are on the device, in batches of `batch_size`
+with torch's own threads, and arranged as `extract` does it (the faster counts); (b) reading, decoding and resizing the
+same files in as many threads as `extract` has lanes; (c) ``stages.extract`` itself into an empty store. Everything is
+imported before. Seconds of (c) are those of the whole call, and those from its first slice on: what lies between is
+starting Dask and loading the network, once a run. CPU time stands beside the clock's, for a machine that others share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import feeding
+import pydicom
+import store
+import torch
+
+from ichpipe import embedding
+from ichpipe.ahead import Lanes, usual_loaders
+from ichpipe.artifacts import Artifacts
+from ichpipe.codecs import imagecodecs
+from ichpipe.device import autocast, choose_device
+from ichpipe.feeding import load_slice, load_slices
+from ichpipe.models.slice_cnn import SliceCnn, spec_for
+from ichpipe.models.weights import save_model
+from ichpipe.params import PAPER_WINDOWS, Params, PhantomParams
+from ichpipe.quiet import quiet_pydicom
+from ichpipe.stages import extract, phantom, prepare
+from ichpipe.studies import read_index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DRAWN = 100
+"""Slices that the phantom draws."""
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--file-px", type=int, default=512)
+    parser.add_argument("--slices", type=int, default=96)
+    parser.add_argument("--encodings", nargs="+", default=["uncompressed", "jpeg_lossless"])
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--gpu", default="auto")
+    parser.add_argument("--loaders", type=int)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps(run(Path(folder), options), indent=2)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every encoding; ratios are of this run alone."""
+    device = choose_device(options.gpu)
+    torch.manual_seed(0)
+    cnn = SliceCnn(spec_for(options.backbone, PAPER_WINDOWS, options.size, 0.0)).eval()
+    loaders = usual_loaders(device.type, 1) if options.loaders is None else options.loaders
+    studies = -(-min(options.slices, DRAWN) // 20)
+    phantom.run(PhantomParams(studies=studies, size_px=options.file_px, seed=0), folder / "phantom")
+    found = {}
+    for encoding in options.encodings:
+        params, artifacts = prepared(folder, encoding, options)
+        save_model(artifacts.slice_cnn, cnn, {})
+        found[encoding] = measure(params, artifacts, cnn, device, loaders, options)
+    return {
+        "machine": store.machine()
+        | {"threads": torch.get_num_threads(), "device": device.type, "imagecodecs": imagecodecs() is not None},
+        "parameters": {name: str(value) for name, value in vars(options).items()} | {"loaders": loaders},
+        "encodings": found,
+    }
+
+
+def prepared(folder: Path, encoding: str, options: argparse.Namespace) -> tuple[Params, Artifacts]:
+    """Write the files of one encoding and index them; beyond DRAWN slices the same again under other UIDs."""
+    place = folder / encoding
+    files = sorted((folder / "phantom" / "dicom").rglob("*.dcm"))[: min(options.slices, DRAWN)]
+    for number, path in enumerate(files):
+        target = place / f"0-{number}.dcm"
+        if encoding == "uncompressed":
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+        else:
+            feeding.encoded(path, target, feeding.ENCODINGS[encoding])
+    for number in range(len(files), options.slices):
+        copy, original = divmod(number, len(files))
+        again(place / f"0-{original}.dcm", place / f"{copy}-{original}.dcm", copy)
+    settings = {
+        "prepare": {"dataset": "folder", "dicom_dir": str(place), "size_px": options.size},
+        "extract": {"batch_size": options.batch, "precision": options.precision},
+    }
+    params, artifacts = Params.model_validate(settings), Artifacts(folder / f"artifacts-{encoding}")
+    prepare.run(params.prepare, artifacts.index_dir)
+    return params, artifacts
+
+
+def again(source: Path, target: Path, copy: int) -> None:
+    """Write a file under other UIDs."""
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(source)
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            setattr(dataset, keyword, f"{dataset[keyword].value}.{copy}")
+        dataset.save_as(target)
+
+
+def measure(
+    params: Params,
+    artifacts: Artifacts,
+    cnn: SliceCnn,
+    device: torch.device,
+    loaders: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Take turns; of each kind the round of the least CPU time counts, and all are listed."""
+    paths = read_index(artifacts.index)["path"].tolist()
+    hu = load_slices(paths, options.size).to(device)
+    kinds: dict[str, Callable[[], float | None]] = {
+        "forward": partial(forward, cnn.to(device), hu, options.batch, options.precision),
+        "forward_as_extract": partial(forward_as_extract, cnn, hu, loaders, options.precision),
+        "decode": partial(decode, paths, options.size, max(1, loaders)),
+        "extract": partial(extracted, params, artifacts, options.gpu, loaders),
+    }
+    rounds = {kind: [timed(action) for _ in range(1)] for kind, action in kinds.items()}
+    for _ in range(options.rounds - 1):
+        for kind, action in kinds.items():
+            rounds[kind].append(timed(action))
+    best = {
+        name: {kind: min(one[name] for one in of_kind) for kind, of_kind in rounds.items() if name in of_kind[0]}
+        for name in ("seconds", "cpu_seconds", "from_first_slice")
+    }
+    whole, cpu = best["seconds"], best["cpu_seconds"]
+    bare = min(whole["forward"], whole["forward_as_extract"])
+    running = best["from_first_slice"]["extract"]
+    return {
+        "slices": len(paths),
+        "slices_per_second": {kind: len(paths) / seconds for kind, seconds in whole.items()}
+        | {"extract_from_first_slice": len(paths) / running},
+        "extract_over_forward": {"whole_call": bare / whole["extract"], "from_first_slice": bare / running}
+        | {"cpu_time": min(cpu["forward"], cpu["forward_as_extract"]) / cpu["extract"]},
+        "extract_over_decode": {"whole_call": whole["decode"] / whole["extract"]}
+        | {"from_first_slice": whole["decode"] / running, "cpu_time": cpu["decode"] / cpu["extract"]},
+        "rounds": rounds,
+    }
+
+
+def timed(action: Callable[[], float | None]) -> dict[str, float]:
+    """Run once: seconds by the clock, of CPU, and from the moment on that the action names."""
+    start, before = time.perf_counter(), cpu_seconds()
+    moment = action()
+    end = time.perf_counter()
+    found = {"seconds": end - start, "cpu_seconds": cpu_seconds() - before}
+    return found if moment is None else found | {"from_first_slice": end - moment}
+
+
+def cpu_seconds() -> float:
+    """Return what this process has used, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+@torch.inference_mode()
+def forward(cnn: SliceCnn, hu: torch.Tensor, batch: int, precision: str) -> None:
+    """Run the network alone, batch by batch."""
+    with autocast(hu.device, precision):
+        for part in torch.split(hu, batch):
+            cnn(part)
+    if hu.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forward_as_extract(cnn: SliceCnn, hu: torch.Tensor, loaders: int, precision: str) -> None:
+    """Run the network alone in the lanes of a CPU; on a GPU there is one way."""
+    if hu.device.type == "cuda":
+        forward(cnn, hu, len(hu), precision)
+        return
+    lanes = Lanes(max(1, loaders))
+    lanes.map(lambda part: forward(cnn, part, len(part), precision), torch.split(hu, embedding.CPU_BATCH), Lock())
+    lanes.close()
+
+
+def decode(paths: Sequence[str], size_px: int, threads: int) -> None:
+    """Read, decode and resize, nothing else."""
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(lambda path: load_slice(path, size_px), paths, chunksize=16):
+            pass
+
+
+def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int) -> float:
+    """Fill an empty store; return when the first slice was asked for."""
+    shutil.rmtree(artifacts.embeddings, ignore_errors=True)
+    moments: list[float] = []
+    original = embedding.SliceEmbedder.__call__
+
+    def noted(self: embedding.SliceEmbedder, slices: Sequence[embedding.SliceInput]) -> Any:
+        moments.append(time.perf_counter())
+        return original(self, slices)
+
+    embedding.SliceEmbedder.__call__ = noted  # type: ignore[method-assign]
+    try:
+        extract.run(params, artifacts, gpu, loaders=loaders)
+    finally:
+        embedding.SliceEmbedder.__call__ = original  # type: ignore[method-assign]
+    return min(moments)
+
+
+if __name__ == "__main__":
+    main()
