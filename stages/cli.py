@@ -19,6 +19,7 @@ from ichpipe.errors import IchpipeError
 from ichpipe.stages.cache_command import cache
 from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.explain_command import explain
+from ichpipe.stages.export_command import export
 from ichpipe.stages.faults import message_of
 from ichpipe.stages.options import (
     Verdict,
@@ -321,26 +322,7 @@ def cross_validate(settings: Settings, gpu: str, *, arms_only: bool) -> str:
         return run(params, settings.artifacts(), gpu, arms_only=arms_only)
 
 
-@command("export")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder [ARTIFACTS/export]."
-)
-@click.option("--onnx", is_flag=True, help="Also model.onnx, compared with the network under onnxruntime.")
-def export(settings: Settings, out: Path | None, *, onnx: bool) -> None:
-    """Write the fine-tuned model as a folder to hand on: weights and model card.
-
-    \b
-    Example:
-      ichpipe export --out model --onnx
-    """
-    from ichpipe.stages.export import run
-
-    params, artifacts = settings.params(), settings.artifacts()
-    folder = out or artifacts.root / "export"
-    with alone_in(folder, "export"):
-        click.echo(run(params, artifacts, folder, onnx=onnx))
-
-
+command("export")(export)
 command("explain")(gpu_option(workers_option(explain)))
 command("predict")(gpu_option(workers_option(predict)))
 command("report")(gpu_option(report))

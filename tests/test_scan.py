@@ -59,7 +59,7 @@ def test_a_killed_process_is_said_and_what_was_read_is_kept(tmp_path, write_seri
     forked = multiprocessing.get_context("fork")  # a new process could not import this file's function
     with monkeypatch.context() as patch:
         patch.setattr(scan, "read_headers", kill_at_the_second_chunk)
-        patch.setattr(scan.multiprocessing, "get_context", lambda _kind: forked)
+        patch.setattr(multiprocessing, "get_context", lambda _kind: forked)
         with pytest.raises(DataError, match=r"process that reads headers was killed.*fewer --workers"):
             scan.scan([tmp_path / "a"], 2, tmp_path / "cache")
     again = scan.scan([tmp_path / "a"], 1, tmp_path / "cache")
