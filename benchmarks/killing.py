@@ -1,4 +1,4 @@
-"""Ending processes at random moments, and looking at what they leave behind. Shared by kills.py and stage_kills.py."""
+"""Ending processes at random moments, and looking at what they leave behind: what stage_kills.py and tests use."""
 
 from __future__ import annotations
 

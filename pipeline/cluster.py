@@ -32,7 +32,7 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
             with _connect_to(scheduler) as client:
                 yield client
             return
-        with interrupts_stay_here():
+        with interrupts_stay_here() if workers > 1 else contextlib.nullcontext():
             cluster = _local(workers)
         with cluster, Client(cluster) as client:  # type: ignore[no-untyped-call]
             yield client

@@ -103,6 +103,8 @@ class _Loader(DataLoader[tuple[Tensor, Tensor, Tensor]]):
 
     def __iter__(self) -> Any:
         """Start the processes, if any."""
+        if not self.num_workers:
+            return super().__iter__()
         with interrupts_stay_here():
             return super().__iter__()
 

@@ -67,7 +67,7 @@ def _temporary(target: Path) -> Path:
     except OSError as error:
         if error.errno not in FULL | _REFUSED:
             raise
-        raise _output_error(target, error.strerror) from error
+        raise _output_error(target, error.strerror or str(error)) from error
     os.close(descriptor)
     return Path(name)
 

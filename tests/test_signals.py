@@ -134,6 +134,26 @@ def test_processes_of_a_pool_end_with_their_parent(number, tmp_path, monkeypatch
     process.stderr.close()
 
 
+BLOCKED = """
+from pathlib import Path
+from ichpipe.cluster import connect
+def blocked():
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("SigBlk"))
+    return bool(int(line.split()[1], 16) & 1 << 1)  # signal 2
+if __name__ == "__main__":
+    with connect(2, None) as client:
+        print(sorted(client.run(blocked).values()), blocked())
+"""
+
+
+@pytest.mark.slow
+def test_dask_workers_leave_ctrl_c_to_the_command(tmp_path):
+    """A terminal sends it to all of a command's processes, and a worker would show a traceback of its own."""
+    (tmp_path / "blocked.py").write_text(BLOCKED)
+    done = subprocess.run([sys.executable, tmp_path / "blocked.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, True] False\n"
+
+
 @pytest.mark.slow
 def test_stages_ended_at_random_moments_go_on_to_the_same_bytes(tmp_path, monkeypatch):
     """A few here; benchmarks/stage_kills.py --kills 100 is the whole."""
