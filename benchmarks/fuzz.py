@@ -9,8 +9,8 @@ from seed N. A child process with a memory limit reads each: ``scan``'s way firs
 decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
 accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
 of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
-reference's. Time is of the clock, both reads together, with the CPU time of both processes beside it; memory is the highest
-resident size of either process.
+reference's. Time is of the clock, both reads together, with the CPU time of both processes beside it; memory is the
+highest resident size of either process.
 """
 
 from __future__ import annotations

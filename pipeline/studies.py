@@ -14,7 +14,8 @@ from pyarrow import parquet
 from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path, require_file, write_json, write_text
-from ichpipe.ordering import find_ties_and_gaps, order_series
+from ichpipe.labels import inconsistent_any
+from ichpipe.ordering import TIE_MM, find_ties_and_gaps, order_series
 from ichpipe.splits import SPLITS, assign_splits
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def write_rejected(out: Path, rejected: pd.DataFrame) -> None:
 def read_index(path: Path) -> pd.DataFrame:
     """Read ``slices.parquet``: rows sorted by ``series_uid, slice_index``, columns of SCHEMA.
 
-    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent.
+    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent, or the rows are not what
+    ``prepare`` writes: a patient in two splits, a slice twice, slices out of order, a contradictory ``any``.
     """
     require_file(path, "run `ichpipe prepare` first")
     try:
@@ -144,4 +146,23 @@ def read_index(path: Path) -> pd.DataFrame:
     if missing:
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; run `ichpipe prepare` again")
     frame: pd.DataFrame = table.select(SCHEMA.names).cast(SCHEMA).to_pandas()
+    _require_consistent(frame, path)
     return frame
+
+
+def _require_consistent(index: pd.DataFrame, path: Path) -> None:
+    """Raise DataError where an index was changed into one that trains or scores wrongly without a sign."""
+    labels = index[list(CLASSES)].to_numpy()
+    same = index["series_uid"].to_numpy()[1:] == index["series_uid"].to_numpy()[:-1]
+    steps = np.diff(index[["slice_index", "position_mm"]].to_numpy(np.float64), axis=0)[same]
+    first = index["slice_index"].to_numpy()[np.flatnonzero(np.append(True, ~same))] if len(index) else np.zeros(0)
+    wrongs = {
+        "a patient in more than one split": (index.groupby("patient_id")["split"].nunique() > 1).any(),
+        "a slice (SOPInstanceUID) more than once": index["sop_uid"].duplicated().any(),
+        "a series in more than one place": index["series_uid"][np.append(True, ~same)].duplicated().any(),
+        "slices out of order": (steps[:, 0] != 1).any() or (steps[:, 1] < -2 * TIE_MM).any() or first.any(),
+        "an `any` that contradicts the five kinds": inconsistent_any(~np.isnan(labels), labels == 1.0).any(),
+    }
+    found = [what for what, wrong in wrongs.items() if wrong]
+    if found:
+        raise DataError(f"{path} holds {', '.join(found)}; run `ichpipe prepare` again")
