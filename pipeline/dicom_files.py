@@ -59,6 +59,7 @@ PIXEL_TAGS: Final = tags(
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 _PACKED_BYTES: Final = 2**16  # of a deflated data set at a time
+_INFLATED_BYTES: Final = 2**20
 _SYNTAX_TAG: Final = 0x00020010
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
@@ -169,10 +170,11 @@ def _pieces(packed: bytes) -> Iterator[bytes]:
     """Inflate by the megabyte, to MAX_FILE_BYTES at most; a stream that does not end is damaged."""
     inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
     for start in range(0, len(packed), _PACKED_BYTES):
-        rest = packed[start : start + _PACKED_BYTES]
-        while rest and not inflater.eof:
-            piece = inflater.decompress(rest, 2**20)
+        rest, more = packed[start : start + _PACKED_BYTES], True
+        while more and not inflater.eof:
+            piece = inflater.decompress(rest, _INFLATED_BYTES)
             rest, size = inflater.unconsumed_tail, size + len(piece)
+            more = bool(rest) or len(piece) == _INFLATED_BYTES  # a full piece may have left some behind
             if size > MAX_FILE_BYTES:
                 raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
             yield piece
