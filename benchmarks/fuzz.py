@@ -9,8 +9,8 @@ from seed N. A child process with a memory limit reads each: ``scan``'s way firs
 decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
 accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
 of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
-reference's. Time is of the clock, both reads together, and CPU time of both processes beside it; memory is the highest
-resident size of either process.
+reference's. Time is of the clock, both reads together, with the CPU time of both processes beside it; memory is the
+highest resident size of either process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import random
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,11 +70,12 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.dicom:
         sound |= read_folder(options.dicom)
     started, tally, reader = time.perf_counter(), Tally(options), Reader()
-    for number in range(options.first, options.first + options.files):
-        encoding, names, data = damaged(sound, number)
-        path = folder / ("case.zip" if names[-1] == "in_zip" else "case.dcm")
-        path.write_bytes(data)
-        tally.add(number, encoding, names, data, reader.read(path))
+    with suppress(KeyboardInterrupt):  # stopped: what was done counts
+        for number in range(options.first, options.first + options.files):
+            encoding, names, data = damaged(sound, number)
+            path = folder / ("case.zip" if names[-1] == "in_zip" else "case.dcm")
+            path.write_bytes(data)
+            tally.add(number, encoding, names, data, reader.read(path))
     reader.close()
     return tally.summary(time.perf_counter() - started, reader.starts)
 
@@ -216,5 +218,5 @@ class Tally:
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

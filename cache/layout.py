@@ -98,7 +98,13 @@ def is_plain(array: zarr.Array[Any]) -> bool:
 
 # Opening
 
-_DAMAGED: Final = (ValueError, KeyError, TypeError, UnicodeError, AttributeError, NotImplementedError)
+MAX_NAMES_BYTES: Final = 4 * 2**30  # names of all slices: RSNA's take 0.1 GiB
+MAX_CHUNKS: Final = 10**6
+
+DAMAGED: Final = (
+    ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 """What zarr raises at metadata that is not what it should be."""
 
 
@@ -109,7 +115,7 @@ def open_root(place: Place, *, write: bool = False) -> zarr.Group:
     try:
         store = place.zarr_store(read_only=not write)
         group = zarr.open_group(store, mode="r+" if write else "r", zarr_format=3)
-    except (FileNotFoundError, NotADirectoryError, *_DAMAGED) as error:
+    except (FileNotFoundError, NotADirectoryError, *DAMAGED) as error:
         raise StoreError(f"{place} is no Zarr v3 group; remove it and run: ichpipe extract") from error
     if group.attrs.get("format") != FORMAT:
         raise StoreError(f"{place} is a Zarr group, but not an ichpipe embedding store")
@@ -150,18 +156,34 @@ def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """Return one array of the group; a missing one is an error."""
     try:
         found = group.get(name)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
     if not isinstance(found, zarr.Array):
         raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify")
     return found
 
 
+def row_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Return an array of rows; its chunks must hold whole rows, or a checksum proves bytes in another order."""
+    found = array(group, name)
+    if found.ndim != 2 or found.chunks[1] != found.shape[1]:
+        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify")
+    return found
+
+
+def has(root: zarr.Group, name: str) -> bool:
+    """Say whether a group is there; one whose metadata can't be read is an error."""
+    try:
+        return name in root
+    except DAMAGED as error:
+        raise StoreError(f"{root.store_path}: the metadata of {name} is damaged; run: ichpipe extract") from error
+
+
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     """Return one group of the group; a missing one is an error."""
     try:
         found = group.get(name)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
     if not isinstance(found, zarr.Group):
         raise StoreError(f"{group.store_path}: {name} is missing; run: ichpipe extract")
@@ -178,8 +200,10 @@ def read(group: zarr.Group, name: str) -> Any:
     """Read a small array whole; damage is an error that names it."""
     found = array(group, name)
     try:
+        if found.nbytes > MAX_NAMES_BYTES or found.nchunks > MAX_CHUNKS:  # metadata that ask for any memory
+            raise StoreError(f"{group.store_path}: array {name} claims to be too large; run: ichpipe cache verify")
         return np.asarray(found[:])
-    except _DAMAGED as error:  # zarr's CRC-32C codec, or a chunk that is too short
+    except DAMAGED as error:  # zarr's CRC-32C codec, or a chunk that is too short
         raise StoreError(f"{group.store_path}: array {name} is damaged; run: ichpipe cache verify") from error
 
 

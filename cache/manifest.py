@@ -40,8 +40,12 @@ def read_manifest(place: Place, group: zarr.Group, *, prove: bool = False) -> Ma
     if not isinstance(segments, list):
         raise StoreError(f"{place}: {group.path}/{name} is not whole; run: ichpipe extract")
     parts = [layout.read(found, part) for part in ("sop_uid", "source", "series_uid", "study_uid", "series_offset")]
-    result = Manifest(Rows(*parts), segments, layout.read(found, "location"))
-    if prove and name != layout.manifest_name(result.rows, result.segments, result.where):
+    try:
+        result = Manifest(Rows(*parts), segments, layout.read(found, "location"))
+        proven = not prove or name == layout.manifest_name(result.rows, result.segments, result.where)
+    except layout.DAMAGED as error:
+        raise StoreError(f"{place}: {group.path}/{name} is damaged; run: ichpipe extract") from error
+    if not proven:
         raise StoreError(f"{place}: {group.path}/{name} is not what its name says; run: ichpipe extract")
     return result
 

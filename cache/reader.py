@@ -69,7 +69,7 @@ class EmbeddingStore:
         self.identity = layout.identity_of(self._group)
         self.classes: tuple[str, ...] = tuple(self._group.attrs["classes"])  # type: ignore[arg-type]
         self.embedding_dim = int(self._group.attrs["embedding_dim"])  # type: ignore[arg-type]
-        manifest = read_manifest(self.place, self._group)
+        manifest = read_manifest(self.place, self._group, prove=True)
         self._rows, self._segments, self._where = manifest.rows, manifest.segments, manifest.where
         self._number = {uid: number for number, uid in enumerate(as_text(self._rows.series_uid).tolist())}
         # Lists, since an element of an array costs a tenth of what copying a series costs.
@@ -175,7 +175,7 @@ class EmbeddingStore:
         chunks = self._chunks.get((segment, name))
         if chunks is None:
             group = layout.subgroup(self._group, self._segments[segment])
-            chunks = self._chunks[segment, name] = Chunks(self.place, layout.array(group, name), self._held)
+            chunks = self._chunks[segment, name] = Chunks(self.place, layout.row_array(group, name), self._held)
         try:
             return chunks.rows(start, stop)
         except DamagedChunkError as error:
@@ -206,7 +206,7 @@ def name_studies(uids: list[str], limit: int = 3) -> str:
 
 def _choose(place: Place, identity: dict[str, Any] | None) -> zarr.Group:
     root = layout.open_root(place)
-    if identity is not None and name_of(identity) in root:
+    if identity is not None and layout.has(root, name_of(identity)):
         group = layout.subgroup(root, name_of(identity))
         if layout.identity_of(group) != identity:
             raise StoreError(

@@ -19,6 +19,8 @@ from ichpipe.errors import UnreadableDicomError
 from ichpipe.terms import RESCALE_TYPES, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
 
@@ -54,6 +56,8 @@ PIXEL_TAGS: Final = tags(
 )  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+_PACKED_BYTES: Final = 2**16  # of a deflated data set at a time
+_INFLATED_BYTES: Final = 2**20
 _SYNTAX_TAG: Final = 0x00020010
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
@@ -146,13 +150,24 @@ def _inflated(data: bytes) -> bytes | None:
 
 
 def _inflate(packed: bytes) -> bytes:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    body = inflater.decompress(packed, MAX_FILE_BYTES)
-    if inflater.unconsumed_tail:
-        raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
+    size = sum(map(len, _pieces(packed)))  # counted first: the memory for a bomb costs more than its inflating
+    return b"".join(_pieces(packed)) if size else b""
+
+
+def _pieces(packed: bytes) -> Iterator[bytes]:
+    """Inflate by the megabyte, to MAX_FILE_BYTES at most; a stream that does not end is damaged."""
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(packed), _PACKED_BYTES):
+        rest, more = packed[start : start + _PACKED_BYTES], True
+        while more and not inflater.eof:
+            piece = inflater.decompress(rest, _INFLATED_BYTES)
+            rest, size = inflater.unconsumed_tail, size + len(piece)
+            more = bool(rest) or len(piece) == _INFLATED_BYTES  # a full piece may have left some behind
+            if size > MAX_FILE_BYTES:
+                raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
+            yield piece
     if not inflater.eof:
         raise UnreadableDicomError("its deflated data set is cut short")
-    return body
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ichpipe.params import SelectionParams
 
-REFUSED_FOR: Final = ("unusable", "not a head", "other examination", "too little", "contrast")
+REFUSED_FOR: Final = ("unusable", "not a head", "other examination", "too little", "contrast", "turned")
 """Keys of ``selection.FAULTS``. Other faults (bone kernel, loss, thin reformats) are of a head CT all the same."""
 
 NOT_AXIAL: Final = "coronal or sagittal slices; the models know axial ones"

@@ -33,7 +33,7 @@ SERIES_COLUMNS: Final = [
 ]  # fmt: skip
 FAULTS: Final = (  # from grave to light; what each means is said in faults_of
     "unusable", "not a head", "other examination", "too little", "contrast", "reformatted", "bone kernel",
-    "same places", "perhaps contrast", "lossy", "too long",
+    "same places", "several sizes", "turned", "perhaps contrast", "lossy", "too long",
 )  # fmt: skip
 _KEYS: Final = ["study_uid", "series_uid"]
 _HEAD: Final = re.compile("HEAD|BRAIN|SKULL|CRANI|CEREB|NEURO|UNKNOWN|^$")  # BodyPartExamined (0018,0015); often wrong
@@ -98,6 +98,9 @@ def _facts(slices: pd.DataFrame) -> pd.DataFrame:
     facts = facts.join(_commonest(rows, "kernel")).join(_commonest(rows, "body_part"))
     words = rows["marks"] + " " + rows["image_type"].map(_marks_of_type)
     words = words.where(axial(rows), words + " reformatted")
+    words = words.where(upright(rows), words + " turned")
+    sizes = rows.groupby(_KEYS)[["rows", "columns"]].nunique().max(axis=1)
+    words = words.where(sizes.reindex(pd.MultiIndex.from_frame(rows[_KEYS])).to_numpy() == 1, words + " sizes")
     unique = rows[_KEYS].assign(marks=words).drop_duplicates()
     return facts.join(unique.groupby(_KEYS)["marks"].agg(_union))
 
@@ -125,6 +128,17 @@ def axial(slices: pd.DataFrame) -> NDArray[np.bool_]:
     normals = np.cross(slices[list(DIRECTIONS[:3])], slices[list(DIRECTIONS[3:])])
     near: NDArray[np.bool_] = np.abs(normals[:, 2]) > _AXIAL_COSINE
     return near
+
+
+def upright(slices: pd.DataFrame) -> NDArray[np.bool_]:
+    """Mark slices (n,) whose pixels lie as a model knows them: rows run to the patient's left, columns to the back.
+
+    Within 45 degrees, by ImageOrientationPatient (0020,0037). Axial images of a patient who lies prone, or that were
+    mirrored or turned, do not; nothing here turns them back. Slices of another plane are not judged.
+    """
+    straight = (slices["row_x"] > _AXIAL_COSINE) & (slices["column_y"] > _AXIAL_COSINE)
+    found: NDArray[np.bool_] = straight.to_numpy() | ~axial(slices)
+    return found
 
 
 def _contrast(marks: str, *, agent: bool) -> str:
@@ -195,6 +209,11 @@ def _faults_of_extent(row: dict[str, Any], params: SelectionParams) -> dict[str,
         found["too little"] = f"covers only {row['span_mm']:.0f} mm"
     if row["n_same_place"] > MAX_SAME_PLACE * row["n_slices"]:
         found["same places"] = f"{row['n_same_place']} of {row['n_slices']} slices at the place of another"
+    marks = row["marks"].split()
+    if "sizes" in marks:
+        found["several sizes"] = "slices of several sizes, as of two series under one SeriesInstanceUID"
+    if "turned" in marks:
+        found["turned"] = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
     if row["lossy"]:
         found["lossy"] = "compressed with loss"
     if params.head_mm is not None and row["span_mm"] > params.head_mm:

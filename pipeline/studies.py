@@ -14,7 +14,7 @@ from pyarrow import parquet
 from ichpipe.classes import CLASSES
 from ichpipe.errors import DataError
 from ichpipe.files import atomic_path, require_file, write_json, write_text
-from ichpipe.ordering import find_ties_and_gaps, order_series
+from ichpipe.ordering import TIE_MM, find_ties_and_gaps, order_series
 from ichpipe.splits import SPLITS, assign_splits
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ def write_rejected(out: Path, rejected: pd.DataFrame) -> None:
 def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.DataFrame:
     """Read ``slices.parquet``: rows sorted by ``series_uid, slice_index``, all columns of SCHEMA or some.
 
-    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent.
+    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent, or (where all are read) the
+    rows are not what ``prepare`` writes: a patient in two splits, a slice twice, slices out of order, a contradictory ``any``.
     """
     require_file(path, "run `ichpipe prepare` first")
     try:
@@ -146,4 +147,25 @@ def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.D
     if missing:
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; run `ichpipe prepare` again")
     frame: pd.DataFrame = table.cast(pa.schema([SCHEMA.field(name) for name in columns])).to_pandas()
+    if set(columns) >= set(SCHEMA.names):  # who reads a part of it, to save memory, trains and scores nothing
+        _require_consistent(frame, path)
     return frame
+
+
+def _require_consistent(index: pd.DataFrame, path: Path) -> None:
+    """Raise DataError where an index was changed into one that trains or scores wrongly without a sign."""
+    labels = index[list(CLASSES)].to_numpy()
+    some, none = (labels[:, 1:] == 1.0).any(axis=1), (labels[:, 1:] == 0.0).all(axis=1)
+    same = index["series_uid"].to_numpy()[1:] == index["series_uid"].to_numpy()[:-1]
+    steps = np.diff(index[["slice_index", "position_mm"]].to_numpy(np.float64), axis=0)[same]
+    first = index["slice_index"].to_numpy()[np.flatnonzero(np.append(True, ~same))] if len(index) else np.zeros(0)
+    wrongs = {
+        "a patient in more than one split": (index.groupby("patient_id")["split"].nunique() > 1).any(),
+        "a slice (SOPInstanceUID) more than once": index["sop_uid"].duplicated().any(),
+        "a series in more than one place": index["series_uid"][np.append(True, ~same)].duplicated().any(),
+        "slices out of order": (steps[:, 0] != 1).any() or (steps[:, 1] < -2 * TIE_MM).any() or first.any(),
+        "an `any` that contradicts the five kinds": (labels[:, 0] == np.select([some, none], [0.0, 1.0], 2.0)).any(),
+    }
+    found = [what for what, wrong in wrongs.items() if wrong]
+    if found:
+        raise DataError(f"{path} holds {', '.join(found)}; run `ichpipe prepare` again")

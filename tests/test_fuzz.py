@@ -100,6 +100,16 @@ def test_a_deflated_bomb_is_not_inflated(write_ct):
     assert read_header(path).transfer_syntax == DeflatedExplicitVRLittleEndian
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20, 2**20 + 258])
+@pytest.mark.parametrize("filling", [b"\0", b"abc"])
+def test_any_length_inflates_to_itself(size, filling):
+    body = (filling * size)[:size]
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    packed = packer.compress(body) + packer.flush()
+    assert dicom_files._inflate(packed) == body
+    assert dicom_files._inflate(packed + b"\0") == body  # a byte to make the length even
+
+
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, None])
 @pytest.mark.parametrize("kind", ["items", "elements", "elements of an item"])
 def test_a_header_of_a_hundred_thousand_parts_is_refused(write_ct, syntax, kind):

@@ -91,3 +91,35 @@ def test_numbers_are_read_in_whatever_way_they_are_written(value):
     for text in (repr(value), f"{value:.0e}", f"{value:e}"):
         params = load_params(Path("none.yaml"), (f"fit-slices.learning_rate={text}",))
         assert params.fit_slices.learning_rate == float(text)
+
+
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], z{n}: 1}}\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (MERGES, "keys merged"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: 1\n" * 300_000, "longer than"),
+        ("fit-slices: {epochs: 3}\nfit-slices: {epochs: 4}", "'fit-slices' stands twice"),
+        ("fit-slices: {epochs: 3, epochs: 4}", "'epochs' stands twice"),
+        ("fit-slices: {epochs: 2020-13-45}", "a value can't be read"),
+        (f"fit-slices: {{epochs: {'9' * 6000}}}", "a value can't be read"),
+        ("a: !!int ''", "a value can't be read"),
+        ("a: !!python/object/apply:os.system ['id']", "could not determine a constructor"),
+        ("fit-slices: {learning_rate: .inf}", "fit-slices.learning_rate"),
+    ],
+)
+def test_bombs_and_keys_written_twice_are_one_error(tmp_path, text, complaint):
+    with pytest.raises(ParamsError, match=complaint) as caught:
+        load(tmp_path, text)
+    assert "params.yaml" in str(caught.value)
+
+
+def test_anchors_and_merges_of_a_usual_size_are_read(tmp_path):
+    text = "sequence:\n  paper: &p {hidden: 4, layers: 1}\n  b: {<<: *p, hidden: 5}\n  c: {<<: *p, hidden: 6}\n"
+    arms = load(tmp_path, text).sequence
+    assert [(arm.hidden, arm.layers) for arm in arms.values()] == [(4, 1), (5, 1), (6, 1)]

@@ -247,3 +247,36 @@ def test_absent_foreign_newer_and_older_stores_are_refused(tmp_path, store):
         (store / "zarr.json").write_text(json.dumps(attributes))
         with pytest.raises(StoreError, match=message):
             EmbeddingStore(store)
+
+
+def _turned(text):
+    found = json.loads(text)
+    grid = found["chunk_grid"]["configuration"]
+    grid["chunk_shape"] = grid["chunk_shape"][::-1]
+    return json.dumps(found)
+
+
+def _shape(text, size):
+    found = json.loads(text)
+    found["shape"][0] = size
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("", lambda text: text.replace('"group"', '"x"')),
+        ("", lambda _: "[" * 100_000),
+        ("manifest-*/location", lambda text: text.replace('"shape": [', '"shape": [9', 1)),
+        ("manifest-*/location", _turned),
+        ("manifest-*/sop_uid", lambda text: _shape(text, 10**12)),
+        ("manifest-*/series_offset", lambda text: _shape(text, 0)),
+        ("segment-*/embedding", _turned),
+    ],
+)
+def test_damaged_metadata_is_one_error_and_no_wrong_row(store, part, change):
+    generation = next(path for path in store.iterdir() if path.is_dir())
+    file = next(generation.glob(f"{part}/zarr.json")) if part else generation / "zarr.json"
+    replace(file, change(file.read_text()).encode())
+    with pytest.raises(StoreError):
+        kit.assert_holds(store, SLICES)

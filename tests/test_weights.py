@@ -170,3 +170,51 @@ def test_networks_that_average_come_back(change, tmp_path):
     assert type(loaded) is type(built)
     assert loaded.spec == built.spec
     assert same(loaded, built)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"hidden": 10**12}, "description in its header is damaged"),
+        ({"layers": 10**9}, "description in its header is damaged"),
+        ({"hidden": 60_000, "layers": 60}, "does not hold the weights"),
+        ({"cell": "abacus"}, "description in its header is damaged"),
+        ({"classes": ["any"]}, "classes are not"),
+        ({"dropout": -1.0}, "description in its header is damaged"),
+        ({"inputs": ["pixels"]}, "description in its header is damaged"),
+    ],
+)
+def test_an_absurd_description_asks_for_no_memory(model, tmp_path, change, complaint):
+    path = save_model(tmp_path, model.sequence, {})
+    _describe_as(path, lambda own: own["sequence"].update(change))
+    with pytest.raises(WeightsError, match=complaint):
+        load_sequence(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**40, 2**63, 2**64 - 1])
+def test_an_absurd_length_of_the_header_is_refused(model, tmp_path, length):
+    path = save_model(tmp_path, model.sequence, {})
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(WeightsError, match="no whole safetensors file"):
+        load_sequence(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    broken = build_sequence(model.sequence.spec)
+    broken.load_state_dict(model.sequence.state_dict())
+    with torch.no_grad():
+        next(broken.parameters())[0] = float("nan")
+    save_model(tmp_path, broken, {})
+    with pytest.raises(WeightsError, match="not finite"):
+        load_sequence(tmp_path)
+
+
+def _describe_as(path, change):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    own = json.loads(header["__metadata__"]["ichpipe"])
+    change(own)
+    header["__metadata__"]["ichpipe"] = json.dumps(own)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
