@@ -146,4 +146,6 @@ def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.D
     if missing:
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; run `ichpipe prepare` again")
     frame: pd.DataFrame = table.cast(pa.schema([SCHEMA.field(name) for name in columns])).to_pandas()
+    del table
+    pa.default_memory_pool().release_unused()  # Arrow keeps what reading took, half as much again
     return frame
