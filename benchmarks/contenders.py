@@ -1,8 +1,8 @@
 """Three ways to cache embeddings that a user might take instead, written from their published descriptions.
 
 ``npz``: a torch DataLoader, and ``numpy.savez`` per split (RSNA 2019, 2nd place). ``memmap``: one float16 memory map
-and a table that says which slice lies in which row (i-pan). ``monai``: MONAI's PersistentDataset, its last transform
-the network, an item a series; without that, it would keep images and run the network in every epoch.
+and a table that says which slice lies in which row (i-pan). ``monai``: MONAI's PersistentDataset, the network its last
+transform, an item a series; without that, it would keep images and run the network in every epoch.
 
 All are given our slice CNN (channels-last, windows on the device), our resizing, our sequence network (packed), float16
 in the cache, and as many loading processes as there are threads. None checks what made a cache, nor what is in it.

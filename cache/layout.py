@@ -272,7 +272,8 @@ def manifest_name(rows: Rows, segments: list[str], where: NDArray[np.int64]) -> 
     """Name a manifest by all that it says: a damaged one does not answer to its name."""
     parts = (rows.sop_uid, rows.source, rows.series_uid, rows.study_uid, rows.offset, where)
     text = "\n".join(segments).encode()
-    return MANIFEST + name_of_bytes(text, *(np.ascontiguousarray(part).tobytes() for part in parts))
+    views = (np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in parts)
+    return MANIFEST + name_of_bytes(text, *views)
 
 
 def create_manifest(group: zarr.Group, name: str, rows: Rows, segments: list[str], where: NDArray[np.int64]) -> None:

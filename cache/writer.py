@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +137,9 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         """Submit as many as the workers that are there now can take: on a cluster they come and go."""
         limit = TASKS_PER_WORKER * max(1, len(_workers(client)))
         for task in itertools.islice(waiting, max(0, limit - running.count())):
-            inputs = [work.inputs[row] for row in task.wanted]
+            packed = pickle.dumps([work.inputs[row] for row in task.wanted])
             place = f"{generation}/{task.segment}"
-            running.add(client.submit(compute_chunk, address, place, task.rows, inputs, pure=False))  # type: ignore[no-untyped-call]
+            running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))  # type: ignore[no-untyped-call]
 
     fill()
     for future in running:

@@ -134,8 +134,9 @@ def write_rejected(out: Path, rejected: pd.DataFrame) -> None:
 def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.DataFrame:
     """Read ``slices.parquet``: rows sorted by ``series_uid, slice_index``, all columns of SCHEMA or some.
 
-    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent, or (where all are read) the
-    rows are not what ``prepare`` writes: a patient in two splits, a slice twice, slices out of order, a contradictory ``any``.
+    NaN in a label means unknown. Raises MissingFileError, or DataError if a column is absent, or (where all are read)
+    the rows are not what ``prepare`` writes: a patient in two splits, a slice twice, slices out of order, a
+    contradictory ``any``.
     """
     require_file(path, "run `ichpipe prepare` first")
     try:
@@ -147,6 +148,8 @@ def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.D
     if missing:
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; run `ichpipe prepare` again")
     frame: pd.DataFrame = table.cast(pa.schema([SCHEMA.field(name) for name in columns])).to_pandas()
+    del table
+    pa.default_memory_pool().release_unused()  # Arrow keeps what reading took, half as much again
     if set(columns) >= set(SCHEMA.names):  # who reads a part of it, to save memory, trains and scores nothing
         _require_consistent(frame, path)
     return frame

@@ -134,3 +134,48 @@ def test_feeding(tmp_path):
     (found,) = small("feeding", tmp_path)["sizes"]
     assert set(found["cache_over_decoding"]) == {"uncompressed", "jpeg_lossless", "jpeg_2000_lossless"}
     assert all(value > 0 for value in found["slices_per_second"].values())
+
+
+@pytest.mark.slow
+def test_growth(tmp_path):
+    sizes = small("growth", tmp_path)["sizes"]
+    assert [(one["slices"], one["computed"]) for one in sizes] == [(100, 100), (400, 400), (2000, 200)]
+    assert all(one["peak_mb"] > one["start_mb"] > 0 for one in sizes)
+
+
+@pytest.mark.slow
+def test_alternatives(tmp_path):
+    result = small("alternatives", tmp_path)
+    assert {"ichpipe", "npz", "memmap"} <= result["rounds"].keys()  # monai, where it is installed
+    assert ("monai" in result["rounds"]) == bool(importlib.util.find_spec("monai"))
+    ours, *others = (rounds[0] for rounds in result["rounds"].values())
+    for other in others:  # all cached the same numbers, and trained on them
+        assert other["first"]["mean_magnitude"] == pytest.approx(ours["first"]["mean_magnitude"], rel=1e-3)
+        assert 0 < other["first"]["losses"]["train"] < 1
+        assert other["second"]["seconds"] > 0
+
+
+def written(name, result, **ratios):
+    machine = {"cores": 2, "cpu": "a processor"}
+    versions = dict.fromkeys(("python", "torch", "zarr", "dask"), "1.0")
+    facts = {"date": "2026-01-01T00:00", "commit": "abc", "machine": machine, "versions": versions}
+    return {"benchmark": name, **facts, "baseline": "b", "ratios": ratios, "result": result}
+
+
+def test_pictures_show_what_was_written(tmp_path):
+    first = {"seconds": 9.0, "list": 1.0, "fill": 5.0, "epoch": 2.0}
+    rounds = {name: [{"first": first}] for name in ("ichpipe", "npz")}
+    seconds = {name: {"first": 9.0, "second": 3.0} for name in rounds}
+    sizes = [{"slices": n, "computed": n, "seconds": 1.0, "start_mb": 5.0, "peak_mb": 9.0} for n in (10, 100)]
+    run = {"tasks": 3, "starts": 4, "started_again": 1, "seconds_of_tasks": 2.0, "same_bytes": True}
+    results = {
+        "alternatives": {"slices": 10, "rounds": rounds, "seconds": seconds},
+        "growth": {"sizes": sizes},
+        "cluster": {"runs": {"1 workers": run, "one of two killed": run, "without a cluster": {"same_bytes": True}}},
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(written(name, result, ratio=2.0, not_measured=None)))
+    assert load("__main__").main(["plot", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"speed-{n}.png" for n in ("alternatives", "cluster", "growth", "ratios")]
+    assert all(2_000 < file.stat().st_size < 100_000 for file in files)

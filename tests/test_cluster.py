@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -64,20 +65,19 @@ def test_worker_processes_change_no_byte_and_one_that_dies_loses_its_chunk_in_fl
 
 
 def test_a_chunk_that_is_there_is_not_computed_when_its_task_comes_again(tmp_path):
-    slices = kit.Slices()
+    slices, nothing = kit.Slices(), pickle.dumps([None] * 4)
     with connect(1, None) as client:
         kit.write(tmp_path / "s", slices, client)
         segment = next((tmp_path / "s").glob("*/segment-*")).relative_to(tmp_path / "s").as_posix()
         stamps = [file.stat().st_mtime_ns for file in kit.chunk_files(tmp_path / "s")]
         once_more = [
-            client.submit(compute_chunk, str(tmp_path / "s"), segment, slice(4 * n, 4 * n + 4), [None] * 4)
-            for n in (0, 1)
+            client.submit(compute_chunk, str(tmp_path / "s"), segment, slice(4 * n, 4 * n + 4), nothing) for n in (0, 1)
         ]
         assert [one.result() for one in once_more] == [4, 4]  # None can't be computed
         assert [file.stat().st_mtime_ns for file in kit.chunk_files(tmp_path / "s")] == stamps
         file = kit.chunk_files(tmp_path / "s")[0]
         file.write_bytes(file.read_bytes()[:-1])
-        broken = client.submit(compute_chunk, str(tmp_path / "s"), segment, slice(0, 4), [None] * 4, pure=False)
+        broken = client.submit(compute_chunk, str(tmp_path / "s"), segment, slice(0, 4), nothing, pure=False)
         with pytest.raises(AttributeError):
             broken.result()
 
