@@ -107,7 +107,7 @@ def prepared(folder: Path, encoding: str, options: argparse.Namespace) -> tuple[
         copy, original = divmod(number, len(files))
         again(place / f"0-{original}.dcm", place / f"{copy}-{original}.dcm", copy)
     settings = {
-        "prepare": {"dataset": "folder", "dicom_dir": str(place), "size_px": options.size},
+        "prepare": {"dataset": "folder", "labels": None, "dicom_dir": str(place), "size_px": options.size},
         "extract": {"batch_size": options.batch, "precision": options.precision},
     }
     params, artifacts = Params.model_validate(settings), Artifacts(folder / f"artifacts-{encoding}")

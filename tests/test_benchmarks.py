@@ -118,3 +118,18 @@ def test_feeding(tmp_path, monkeypatch):
     (found,) = load("feeding").run(tmp_path, options)["sizes"]
     assert set(found["cache_over_decoding"]) == {"uncompressed", "jpeg_lossless", "jpeg_2000_lossless"}
     assert all(value > 0 for value in found["slices_per_second"].values())
+
+
+def test_extract(tmp_path, monkeypatch):
+    pytest.importorskip("gdcm")
+    monkeypatch.syspath_prepend(FOLDER)
+    options = argparse.Namespace(
+        backbone="test_byobnet", size=32, file_px=64, slices=130, encodings=["uncompressed", "jpeg_lossless"],
+        precision="fp32", batch=64, gpu="cpu", loaders=2, rounds=1, out=None,
+    )  # fmt: skip
+    found = load("extract").run(tmp_path, options)["encodings"]
+    assert set(found) == {"uncompressed", "jpeg_lossless"}
+    for one in found.values():
+        assert one["slices"] == 130
+        assert 0 < one["extract_over_forward"]["whole_call"] <= one["extract_over_forward"]["from_first_slice"]
+        assert all(value > 0 for value in one["slices_per_second"].values())
