@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,9 +14,11 @@ from ichpipe.caches import Cache
 from ichpipe.embedding import SliceEmbedder, SliceInput
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.feeding import load_slices
+from ichpipe.headers import read_header
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
-from ichpipe.params import PAPER_WINDOWS
+from ichpipe.params import PAPER_WINDOWS, PhantomParams
+from ichpipe.stages import phantom
 
 CPU = torch.device("cpu")
 
@@ -27,8 +30,11 @@ def cnn():
 
 
 @pytest.fixture(scope="module")
-def slices(index):
-    return [SliceInput(path, uid, path) for path, uid in index[["path", "series_uid"]].head(70).itertuples(index=False)]
+def slices(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantom")
+    phantom.run(PhantomParams(studies=4, size_px=48, seed=3), folder)
+    headers = [read_header(path) for path in sorted((folder / "dicom").rglob("*.dcm"))[:70]]
+    return [SliceInput(header.path, header.series_uid, header.file_digest) for header in headers]
 
 
 def embed(cnn, slices, loaders=1, **options):
@@ -101,9 +107,9 @@ def test_a_loader_names_an_unreadable_file_without_a_traceback(slices, tmp_path)
     assert len(list(loader.batches([slices[0].path], 9, CPU))) == 1
 
 
-def test_bf16_is_another_generation_and_auto_is_the_one_of_before(cnn, slices, index, tmp_path):
+def test_bf16_is_another_generation_and_auto_is_the_one_of_before(cnn, slices, tmp_path):
     save_model(tmp_path, cnn, {})
-    plain, half = Cache(tmp_path, index), Cache(tmp_path, index, precision="bf16")
+    plain, half = (Cache(tmp_path, pd.DataFrame(), precision=one) for one in ("auto", "bf16"))
     assert "precision" not in plain.identity()
     assert half.identity() == plain.identity() | {"precision": "bf16"}
     exact, _ = embed(cnn, slices)
