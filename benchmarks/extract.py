@@ -12,11 +12,8 @@ starting Dask and loading the network, once a run. CPU time stands beside the cl
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import shutil
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,8 +22,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import feeding
+import kit
 import pydicom
-import store
 import torch
 
 from ichpipe import embedding
@@ -43,15 +40,15 @@ from ichpipe.stages import extract, phantom, prepare
 from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
 DRAWN = 100
 """Slices that the phantom draws."""
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen."""
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--file-px", type=int, default=512)
@@ -62,13 +59,16 @@ def main() -> None:
     parser.add_argument("--gpu", default="auto")
     parser.add_argument("--loaders", type=int)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(run(Path(folder), options), indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Pick the ratios; below 1 is what reading, decoding and writing cost beside the network or the decoding alone."""
+    return {
+        f"{encoding}, over {beside} alone, {part.replace('_', ' ')}": one[f"extract_over_{beside}"][part]
+        for encoding, one in result["encodings"].items()
+        for beside in ("forward", "decode")
+        for part in ("whole_call", "from_first_slice", "cpu_time")
+    }
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,9 +85,10 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         save_model(artifacts.slice_cnn, cnn, {})
         found[encoding] = measure(params, artifacts, cnn, device, loaders, options)
     return {
-        "machine": store.machine()
-        | {"threads": torch.get_num_threads(), "device": device.type, "imagecodecs": imagecodecs() is not None},
-        "parameters": {name: str(value) for name, value in vars(options).items()} | {"loaders": loaders},
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "imagecodecs": imagecodecs() is not None,
+        "loaders": loaders,
         "encodings": found,
     }
 
@@ -107,7 +108,7 @@ def prepared(folder: Path, encoding: str, options: argparse.Namespace) -> tuple[
         copy, original = divmod(number, len(files))
         again(place / f"0-{original}.dcm", place / f"{copy}-{original}.dcm", copy)
     settings = {
-        "prepare": {"dataset": "folder", "dicom_dir": str(place), "size_px": options.size},
+        "prepare": {"dataset": "folder", "labels": None, "dicom_dir": str(place), "size_px": options.size},
         "extract": {"batch_size": options.batch, "precision": options.precision},
     }
     params, artifacts = Params.model_validate(settings), Artifacts(folder / f"artifacts-{encoding}")
@@ -224,5 +225,10 @@ def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int) -> f
     return min(moments)
 
 
+BENCHMARK = kit.Benchmark(
+    "the network on tensors on the device, and decoding alone", run, ratios, add_options,
+    {"backbone": "test_byobnet", "size": 32, "file_px": 64, "slices": 130, "rounds": 1, "gpu": "cpu", "loaders": 2},
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main(__file__, __doc__)

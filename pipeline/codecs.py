@@ -43,10 +43,9 @@ def decode(pixel_data: bytes, facts: PixelFacts) -> NDArray[np.integer] | None:
     is_ordinary, by = usual
     try:
         stream = get_frame(pixel_data, 0, number_of_frames=1)
-        found = by(library, stream, facts) if is_ordinary(stream, facts) else None
+        return _as_stored(by(library, stream, facts), facts) if is_ordinary(stream, facts) else None
     except Exception:  # each codec has its own errors
         return None
-    return _as_stored(found, facts)
 
 
 @functools.cache

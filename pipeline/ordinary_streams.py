@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from ichpipe.dicom_files import PixelFacts
 
-_SOF3, _DHT, _SOI, _SOS = 0xC3, 0xC4, 0xD8, 0xDA  # markers of JPEG, ITU-T T.81, table B.1
+_SOF3, _DHT, _SOI, _EOI, _SOS = 0xC3, 0xC4, 0xD8, 0xD9, 0xDA  # markers of JPEG, ITU-T T.81, table B.1
 _IGNORED: Final = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn and COM
 _MOST_CODES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _SIZ_LENGTH: Final = 41  # of a stream with one component, T.800 table A.9
 
 
 def is_ordinary_lossless_jpeg(stream: bytes, facts: PixelFacts) -> bool:
-    """Whether this is JPEG lossless, Huffman (ITU-T T.81, process 14): one component of the image's size, one scan."""
-    if stream[:2] != bytes([0xFF, _SOI]):
+    """Whether this is JPEG lossless, Huffman (ITU-T T.81, process 14): one component of the image's size, one scan.
+
+    It must reach its end: liblj92 makes up what is missing.
+    """
+    if stream[:2] != bytes([0xFF, _SOI]) or not stream.rstrip(b"\0\xff").endswith(bytes([0xFF, _EOI])):
         return False
     place, frame, tables = 2, False, set()
     while True:

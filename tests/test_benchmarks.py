@@ -47,7 +47,7 @@ def test_the_command_lists_every_script_and_passes_small_on(tmp_path, monkeypatc
     assert written["parameters"]["slices"] == 600
     assert "score (" in capsys.readouterr().out
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    (tmp_path / "broken.py").write_text('if __name__ == "__main__":\n    raise SystemExit(3)\n')
+    (tmp_path / "broken.py").write_text("import sys\nBENCHMARK = sys.exit(3)\n")
     assert command.names() == ["broken"]
     assert command.main(["--only", "broken", "--out", str(tmp_path)]) == 1
     assert "broken: exit code 3" in capsys.readouterr().out
@@ -179,3 +179,14 @@ def test_pictures_show_what_was_written(tmp_path):
     files = sorted((tmp_path / "out").iterdir())
     assert [file.name for file in files] == [f"speed-{n}.png" for n in ("alternatives", "cluster", "growth", "ratios")]
     assert all(2_000 < file.stat().st_size < 100_000 for file in files)
+
+
+def test_extract(tmp_path):
+    pytest.importorskip("gdcm")
+    result = small("extract", tmp_path)
+    assert result["loaders"] == 2
+    assert set(result["encodings"]) == {"uncompressed", "jpeg_lossless"}
+    for one in result["encodings"].values():
+        assert one["slices"] == 130
+        assert 0 < one["extract_over_forward"]["whole_call"] <= one["extract_over_forward"]["from_first_slice"]
+        assert all(value > 0 for value in one["slices_per_second"].values())

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from ichpipe import codecs, ct
@@ -287,3 +290,43 @@ def test_a_syntax_without_decoder_names_the_extra_that_brings_it(write_ct, monke
     monkeypatch.setattr(codecs, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))
     with pytest.raises(UnreadableDicomError, match=r"no decoder.*1\.2\.840\.10008\.1\.2\.5.*dicom-codecs"):
         ct.read_hu(path)
+
+
+def hu_in_64_bits(stored, facts):
+    """The same by the definition, without a shortcut."""
+    values = stored.astype(np.int64)
+    span = 1 << facts.bits_stored
+    if facts.bits_stored < facts.bits_allocated:
+        if facts.signed:
+            values[(values >= span // 2) & (values < span)] -= span
+        else:
+            values &= span - 1
+    intercept = facts.intercept
+    if facts.bits_stored == 12 and not facts.signed and intercept > -100:
+        values += 1000
+        values[values >= 4096] -= 4096
+        intercept = -1000.0
+    hu = np.clip(np.rint(values * facts.slope + intercept), -1024, 32767).astype(np.int16)
+    if facts.padding is not None:
+        hu[(stored >= facts.padding[0]) & (stored <= facts.padding[1])] = -1024
+    return hu
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_no_shortcut_changes_a_value(data):
+    allocated, signed = data.draw(st.sampled_from([8, 16, 32])), data.draw(st.booleans())
+    kind = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
+    stored = data.draw(arrays(kind, (3, 5)))
+    whole = st.integers(-40_000, 40_000).map(float)
+    intercept = data.draw(st.one_of(st.sampled_from([0.0, -1024.0, -1000.0, 32767.0, -32768.0]), whole, st.just(0.5)))
+    ends = data.draw(st.none() | st.tuples(*[st.integers(np.iinfo(kind).min, np.iinfo(kind).max)] * 2))
+    facts = ct.PixelFacts(
+        3, 5, allocated, data.draw(st.integers(1, allocated)), signed, data.draw(st.sampled_from([1.0, -1.0, 0.7])),
+        intercept, None if ends is None else (min(ends), max(ends)), "1.2.840.10008.1.2.1",
+    )  # fmt: skip
+    before = stored.copy()
+    found = ct.stored_to_hu(stored, facts)
+    assert found.dtype == np.int16
+    assert np.array_equal(found, hu_in_64_bits(stored, facts))
+    assert np.array_equal(stored, before)
