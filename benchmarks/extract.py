@@ -17,7 +17,6 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from ichpipe.studies import read_index
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 DRAWN = 100
 """Slices that the phantom draws."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _MAKER: Final = b"ichpipe.headers"
 _CODECS: Final = (
-    "pydicom", "numpy", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle", "python-gdcm",
+    "pydicom", "numpy", "imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle", "python-gdcm",
     "pyjpegls",
 )  # fmt: skip
 _PART: Final = "headers-{:06d}.parquet"
