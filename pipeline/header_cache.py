@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _MAKER: Final = b"ichpipe.headers"
 _CODECS: Final = (
-    "pydicom", "numpy", "imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle", "python-gdcm",
-    "pyjpegls",
+    "pydicom", "numpy", "imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle",
+    "python-gdcm", "pyjpegls",
 )  # fmt: skip
 _PART: Final = "headers-{:06d}.parquet"
 _PARTS: Final = "headers-*.parquet"
