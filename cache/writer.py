@@ -131,7 +131,8 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
     from ichpipe.cache.compute import ComputePlugin, compute_chunk, numbers_of  # noqa: PLC0415
 
     client.register_plugin(ComputePlugin(work.make_compute, numbers_of(_workers(client))))
-    waiting, running = iter(tasks), as_completed()  # type: ignore[no-untyped-call]
+    waiting = iter(tasks)
+    running: Any = as_completed()  # type: ignore[no-untyped-call]
 
     def fill() -> None:
         """Submit as many as the workers that are there now can take: on a cluster they come and go."""
@@ -139,7 +140,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         for task in itertools.islice(waiting, max(0, limit - running.count())):
             packed = pickle.dumps([work.inputs[row] for row in task.wanted])
             place = f"{generation}/{task.segment}"
-            running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))  # type: ignore[no-untyped-call]
+            running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))
 
     fill()
     for future in running:
@@ -148,7 +149,8 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
 
 
 def _workers(client: Client) -> list[str]:
-    return list(client.nthreads())  # not scheduler_info, which some versions cut to five workers
+    # Not scheduler_info, which some versions cut to five workers.
+    return list(client.nthreads())  # type: ignore[no-untyped-call]
 
 
 def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:

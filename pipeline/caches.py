@@ -109,8 +109,9 @@ class Texts(Sequence[str]):
 
     def __getitem__(self, row: int | slice) -> str | list[str]:
         """Return one text, or several."""
-        found = self._values[row]
-        return found.tolist() if isinstance(row, slice) else found
+        found: Any = self._values[row]
+        texts: str | list[str] = found.tolist() if isinstance(row, slice) else found
+        return texts
 
 
 def store_address(params: Params, artifacts: Artifacts) -> str:

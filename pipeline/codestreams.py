@@ -97,7 +97,8 @@ def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
     """Take a JPEG or JPEG-LS stream apart: one frame of one component in one scan, and nothing cut off."""
     if not frame.startswith(b"\xff\xd8"):
         _damaged("does not begin as JPEG")
-    place, precision, restart, tables = 2, 0, 0, {}
+    place, precision, restart = 2, 0, 0
+    tables: dict[int, bytes] = {}
     while True:
         marker, segment, place = _segment(frame, place)
         if marker == _TABLES:

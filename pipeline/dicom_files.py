@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from io import BytesIO
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import UID
@@ -140,7 +140,7 @@ def _inflated(data: bytes) -> bytes | None:
         return None
     file = BoundedFile(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
-    meta = list(data_element_generator(file, False, True, lambda tag, _representation, _length: tag.group != 2))
+    meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
     stated = next((one for one in meta if one.tag == _SYNTAX_TAG), None)
     if stated is None or (stated.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
         return None

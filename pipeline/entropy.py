@@ -95,7 +95,7 @@ def _differences(data: bytes, steps: NDArray[np.uint8], categories: NDArray[np.u
     if len(data) * 8 > count * _LONGEST_STEP + 8:
         _damaged("more coded bytes than its pixels can take")
     padded = np.frombuffer(data + bytes(8), dtype=np.uint8).astype(np.uint32)
-    windows = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]  # 24 bits from each byte on
+    windows = padded[:-2] << np.uint32(16) | padded[1:-1] << np.uint32(8) | padded[2:]  # 24 bits from each byte on
     ahead = np.empty((len(windows), 8), dtype=np.uint8)  # bits to the next code, from each bit on
     for shift in range(8):
         ahead[:, shift] = steps[windows >> np.uint32(8 - shift) & np.uint32(0xFFFF)]

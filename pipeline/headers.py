@@ -158,8 +158,8 @@ def _require_ct_slice(elements: Elements) -> str:
         raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
     image_type = elements.text("ImageType").upper()
     for word in image_type.split("\\"):
-        if said := next((mark for mark in NOT_A_SLICE if mark in word), None):
-            raise UnreadableDicomError(f"ImageType (0008,0008) says {said}: a localizer or screen, not a slice")
+        if mark := next((mark for mark in NOT_A_SLICE if mark in word), None):
+            raise UnreadableDicomError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
     return image_type
 
 

@@ -25,7 +25,8 @@ def is_ordinary_lossless_jpeg(stream: bytes, facts: PixelFacts) -> bool:
     """
     if stream[:2] != bytes([0xFF, _SOI]) or not stream.rstrip(b"\0\xff").endswith(bytes([0xFF, _EOI])):
         return False
-    place, frame, tables = 2, False, set()
+    place, frame = 2, False
+    tables: set[int] = set()
     while True:
         if len(stream) < place + 4 or stream[place] != 0xFF:
             return False
