@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import uuid
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -65,13 +65,19 @@ def numbers_of(addresses: Iterable[str]) -> dict[str, int]:
     return numbers
 
 
-def compute_chunk(address: str, segment: str, rows: slice, packed: bytes) -> int:
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one chunk: Dask looks into a list, and keeps its thousands of objects longer than the task."""
+
+    values: list[Any]
+
+
+def compute_chunk(address: str, segment: str, rows: slice, packed: Inputs) -> int:
     """Compute one chunk of rows and write it, ``embedding`` last. Returns the number of its rows.
 
-    Inputs come as one pickle: Dask looks into a list, and keeps its thousands of objects longer than the task.
     A worker may die between writing a chunk and saying so: then the task comes again, and the chunk is there.
     """
-    place, inputs = Place(address), pickle.loads(packed)  # noqa: S301 - as Dask sends the call itself
+    place, inputs = Place(address), packed.values
     if not _is_there(place, segment, rows):
         plugin: Any = get_worker().plugins[PLUGIN]
         embedding, logit = plugin.compute(inputs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +127,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
     # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
     from distributed import as_completed  # noqa: PLC0415
 
-    from ichpipe.cache.compute import ComputePlugin, compute_chunk, numbers_of  # noqa: PLC0415
+    from ichpipe.cache.compute import ComputePlugin, Inputs, compute_chunk, numbers_of  # noqa: PLC0415
 
     client.register_plugin(ComputePlugin(work.make_compute, numbers_of(_workers(client))))
     waiting = iter(tasks)
@@ -138,7 +137,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         """Submit as many as the workers that are there now can take: on a cluster they come and go."""
         limit = TASKS_PER_WORKER * max(1, len(_workers(client)))
         for task in itertools.islice(waiting, max(0, limit - running.count())):
-            packed = pickle.dumps([work.inputs[row] for row in task.wanted])
+            packed = Inputs([work.inputs[row] for row in task.wanted])
             place = f"{generation}/{task.segment}"
             running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))
 

@@ -32,8 +32,10 @@ def hold(folder: Path, what: str, outputs: Sequence[Path] | None = None, resume:
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
-    number = folder / f".{what}.pid"
+    number, new = folder / f".{what}.pid", not folder.exists()
     with contextlib.ExitStack() as stack:
+        if new:
+            stack.callback(_remove_if_unused, folder, what)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _acquire(stack, folder, what, number)
@@ -49,6 +51,15 @@ def hold(folder: Path, what: str, outputs: Sequence[Path] | None = None, resume:
         if resume is not None:
             _remove(resume.glob(f".{what}.*.tmp"))
         yield
+
+
+def _remove_if_unused(folder: Path, what: str) -> None:
+    """Leave no folder behind in which a command that failed wrote nothing."""
+    lock = folder / f".{what}.lock"
+    with contextlib.suppress(OSError):
+        if set(folder.iterdir()) <= {lock}:
+            lock.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _acquire(stack: contextlib.ExitStack, folder: Path, what: str, number: Path) -> None:

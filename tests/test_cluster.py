@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -11,9 +10,9 @@ import cloudpickle
 import pytest
 import store_kit as kit
 
-from ichpipe.cache.compute import ComputePlugin, compute_chunk
+from ichpipe.cache.compute import ComputePlugin, Inputs, compute_chunk, numbers_of
 from ichpipe.cache.place import Place
-from ichpipe.cache.writer import Work, _numbers, update
+from ichpipe.cache.writer import Work, update
 from ichpipe.cluster import connect
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -65,7 +64,7 @@ def test_worker_processes_change_no_byte_and_one_that_dies_loses_its_chunk_in_fl
 
 
 def test_a_chunk_that_is_there_is_not_computed_when_its_task_comes_again(tmp_path):
-    slices, nothing = kit.Slices(), pickle.dumps([None] * 4)
+    slices, nothing = kit.Slices(), Inputs([None] * 4)
     with connect(1, None) as client:
         kit.write(tmp_path / "s", slices, client)
         segment = next((tmp_path / "s").glob("*/segment-*")).relative_to(tmp_path / "s").as_posix()
@@ -88,9 +87,9 @@ def filling(path, slices, client):
 
 
 def test_workers_of_one_machine_have_different_numbers():
-    workers = {f"tcp://{host}:{port}": {"host": host} for host in ("10.0.0.1", "10.0.0.2") for port in (40, 41)}
-    assert sorted(_numbers(workers).values()) == [0, 0, 1, 1]
-    assert {_numbers(workers)[f"tcp://10.0.0.2:{port}"] for port in (40, 41)} == {0, 1}
+    workers = [f"tcp://{host}:{port}" for host in ("10.0.0.1", "10.0.0.2") for port in (40, 41)]
+    assert sorted(numbers_of(workers).values()) == [0, 0, 1, 1]
+    assert {numbers_of(workers)[f"tcp://10.0.0.2:{port}"] for port in (40, 41)} == {0, 1}
 
 
 @pytest.mark.parametrize(

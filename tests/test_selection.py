@@ -25,6 +25,8 @@ KINDS = {
     "few": {"count": 3},
     "slab": {"count": 11},
     "twice": {"twice": True},
+    "sizes": {"rows": [512] * 15 + [256] * 15},
+    "turned": {"directions": [-1.0, 0, 0, 0, 1.0, 0]},
     "lossy": {"lossy": True},
     "spine": {"marks": "spine"},
     "chest": {"body_part": "CHEST"},
@@ -146,7 +148,8 @@ def test_what_is_better_than_what(better, worse, reason):
 
 def test_a_fault_alone_is_worse_than_none_and_the_list_orders_them():
     order = [
-        "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "agent though plain", "lossy", "long", "good",
+        "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "sizes", "turned", "agent though plain",
+        "lossy", "long", "good",
     ]  # fmt: skip
     assert len(order) == len(FAULTS)  # "unusable" has no slices; the last one has no fault
     for number, worse in enumerate(order):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, StoreUnusableError, WeightsError
+from ichpipe.errors import DataError, WeightsError
 from ichpipe.head_ct import judge
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.params import SelectionParams
@@ -103,6 +103,8 @@ def test_a_model_with_classes_in_another_order_is_refused(branch):
 
 
 def test_a_store_made_with_other_windows_is_not_read(branch, capsys):
-    message = branch.error(capsys, "--set", "windows=[{level_hu: 41, width_hu: 80}]", "fit-sequence")
-    assert "run: ichpipe" in message
-    assert StoreUnusableError  # what the message comes from
+    windows = "windows: [{level_hu: 41, width_hu: 80}, {level_hu: 75, width_hu: 215}, {level_hu: 600, width_hu: 2800}]"
+    branch.params.write_text(branch.params.read_text() + windows + "\n")
+    branch.steps("fit-slices")
+    message = branch.error(capsys, "fit-sequence")
+    assert "run: ichpipe extract" in message
