@@ -191,8 +191,8 @@ def counts(events: list[tuple[float, str, str]]) -> dict[str, Any]:
 
 
 def chunk_stamps(store: Path) -> dict[Path, int]:
-    """Return when each chunk file was written."""
-    return {file: file.stat().st_mtime_ns for file in store.glob("*/segment-*/*/c/*/0")}
+    """Return when each chunk was written: its embeddings, which are written last."""
+    return {file: file.stat().st_mtime_ns for file in store.glob("*/segment-*/embedding/c/*/0")}
 
 
 def contents(store: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,8 @@ def _handle(number: int, _frame: Any) -> None:
     if _state.signal_number:
         _leave(number)
     _state.signal_number = number
+    for name in ("asyncio", "distributed", "tornado"):  # connections that are cut now are no news
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     timer = threading.Timer(GRACE_S, _leave, (number,))
     timer.daemon = True
     timer.start()
