@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.feeding import load_slices
+from ichpipe.processes import follow_the_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,7 @@ class Loader:
             num_workers=count,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="spawn" if count else None,
+            worker_init_fn=follow_the_parent,
             persistent_workers=count > 0,
         )
 

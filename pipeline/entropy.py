@@ -94,6 +94,8 @@ def _differences(data: bytes, steps: NDArray[np.uint8], categories: NDArray[np.u
     """Step over ``count`` codes of unstuffed data; return their differences (count,). All bits must be used up."""
     if len(data) * 8 > count * _LONGEST_STEP + 8:
         _damaged("more coded bytes than its pixels can take")
+    if len(data) * 8 < count:  # a bit each at least: said before the pixels that a header claims are counted
+        _damaged("fewer coded bits than pixels")
     padded = np.frombuffer(data + bytes(8), dtype=np.uint8).astype(np.uint32)
     windows = padded[:-2] << np.uint32(16) | padded[1:-1] << np.uint32(8) | padded[2:]  # 24 bits from each byte on
     ahead = np.empty((len(windows), 8), dtype=np.uint8)  # bits to the next code, from each bit on

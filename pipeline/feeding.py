@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ichpipe import ct
 from ichpipe.errors import UnreadableDicomError
-from ichpipe.processes import interrupts_stay_here
+from ichpipe.processes import follow_the_parent, interrupts_stay_here
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,5 +138,6 @@ def batch_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=follow_the_parent,
         persistent_workers=False,
     )

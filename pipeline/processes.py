@@ -22,7 +22,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     Not forked: this process has threads (pyarrow's, torch's), and a fork may inherit their locks.
     """
     anew = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=anew, initializer=_follow_the_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=anew, initializer=follow_the_parent) as pool:
         try:
             with interrupts_stay_here():
                 pool.submit(os.getpid)  # the first task starts the processes
@@ -55,8 +55,12 @@ def end_children() -> None:
         child.terminate()
 
 
-def _follow_the_parent() -> None:
-    """End this process when its parent is gone: a parent that was killed (SIGKILL) can't end it itself."""
+def follow_the_parent(_number: int = 0) -> None:
+    """End this process when its parent is gone: a parent that was killed (SIGKILL) can't end it itself.
+
+    A child may still be importing when that happens. PyTorch's own watch begins later, and takes whoever has adopted
+    the child for its parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

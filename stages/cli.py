@@ -344,7 +344,7 @@ def _set_up_logging(quiet: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exit code 0 done, 1 input, data or machine wrong, 2 wrong usage, 128 + n signal n."""
-    with stop_cleanly():
+    with stop_cleanly(leaving=arguments is None):
         return _run(sys.argv[1:] if arguments is None else arguments)
 
 

@@ -36,8 +36,10 @@ _state = _State()
 
 
 @contextmanager
-def stop_cleanly() -> Iterator[None]:
+def stop_cleanly(*, leaving: bool = False) -> Iterator[None]:
     """Turn the first signal into `Stopped`, and whatever that becomes on its way out into one line and an exit code.
+
+    ``leaving``: the process ends after the block, and a signal that comes while it does so ends it at once.
 
     A second signal, or GRACE_S seconds without an end, ends the process at once. A signal that was ignored when the
     process began (nohup, a shell's background jobs) stays ignored.
@@ -60,7 +62,8 @@ def stop_cleanly() -> Iterator[None]:
     finally:
         if not _state.signal_number:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                at_once = leaving and handler is not signal.SIG_IGN
+                signal.signal(number, signal.SIG_DFL if at_once else handler)
 
 
 def _handle(number: int, _frame: Any) -> None:

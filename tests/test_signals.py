@@ -134,6 +134,32 @@ def test_processes_of_a_pool_end_with_their_parent(number, tmp_path, monkeypatch
     process.stderr.close()
 
 
+LOADING = """
+import numpy as np
+from ichpipe.feeding import SliceDataset, batch_loader
+if __name__ == "__main__":
+    slices = SliceDataset(["a"] * 4, np.zeros((4, 6), np.float32), 32)
+    loading = iter(batch_loader(slices, [[0], [1]], 1))
+    print("begun", flush=True)
+    next(loading)
+"""
+
+
+@pytest.mark.slow
+def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    killing = load("killing")
+    (tmp_path / "loading.py").write_text(LOADING)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "loading.py"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.kill()
+    process.wait(timeout=20)
+    assert killing.strays_of(process.pid) == 0
+    process.stdout.close()
+
+
 BLOCKED = """
 from pathlib import Path
 from ichpipe.cluster import connect
