@@ -327,3 +327,10 @@ class TestTrial:
         slices, rejected = scan([tmp_path / "in"])
         assert [path[-1] for path in slices["path"]] == ["a", "c"]
         assert rejected["reason"].tolist() == ["its decoder crashed (SIGABRT): the stream is damaged"]
+
+
+def test_more_pixels_than_coded_bits_are_refused_before_they_are_counted(write_ct):
+    frame = bytearray(frame_of(coded_file(write_ct, JPEGLosslessSV1)))
+    struct.pack_into(">HH", frame, frame.index(b"\xff\xc3") + 5, 4096, 4096)
+    with pytest.raises(UnreadableDicomError, match="fewer coded bits than pixels"):
+        require_complete(bytes(frame), str(JPEGLosslessSV1), Claim(4096, 4096, 16))
