@@ -93,9 +93,37 @@ GUARDS = (
     Guard(
         "processes end when their parent was killed",
         "pipeline/processes.py",
-        "mp_context=anew, initializer=_follow_the_parent",
+        "mp_context=anew, initializer=follow_the_parent",
         "mp_context=anew",
         "tests/test_signals.py::test_processes_of_a_pool_end_with_their_parent[9]",
+    ),
+    Guard(
+        "a decoding process that was still importing ends with its parent",
+        "pipeline/feeding.py",
+        "        worker_init_fn=follow_the_parent,\n",
+        "",
+        "tests/test_signals.py::test_a_decoding_process_that_is_still_importing_ends_with_its_parent",
+    ),
+    Guard(
+        "a compressed stream claims the image of the header",
+        "pipeline/codestreams.py",
+        "    if (rows, columns) != (claim.rows, claim.columns):\n",
+        "    if False:\n",
+        "tests/test_codestreams.py::test_a_stream_that_claims_another_size_is_refused_before_any_decoder",
+    ),
+    Guard(
+        "coded bits are counted before the pixels that a header claims",
+        "pipeline/entropy.py",
+        "    if len(data) * 8 < count:",
+        "    if False:",
+        "tests/test_codestreams.py::test_more_pixels_than_coded_bits_are_refused_before_they_are_counted",
+    ),
+    Guard(
+        "an index that was changed is refused",
+        "pipeline/studies.py",
+        '    if found:\n        raise DataError(f"{path} holds',
+        '    if False:\n        raise DataError(f"{path} holds',
+        "tests/test_silent_wrongs.py::test_an_index_that_was_changed_is_refused",
     ),
     Guard(
         "a checkpoint of other parameters is not used",
