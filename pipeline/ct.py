@@ -98,7 +98,7 @@ def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.
     Negative numbers that were written whole stay as they are: -3024 is common beside BitsStored 12. The type is that
     of ``stored``, which is not changed; 8 bits become 16, so that what follows can add to them.
     """
-    values = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    values: NDArray[np.integer] = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     values = values.astype(np.int16) if values.dtype.itemsize == 1 else values
     if facts.bits_stored == facts.bits_allocated:
         return values
