@@ -104,7 +104,8 @@ def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.
         return values
     span = 1 << facts.bits_stored
     if not facts.signed:
-        return values & values.dtype.type(span - 1)
+        kept: NDArray[np.integer] = values & values.dtype.type(span - 1)
+        return kept
     if values.max(initial=0) < span // 2:
         return values
     not_extended = (values >= span // 2) & (values < span)  # two's complement without its leading ones
