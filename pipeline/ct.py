@@ -109,7 +109,8 @@ def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.
     if values.max(initial=0) < span // 2:
         return values
     not_extended = (values >= span // 2) & (values < span)  # two's complement without its leading ones
-    return np.add(values, -span, out=values.copy(), where=not_extended)
+    extended: NDArray[np.integer] = np.add(values, -span, out=values.copy(), where=not_extended)
+    return extended
 
 
 def _wraps_at_12_bits(facts: PixelFacts) -> bool:
