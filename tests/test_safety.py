@@ -162,6 +162,7 @@ def test_a_dicomdir_leads_to_what_lies_beside_it_alone(outside, tmp_path):
     for path in sorted((tmp_path / "source").iterdir()):
         files.add(path)
     files.write(outside)
+    files._stage["t"].cleanup()  # left to the garbage collector, it warns in whichever test runs then
     with quiet_pydicom():
         directory = pydicom.dcmread(outside / "DICOMDIR")
         images = [record for record in directory.DirectoryRecordSequence if record.DirectoryRecordType == "IMAGE"]
