@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import dask
 from distributed import Client, LocalCluster
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 20
 """How long to wait for a scheduler that someone else started."""
 
+SETTINGS: Final = {
+    "distributed.worker.daemon": False,  # daemonic workers may not have children, and a decoding pool would need them
+    # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept; here a worker
+    # that is gone closes its connection.
+    "distributed.scheduler.worker-ttl": None,
+    "distributed.admin.low-level-log-length": 10,  # of the last 1,000 messages each keeps its inputs: 500 bytes a slice
+}
+
 
 @contextlib.contextmanager
 def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
@@ -25,9 +33,7 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
 
     One worker runs in this process, which saves starting a second interpreter with torch in it.
     """
-    # Daemonic workers may not have children, and a decoding pool would need them. A scheduler forgets workers that were
-    # silent for five minutes, as all are after a laptop has slept; here a worker that is gone closes its connection.
-    with dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.worker-ttl": None}):
+    with dask.config.set(SETTINGS):
         if scheduler:
             with _connect_to(scheduler) as client:
                 yield client

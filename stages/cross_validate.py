@@ -45,28 +45,34 @@ def run(params: Params, artifacts: Artifacts, gpu: str = "auto", *, arms_only: b
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
     prepare.run(params.prepare, whole.index_dir, cache=artifacts.resume("prepare"))
-    folds = [_fit_fold(params, whole.root, fold, gpu, arms_only=arms_only) for fold in range(params.prepare.folds)]
+    folds = [_of_fold(params, whole.root, fold) for fold in range(params.prepare.folds)]
+    for chosen, fold in folds:
+        _fit_fold(chosen, whole, fold, gpu, arms_only=arms_only)
     for arm in params.sequence:
-        _pool_arm([fold.sequence(arm) for fold in folds], whole.sequence(arm))
+        _pool_arm([fold.sequence(arm) for _, fold in folds], whole.sequence(arm))
     ladder = "" if arms_only else _score(params, whole, folds) + "\n\n"
     return ladder + compare.run(params, whole)
 
 
-def _fit_fold(params: Params, root: Path, fold: int, gpu: str, *, arms_only: bool) -> Artifacts:
-    log.info("fold %d of %d", fold + 1, params.prepare.folds)
-    chosen = params.model_copy(update={"prepare": params.prepare.model_copy(update={"test_fold": fold})})
-    artifacts = Artifacts(root / f"fold-{fold}")
-    _split(Artifacts(root), chosen, artifacts)
-    if not fit_slices.is_done(chosen, artifacts):
-        fit_slices.run(chosen, artifacts, gpu)
-    extract.run(chosen, artifacts, gpu)
-    for arm in chosen.sequence:
-        if not fit_sequence.is_done(chosen, artifacts, arm):
-            log.info("fold %d of %d, arm %s", fold + 1, params.prepare.folds, arm)
-            fit_sequence.run(chosen, artifacts, arm, gpu)
-    if not arms_only and not finetune.is_done(chosen, artifacts):
-        finetune.run(chosen, artifacts, gpu)
-    return artifacts
+def _of_fold(params: Params, root: Path, fold: int) -> tuple[Params, Artifacts]:
+    """Return the parameters with the fold as the test set, and where its files are."""
+    prepare_params = params.prepare.model_copy(update={"test_fold": fold})
+    return params.model_copy(update={"prepare": prepare_params}), Artifacts(root / f"fold-{fold}")
+
+
+def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, *, arms_only: bool) -> None:
+    name = f"fold {(params.prepare.test_fold or 0) + 1} of {params.prepare.folds}"
+    log.info(name)
+    _split(whole, params, artifacts)
+    if not fit_slices.is_done(params, artifacts):
+        fit_slices.run(params, artifacts, gpu)
+    extract.run(params, artifacts, gpu)
+    for arm in params.sequence:
+        if not fit_sequence.is_done(params, artifacts, arm):
+            log.info("%s, arm %s", name, arm)
+            fit_sequence.run(params, artifacts, arm, gpu)
+    if not arms_only and not finetune.is_done(params, artifacts):
+        finetune.run(params, artifacts, gpu)
 
 
 def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
@@ -91,9 +97,10 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
     write_json(target / RECORD_FILE, {**first, "store": store, "folds": len(folders), "seeds": seeds})
 
 
-def _score(params: Params, whole: Artifacts, folds: Sequence[Artifacts]) -> str:
-    for number, fold in enumerate(folds, start=1):
-        log.info("fold %d of %d\n%s", number, len(folds), evaluate.run(params, fold))
+def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Artifacts]]) -> str:
+    for number, (chosen, fold) in enumerate(by_fold, start=1):
+        log.info("fold %d of %d\n%s", number, len(by_fold), evaluate.run(chosen, fold))
+    folds = [fold for _, fold in by_fold]
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
     metrics = score_all(tables, params.evaluate, params.finetune.arm)

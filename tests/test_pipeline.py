@@ -357,6 +357,18 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     assert len(pd.read_parquet(root / "predictions" / "finetuned.parquet")) == len(index) - 1
 
 
+def test_cross_validation_out_of_fold_ends_with_its_scores(run, index, tmp_path):
+    """Each fold's scores are of embeddings by the networks of that fold, which are others in every one."""
+    small = ["prepare.folds=3", "fit-slices.folds=3", "fit-slices.epochs=1", "sequence.paper.epochs=1"]
+    other = run.fresh(tmp_path / "cv")
+    words = [word for value in small for word in ("--set", value)]
+    assert other(*words, "cross-validate").exit_code == 0
+    root = other.artifacts / "cv"
+    assert json.loads((root / "metrics" / "evaluate.json").read_text())["folds"][2]["n_slices"] > 0
+    for name in ("slice_cnn", "sequence-paper", "finetuned"):
+        assert sorted(pd.read_parquet(root / "predictions" / f"{name}.parquet")["sop_uid"]) == sorted(index["sop_uid"])
+
+
 def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
     slow = ["--set", "fit-slices.epochs=4"]
     whole, killed = run.fresh(tmp_path / "whole"), run.fresh(tmp_path / "killed")

@@ -1,6 +1,7 @@
 """The store alone: rows come back as they were computed, and nothing is computed twice."""
 
 import contextlib
+import gc
 import itertools
 import tempfile
 from pathlib import Path
@@ -255,3 +256,23 @@ def test_our_chunk_files_are_those_of_zarr(tmp_path, monkeypatch, kind, rows):
         files.append({k: v for k, v in kit.all_bytes(tmp_path / name).items() if "/c/" in k and kind in k})
     assert len(files[0]) == 1
     assert files[0] == files[1]
+
+
+class Counted(str):
+    """An input that can be counted: the garbage collector knows nothing of plain strings."""
+
+
+class CountedInputs(list):
+    def __getitem__(self, row):
+        return Counted(super().__getitem__(row))
+
+
+def test_inputs_of_finished_chunks_are_let_go(tmp_path):
+    slices = kit.Slices([4] * 60)
+    work = Work(CountedInputs(slices.inputs), kit.maker(), lambda: connect(1, None))
+    alive = []
+    for _ in update(Place.of(tmp_path), kit.generation(), slices.rows, work):
+        gc.collect()
+        alive.append(sum(type(one) is Counted for one in gc.get_objects()))
+    assert len(alive) == 61  # sixty chunks
+    assert 0 < max(alive) <= 4 * 20  # those in flight and in the last messages, not all
