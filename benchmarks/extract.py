@@ -5,9 +5,10 @@ python benchmarks/extract.py --backbone test_resnet --size 128 --slices 2000    
 
 One process, one run, turn by turn: (a) the network on tensors that are on the device, in batches of `batch_size`
 with torch's own threads, and arranged as `extract` does it (the faster counts); (b) reading, decoding and resizing the
-same files in as many threads as `extract` has lanes; (c) ``stages.extract`` itself into an empty store. Everything is
-imported before. Seconds of (c) are those of the whole call, and those from its first slice on: what lies between is
-starting Dask and loading the network, once a run. CPU time stands beside the clock's, for a machine that others share.
+same files, in as many threads as `extract` has lanes, and in a plain loop; (c) ``stages.extract`` itself into an empty
+store. Everything is imported before. Seconds of (c) are those of the whole call, and those from its first slice on:
+what lies between is starting Dask and loading the network, once a run. CPU time stands beside the clock's, for a
+machine that others share.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def ratios(result: dict[str, Any]) -> dict[str, float | None]:
     """Pick the ratios; below 1 is what reading, decoding and writing cost beside the network or the decoding alone."""
     return {
-        f"{encoding}, over {beside} alone, {part.replace('_', ' ')}": one[f"extract_over_{beside}"][part]
+        f"{encoding}, over {beside} alone, {part}".replace("_", " "): one[f"extract_over_{beside}"][part]
         for encoding, one in result["encodings"].items()
-        for beside in ("forward", "decode")
+        for beside in ("forward", "decode", "decode_loop")
         for part in ("whole_call", "from_first_slice", "cpu_time")
     }
 
@@ -140,6 +141,7 @@ def measure(
         "forward": partial(forward, cnn.to(device), hu, options.batch, options.precision),
         "forward_as_extract": partial(forward_as_extract, cnn, hu, loaders, options.precision),
         "decode": partial(decode, paths, options.size, max(1, loaders)),
+        "decode_loop": partial(decode, paths, options.size, 1),
         "extract": partial(extracted, params, artifacts, options.gpu, loaders),
     }
     rounds = {kind: [timed(action) for _ in range(1)] for kind, action in kinds.items()}
@@ -159,8 +161,14 @@ def measure(
         | {"extract_from_first_slice": len(paths) / running},
         "extract_over_forward": {"whole_call": bare / whole["extract"], "from_first_slice": bare / running}
         | {"cpu_time": min(cpu["forward"], cpu["forward_as_extract"]) / cpu["extract"]},
-        "extract_over_decode": {"whole_call": whole["decode"] / whole["extract"]}
-        | {"from_first_slice": whole["decode"] / running, "cpu_time": cpu["decode"] / cpu["extract"]},
+        **{
+            f"extract_over_{kind}": {
+                "whole_call": whole[kind] / whole["extract"],
+                "from_first_slice": whole[kind] / running,
+                "cpu_time": cpu[kind] / cpu["extract"],
+            }
+            for kind in ("decode", "decode_loop")
+        },
         "rounds": rounds,
     }
 
@@ -201,7 +209,14 @@ def forward_as_extract(cnn: SliceCnn, hu: torch.Tensor, loaders: int, precision:
 
 
 def decode(paths: Sequence[str], size_px: int, threads: int) -> None:
-    """Read, decode and resize, nothing else."""
+    """Read, decode and resize, nothing else; one thread: a plain loop."""
+    if threads == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for path in paths:
+            load_slice(path, size_px)
+        torch.set_num_threads(before)
+        return
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for _ in pool.map(lambda path: load_slice(path, size_px), paths, chunksize=16):
             pass

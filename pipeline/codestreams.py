@@ -107,6 +107,8 @@ def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
             if precision or marker not in _FRAMES[syntax]:
                 _damaged(f"JPEG frame {marker:02X} does not belong to this transfer syntax")
             precision = _precision(segment, claim)
+            if syntax in _JPEG_LS and segment[7:] != b"\x11\x00":
+                _damaged("its component is sampled otherwise than once a pixel")
         elif marker == _RESTART and len(segment) == 2:
             restart = int.from_bytes(segment, "big")
         elif marker == _SCAN:
@@ -155,6 +157,10 @@ def _require_scan(segment: bytes, precision: int, syntax: str) -> None:
         _damaged("no scan of one component")
     if syntax == f"{_JPEG}80" and segment[3]:
         _damaged(f"coded with an error of up to {segment[3]} (NEAR), its transfer syntax is lossless")
+    if syntax in _JPEG_LS and (
+        segment[2] or segment[4] or segment[5]
+    ):  # ISO 14495-1 C.2.3: none of it for one component
+        _damaged("a scan of one component names a mapping table, interleaving or a point transform")
 
 
 def _require_claim(rows: int, columns: int, components: int, precision: int, claim: Claim) -> None:

@@ -241,6 +241,25 @@ def test_near_lossless_is_no_lossless_jpeg_ls(write_ct):
     require_sound(near, "1.2.840.10008.1.2.4.81", CLAIM)
 
 
+@pytest.mark.parametrize(
+    ("marker", "place", "value", "expected"),
+    [
+        (b"\xff\xf7", 11, 0x01, "sampled otherwise"),
+        (b"\xff\xf7", 11, 0x22, "sampled otherwise"),
+        (b"\xff\xf7", 12, 0x01, "sampled otherwise"),
+        (b"\xff\xda", 6, 0x01, "mapping table"),
+        (b"\xff\xda", 8, 0x01, "interleaving"),
+        (b"\xff\xda", 9, 0x01, "point transform"),
+    ],
+)
+def test_jpeg_ls_of_one_component_says_what_one_component_may_say(write_ct, marker, place, value, expected):
+    frame = frame_of(coded_file(write_ct, JPEGLSLossless))
+    place += frame.index(marker)
+    changed = frame[:place] + bytes([value]) + frame[place + 1 :]
+    assert expected in reason_of(require_sound, changed, str(JPEGLSLossless), CLAIM)
+    require_sound(frame, str(JPEGLSLossless), CLAIM)
+
+
 ITEM, END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0" + bytes(4)
 
 
