@@ -1,7 +1,7 @@
 """The ladder of models, and the pieces of the best recipe one at a time, with several seeds, by cross-validation.
 
 python benchmarks/ladder.py --set prepare.dicom_dir=DIR/dicom --set prepare.labels=DIR/stage_2_train.csv --work WORK
-python benchmarks/ladder.py --params params/ladder-phantom.yaml --work WORK
+python benchmarks/ladder.py --params params/ladder-phantom.yaml --folds 0 --work WORK
 
 Each seed of each piece is one ``cross-validate`` in a folder of its own below ``--work``; what is there is kept, so
 that the command goes on where it was stopped, and several may share the work (``--only PIECE --seeds 0``). The tables
@@ -86,13 +86,14 @@ class Run:
             part["seed"] = self.seed
         return Params.model_validate(raw)
 
-    def train(self, base: Params) -> None:
-        """Run every fold. A piece of the last step starts from the networks of the ladder itself."""
+    def train(self, base: Params, folds: list[int] | None = None) -> None:
+        """Run every fold, or some. A piece of the last step starts from the networks of the ladder itself."""
         section = PIECES.get(self.piece, ("", {}))[0]
         if section == "finetune" and not self.folder.exists():
             origin = Run(BASE, self.seed, self.work).folder
             shutil.copytree(origin, self.folder, copy_function=_link, ignore=shutil.ignore_patterns("finetuned"))
-        cross_validate.run(self.params(base), Artifacts(self.folder), "cpu", arms_only=section == "fit-slices")
+        params, artifacts = self.params(base), Artifacts(self.folder)
+        cross_validate.run(params, artifacts, "cpu", arms_only=section == "fit-slices", only_folds=folds)
 
     def arm(self, name: str) -> pd.DataFrame | None:
         """Return the pooled test predictions of an arm, or of `FINETUNED`; None where it is not complete."""
@@ -120,7 +121,7 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     rungs = ("moving-average", f"{base.finetune.arm}-in-sample", base.finetune.arm, FINETUNED)
     pieces = [name for name in base.sequence if name not in {SLICE_CNN, *rungs}]
     wanted = {
-        "ladder": [own[SLICE_CNN], *(own[name] for name in rungs)],
+        "ladder": [own[SLICE_CNN], *(own[name] for name in rungs if name in own)],
         "stage one": [own[SLICE_CNN], *by_section["fit-slices"]],
         "stage two": [own[base.finetune.arm], *(own[name] for name in pieces)],
         "end to end": [own[FINETUNED], *by_section["finetune"]],
@@ -198,13 +199,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="*", metavar="PIECE", help="base, or pieces; none: tables alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folds", type=int, nargs="+", metavar="K", help="go through these folds of patients alone")
     parser.add_argument("--table-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=2000, help="resamples of patients for the tables")
     options = parser.parse_args()
     base = load_params(options.params, tuple(options.overrides), must_exist=True)
     for piece in (BASE, *PIECES) if options.only is None else options.only:
         for seed in options.seeds:
-            Run(piece, seed, options.work).train(base)
+            Run(piece, seed, options.work).train(base, options.folds)
     base = base.model_copy(update={"evaluate": base.evaluate.model_copy(update={"bootstrap_samples": options.samples})})
     found = tables(base, options.work, options.table_seeds)
     (options.work / "ladder.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

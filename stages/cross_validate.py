@@ -33,19 +33,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("ichpipe")
 
 
-def run(params: Params, artifacts: Artifacts, gpu: str = "auto", *, arms_only: bool = False) -> str:
+def run(
+    params: Params,
+    artifacts: Artifacts,
+    gpu: str = "auto",
+    *,
+    arms_only: bool = False,
+    only_folds: Sequence[int] | None = None,
+) -> str:
     """Write ``cv/fold-K/…`` per fold and ``cv/metrics``, ``cv/plots``, ``cv/predictions``, ``cv/compare`` over all.
 
     Each patient is scored once, by models that never saw that patient. The files are scanned every time; a model that
     was trained on the same inputs with the same parameters is kept, so that an interrupted run goes on and a changed
-    arm alone is trained again. ``arms_only``: no fine-tuning, and the comparison of arms alone.
+    arm alone is trained again. ``arms_only``: no fine-tuning, and the comparison of arms alone. ``only_folds``: the
+    patients of these folds alone are scored; None: all.
     Returns the ladder of models and the comparison of arms as text.
     """
     whole = Artifacts(artifacts.root / "cv")
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
     prepare.run(params.prepare, whole.index_dir, cache=artifacts.resume("prepare"))
-    folds = [_of_fold(params, whole.root, fold) for fold in range(params.prepare.folds)]
+    numbers = range(params.prepare.folds) if only_folds is None else only_folds
+    folds = [_of_fold(params, whole.root, fold) for fold in numbers]
     for chosen, fold in folds:
         _fit_fold(chosen, whole, fold, gpu, arms_only=arms_only)
     for arm in params.sequence:
@@ -60,8 +69,12 @@ def _of_fold(params: Params, root: Path, fold: int) -> tuple[Params, Artifacts]:
     return params.model_copy(update={"prepare": prepare_params}), Artifacts(root / f"fold-{fold}")
 
 
+def _name(params: Params) -> str:
+    return f"fold {(params.prepare.test_fold or 0) + 1} of {params.prepare.folds}"
+
+
 def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, *, arms_only: bool) -> None:
-    name = f"fold {(params.prepare.test_fold or 0) + 1} of {params.prepare.folds}"
+    name = _name(params)
     log.info(name)
     _split(whole, params, artifacts)
     if not fit_slices.is_done(params, artifacts):
@@ -98,8 +111,8 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
 
 
 def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Artifacts]]) -> str:
-    for number, (chosen, fold) in enumerate(by_fold, start=1):
-        log.info("fold %d of %d\n%s", number, len(by_fold), evaluate.run(chosen, fold))
+    for chosen, fold in by_fold:
+        log.info("%s\n%s", _name(chosen), evaluate.run(chosen, fold))
     folds = [fold for _, fold in by_fold]
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
