@@ -23,7 +23,7 @@ SETTINGS: Final = {
     # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept; here a worker
     # that is gone closes its connection.
     "distributed.scheduler.worker-ttl": None,
-    "distributed.admin.low-level-log-length": 10,  # of the last 1,000 messages each keeps its inputs: 500 bytes a slice
+    "distributed.admin.low-level-log-length": 1,  # each of the last messages keeps its inputs, 500 bytes a slice
 }
 
 

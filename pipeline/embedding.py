@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ichpipe import augment
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from ichpipe.caches import View
@@ -72,9 +72,22 @@ class SliceEmbedder:
 
     def __call__(self, slices: Sequence[SliceInput]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read and embed; a file that can't be read raises UnreadableDicomError with its name."""
-        parts = [slices[start : start + self.batch_size] for start in range(0, len(slices), self.batch_size)]
-        outputs = self._ahead(parts) if self._lanes is None else self._lanes.map(self._read, parts, self._turn)
-        embedding, logits = (torch.cat([output[which] for output in outputs]).cpu().numpy() for which in (0, 1))
+        starts = range(0, len(slices), self.batch_size)
+        parts = [slices[start : start + self.batch_size] for start in starts]
+        if self._lanes is None:
+            outputs = self._ahead(parts)
+            embedding, logits = (torch.cat([output[which] for output in outputs]).cpu().numpy() for which in (0, 1))
+            return embedding, logits
+        # Filled by the lanes: hundreds of small results that wait for each other would scatter over the heap.
+        embedding, logits = (
+            np.empty((len(slices), width), np.float32) for width in (self.cnn.embedding_dim, len(self.cnn.spec.classes))
+        )
+
+        def fill(start: int, part: Sequence[SliceInput]) -> None:
+            rows = slice(start, start + len(part))
+            embedding[rows], logits[rows] = (output.numpy() for output in self._read(part))
+
+        self._lanes.map(lambda one: fill(*one), list(zip(starts, parts, strict=True)), self._turn)
         return embedding, logits
 
     def close(self) -> None:
