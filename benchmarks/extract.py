@@ -3,7 +3,8 @@
 python benchmarks/extract.py --out extract.json                                   # ResNet-50 at 512 px
 python benchmarks/extract.py --backbone test_resnet --size 128 --slices 2000      # decoding dominates
 
-One process, one run, turn by turn: (a) the network on tensors that are on the device, in batches of `batch_size`
+One run. First, in a process of its own, the network alone as Python runs it; then in one process that keeps freed
+memory as the command does, turn by turn: (a) the network on tensors that are on the device, in batches of `batch_size`
 with torch's own threads, and arranged as `extract` does it (the faster counts); (b) reading, decoding and resizing the
 same files, in as many threads as `extract` has lanes, and in a plain loop; (c) ``stages.extract`` itself into an empty
 store. Everything is imported before. Seconds of (c) are those of the whole call, and those from its first slice on:
@@ -13,11 +14,15 @@ machine that others share.
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +38,7 @@ from ichpipe.codecs import imagecodecs
 from ichpipe.device import autocast, choose_device
 from ichpipe.feeding import load_slice, load_slices
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.weights import save_model
+from ichpipe.models.weights import load_slice_cnn, save_model
 from ichpipe.params import PAPER_WINDOWS, Params, PhantomParams
 from ichpipe.quiet import quiet_pydicom
 from ichpipe.stages import extract, phantom, prepare
@@ -42,7 +47,6 @@ from ichpipe.studies import read_index
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 DRAWN = 100
 """Slices that the phantom draws."""
@@ -60,11 +64,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="auto")
     parser.add_argument("--loaders", type=int)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--alone", type=Path, help="time the network below these artifacts in this process, and print it"
+    )
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float | None]:
     """Pick the ratios; below 1 is what reading, decoding and writing cost beside the network or the decoding alone."""
-    return {
+    first = result["plain_forward"]["slices_per_second"]
+    found = {
+        f"{encoding}, over the network as Python runs it, whole call": one["slices_per_second"]["extract"] / first
+        for encoding, one in result["encodings"].items()
+    }
+    return found | {
         f"{encoding}, over {beside} alone, {part}".replace("_", " "): one[f"extract_over_{beside}"][part]
         for encoding, one in result["encodings"].items()
         for beside in ("forward", "decode", "decode_loop")
@@ -80,18 +92,40 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     loaders = usual_loaders(device.type, 1) if options.loaders is None else options.loaders
     studies = -(-min(options.slices, DRAWN) // 20)
     phantom.run(PhantomParams(studies=studies, size_px=options.file_px, seed=0), folder / "phantom")
-    found = {}
+    found, plain = {}, None
     for encoding in options.encodings:
         params, artifacts = prepared(folder, encoding, options)
         save_model(artifacts.slice_cnn, cnn, {})
+        if plain is None:
+            plain = plainly(artifacts, options)
         found[encoding] = measure(params, artifacts, cnn, device, loaders, options)
     return {
         "threads": torch.get_num_threads(),
         "device": device.type,
         "imagecodecs": imagecodecs() is not None,
         "loaders": loaders,
+        "plain_forward": plain,
         "encodings": found,
     }
+
+
+def plainly(artifacts: Artifacts, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the network alone in a process that is as Python starts it."""
+    words = ["--alone", artifacts.root, "--size", options.size, "--gpu", options.gpu, "--batch", options.batch]
+    words += ["--precision", options.precision, "--rounds", options.rounds]
+    line = [sys.executable, __file__, *map(str, words)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=kit.plain_heap())
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def alone(artifacts: Artifacts, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the network alone in this process."""
+    device = choose_device(options.gpu)
+    paths = read_index(artifacts.index)["path"].tolist()
+    hu, cnn = load_slices(paths, options.size).to(device), load_slice_cnn(artifacts.slice_cnn).eval().to(device)
+    rounds = [timed(partial(forward, cnn, hu, options.batch, options.precision)) for _ in range(options.rounds)]
+    return {"slices_per_second": len(paths) / min(one["seconds"] for one in rounds), "rounds": rounds}
 
 
 def prepared(folder: Path, encoding: str, options: argparse.Namespace) -> tuple[Params, Artifacts]:
@@ -246,4 +280,9 @@ BENCHMARK = kit.Benchmark(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    BENCHMARK.main(__file__, __doc__)
+    chosen = BENCHMARK.parse(__doc__, sys.argv[1:])
+    if chosen.alone:
+        print(json.dumps(alone(Artifacts(chosen.alone), chosen)))
+    else:
+        kit.like_the_command()
+        BENCHMARK.main(__file__, __doc__)

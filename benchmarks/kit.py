@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ichpipe.heap import ENVIRONMENT
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -74,6 +76,22 @@ class Benchmark:
             },
             "result": result,
         }
+
+
+def like_the_command() -> None:
+    """Start this program once more with the environment that ``ichpipe`` gives itself (`ichpipe.heap`)."""
+    if not ENVIRONMENT.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | own_heap())  # noqa: S606 - itself
+
+
+def own_heap() -> dict[str, str]:
+    """Return the variables of `ichpipe.heap` that the user has not set."""
+    return {name: str(value) for name, value in ENVIRONMENT.items() if name not in os.environ}
+
+
+def plain_heap() -> dict[str, str]:
+    """Return the environment without them."""
+    return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
 
 
 def facts() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from ichpipe.errors import IchpipeError
+from ichpipe.heap import ENVIRONMENT
 from ichpipe.processes import interrupts_stay_here
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ SETTINGS: Final = {
     # that is gone closes its connection.
     "distributed.scheduler.worker-ttl": None,
     "distributed.admin.low-level-log-length": 1,  # each of the last messages keeps its inputs, 500 bytes a slice
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ENVIRONMENT.items()},
 }
 
 

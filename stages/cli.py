@@ -16,6 +16,7 @@ import click
 
 from ichpipe.cache.errors import StoreError
 from ichpipe.errors import IchpipeError
+from ichpipe.heap import keep_freed_memory
 from ichpipe.stages.cache_command import cache
 from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.explain_command import explain
@@ -344,6 +345,8 @@ def _set_up_logging(quiet: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exit code 0 done, 1 input, data or machine wrong, 2 wrong usage, 128 + n signal n."""
+    if arguments is None:  # a process of our own
+        keep_freed_memory()
     with stop_cleanly(leaving=arguments is None):
         return _run(sys.argv[1:] if arguments is None else arguments)
 
