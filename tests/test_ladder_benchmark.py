@@ -73,3 +73,15 @@ def test_tables_hold_what_is_complete_with_intervals(ladder, base, tmp_path):
     assert gain == pytest.approx(by_hand)
     assert [row["arm"] for row in found["end to end"]["own"]] == [FINETUNED]
     assert "| slice-cnn | 2 | 0.6931 [0.6931, 0.6931] | 0.5000" in ladder.as_text(found)
+
+
+def test_a_piece_that_is_not_complete_has_no_scores_of_the_ladder_itself(ladder, base, tmp_path, monkeypatch):
+    origin = Artifacts(ladder.Run(ladder.BASE, 0, tmp_path).folder / "cv")
+    write_predictions(predicted(0.4, np.array([0.0, 1.0] * 8)), origin.sequence("bilstm"), POOLED)
+    write_table(predicted(0.3, np.array([0.0, 1.0] * 8)), origin.predictions / f"{FINETUNED}.parquet")
+    piece = next(name for name, (section, _) in ladder.PIECES.items() if section == "finetune")
+    monkeypatch.setattr(ladder.cross_validate, "run", lambda *_args, **_options: None)  # stopped at once
+    run = ladder.Run(piece, 0, tmp_path)
+    run.train(base)
+    assert run.arm("bilstm") is not None
+    assert run.arm(FINETUNED) is None
