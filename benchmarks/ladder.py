@@ -91,9 +91,7 @@ class Run:
         section = PIECES.get(self.piece, ("", {}))[0]
         if section == "finetune" and not self.folder.exists():
             origin = Run(BASE, self.seed, self.work).folder
-            former = shutil.ignore_patterns(
-                FINETUNED, f"{FINETUNED}.parquet"
-            )  # its scores are not those of the piece
+            former = shutil.ignore_patterns(FINETUNED, f"{FINETUNED}.parquet")  # its scores are not those of the piece
             shutil.copytree(origin, self.folder, copy_function=_link, ignore=former)
         params, artifacts = self.params(base), Artifacts(self.folder)
         cross_validate.run(params, artifacts, "cpu", arms_only=section == "fit-slices", only_folds=folds)
