@@ -25,7 +25,8 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(workers, mp_context=anew, initializer=follow_the_parent) as pool:
         try:
             with interrupts_stay_here():
-                pool.submit(os.getpid)  # the first task starts the processes
+                for _ in range(workers):  # each task starts a process as long as none is idle
+                    pool.submit(os.getpid)
             yield pool
         except BaseException:
             end_children()
