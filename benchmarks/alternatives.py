@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def one_round(folder: Path, name: str, options: argparse.Namespace) -> dict[str,
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True,
-            env=os.environ | kit.own_heap() if name == OURS else None,  # as the command gives it to itself
+            env=kit.own_heap() if name == OURS else None,  # as the command gives it to itself
         )  # fmt: skip
         found[arm] = {"seconds": round(time.perf_counter() - start, 2), **json.loads(done.stdout.splitlines()[-1])}
     cache = own / "embeddings.zarr" if name == OURS else own

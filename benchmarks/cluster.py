@@ -88,7 +88,7 @@ class Cluster:
 
     def _start(self, *words: object) -> None:
         command = [sys.executable, "-m", "dask", *map(str, words), "--host", "127.0.0.1"]
-        heap = os.environ | kit.own_heap()  # as docs/cluster.md has it
+        heap = kit.own_heap()  # as docs/cluster.md has it
         log = (self.folder / f"log-{len(self.processes)}.txt").open("wb")
         with log:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=heap))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def apart(kind: str, slices: int, options: argparse.Namespace) -> dict[str, Any]
     words = ["--backbone", options.backbone, "--size", options.size, "--chunk", options.chunk]
     words += ["--precision", options.precision, "--one", kind, slices]
     line = [sys.executable, __file__, *map(str, words)]
-    heap = os.environ | kit.own_heap() if kind == "chunked" else None  # as the command; plain as Python runs it
+    heap = kit.own_heap() if kind == "chunked" else None  # as the command; plain as Python runs it
     done = subprocess.run(line, capture_output=True, text=True, check=True, env=heap)
     result: dict[str, Any] = json.loads(done.stdout)
     return result

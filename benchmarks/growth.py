@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -100,7 +99,7 @@ def fill_up(artifacts: Artifacts, n_slices: int) -> None:
 def apart(artifacts: Artifacts) -> dict[str, float]:
     """Extract in a process of its own."""
     line = [sys.executable, __file__, "--one", str(artifacts.root)]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | kit.own_heap())
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=kit.own_heap())
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

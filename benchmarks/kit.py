@@ -81,16 +81,16 @@ class Benchmark:
 def like_the_command() -> None:
     """Start this program once more with the environment that ``ichpipe`` gives itself (`ichpipe.heap`)."""
     if not ENVIRONMENT.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | own_heap())  # noqa: S606 - itself
+        os.execve(sys.executable, [sys.executable, *sys.argv], own_heap())  # noqa: S606 - itself
 
 
 def own_heap() -> dict[str, str]:
-    """Return the variables of `ichpipe.heap` that the user has not set."""
-    return {name: str(value) for name, value in ENVIRONMENT.items() if name not in os.environ}
+    """Return the environment with the variables of `ichpipe.heap`; what the user has set wins."""
+    return {name: str(value) for name, value in ENVIRONMENT.items()} | dict(os.environ)
 
 
 def plain_heap() -> dict[str, str]:
-    """Return the environment without them."""
+    """Return the environment without the variables of `ichpipe.heap`."""
     return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
 
 
