@@ -63,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--gpu", default="auto")
     parser.add_argument("--loaders", type=int)
+    parser.add_argument("--workers", type=int, default=1, help="processes of extract; their start is timed with it")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--alone", type=Path, help="time the network below these artifacts in this process, and print it"
@@ -89,7 +90,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(options.gpu)
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(options.backbone, PAPER_WINDOWS, options.size, 0.0)).eval()
-    loaders = usual_loaders(device.type, 1) if options.loaders is None else options.loaders
+    loaders = usual_loaders(device.type, options.workers) if options.loaders is None else options.loaders
     studies = -(-min(options.slices, DRAWN) // 20)
     phantom.run(PhantomParams(studies=studies, size_px=options.file_px, seed=0), folder / "phantom")
     found, plain = {}, None
@@ -173,10 +174,10 @@ def measure(
     hu = load_slices(paths, options.size).to(device)
     kinds: dict[str, Callable[[], float | None]] = {
         "forward": partial(forward, cnn.to(device), hu, options.batch, options.precision),
-        "forward_as_extract": partial(forward_as_extract, cnn, hu, loaders, options.precision),
-        "decode": partial(decode, paths, options.size, max(1, loaders)),
+        "forward_as_extract": partial(forward_as_extract, cnn, hu, loaders * options.workers, options.precision),
+        "decode": partial(decode, paths, options.size, max(1, loaders * options.workers)),
         "decode_loop": partial(decode, paths, options.size, 1),
-        "extract": partial(extracted, params, artifacts, options.gpu, loaders),
+        "extract": partial(extracted, params, artifacts, options.gpu, loaders, options.workers),
     }
     rounds = {kind: [timed(action) for _ in range(1)] for kind, action in kinds.items()}
     for _ in range(options.rounds - 1):
@@ -238,7 +239,8 @@ def forward_as_extract(cnn: SliceCnn, hu: torch.Tensor, loaders: int, precision:
         forward(cnn, hu, len(hu), precision)
         return
     lanes = Lanes(max(1, loaders))
-    lanes.map(lambda part: forward(cnn, part, len(part), precision), torch.split(hu, embedding.CPU_BATCH), Lock())
+    parts = torch.split(hu, embedding.lane_batch(hu.shape[-1], len(hu)))
+    lanes.map(lambda part: forward(cnn, part, len(part), precision), parts, Lock())
     lanes.close()
 
 
@@ -256,8 +258,9 @@ def decode(paths: Sequence[str], size_px: int, threads: int) -> None:
             pass
 
 
-def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int) -> float:
-    """Fill an empty store; return when the first slice was asked for."""
+def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int, workers: int) -> float:
+    """Fill an empty store; return when the first slice was asked for, or the start where other processes are."""
+    start = time.perf_counter()
     shutil.rmtree(artifacts.embeddings, ignore_errors=True)
     moments: list[float] = []
     original = embedding.SliceEmbedder.__call__
@@ -268,10 +271,10 @@ def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int) -> f
 
     embedding.SliceEmbedder.__call__ = noted  # type: ignore[method-assign]
     try:
-        extract.run(params, artifacts, gpu, loaders=loaders)
+        extract.run(params, artifacts, gpu, workers, loaders=loaders)
     finally:
         embedding.SliceEmbedder.__call__ = original  # type: ignore[method-assign]
-    return min(moments)
+    return min(moments, default=start)
 
 
 BENCHMARK = kit.Benchmark(

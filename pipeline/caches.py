@@ -75,6 +75,7 @@ class Cache:
             "backbone": spec.backbone,
             "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
             "size_px": spec.size_px,
+            "batch_norm": "folded",  # rounds otherwise: rows of stores that were written without are not continued
             "excluded_fold": self.fold,
             "view": self.view.identity() if self.view else None,
             **chosen,

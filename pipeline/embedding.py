@@ -13,6 +13,7 @@ from ichpipe import augment
 from ichpipe.ahead import Lanes, Loader
 from ichpipe.device import autocast, derive_seed, generator
 from ichpipe.feeding import load_readable, load_slices
+from ichpipe.models.folding import folded
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
 
@@ -41,7 +42,16 @@ class SliceInput:
 
 
 CPU_BATCH = 16
-"""Slices per forward pass on a CPU: more are no faster, and take more memory in each lane."""
+"""Slices per forward pass on a CPU: more of 512 px are no faster, and take more memory in each lane."""
+
+CPU_BATCH_PX = 64 * 128**2
+"""Pixels per forward pass on a CPU, where that makes more slices: beside small images Python itself takes time, and
+holds up the other lanes while it does."""
+
+
+def lane_batch(size_px: int, most: int) -> int:
+    """Return how many slices of a size a lane takes at a time, ``most`` at the most."""
+    return min(most, max(CPU_BATCH, CPU_BATCH_PX // size_px**2))
 
 
 class SliceEmbedder:
@@ -49,7 +59,8 @@ class SliceEmbedder:
 
     Every forward pass has the same shape (a batch that is not full is filled up with its last slice) and, on a CPU,
     one thread: so the bytes of a row depend neither on the rows beside it nor on how many lanes and workers there are.
-    Several threads may call; they take turns. ``loaders``: lanes on a CPU, decoding processes beside a GPU.
+    Batch normalisation is folded into the convolutions. Several threads may call; they take turns. ``loaders``: lanes
+    on a CPU, decoding processes beside a GPU.
     """
 
     def __init__(
@@ -62,10 +73,10 @@ class SliceEmbedder:
         loaders: int = 1,
         precision: str = "auto",
     ) -> None:
-        self.cnn = cnn.to(device).eval()
+        self.cnn = folded(cnn.to(device))
         self.device, self.view, self.precision = device, view, precision
         cpu = device.type == "cpu"
-        self.batch_size = min(batch_size, CPU_BATCH) if cpu else batch_size
+        self.batch_size = lane_batch(cnn.spec.size_px, batch_size) if cpu else batch_size
         self._turn = Lock()
         self._lanes = Lanes(max(1, loaders)) if cpu else None
         self._loader = None if cpu else Loader(cnn.spec.size_px, loaders)

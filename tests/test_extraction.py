@@ -11,7 +11,7 @@ from ichpipe import ahead
 from ichpipe.ahead import Loader, usual_loaders
 from ichpipe.cache.compute import numbers_of
 from ichpipe.caches import Cache
-from ichpipe.embedding import SliceEmbedder, SliceInput
+from ichpipe.embedding import SliceEmbedder, SliceInput, lane_batch
 from ichpipe.errors import UnreadableDicomError
 from ichpipe.feeding import load_slices
 from ichpipe.headers import read_header
@@ -84,6 +84,22 @@ def test_an_unreadable_file_is_named(cnn, slices, tmp_path):
     bad.write_bytes(b"nothing")
     with pytest.raises(UnreadableDicomError, match=r"bad\.dcm"):
         embed(cnn, [*slices[:40], SliceInput(str(bad), "1", "x"), *slices[40:]], 2)
+
+
+def test_small_images_come_in_larger_batches():
+    assert [lane_batch(size, 64) for size in (512, 256, 224, 128, 32)] == [16, 16, 20, 64, 64]
+    assert lane_batch(512, 4) == 4
+
+
+def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
+    """Batch normalisation is folded for speed alone; float16 rounds a thousand times coarser."""
+    embedder = SliceEmbedder(cnn, CPU, 64)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in embedder.cnn.modules())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in cnn.modules())
+    with torch.inference_mode():
+        wanted = [part.numpy() for part in cnn.eval()(load_slices([one.path for one in slices[:9]], 32))]
+    for found, of_network in zip(embed(cnn, slices[:9]), wanted, strict=True):
+        np.testing.assert_allclose(found, of_network, rtol=0, atol=2**-17 * np.abs(of_network).max())
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -1,0 +1,136 @@
+"""Batch normalisation folded into convolutions: the same features, and nothing folded that is not known."""
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from ichpipe.models import folding
+from ichpipe.models.folding import folded
+from ichpipe.models.slice_cnn import SliceCnn, spec_for
+from ichpipe.params import PAPER_WINDOWS
+
+NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+
+
+def network(backbone, size_px=64):
+    """Return a network whose normalisations do something; a new one has mean 0 and variance 1."""
+    torch.manual_seed(0)
+    cnn = SliceCnn(spec_for(backbone, PAPER_WINDOWS, size_px, 0.0)).eval()
+    for module in norms_of(cnn):
+        for values, low, high in ((module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 2.0)):
+            values.uniform_(low, high)
+        for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.2, 0.2)):
+            nn.init.uniform_(values, low, high)
+    return cnn
+
+
+def norms_of(cnn):
+    return [module for module in cnn.modules() if isinstance(module, NORMS)]
+
+
+@torch.inference_mode()
+def outputs(cnn):
+    hu = torch.randint(-1024, 2000, (3, 1, cnn.spec.size_px, cnn.spec.size_px), generator=torch.Generator())
+    return cnn(hu.to(torch.int16))
+
+
+def assert_same_function(one, other):
+    for found, wanted in zip(outputs(one), outputs(other), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "test_byobnet", "test_efficientnet"]
+)
+def test_all_are_folded_and_the_features_stay(backbone):
+    cnn = network(backbone)
+    before = [values.clone() for values in cnn.state_dict().values()]
+    fused = folded(cnn)
+    assert norms_of(cnn)
+    assert not norms_of(fused)
+    assert_same_function(fused, cnn)
+    assert all(torch.equal(*pair) for pair in zip(cnn.state_dict().values(), before, strict=True))
+
+
+def test_a_normalisation_before_its_convolution_stays():
+    """DenseNet normalises what several layers gave together; its pairs of convolution and normalisation are folded."""
+    cnn = network("densenet121")
+    fused = folded(cnn)
+    assert 0 < len(norms_of(fused)) < len(norms_of(cnn))
+    assert_same_function(fused, cnn)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_efficientnet_gn", "test_nfnet"])
+def test_a_network_without_batch_normalisation_is_returned_as_it_is(backbone):
+    cnn = network(backbone, 160)
+    assert folded(cnn) is cnn
+
+
+class Backbone(nn.Module):
+    """By timm's contract, with one pair whose layers are joined in a given way."""
+
+    def __init__(self, join, channels=3):
+        super().__init__()
+        self.join, self.first, self.norm = join, nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)
+        self.norm.running_mean.fill_(0.3)
+
+    def forward_features(self, image):
+        return self.join(self, image)
+
+    def forward_head(self, features, *, pre_logits):
+        assert pre_logits
+        return features.mean((2, 3))
+
+
+def used_twice(self, image):
+    given = self.first(image)
+    return self.norm(given) + given
+
+
+def changed_in_place(self, image):
+    return self.norm(self.first(image).relu_())
+
+
+def applied_twice(self, image):
+    return self.norm(self.first(image)) - self.norm(image.repeat(1, 2, 1, 1)[:, :4, 2:, 2:])
+
+
+def read_directly(self, image):
+    return self.norm(self.first(image)) * self.norm.running_var.view(1, -1, 1, 1)
+
+
+def plain(self, image):
+    return self.norm(self.first(image))
+
+
+@pytest.mark.parametrize("join", [used_twice, changed_in_place, applied_twice, read_directly])
+def test_what_is_no_pair_is_not_folded(join):
+    cnn = network("test_resnet")
+    cnn.backbone = Backbone(join)
+    assert folded(cnn) is cnn
+    cnn.backbone = Backbone(plain)
+    assert not norms_of(folded(cnn))
+
+
+def test_a_network_that_gives_nothing_but_zeros_is_left_alone():
+    """Any folding would seem right there."""
+    cnn = network("test_resnet")
+    cnn.backbone = Backbone(lambda self, image: 0 * plain(self, image))
+    assert folded(cnn) is cnn
+
+
+def test_a_backbone_of_fixed_size_gets_an_image_of_its_own_size(monkeypatch):
+    sides = []
+    original = folding._features
+
+    def noted(backbone, image):
+        sides.append(image.shape[-1])
+        if image.shape[-1] != 96:
+            raise AssertionError("Input height (64) doesn't match model (96).")
+        return original(backbone, image)
+
+    monkeypatch.setattr(folding, "_features", noted)
+    assert not norms_of(folded(network("resnet10t", 96)))
+    assert sides[0] == 64
+    assert set(sides[1:]) == {96}
