@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ichpipe.feeding import load_readable, load_slices
 from ichpipe.models.folding import folded
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
+from ichpipe.pixel_files import is_compressed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -77,7 +79,7 @@ class SliceEmbedder:
         self.device, self.view, self.precision = device, view, precision
         cpu = device.type == "cpu"
         self.batch_size = lane_batch(cnn.spec.size_px, batch_size) if cpu else batch_size
-        self._turn = Lock()
+        self._turn, self._reading = Lock(), BoundedSemaphore(max(1, loaders // 2))
         self._lanes = Lanes(max(1, loaders)) if cpu else None
         self._loader = None if cpu else Loader(cnn.spec.size_px, loaders)
 
@@ -108,7 +110,15 @@ class SliceEmbedder:
         self._loader = None
 
     def _read(self, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._batch(load_slices([one.path for one in slices], self.cnn.spec.size_px), slices)
+        """Read and embed one batch. Half of the lanes read at a time, unless a codec does most of it.
+
+        Reading files without compression is Python's work, and two threads that hand its lock to each other are slower
+        than one; meanwhile the other lanes compute, which needs the lock less. One file speaks for its batch.
+        """
+        paths = [one.path for one in slices]
+        with nullcontext() if is_compressed(paths[0]) else self._reading:
+            hu = load_slices(paths, self.cnn.spec.size_px)
+        return self._batch(hu, slices)
 
     def _ahead(self, parts: Sequence[Sequence[SliceInput]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Queue one batch after the other on a GPU; nothing comes back before all are queued."""

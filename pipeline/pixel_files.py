@@ -15,7 +15,9 @@ from ichpipe.dicom_files import (
     transfer_syntax,
 )
 from ichpipe.elements import Elements, elements_of
+from ichpipe.errors import UnreadableDicomError
 from ichpipe.quick_parse import quick_elements
+from ichpipe.quiet import quiet_pydicom
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,3 +56,12 @@ def read_pixel_file(path: Path | str) -> PixelFile:
     facts = pixel_facts(elements, syntax)
     require_pixels(elements, facts)
     return PixelFile(content, elements, facts)
+
+
+def is_compressed(path: Path | str) -> bool:
+    """Whether the pixels of a file need a codec; False where it can't be read, as whoever decodes it will say."""
+    try:
+        with quiet_pydicom():
+            return read_pixel_file(path).facts.compressed
+    except UnreadableDicomError:
+        return False

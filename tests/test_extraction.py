@@ -1,13 +1,16 @@
 """Embedding slices side by side: the same bytes whatever the lanes, loaders and neighbours."""
 
 import functools
+import threading
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
+from pydicom.uid import RLELossless
 
-from ichpipe import ahead
+from ichpipe import ahead, embedding
 from ichpipe.ahead import Loader, usual_loaders
 from ichpipe.cache.compute import numbers_of
 from ichpipe.caches import Cache
@@ -18,6 +21,8 @@ from ichpipe.headers import read_header
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params import PAPER_WINDOWS, PhantomParams
+from ichpipe.pixel_files import is_compressed
+from ichpipe.quiet import quiet_pydicom
 from ichpipe.stages import phantom
 
 CPU = torch.device("cpu")
@@ -89,6 +94,41 @@ def test_an_unreadable_file_is_named(cnn, slices, tmp_path):
 def test_small_images_come_in_larger_batches():
     assert [lane_batch(size, 64) for size in (512, 256, 224, 128, 32)] == [16, 16, 20, 64, 64]
     assert lane_batch(512, 4) == 4
+
+
+@pytest.mark.parametrize(("compressed", "lanes", "most"), [(False, 2, 1), (False, 5, 2), (True, 3, 3)])
+def test_half_of_the_lanes_read_at_a_time_unless_a_codec_does(cnn, slices, monkeypatch, compressed, lanes, most):
+    """With a codec all of them wait for each other here, so that fewer would never come through."""
+    together = threading.Barrier(lanes, timeout=30)
+    reading, seen = [], []
+
+    def noted(paths, size_px):
+        reading.append(1)
+        seen.append(len(reading))
+        if compressed:
+            together.wait()
+        found = load_slices(paths, size_px)
+        reading.pop()
+        return found
+
+    monkeypatch.setattr(embedding, "load_slices", noted)
+    monkeypatch.setattr(embedding, "is_compressed", lambda _path: compressed)
+    embedder = SliceEmbedder(cnn, CPU, 4, loaders=lanes)
+    embedder(slices[: 8 * lanes])
+    embedder.close()
+    assert max(seen) <= most
+    assert not compressed or max(seen) == most
+
+
+def test_compression_is_told_by_the_file(tmp_path, slices):
+    assert not is_compressed(slices[0].path)
+    with quiet_pydicom():
+        packed = pydicom.dcmread(slices[0].path)
+        packed.compress(RLELossless)
+        packed.save_as(tmp_path / "rle.dcm")
+    assert is_compressed(tmp_path / "rle.dcm")
+    (tmp_path / "bad.dcm").write_bytes(b"nothing")
+    assert not is_compressed(tmp_path / "bad.dcm")
 
 
 def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
