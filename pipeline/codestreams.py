@@ -157,9 +157,7 @@ def _require_scan(segment: bytes, precision: int, syntax: str) -> None:
         _damaged("no scan of one component")
     if syntax == f"{_JPEG}80" and segment[3]:
         _damaged(f"coded with an error of up to {segment[3]} (NEAR), its transfer syntax is lossless")
-    if syntax in _JPEG_LS and (
-        segment[2] or segment[4] or segment[5]
-    ):  # ISO 14495-1 C.2.3: none of it for one component
+    if syntax in _JPEG_LS and any(segment[place] for place in (2, 4, 5)):  # ISO 14495-1 C.2.3: not for one component
         _damaged("a scan of one component names a mapping table, interleaving or a point transform")
 
 

@@ -49,11 +49,13 @@ def run(
     patients of these folds alone are scored; None: all.
     Returns the ladder of models and the comparison of arms as text.
     """
+    numbers = range(params.prepare.folds) if only_folds is None else only_folds
+    if not set(numbers) <= set(range(params.prepare.folds)):
+        raise ParamsError(f"prepare.folds is {params.prepare.folds}: there is no fold {max(numbers)}")
     whole = Artifacts(artifacts.root / "cv")
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
     prepare.run(params.prepare, whole.index_dir, cache=artifacts.resume("prepare"))
-    numbers = range(params.prepare.folds) if only_folds is None else only_folds
     folds = [_of_fold(params, whole.root, fold) for fold in numbers]
     for chosen, fold in folds:
         _fit_fold(chosen, whole, fold, gpu, arms_only=arms_only)

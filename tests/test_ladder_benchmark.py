@@ -11,9 +11,11 @@ import pytest
 
 from ichpipe.artifacts import Artifacts
 from ichpipe.classes import CLASSES
+from ichpipe.errors import ParamsError
 from ichpipe.files import write_json
-from ichpipe.params import load_params
+from ichpipe.params import Params, load_params
 from ichpipe.predictions import FINETUNED, LABELS, POOLED, write_predictions, write_table
+from ichpipe.stages import cross_validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,3 +87,9 @@ def test_a_piece_that_is_not_complete_has_no_scores_of_the_ladder_itself(ladder,
     run.train(base)
     assert run.arm("bilstm") is not None
     assert run.arm(FINETUNED) is None
+
+
+def test_a_fold_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ParamsError, match=r"prepare\.folds is 5: there is no fold 9"):
+        cross_validate.run(Params(), Artifacts(tmp_path), only_folds=[0, 9])
+    assert not list(tmp_path.iterdir())
