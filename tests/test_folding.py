@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
     def forward_head(self, features, *, pre_logits):
         assert pre_logits
-        return features.mean((2, 3))
+        return (sum(features) if isinstance(features, list) else features).mean((2, 3))
 
 
 def used_twice(self, image):
@@ -111,6 +111,15 @@ def test_what_is_no_pair_is_not_folded(join):
     assert folded(cnn) is cnn
     cnn.backbone = Backbone(plain)
     assert not norms_of(folded(cnn))
+
+
+def test_a_backbone_that_gives_its_head_several_tensors():
+    """As timm's EfficientViM does."""
+    cnn = network("test_resnet")
+    cnn.backbone = Backbone(lambda self, image: [plain(self, image)] * 2)
+    assert not norms_of(folded(cnn))
+    cnn.backbone = Backbone(lambda self, image: [used_twice(self, image)] * 2)
+    assert folded(cnn) is cnn
 
 
 def test_a_network_that_gives_nothing_but_zeros_is_left_alone():

@@ -73,9 +73,10 @@ def _probe(cnn: SliceCnn) -> Tensor:
 
 @torch.no_grad()
 def _features(backbone: Any, image: Tensor) -> list[Tensor]:
-    """Return the last feature map and the embedding."""
+    """Return the embedding and, where the backbone gives one tensor to its head, the last feature map."""
     features = backbone.forward_features(image)
-    return [features, backbone.forward_head(features, pre_logits=True)]
+    embedding = backbone.forward_head(features, pre_logits=True)
+    return [embedding, features] if isinstance(features, Tensor) else [embedding]
 
 
 def _pairs(backbone: nn.Module, image: Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], list[Tensor]]:
