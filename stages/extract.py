@@ -113,7 +113,7 @@ class Slices(Sequence[SliceInput]):
     def __getitem__(self, row: int | slice) -> SliceInput | list[SliceInput]:
         """Return one input, or several."""
         if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
+            return [SliceInput(*texts) for texts in zip(*(column[row] for column in self._columns), strict=True)]
         return SliceInput(*(column[row] for column in self._columns))
 
 

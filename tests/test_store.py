@@ -264,7 +264,8 @@ class Counted(str):
 
 class CountedInputs(list):
     def __getitem__(self, row):
-        return Counted(super().__getitem__(row))
+        found = super().__getitem__(row)
+        return list(map(Counted, found)) if isinstance(row, slice) else Counted(found)
 
 
 def test_inputs_of_finished_chunks_are_let_go(tmp_path):
