@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,11 @@ AXIAL = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 # torch is imported later, by the tests; numpy's arrays are small here, and its threads don't matter.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+# A suite started in the background of a script, or by nohup, ignores these, and so would all programs that it starts.
+for _name in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
