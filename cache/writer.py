@@ -137,7 +137,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         """Submit as many as the workers that are there now can take: on a cluster they come and go."""
         limit = TASKS_PER_WORKER * max(1, len(_workers(client)))
         for task in itertools.islice(waiting, max(0, limit - running.count())):
-            packed = Inputs(_at(work.inputs, task.wanted))
+            packed = Inputs(taken(work.inputs, task.wanted))
             place = f"{generation}/{task.segment}"
             running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))
 
@@ -147,7 +147,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
         fill()
 
 
-def _at(inputs: Sequence[Any], wanted: NDArray[np.intp]) -> list[Any]:
+def taken(inputs: Sequence[Any], wanted: NDArray[np.intp]) -> list[Any]:
     """Return some inputs. Mostly they are neighbours: asked for as a slice, a table's column gives them all at once."""
     first, end = int(wanted[0]), int(wanted[-1]) + 1
     if np.array_equal(wanted, np.arange(first, end)):

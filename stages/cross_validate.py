@@ -50,8 +50,8 @@ def run(
     Returns the ladder of models and the comparison of arms as text.
     """
     numbers = range(params.prepare.folds) if only_folds is None else only_folds
-    if not set(numbers) <= set(range(params.prepare.folds)):
-        raise ParamsError(f"prepare.folds is {params.prepare.folds}: there is no fold {max(numbers)}")
+    if absent := set(numbers) - set(range(params.prepare.folds)):
+        raise ParamsError(f"prepare.folds is {params.prepare.folds}: there is no fold {min(absent)}")
     whole = Artifacts(artifacts.root / "cv")
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")

@@ -13,7 +13,7 @@ from ichpipe.cache import companion
 from ichpipe.cache.layout import Generation
 from ichpipe.cache.place import Place
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cache.writer import Work, update
+from ichpipe.cache.writer import Work, taken, update
 from ichpipe.caches import Texts, store_address, wanted_caches
 from ichpipe.device import choose_devices
 from ichpipe.embedding import MakeEmbedder, SliceInput, view_parameters
@@ -129,7 +129,7 @@ def _add_components(params: Params, place: Place, caches: list[Cache], index: pd
 
 
 def _parameters(view: View, slices: Slices, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
-    return view_parameters(view, [slices[row] for row in rows])
+    return view_parameters(view, taken(slices, rows))
 
 
 def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:

@@ -37,10 +37,8 @@ def folded(cnn: SliceCnn) -> SliceCnn:
     if not any(type(module) in _kinds()[1] for module in cnn.backbone.modules()):
         return cnn
     plain = copy.deepcopy(cnn)
-    image = _probe(plain)
-    pairs, wanted = _pairs(plain.backbone, image)
-    for convolution, norm in pairs:
-        _replace(plain.backbone, convolution, norm)
+    image, pairs, wanted = _probed(plain)
+    _replace(plain.backbone, pairs)
     if not pairs or not _agree(plain.backbone, image, wanted):
         log.debug("batch normalisation of %s stays as it is", cnn.spec.backbone)
         return cnn
@@ -55,20 +53,17 @@ def _kinds() -> tuple[tuple[type, ...], tuple[type, ...]]:
     return (nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)
 
 
-def _probe(cnn: SliceCnn) -> Tensor:
-    """Make an image of noise, as large as the backbone needs it, with a random state of its own."""
-    device = cnn.mean.device
+def _probed(cnn: SliceCnn) -> tuple[Tensor, list[tuple[nn.Module, nn.Module]], list[Tensor]]:
+    """Return an image of noise, as large as the backbone needs it, and what `_pairs` finds with it."""
     for side in (PROBE_PX, cnn.spec.size_px):
         noise = torch.randn(1, len(cnn.spec.windows), side, side, generator=torch.Generator().manual_seed(0))
-        image = noise.to(device).contiguous(memory_format=torch.channels_last)
+        image = noise.to(cnn.mean.device).contiguous(memory_format=torch.channels_last)
         try:
-            _features(cnn.backbone, image)
+            return image, *_pairs(cnn.backbone, image)
         except (AssertionError, RuntimeError, ValueError):  # wants its own size, or a larger one
             if side == cnn.spec.size_px:
                 raise
-            continue
-        break
-    return image
+    raise AssertionError  # the last side returns or raises
 
 
 @torch.no_grad()
@@ -110,9 +105,11 @@ def _has_statistics(norm: Any) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
 
 
-def _replace(backbone: nn.Module, convolution: Any, norm: Any) -> None:
-    rest: nn.Module = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)
-    new = {convolution: fuse_conv_bn_eval(convolution, norm), norm: rest}
+def _replace(backbone: nn.Module, pairs: list[tuple[Any, Any]]) -> None:
+    new: dict[nn.Module, nn.Module] = {}
+    for convolution, norm in pairs:
+        new[convolution] = fuse_conv_bn_eval(convolution, norm)
+        new[norm] = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)
     for name, module in list(backbone.named_modules()):
         if module in new:
             parent, _, key = name.rpartition(".")

@@ -10,7 +10,8 @@ from ichpipe.classes import CLASSES
 from ichpipe.params import WindowParams
 
 PREPROCESSING_VERSION: Final = 1
-"""Raised whenever the same file and weights would give another embedding; part of every fingerprint.
+"""Raised whenever the same file would give the network another input; part of every fingerprint, of pixel caches, too.
+What a network does otherwise with the same input is a field of its own in `caches.Cache.identity`.
 Golden values in the tests fail where the numbers change without it."""
 
 
