@@ -67,7 +67,7 @@ def prepare_inputs(folder: Path, options: argparse.Namespace) -> None:
 
     from ichpipe.models.slice_cnn import SliceCnn, spec_for  # noqa: PLC0415
     from ichpipe.models.weights import save_model  # noqa: PLC0415
-    from ichpipe.params import PAPER_WINDOWS, PhantomParams  # noqa: PLC0415
+    from ichpipe.params.schema import PAPER_WINDOWS, PhantomParams  # noqa: PLC0415
     from ichpipe.stages import phantom  # noqa: PLC0415
 
     if options.dicom is None:
@@ -125,10 +125,10 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
 def ours(folder: Path, dicom: Path, labels: Path, arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run the stages as the commands do."""
-    from ichpipe.artifacts import Artifacts  # noqa: PLC0415
-    from ichpipe.files import digest_of_file  # noqa: PLC0415
+    from ichpipe.common.artifacts import Artifacts  # noqa: PLC0415
+    from ichpipe.common.files import digest_of_file  # noqa: PLC0415
     from ichpipe.models.weights import load_slice_cnn, save_model  # noqa: PLC0415
-    from ichpipe.params import Params  # noqa: PLC0415
+    from ichpipe.params.schema import Params  # noqa: PLC0415
     from ichpipe.stages import extract, fit_sequence, prepare  # noqa: PLC0415
 
     recipe = {"epochs": 1, "cell": "lstm", "layers": 2}

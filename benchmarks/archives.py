@@ -11,8 +11,8 @@ import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ichpipe.classes import CLASSES
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.common.classes import CLASSES
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

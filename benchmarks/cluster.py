@@ -26,14 +26,14 @@ import torch
 import yaml
 from distributed import Client, WorkerPlugin
 
-from ichpipe.artifacts import Artifacts
-from ichpipe.cache.place import PARTIAL
-from ichpipe.files import digest_of_file
+from ichpipe.cache.location import PARTIAL
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.files import digest_of_file
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
-from ichpipe.params import PAPER_WINDOWS, PhantomParams, load_params
+from ichpipe.params.schema import PAPER_WINDOWS, PhantomParams, load_params
 from ichpipe.stages import phantom, prepare
-from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     import argparse

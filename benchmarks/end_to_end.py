@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import kit
 import torch
 
-from ichpipe.device import autocast, choose_device
-from ichpipe.losses import weighted_bce
+from ichpipe.common.device import autocast, choose_device
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
-from ichpipe.params import PAPER_WINDOWS
+from ichpipe.params.schema import PAPER_WINDOWS
+from ichpipe.training.losses import weighted_bce
 
 if TYPE_CHECKING:
     import argparse

@@ -31,18 +31,18 @@ import kit
 import pydicom
 import torch
 
-from ichpipe import embedding
-from ichpipe.ahead import Lanes, usual_loaders
-from ichpipe.artifacts import Artifacts
-from ichpipe.codecs import imagecodecs
-from ichpipe.device import autocast, choose_device
-from ichpipe.feeding import load_slice, load_slices
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.device import autocast, choose_device
+from ichpipe.dicom.decode import imagecodecs
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.features import embedder
+from ichpipe.features.prefetch import Lanes, usual_loaders
+from ichpipe.images.slice_dataset import load_slice, load_slices
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
-from ichpipe.params import PAPER_WINDOWS, Params, PhantomParams
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.params.schema import PAPER_WINDOWS, Params, PhantomParams
 from ichpipe.stages import extract, phantom, prepare
-from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     import argparse
@@ -239,7 +239,7 @@ def forward_as_extract(cnn: SliceCnn, hu: torch.Tensor, loaders: int, precision:
         forward(cnn, hu, len(hu), precision)
         return
     lanes = Lanes(max(1, loaders))
-    parts = torch.split(hu, embedding.lane_batch(hu.shape[-1], len(hu)))
+    parts = torch.split(hu, embedder.lane_batch(hu.shape[-1], len(hu)))
     lanes.map(lambda part: forward(cnn, part, len(part), precision), parts, Lock())
     lanes.close()
 
@@ -263,17 +263,17 @@ def extracted(params: Params, artifacts: Artifacts, gpu: str, loaders: int, work
     start = time.perf_counter()
     shutil.rmtree(artifacts.embeddings, ignore_errors=True)
     moments: list[float] = []
-    original = embedding.SliceEmbedder.__call__
+    original = embedder.SliceEmbedder.__call__
 
-    def noted(self: embedding.SliceEmbedder, slices: Sequence[embedding.SliceInput]) -> Any:
+    def noted(self: embedder.SliceEmbedder, slices: Sequence[embedder.SliceInput]) -> Any:
         moments.append(time.perf_counter())
         return original(self, slices)
 
-    embedding.SliceEmbedder.__call__ = noted  # type: ignore[method-assign]
+    embedder.SliceEmbedder.__call__ = noted  # type: ignore[method-assign]
     try:
         extract.run(params, artifacts, gpu, workers, loaders=loaders)
     finally:
-        embedding.SliceEmbedder.__call__ = original  # type: ignore[method-assign]
+        embedder.SliceEmbedder.__call__ = original  # type: ignore[method-assign]
     return min(moments, default=start)
 
 

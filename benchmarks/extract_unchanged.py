@@ -17,17 +17,17 @@ import pandas as pd
 import store
 import torch
 
-from ichpipe.artifacts import Artifacts
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.writer import Work, update
-from ichpipe.caches import Cache
-from ichpipe.classes import CLASSES
-from ichpipe.cluster import connect
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
+from ichpipe.features.dask_client import connect
+from ichpipe.features.generations import Cache
+from ichpipe.index.slice_index import SCHEMA, read_index, write_outputs
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
-from ichpipe.params import PAPER_WINDOWS
-from ichpipe.studies import SCHEMA, read_index, write_outputs
+from ichpipe.params.schema import PAPER_WINDOWS
 
 if TYPE_CHECKING:
     import argparse

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ichpipe.feeding import load_slice
-from ichpipe.files import digest_of_file
-from ichpipe.params import PhantomParams
-from ichpipe.pixels import fill_pixel_cache
+from ichpipe.common.files import digest_of_file
+from ichpipe.images.pixel_cache import fill_pixel_cache
+from ichpipe.images.slice_dataset import load_slice
+from ichpipe.params.schema import PhantomParams
 from ichpipe.stages import phantom
 
 if TYPE_CHECKING:

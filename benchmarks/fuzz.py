@@ -36,7 +36,7 @@ import stream_mutations
 from fuzz_reading import Reading
 from good_files import good_files, read_folder
 
-from ichpipe.trial import TrialDecoder
+from ichpipe.dicom.decode_sandbox import TrialDecoder
 
 LIMIT_S: Final = 2.0
 HANGS_S: Final = 60.0

@@ -12,12 +12,12 @@ import numpy as np
 import stream_mutations
 from reference_pixels import reference_hu
 
-from ichpipe import ct
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.headers import read_header
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom import hounsfield
+from ichpipe.dicom.slice_header import read_header
 
 if TYPE_CHECKING:
-    from ichpipe.trial import TrialDecoder
+    from ichpipe.dicom.decode_sandbox import TrialDecoder
 
 PLANTED: Final = "Planted"  # PatientName of the sound files
 LONGEST_MESSAGE: Final = 300
@@ -49,7 +49,7 @@ class Reading:
         """Read like ``scan._read``, then the pixels: those of a file that the scan refuses must do no harm either."""
         refusals, hu = [], None
         try:
-            for read in (self._as_scan, ct.read_hu):
+            for read in (self._as_scan, hounsfield.read_hu):
                 try:
                     hu = read(path)
                 except UnreadableDicomError as error:

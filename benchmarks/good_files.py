@@ -19,8 +19,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ichpipe.params import PhantomParams
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.params.schema import PhantomParams
 from ichpipe.stages import phantom
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.heap import ENVIRONMENT
+from ichpipe.common.malloc import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,18 +79,18 @@ class Benchmark:
 
 
 def like_the_command() -> None:
-    """Start this program once more with the environment that ``ichpipe`` gives itself (`ichpipe.heap`)."""
+    """Start this program once more with the environment that ``ichpipe`` gives itself (`ichpipe.common.malloc`)."""
     if not ENVIRONMENT.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], own_heap())  # noqa: S606 - itself
 
 
 def own_heap() -> dict[str, str]:
-    """Return the environment with the variables of `ichpipe.heap`; what the user has set wins."""
+    """Return the environment with the variables of `ichpipe.common.malloc`; what the user has set wins."""
     return {name: str(value) for name, value in ENVIRONMENT.items()} | dict(os.environ)
 
 
 def plain_heap() -> dict[str, str]:
-    """Return the environment without the variables of `ichpipe.heap`."""
+    """Return the environment without the variables of `ichpipe.common.malloc`."""
     return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
 
 

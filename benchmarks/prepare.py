@@ -20,10 +20,10 @@ import kit
 import numpy as np
 import pydicom
 
-from ichpipe.archive import list_files
-from ichpipe.files import digest_of_file
-from ichpipe.quiet import quiet_pydicom
-from ichpipe.scan import CHUNK_FILES, read_headers
+from ichpipe.common.files import digest_of_file
+from ichpipe.dicom.archive import list_files
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.index.scan import CHUNK_FILES, read_headers
 
 if TYPE_CHECKING:
     import argparse

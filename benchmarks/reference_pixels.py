@@ -18,9 +18,9 @@ from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
-from ichpipe.ct import stored_to_hu
-from ichpipe.dicom_files import PixelFacts
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom.dataset import PixelFacts
+from ichpipe.dicom.hounsfield import stored_to_hu
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 try:
     import imagecodecs

@@ -15,7 +15,7 @@ import kit
 import numpy as np
 import pandas as pd
 
-from ichpipe.classes import CLASSES
+from ichpipe.common.classes import CLASSES
 
 if TYPE_CHECKING:
     import argparse

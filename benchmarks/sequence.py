@@ -28,25 +28,25 @@ import store
 import torch
 import yaml
 
-from ichpipe.artifacts import Artifacts
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.writer import Work, update
-from ichpipe.caches import Cache, open_features
-from ichpipe.classes import CLASSES
-from ichpipe.cluster import connect
-from ichpipe.device import autocast, choose_device
-from ichpipe.files import digest_of_file
-from ichpipe.losses import weighted_bce
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import autocast, choose_device
+from ichpipe.common.files import digest_of_file
+from ichpipe.features.dask_client import connect
+from ichpipe.features.generations import Cache, open_features
+from ichpipe.features.sequence_dataset import Shuffle, hold_on, read_series, train_batches
+from ichpipe.index.slice_index import read_index, write_outputs
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
-from ichpipe.params import PAPER_WINDOWS, load_params
-from ichpipe.series import Shuffle, hold_on, read_series, train_batches
-from ichpipe.studies import read_index, write_outputs
+from ichpipe.params.schema import PAPER_WINDOWS, load_params
+from ichpipe.training.losses import weighted_bce
 
 if TYPE_CHECKING:
     import argparse

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from ichpipe.classes import CLASSES
-from ichpipe.metrics import weighted_log_loss
+from ichpipe.common.classes import CLASSES
+from ichpipe.scoring.metrics import weighted_log_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

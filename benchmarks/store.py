@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import kit
 import numpy as np
 
-from ichpipe.cache import layout, upkeep
-from ichpipe.cache.compute import write_rows
+from ichpipe.cache import layout, maintenance
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows, encode_uids
+from ichpipe.cache.worker import write_rows
 from ichpipe.cache.writer import Work, update
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 if TYPE_CHECKING:
     import argparse
@@ -276,8 +276,8 @@ def look_after(path: Path) -> dict[str, Any]:
     """Time `info` and `verify`, which reads every byte."""
     place = Place(str(path))
     problems: list[Any] = []
-    info = _timed(lambda: upkeep.info(place))
-    verify = _timed(lambda: problems.extend(upkeep.verify(place)))
+    info = _timed(lambda: maintenance.info(place))
+    verify = _timed(lambda: problems.extend(maintenance.verify(place)))
     return {"info_seconds": round(info, 2), "verify_seconds": round(verify, 2), "problems": len(problems)}
 
 

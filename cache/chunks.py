@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.place import Place
+    from ichpipe.cache.location import Place
 
 
 class DamagedChunkError(Exception):

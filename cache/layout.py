@@ -26,7 +26,7 @@ from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ichpipe.cache.place import Place
+    from ichpipe.cache.location import Place
     from ichpipe.cache.rows import Codes, Rows
 
 FORMAT = "ichpipe-embeddings"

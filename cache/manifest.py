@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.place import Place
+    from ichpipe.cache.location import Place
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichpipe.cache import companion, layout
+from ichpipe.cache import layout, pca
 from ichpipe.cache.chunks import Chunks, DamagedChunkError, Held
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import differences, name_of
+from ichpipe.cache.location import Place
 from ichpipe.cache.manifest import read_manifest
-from ichpipe.cache.place import Place
 from ichpipe.cache.rows import as_text, decode_uids, ranges
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.companion import PrincipalComponents
+    from ichpipe.cache.pca import PrincipalComponents
     from ichpipe.cache.rows import Codes, Rows
 
 
@@ -98,11 +98,11 @@ class EmbeddingStore:
     @functools.cached_property
     def principal_components(self) -> PrincipalComponents:
         """The map of the companion; StoreError where there is none."""
-        return companion.read(self._group)[0]
+        return pca.read(self._group)[0]
 
     @functools.cached_property
     def _companion_rows(self) -> Chunks:
-        return Chunks(self.place, companion.read(self._group)[1], self._held)
+        return Chunks(self.place, pca.read(self._group)[1], self._held)
 
     @property
     def series_uids(self) -> list[str]:

@@ -17,9 +17,9 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
+from ichpipe.cache.inventory import ABSENT, Survey, survey
+from ichpipe.cache.location import PARTIAL, Place
 from ichpipe.cache.manifest import read_manifest, write_manifest
-from ichpipe.cache.place import PARTIAL, Place
-from ichpipe.cache.survey import ABSENT, Survey, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +127,7 @@ def _run(client: Client, address: str, generation: str, tasks: list[_Task], work
     # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
     from distributed import as_completed  # noqa: PLC0415
 
-    from ichpipe.cache.compute import ComputePlugin, Inputs, compute_chunk, numbers_of  # noqa: PLC0415
+    from ichpipe.cache.worker import ComputePlugin, Inputs, compute_chunk, numbers_of  # noqa: PLC0415
 
     client.register_plugin(ComputePlugin(work.make_compute, numbers_of(_workers(client))))
     waiting = iter(tasks)

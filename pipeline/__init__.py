@@ -20,19 +20,21 @@ if TYPE_CHECKING:
         load_model,
         open_store,
     )
-    from ichpipe.classes import CLASSES
-    from ichpipe.ct import read_hu
-    from ichpipe.errors import IchpipeError
-    from ichpipe.volume import Found, Volume, find_slices, read_series, read_studies
+    from ichpipe.common.classes import CLASSES
+    from ichpipe.common.errors import IchpipeError
+    from ichpipe.dicom.hounsfield import read_hu
+    from ichpipe.index.volume import Found, Volume, find_slices, read_series, read_studies
 
 __all__ = [
     "CLASSES", "Embeddings", "Found", "IchpipeError", "Model", "Prediction", "SeriesEmbeddings", "SeriesPrediction",
     "Store", "Volume", "find_slices", "load_model", "open_store", "read_hu", "read_series", "read_studies",
 ]  # fmt: skip
 
-_WHERE = {"CLASSES": "classes", "IchpipeError": "errors", "read_hu": "ct"} | dict.fromkeys(
-    ("Found", "Volume", "find_slices", "read_series", "read_studies"), "volume"
-)
+_WHERE = {
+    "CLASSES": "common.classes",
+    "IchpipeError": "common.errors",
+    "read_hu": "dicom.hounsfield",
+} | dict.fromkeys(("Found", "Volume", "find_slices", "read_series", "read_studies"), "index.volume")
 """Module of each name; the others are in ``api``."""
 
 

@@ -14,37 +14,37 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ichpipe.artifacts import MODEL_FILE
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.caches import Cache
-from ichpipe.calibration import read_calibration
-from ichpipe.classes import CLASSES
-from ichpipe.ct import AIR_HU, MAX_HU
-from ichpipe.device import choose_device
-from ichpipe.embedding import classify_hu, embed_hu, to_probabilities
-from ichpipe.errors import DataError, StoreUnusableError, WeightsError
-from ichpipe.feeding import fit_to_size, load_readable
-from ichpipe.inference import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
-from ichpipe.intake import take_in
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import choose_device
+from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
+from ichpipe.common.progress import track
+from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
+from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
+from ichpipe.features.generations import Cache
+from ichpipe.images.slice_dataset import fit_to_size, load_readable
+from ichpipe.index.thin_slices import smooth_thin, stride_of
+from ichpipe.index.volume import Found, Volume, find_slices, listed
+from ichpipe.inference.inputs import take_in
+from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import read_header, spacing_of
 from ichpipe.models.weights import load_end_to_end, load_slice_cnn
-from ichpipe.params import SelectionParams
-from ichpipe.pooling import pool
-from ichpipe.progress import track
-from ichpipe.thin import smooth_thin, stride_of
-from ichpipe.volume import Found, Volume, find_slices, listed
+from ichpipe.params.schema import SelectionParams
+from ichpipe.scoring.calibration import read_calibration
+from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
 
-    from ichpipe.calibration import Calibration
+    from ichpipe.index.volume import Paths
     from ichpipe.models.slice_cnn import SliceCnn
-    from ichpipe.pooling import StudyScore
-    from ichpipe.volume import Paths
+    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.scoring.pooling import StudyScore
 
 _BATCH = 32  # slices that are looked at together
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.cache import upkeep
+from ichpipe.cache import maintenance
 from ichpipe.cache.fingerprint import name_of
-from ichpipe.cache.place import Place
-from ichpipe.errors import ParamsError
-from ichpipe.files import digest_of_file
+from ichpipe.cache.location import Place
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.errors import ParamsError
+from ichpipe.common.files import digest_of_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ichpipe.artifacts import Artifacts
+    from ichpipe.common.artifacts import Artifacts
 
 
 def info(store: str, *, as_json: bool) -> str:
-    """Describe a store; see `upkeep.info` for the JSON."""
-    facts = upkeep.info(Place(store))
+    """Describe a store; see `maintenance.info` for the JSON."""
+    facts = maintenance.info(Place(store))
     return json.dumps(facts, indent=2) if as_json else _info_text(facts)
 
 
 def verify(store: str, *, as_json: bool, repair: bool) -> tuple[str, bool]:
     """Check a store; return the text and whether it is sound. JSON: ``{"sound", "problems", "studies"}``."""
     place = Place(store)
-    problems = upkeep.verify(place)
+    problems = maintenance.verify(place)
     if repair:
-        upkeep.repair(place, problems)
+        maintenance.repair(place, problems)
     studies = sorted({uid for problem in problems for uid in problem.studies})
     if as_json:
         found = [problem.as_dict() for problem in problems]
@@ -54,11 +54,11 @@ def prune(store: str, artifacts: Artifacts, keep: Sequence[str], *, dry_run: boo
         return name_of(identity) in keep if keep else identity.get("weights") in weights
 
     place = Place(store)
-    identities = [one["identity"] or {} for one in upkeep.info(place)["generations"]]
+    identities = [one["identity"] or {} for one in maintenance.info(place)["generations"]]
     if not any(wanted(identity) for identity in identities):
         there = ", ".join(name_of(identity) for identity in identities) or "none"
         raise ParamsError(f"nothing in {store} would be left; name what to --keep (generations: {there})")
-    done = upkeep.prune(place, wanted, dry_run=dry_run)
+    done = maintenance.prune(place, wanted, dry_run=dry_run)
     if as_json:
         return json.dumps(done, indent=2)
     verb = "would go" if dry_run else "removed"

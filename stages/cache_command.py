@@ -9,7 +9,7 @@ import click
 from ichpipe.stages.options import Verdict
 
 if TYPE_CHECKING:
-    from ichpipe.artifacts import Artifacts
+    from ichpipe.common.artifacts import Artifacts
 
 
 class HasArtifacts(Protocol):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.errors import IchpipeError
-from ichpipe.heap import keep_freed_memory
+from ichpipe.common.errors import IchpipeError
+from ichpipe.common.malloc import keep_freed_memory
 from ichpipe.stages.cache_command import cache
 from ichpipe.stages.completion_command import complete_arm, complete_key, completion
 from ichpipe.stages.explain_command import explain
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.params import Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class Settings:
 
     def params(self) -> Params:
         """Read the parameters; only now, since validating them imports pydantic."""
-        from ichpipe.params import load_params
+        from ichpipe.params.schema import load_params
 
         return load_params(self.params_file, self.overrides, must_exist=self.params_named)
 
     def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
         """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
-        from ichpipe.run_lock import hold
+        from ichpipe.common.run_lock import hold
 
         root = self.artifacts_root
         return hold(root / ".locks", what, [root / output for output in outputs], root / ".resume")
 
     def artifacts(self) -> Artifacts:
         """Return where the run's files lie."""
-        from ichpipe.artifacts import Artifacts
+        from ichpipe.common.artifacts import Artifacts
 
         return Artifacts(self.artifacts_root)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ichpipe.artifacts import PREDICTIONS_FILE, RECORD_FILE, Artifacts
-from ichpipe.comparison import Arm, compare_arms
-from ichpipe.comparison_text import comparison_text
-from ichpipe.errors import DataError
-from ichpipe.figures_arms import arms_figure
-from ichpipe.files import atomic_path, read_json, write_json, write_text
-from ichpipe.predictions import read_predictions
+from ichpipe.common.artifacts import PREDICTIONS_FILE, RECORD_FILE, Artifacts
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path, read_json, write_json, write_text
+from ichpipe.report.figures_arms import arms_figure
+from ichpipe.scoring.arm_comparison import Arm, compare_arms
+from ichpipe.scoring.comparison_text import comparison_text
+from ichpipe.scoring.heldout_predictions import read_predictions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ichpipe.params import Params
+    from ichpipe.params.schema import Params
 
 log = logging.getLogger("ichpipe")
 

@@ -40,7 +40,7 @@ def complete_arm(context: click.Context, _option: click.Parameter, start: str) -
 
 def complete_key(context: click.Context, _option: click.Parameter, start: str) -> list[CompletionItem]:
     """Complete ``SECTION.KEY=`` of ``--set``, with the arms that there are."""
-    from ichpipe.params import known_keys
+    from ichpipe.params.schema import known_keys
 
     arms = _arms(context)
     keys = [key.replace(".ARM", f".{arm}") for key in known_keys() for arm in (arms if ".ARM" in key else ("",))]
@@ -48,8 +48,8 @@ def complete_key(context: click.Context, _option: click.Parameter, start: str) -
 
 
 def _arms(context: click.Context) -> list[str]:
-    from ichpipe.errors import IchpipeError
-    from ichpipe.params import load_params
+    from ichpipe.common.errors import IchpipeError
+    from ichpipe.params.schema import load_params
 
     named = context.find_root().params.get("params_file")
     try:

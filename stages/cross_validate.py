@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ichpipe import studies
-from ichpipe.artifacts import RECORD_FILE, Artifacts
-from ichpipe.errors import ParamsError
-from ichpipe.files import digest_of, read_json, write_json, write_text
-from ichpipe.ladder import ladder_text, score_all
-from ichpipe.predictions import (
+from ichpipe.common.artifacts import RECORD_FILE, Artifacts
+from ichpipe.common.errors import ParamsError
+from ichpipe.common.files import digest_of, read_json, write_json, write_text
+from ichpipe.index import slice_index
+from ichpipe.index.slice_index import read_index
+from ichpipe.scoring.heldout_predictions import (
     FINETUNED,
     POOLED,
     SLICE_CNN,
@@ -21,14 +21,14 @@ from ichpipe.predictions import (
     write_predictions,
     write_table,
 )
+from ichpipe.scoring.model_ladder import ladder_text, score_all
 from ichpipe.stages import compare, evaluate, extract, finetune, fit_sequence, fit_slices, prepare
-from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ichpipe.params import Params
+    from ichpipe.params.schema import Params
 
 log = logging.getLogger("ichpipe")
 
@@ -92,9 +92,9 @@ def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, 
 
 def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
     """Write the fold's index: that of all patients, split anew."""
-    index = studies.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
+    index = slice_index.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
     rejected = pd.read_csv(whole.index_dir / "rejected.csv")
-    studies.write_outputs(artifacts.index_dir, index, rejected, studies.summarise(index, rejected))
+    slice_index.write_outputs(artifacts.index_dir, index, rejected, slice_index.summarise(index, rejected))
 
 
 def _pool_arm(folders: Sequence[Path], target: Path) -> None:

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import expit
 
-from ichpipe.artifacts import HISTORY_FILE, MODEL_FILE
-from ichpipe.caches import made_by, open_features
-from ichpipe.calibration import Calibration, fit_calibration, write_calibration
-from ichpipe.calibration_report import calibration_scores, calibration_text, reliability_figure, reliability_rows
-from ichpipe.classes import CLASSES
-from ichpipe.ct import read_hu
-from ichpipe.errors import DataError
-from ichpipe.figures import ladder, learning_curves, roc, study_sheet
-from ichpipe.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
-from ichpipe.ladder import ladder_text, score_all
-from ichpipe.lineage import require_made_from
-from ichpipe.metrics import curves
-from ichpipe.predictions import (
+from ichpipe.common.artifacts import HISTORY_FILE, MODEL_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
+from ichpipe.dicom.hounsfield import read_hu
+from ichpipe.features.generations import made_by, open_features
+from ichpipe.index.slice_index import read_index
+from ichpipe.models.provenance import require_made_from
+from ichpipe.report.calibration_report import calibration_scores, calibration_text, reliability_figure, reliability_rows
+from ichpipe.report.figures import ladder, learning_curves, roc, study_sheet
+from ichpipe.scoring.calibration import Calibration, fit_calibration, write_calibration
+from ichpipe.scoring.heldout_predictions import (
     FINETUNED,
     LABELS,
     SLICE_CNN,
@@ -34,8 +33,9 @@ from ichpipe.predictions import (
     sequence_name,
     write_table,
 )
+from ichpipe.scoring.metrics import curves
+from ichpipe.scoring.model_ladder import ladder_text, score_all
 from ichpipe.stages import compare
-from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from ichpipe.artifacts import Artifacts
     from ichpipe.cache.reader import EmbeddingStore
-    from ichpipe.params import EvaluateParams, Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import EvaluateParams, Params
 
 
 def run(params: Params, artifacts: Artifacts) -> str:

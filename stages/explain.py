@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ichpipe.chosen import choose
-from ichpipe.classes import CLASSES
-from ichpipe.device import choose_device
-from ichpipe.errors import DataError
-from ichpipe.explainer import Explainer
-from ichpipe.files import atomic_path
-from ichpipe.progress import track
-from ichpipe.scan import scan
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import choose_device
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path
+from ichpipe.common.progress import track
+from ichpipe.index.chosen import choose
+from ichpipe.index.scan import scan
+from ichpipe.inference.explainer import Explainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ichpipe.explain import EmbeddedSeries
-    from ichpipe.params import SelectionParams
+    from ichpipe.inference.heat_maps import EmbeddedSeries
+    from ichpipe.params.schema import SelectionParams
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ichpipe.classes import CLASSES
+from ichpipe.common.classes import CLASSES
 from ichpipe.stages.options import alone_in
 
 if TYPE_CHECKING:

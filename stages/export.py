@@ -6,19 +6,19 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from ichpipe.artifacts import CALIBRATION_FILE, MODEL_FILE
-from ichpipe.calibration import read_calibration, write_calibration
-from ichpipe.card import card_text, make_card
-from ichpipe.errors import DataError
-from ichpipe.files import atomic_path, digest_of_file, require_file, write_json, write_text
+from ichpipe.common.artifacts import CALIBRATION_FILE, MODEL_FILE
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path, digest_of_file, require_file, write_json, write_text
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.header import read_header
-from ichpipe.studies import read_index
+from ichpipe.report.model_card import card_text, make_card
+from ichpipe.scoring.calibration import read_calibration, write_calibration
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.params import Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
 
 log = logging.getLogger("ichpipe")
 

@@ -8,18 +8,18 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
-from ichpipe.ahead import usual_loaders
-from ichpipe.cache import companion
+from ichpipe.cache import pca
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.writer import Work, taken, update
-from ichpipe.caches import Texts, store_address, wanted_caches
-from ichpipe.device import choose_devices
-from ichpipe.embedding import MakeEmbedder, SliceInput, view_parameters
+from ichpipe.common.device import choose_devices
+from ichpipe.common.progress import Counter
+from ichpipe.features.embedder import MakeEmbedder, SliceInput, view_parameters
+from ichpipe.features.generations import Texts, store_address, wanted_caches
+from ichpipe.features.prefetch import usual_loaders
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_slice_cnn
-from ichpipe.progress import Counter
-from ichpipe.studies import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from distributed import Client
     from numpy.typing import NDArray
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.caches import Cache, View
-    from ichpipe.params import Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.features.generations import Cache, View
+    from ichpipe.params.schema import Params
 
     Connect = Callable[[], AbstractContextManager[Client]]
 
@@ -122,10 +122,10 @@ def _add_components(params: Params, place: Place, caches: list[Cache], index: pd
     assert params.extract.pca is not None  # noqa: S101 - the caller asked
     stores = [EmbeddingStore(place, cache.identity(), cache.rows()) for cache in caches]
     train = index.loc[index["split"] == "train", "series_uid"].unique().tolist()
-    found = companion.fit(stores[0], train, params.extract.pca)
+    found = pca.fit(stores[0], train, params.extract.pca)
     log.info("%d principal components explain %.1f %%", params.extract.pca, 100 * found.explained_variance_ratio.sum())
     for store in stores:
-        companion.write(place, store, found, params.extract.chunk_rows)
+        pca.write(place, store, found, params.extract.chunk_rows)
 
 
 def _parameters(view: View, slices: Slices, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
@@ -138,7 +138,7 @@ def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> C
 
     @contextlib.contextmanager
     def lend() -> Iterator[Client]:
-        from ichpipe.cluster import connect
+        from ichpipe.features.dask_client import connect
 
         if not clients:
             clients.append(stack.enter_context(connect(workers, scheduler)))

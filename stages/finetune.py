@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe import parallel
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.caches import made_by
-from ichpipe.classes import CLASSES
-from ichpipe.device import choose_device
-from ichpipe.embedding import classify_series, to_probabilities
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.files import digest_of, digest_of_file
-from ichpipe.lineage import is_fitted, require_made_from
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import choose_device
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.files import digest_of, digest_of_file
+from ichpipe.common.progress import track
+from ichpipe.features.embedder import classify_series, to_probabilities
+from ichpipe.features.generations import made_by
+from ichpipe.images.pixel_cache import fill_pixel_cache
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import SPACING
+from ichpipe.models.provenance import is_fitted, require_made_from
 from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
-from ichpipe.pixels import fill_pixel_cache
-from ichpipe.predictions import held_out, make_table, model_mark, write_predictions
-from ichpipe.progress import track
-from ichpipe.record import Stopwatch, write_history, write_record
-from ichpipe.series_fitting import EndToEndFitting, image_series, one_series
-from ichpipe.studies import read_index
+from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
+from ichpipe.training import distributed
+from ichpipe.training.end_to_end_trainer import EndToEndFitting, image_series, one_series
+from ichpipe.training.run_record import Stopwatch, write_history, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.params import Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     for decoded slices (`pixels`); the result is the same without it.
     """
     watch = Stopwatch()
-    device = choose_device(parallel.local_gpu(gpu))
+    device = choose_device(distributed.local_gpu(gpu))
     section = params.finetune
     index = read_index(artifacts.index)
     cnn, sequence = load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))
@@ -61,9 +61,9 @@ def run(
     made_from = _made_from(artifacts, section.arm)
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
-    with parallel.processes():
-        first = parallel.rank() == 0
-        with parallel.first_goes_first():
+    with distributed.processes():
+        first = distributed.rank() == 0
+        with distributed.first_goes_first():
             size = model.cnn.spec.size_px
             pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
         fitting = EndToEndFitting(model, section, device, train, val, workers, pixels)

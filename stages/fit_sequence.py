@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ichpipe.caches import made_by, open_features
-from ichpipe.device import autocast, choose_device, derive_seed, needs_scaling
-from ichpipe.errors import ParamsError, TrainingError, did_you_mean
-from ichpipe.files import digest_of, digest_of_file
-from ichpipe.lineage import is_fitted, require_made_from
-from ichpipe.losses import weighted_bce, weighted_bce_sum
+from ichpipe.common.device import autocast, choose_device, derive_seed, needs_scaling
+from ichpipe.common.errors import ParamsError, TrainingError, did_you_mean
+from ichpipe.common.files import digest_of, digest_of_file
+from ichpipe.features.generations import made_by, open_features
+from ichpipe.features.sequence_dataset import (
+    Shuffle,
+    hold_on,
+    predict_batches,
+    predict_rows,
+    read_series,
+    train_batches,
+)
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.inputs import stored_inputs
+from ichpipe.models.provenance import is_fitted, require_made_from
 from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
-from ichpipe.predictions import held_out, make_table, model_mark, of_seeds, write_predictions
-from ichpipe.record import Stopwatch, write_history, write_record
-from ichpipe.series import Shuffle, hold_on, predict_batches, predict_rows, read_series, train_batches
-from ichpipe.studies import read_index
-from ichpipe.training import Trainer, make_optimizer, make_schedule, step
+from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, of_seeds, write_predictions
+from ichpipe.training.losses import weighted_bce, weighted_bce_sum
+from ichpipe.training.run_record import Stopwatch, write_history, write_record
+from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +39,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.caches import Features
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.features.generations import Features
+    from ichpipe.features.sequence_dataset import LabelledSeries
     from ichpipe.models.sequence import AnySequence
-    from ichpipe.params import Params, SequenceParams
-    from ichpipe.series import LabelledSeries
-    from ichpipe.training import Epoch, Position, Weights
+    from ichpipe.params.schema import Params, SequenceParams
+    from ichpipe.training.trainer import Epoch, Position, Weights
 
 log = logging.getLogger("ichpipe")
 

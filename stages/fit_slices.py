@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ichpipe import parallel
-from ichpipe.artifacts import FOLDS_FILE
-from ichpipe.classes import CLASSES
-from ichpipe.device import choose_device, derive_seed
-from ichpipe.errors import IchpipeError, TrainingError
-from ichpipe.feeding import SliceDataset
-from ichpipe.files import digest_of, digest_of_file, write_json
-from ichpipe.folds import fold_models, fold_numbers, made_from_without, part_rows
-from ichpipe.lineage import is_fitted
+from ichpipe.common.artifacts import FOLDS_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import choose_device, derive_seed
+from ichpipe.common.errors import IchpipeError, TrainingError
+from ichpipe.common.files import digest_of, digest_of_file, write_json
+from ichpipe.images.pixel_cache import fill_pixel_cache
+from ichpipe.images.slice_dataset import SliceDataset
+from ichpipe.index.slice_index import read_index
+from ichpipe.models.fold_models import fold_models, fold_numbers, made_from_without, part_rows
+from ichpipe.models.provenance import is_fitted
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained, save_model
-from ichpipe.pixels import fill_pixel_cache
-from ichpipe.record import Stopwatch, write_history, write_record
-from ichpipe.slice_fitting import SliceFitting, Slices
-from ichpipe.studies import read_index
+from ichpipe.training import distributed
+from ichpipe.training.run_record import Stopwatch, write_history, write_record
+from ichpipe.training.slice_trainer import SliceFitting, Slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.params import Params
-    from ichpipe.pixels import PixelCache
-    from ichpipe.training import Epoch
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.images.pixel_cache import PixelCache
+    from ichpipe.params.schema import Params
+    from ichpipe.training.trainer import Epoch
 
 log = logging.getLogger("ichpipe")
 
@@ -80,14 +80,14 @@ def run(
     Under `torchrun` its processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded
     slices (`pixels`); the result is the same without it.
     """
-    device = choose_device(parallel.local_gpu(gpu))
+    device = choose_device(distributed.local_gpu(gpu))
     index = read_index(artifacts.index)
     train, val = labelled(index, "train"), labelled(index, "val")
     plain, *folds = _tasks(params, artifacts, train)
     size = params.prepare.size_px
-    with parallel.processes():
-        first = parallel.rank() == 0
-        with parallel.first_goes_first():
+    with distributed.processes():
+        first = distributed.rank() == 0
+        with distributed.first_goes_first():
             pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
         slices = Slices(_dataset(train, size, pixels), _dataset(val, size, pixels), train["series_uid"].tolist())
         fit = functools.partial(_fit, params, slices, device, workers)
@@ -161,7 +161,7 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
     """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
     watch = Stopwatch()
     cnn = build(params).to(device)
-    if parallel.count() > 1 and device.type == "cuda":
+    if distributed.count() > 1 and device.type == "cuda":
         cnn = _with_common_statistics(cnn)
     if params.fit_slices.compile:
         cnn.compile()
@@ -185,7 +185,7 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
 def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
     log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
     fitted = fit(task)
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         fitted.save()
     return fitted
 

@@ -57,6 +57,6 @@ def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
     """Hold a folder that the user named against other processes of the same command; None holds nothing."""
     if folder is None:
         return nullcontext()
-    from ichpipe.run_lock import hold
+    from ichpipe.common.run_lock import hold
 
     return hold(folder, what)

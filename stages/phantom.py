@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ichpipe.params import PhantomParams
+    from ichpipe.params.schema import PhantomParams
 
 
 def run(params: PhantomParams, out: Path) -> None:

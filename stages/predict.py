@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING
 import click
 import pandas as pd
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.calibration import read_calibration
-from ichpipe.classes import CLASSES
-from ichpipe.device import choose_device
-from ichpipe.errors import DataError, IchpipeError
-from ichpipe.files import atomic_path, digest_of_file, write_json
-from ichpipe.head_ct import REFUSED_COLUMNS
-from ichpipe.inference import IDENTIFIERS, SLICE_COLUMNS, STUDY_COLUMNS, predict_slices, score_series
-from ichpipe.intake import take_in
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import choose_device
+from ichpipe.common.errors import DataError, IchpipeError
+from ichpipe.common.files import atomic_path, digest_of_file, write_json
+from ichpipe.common.pseudonyms import read_pseudonyms
+from ichpipe.inference.findings import Provenance, as_document, extents, package_version
+from ichpipe.inference.findings_text import counted, refused_text, studies_text, wrapped
+from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
+from ichpipe.inference.inputs import take_in
+from ichpipe.inference.kaggle_submission import build_submission, read_sample
+from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, STUDY_COLUMNS, predict_slices, score_series
 from ichpipe.models.header import spacing_of
 from ichpipe.models.weights import load_end_to_end
-from ichpipe.prediction import Provenance, as_document, extents, package_version
-from ichpipe.prediction_text import counted, refused_text, studies_text, wrapped
-from ichpipe.pseudonyms import read_pseudonyms
-from ichpipe.submission import build_submission, read_sample
+from ichpipe.scoring.calibration import read_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ichpipe.calibration import Calibration
-    from ichpipe.intake import Intake
-    from ichpipe.params import SelectionParams
-    from ichpipe.pooling import StudyScore
-    from ichpipe.prediction import Extent
+    from ichpipe.inference.findings import Extent
+    from ichpipe.inference.inputs import Intake
+    from ichpipe.params.schema import SelectionParams
+    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.scoring.pooling import StudyScore
 
 log = logging.getLogger("ichpipe")
 
@@ -169,7 +169,7 @@ def _write_tables(found: Predicted, intake: Intake, out: Path, options: Options)
 
 def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
-    from ichpipe.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
+    from ichpipe.inference.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
     paths = {str(uid): part["path"].tolist() for uid, part in found.slices.groupby("series_uid")}

@@ -100,6 +100,6 @@ def predict(
 def _named(paths: Sequence[Path], listed: TextIO | None) -> list[Path]:
     if not paths and listed is None:
         raise click.UsageError("name what to predict: a folder, a zip archive, files, @FILE or --list FILE")
-    from ichpipe.intake import expand, read_list
+    from ichpipe.inference.inputs import expand, read_list
 
     return expand(paths) + ([] if listed is None else read_list(listed.read(), listed.name))

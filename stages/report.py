@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, IchpipeError
-from ichpipe.files import write_text
-from ichpipe.predictions import LABELS
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, IchpipeError
+from ichpipe.common.files import write_text
+from ichpipe.index.slice_index import read_index
 from ichpipe.report import runs, scores
 from ichpipe.report.blocks import Section
 from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.facts import read_facts
 from ichpipe.report.page import render_page
-from ichpipe.studies import read_index
+from ichpipe.scoring.heldout_predictions import LABELS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ichpipe.artifacts import Artifacts
-    from ichpipe.explainer import Explainer
-    from ichpipe.params import Params
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.inference.explainer import Explainer
+    from ichpipe.params.schema import Params
     from ichpipe.report.blocks import Picture
     from ichpipe.report.cases import Case
     from ichpipe.report.facts import Facts
@@ -102,8 +102,8 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 
 def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu: str) -> list[Picture]:
-    from ichpipe.device import choose_device
-    from ichpipe.explainer import Explainer
+    from ichpipe.common.device import choose_device
+    from ichpipe.inference.explainer import Explainer
 
     explainer = Explainer(artifacts.finetuned, choose_device(gpu))
     paths = read_index(artifacts.index).set_index("sop_uid")["path"]

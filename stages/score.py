@@ -7,19 +7,19 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ichpipe.cq500_reads import read_majority
-from ichpipe.cq500_scores import read_scans, score_scans
-from ichpipe.errors import DataError
-from ichpipe.files import write_json
-from ichpipe.label_tables import read_labels as read_label_table
-from ichpipe.slice_scores import score_slices
-from ichpipe.slice_tables import read_labels, read_predictions
-from ichpipe.study_scores import score_studies
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import write_json
+from ichpipe.index.cq500_reads import read_majority
+from ichpipe.index.label_tables import read_labels as read_label_table
+from ichpipe.scoring.score_cq500 import read_scans, score_scans
+from ichpipe.scoring.score_slices import score_slices
+from ichpipe.scoring.score_studies import score_studies
+from ichpipe.scoring.slice_tables import read_labels, read_predictions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ichpipe.params import EvaluateParams
+    from ichpipe.params.schema import EvaluateParams
 
 log = logging.getLogger("ichpipe")
 

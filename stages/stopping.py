@@ -79,7 +79,7 @@ def _handle(number: int, _frame: Any) -> None:
 
 
 def _leave(number: int) -> NoReturn:
-    from ichpipe.processes import end_children
+    from ichpipe.common.processes import end_children
 
     end_children()
     _say(number)

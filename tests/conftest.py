@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.stages.cli import cli, main
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -210,6 +210,6 @@ def branch(run, tmp_path):
 
 @pytest.fixture(scope="session")
 def index(run):
-    from ichpipe.studies import read_index
+    from ichpipe.index.slice_index import read_index
 
     return read_index(run.artifacts / "index" / "slices.parquet")

@@ -13,7 +13,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 TEXT = {"AE", "AS", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 KEPT = {  # what the product may write (PatientID and UIDs are keys of its tables) or needs to read

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ichpipe.classes import CLASSES, SUBTYPES
+from ichpipe.common.classes import CLASSES, SUBTYPES
 from ichpipe.stages.cli import cli, main
 
 KAGGLE = [*SUBTYPES, "any"]

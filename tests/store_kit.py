@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ichpipe.cache import layout
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.cache.writer import Work, update
@@ -106,7 +106,7 @@ def slow_features(inputs):
 
 def main(path, n_series, limit_bytes=0):
     """Write ``n_series`` series of three slices in chunks of four; with a limit, no file may grow beyond it."""
-    from ichpipe.cluster import connect
+    from ichpipe.features.dask_client import connect
 
     if limit_bytes:
         import resource

@@ -135,8 +135,8 @@ def test_folder_predicts_as_the_command_does(run, model, held_out, tmp_path):
 
 
 def test_calibration_beside_the_model_is_applied_as_the_command_does(branch, held_out, volume, tmp_path):
-    from ichpipe.calibration import Calibration, write_calibration
-    from ichpipe.files import digest_of_file
+    from ichpipe.common.files import digest_of_file
+    from ichpipe.scoring.calibration import Calibration, write_calibration
 
     folder = branch.artifacts / "finetuned"
     digest = digest_of_file(folder / "model.safetensors")
@@ -214,17 +214,17 @@ def test_store_yields_every_series(run, index):
 
 
 def test_undecodable_slices_are_rejected_and_the_rest_goes_on(model, volume, monkeypatch):
-    from ichpipe import feeding
-    from ichpipe.errors import UnreadableDicomError
+    from ichpipe.common.errors import UnreadableDicomError
+    from ichpipe.images import slice_dataset
 
-    read = feeding.load_slice
+    read = slice_dataset.load_slice
 
     def broken(path, size):
         if path == volume.paths[1]:
             raise UnreadableDicomError(f"{path}: damaged")
         return read(path, size)
 
-    monkeypatch.setattr(feeding, "load_slice", broken)
+    monkeypatch.setattr(slice_dataset, "load_slice", broken)
     for found, table in (
         (model.predict_folder(volume.paths), "slices"),
         (model.embed_folder(volume.paths), "slices"),
@@ -295,9 +295,9 @@ def test_a_store_of_two_networks_asks_which(branch):
 
 
 def test_finding_reads_no_pixels_and_says_why(held_out, monkeypatch):
-    from ichpipe import ct
+    from ichpipe.dicom import hounsfield
 
-    monkeypatch.setattr(ct, "read_hu", lambda _path: pytest.fail("pixels were read"))
+    monkeypatch.setattr(hounsfield, "read_hu", lambda _path: pytest.fail("pixels were read"))
     found = find_slices(held_out[0])
     assert found.slices["slice_index"].iloc[0] == 0
     assert found.series["chosen"].all()

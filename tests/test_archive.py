@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.archive import list_files, read_file
-from ichpipe.errors import MissingFileError, UnreadableDicomError
+from ichpipe.common.errors import MissingFileError, UnreadableDicomError
+from ichpipe.dicom.archive import list_files, read_file
 
 LARGE = 1 << 20
 NAMES = st.text("abc. é", min_size=1, max_size=6).filter(lambda name: name.strip(" .") == name)

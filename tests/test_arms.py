@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 import torch
 
-from ichpipe.artifacts import Artifacts
-from ichpipe.caches import MIRROR, open_features
-from ichpipe.classes import CLASSES
-from ichpipe.embedding import SliceEmbedder, SliceInput
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
+from ichpipe.features.embedder import SliceEmbedder, SliceInput
+from ichpipe.features.generations import MIRROR, open_features
+from ichpipe.features.sequence_dataset import predict_rows, read_series
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.sequence import MovingAverage, SequenceEnsemble
 from ichpipe.models.weights import load_end_to_end, load_sequence, load_slice_cnn
-from ichpipe.params import load_params
-from ichpipe.series import predict_rows, read_series
+from ichpipe.params.schema import load_params
 from ichpipe.stages.finetune import predict_held_out
-from ichpipe.studies import read_index
 
 ARMS = """
   transformer: {cell: transformer, hidden: 8, heads: 2, layers: 1, epochs: 1, inputs: [embedding, spacing, position]}

@@ -11,17 +11,17 @@ import torch
 import zarr
 from sklearn import decomposition
 
-from ichpipe import augment
-from ichpipe.artifacts import Artifacts
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.caches import View, open_features, store_address, wanted_caches
-from ichpipe.device import generator
-from ichpipe.embedding import SliceEmbedder, SliceInput, view_draw
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.device import generator
+from ichpipe.features.embedder import SliceEmbedder, SliceInput, view_draw
+from ichpipe.features.generations import View, open_features, store_address, wanted_caches
+from ichpipe.features.sequence_dataset import Shuffle, _buffers, plain_batches, read_series, train_batches
+from ichpipe.images import augmentation
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_sequence, load_slice_cnn
-from ichpipe.params import AugmentParams, load_params
-from ichpipe.series import Shuffle, _buffers, plain_batches, read_series, train_batches
-from ichpipe.studies import read_index
+from ichpipe.params.schema import AugmentParams, load_params
 
 SETTINGS = ("fit-slices.folds=2", "fit-slices.epochs=1", "extract.views.count=2", "sequence.paper.views=2")
 
@@ -140,7 +140,7 @@ def test_no_augmentation_makes_a_view_equal_to_the_plain_slice():
     view = View(1, 0, AugmentParams(**still))
     hu = torch.randint(-1024, 2000, (3, 1, 16, 16)).to(torch.int16)
     draw = view_draw(view, [SliceInput("a", "1.2", "aa"), SliceInput("b", "1.2", "bb"), SliceInput("c", "1.3", "cc")])
-    torch.testing.assert_close(augment.apply(hu, draw), hu.float(), atol=0.01, rtol=0)
+    torch.testing.assert_close(augmentation.apply(hu, draw), hu.float(), atol=0.01, rtol=0)
 
 
 def test_training_draws_every_view_and_validation_only_the_plain_slices(folded):

@@ -8,12 +8,12 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from ichpipe.calibration import Calibration, fit_calibration, read_calibration, write_calibration
-from ichpipe.calibration_report import calibration_scores, calibration_text
-from ichpipe.classes import CLASSES
-from ichpipe.errors import WeightsError
-from ichpipe.files import digest_of_file
-from ichpipe.predictions import LABELS
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import WeightsError
+from ichpipe.common.files import digest_of_file
+from ichpipe.report.calibration_report import calibration_scores, calibration_text
+from ichpipe.scoring.calibration import Calibration, fit_calibration, read_calibration, write_calibration
+from ichpipe.scoring.heldout_predictions import LABELS
 
 
 def cases(n=4000, *, temperature=1.0, seed=0, patients=80):

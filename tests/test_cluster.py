@@ -10,10 +10,10 @@ import cloudpickle
 import pytest
 import store_kit as kit
 
-from ichpipe.cache.compute import ComputePlugin, Inputs, compute_chunk, numbers_of
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
+from ichpipe.cache.worker import ComputePlugin, Inputs, compute_chunk, numbers_of
 from ichpipe.cache.writer import Work, update
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SECONDS_A_CHUNK = 0.15

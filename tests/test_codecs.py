@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders import RLELosslessEncoder
 
-from ichpipe import codecs
-from ichpipe.dicom_files import PixelFacts
-from ichpipe.pixel_files import read_pixel_file
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom import decode
+from ichpipe.dicom.dataset import PixelFacts
+from ichpipe.dicom.pixel_data import read_pixel_file
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 JPEG_LOSSLESS, JPEG_2000, RUN_LENGTH = (
     "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.5",
@@ -48,7 +48,7 @@ def by_pydicom(dataset, stream, facts):
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = facts.transfer_syntax
     with quiet_pydicom():
-        return codecs.decode_by_pydicom(dataset, facts)
+        return decode.decode_by_pydicom(dataset, facts)
 
 
 @pytest.mark.parametrize("syntax", [JPEG_LOSSLESS, JPEG_2000, RUN_LENGTH])
@@ -67,7 +67,7 @@ def test_both_decoders_give_the_pixels_that_were_encoded(syntax, image, smooth):
         rows = columns = 20  # openjpeg's encoder wants room for its levels
         pixels = np.resize(pixels, (rows, columns))
     stream, facts = stream_of(pixels, syntax, library, bits), facts_of(pixels, syntax, bits)
-    found = codecs.decode(encapsulate([stream]), facts)
+    found = decode.decode(encapsulate([stream]), facts)
     assert found is not None, "the quick way was not taken"
     assert found.dtype == np.uint16
     assert np.array_equal(found, pixels)
@@ -81,7 +81,7 @@ def test_signed_pixels_keep_their_bits(seed):
     library = pytest.importorskip("imagecodecs")
     pixels = np.random.default_rng(seed).integers(-3024, 4096, (5, 7)).astype(np.int16)
     stream = library.ljpeg_encode(pixels.view(np.uint16), bitspersample=16)
-    found = codecs.decode(encapsulate([stream]), facts_of(pixels, JPEG_LOSSLESS))
+    found = decode.decode(encapsulate([stream]), facts_of(pixels, JPEG_LOSSLESS))
     assert np.array_equal(found, pixels)
 
 
@@ -89,9 +89,9 @@ def test_signed_pixels_keep_their_bits(seed):
 def test_a_stream_of_another_size_is_left_to_pydicom(library, syntax):
     pixels = np.arange(24 * 16, dtype=np.uint16).reshape(24, 16)
     stream = encapsulate([stream_of(pixels, syntax, library)])
-    assert codecs.decode(stream, facts_of(pixels, syntax)) is not None
+    assert decode.decode(stream, facts_of(pixels, syntax)) is not None
     for wrong in ({"rows": 25}, {"columns": 8}, {"bits_allocated": 32, "bits_stored": 32}):
-        assert codecs.decode(stream, facts_of(pixels, syntax)._replace(**wrong)) is None
+        assert decode.decode(stream, facts_of(pixels, syntax)._replace(**wrong)) is None
 
 
 @pytest.mark.parametrize("syntax", [JPEG_LOSSLESS, JPEG_2000, RUN_LENGTH])
@@ -105,7 +105,7 @@ def test_no_damage_to_a_stream_ends_the_process_or_raises(library, syntax):
         for _ in range(1 + number % 3):
             reach = min(100, len(stream)) if number % 2 else len(stream)
             damaged[int(generator.integers(reach))] = int(generator.integers(256))
-        found = codecs.decode(encapsulate([bytes(damaged)]), facts_of(pixels, syntax))
+        found = decode.decode(encapsulate([bytes(damaged)]), facts_of(pixels, syntax))
         taken += found is not None
         assert found is None or found.shape == pixels.shape
     assert 0 < taken < 1500
@@ -116,14 +116,14 @@ def test_a_stream_that_is_cut_short_is_not_filled_up(library, syntax):
     pixels = np.random.default_rng(0).integers(0, 4000, (24, 16)).astype(np.uint16)
     stream = stream_of(pixels, syntax, library).rstrip(b"\0")
     for length in range(2, len(stream) - 4, 7):
-        assert codecs.decode(encapsulate([stream[:length]]), facts_of(pixels, syntax)) is None
+        assert decode.decode(encapsulate([stream[:length]]), facts_of(pixels, syntax)) is None
 
 
 def test_without_imagecodecs_pydicom_decodes(library, monkeypatch):
     pixels = np.arange(24 * 16, dtype=np.uint16).reshape(24, 16)
-    monkeypatch.setattr(codecs, "imagecodecs", lambda: None)
+    monkeypatch.setattr(decode, "imagecodecs", lambda: None)
     stream = encapsulate([stream_of(pixels, JPEG_LOSSLESS, library)])
-    assert codecs.decode(stream, facts_of(pixels, JPEG_LOSSLESS)) is None
+    assert decode.decode(stream, facts_of(pixels, JPEG_LOSSLESS)) is None
 
 
 @pytest.mark.real_data
@@ -135,9 +135,9 @@ def test_real_streams_are_decoded_alike(real_data, library, image):
             file = read_pixel_file(path)
             if not file.facts.compressed:
                 continue
-            found = codecs.decode(file.pixel_data, file.facts)
+            found = decode.decode(file.pixel_data, file.facts)
             if found is None:
                 continue
-            assert np.array_equal(found, codecs.decode_by_pydicom(file.dataset(), file.facts))
+            assert np.array_equal(found, decode.decode_by_pydicom(file.dataset(), file.facts))
         quick.add(path.stem.removeprefix(f"{image}_"))
     assert quick == {"JPLL", "J2KR", "RLE"}

@@ -8,14 +8,14 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
-from ichpipe import codecs, ct, trial
-from ichpipe.codestreams import Claim, frame_bytes, require_sound
-from ichpipe.entropy import require_complete
-from ichpipe.errors import DataError, UnreadableDicomError
-from ichpipe.headers import read_header
-from ichpipe.quiet import quiet_pydicom
-from ichpipe.scan import scan
-from ichpipe.trial import TrialDecoder
+from ichpipe.common.errors import DataError, UnreadableDicomError
+from ichpipe.dicom import decode, decode_sandbox, hounsfield
+from ichpipe.dicom.decode_sandbox import TrialDecoder
+from ichpipe.dicom.entropy_check import require_complete
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.slice_header import read_header
+from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
+from ichpipe.index.scan import scan
 
 ROWS, COLUMNS = 40, 56
 CLAIM = Claim(ROWS, COLUMNS, 16)
@@ -105,7 +105,7 @@ def test_a_sound_stream_passes_and_gives_its_pixels(write_ct, syntax):
     assert read_header(path).compressed
     if syntax == JPEGLosslessSV1:
         pytest.importorskip("gdcm")
-    assert np.array_equal(ct.read_hu(path), image().astype(int) - 1024)
+    assert np.array_equal(hounsfield.read_hu(path), image().astype(int) - 1024)
 
 
 @pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
@@ -120,9 +120,9 @@ def test_a_stream_that_claims_another_size_is_refused_before_any_decoder(write_c
         struct.pack_into(">H", frame, start + 5, rows)
     with_frame(path, bytes(frame))
     for decoder in ("decode", "decode_by_pydicom"):
-        monkeypatch.setattr(codecs, decoder, lambda *_: pytest.fail("a decoder was called"))
+        monkeypatch.setattr(decode, decoder, lambda *_: pytest.fail("a decoder was called"))
     expected = f"the stream claims {rows} x {COLUMNS} pixels, the header says {ROWS} x {COLUMNS}"
-    for read in (read_header, ct.read_hu):
+    for read in (read_header, hounsfield.read_hu):
         reason = reason_of(read, path)
         assert expected in reason
         assert str(syntax) in reason
@@ -288,22 +288,22 @@ class TestTrial:
         with TrialDecoder() as decoder:
             decoder.require(str(path))
             with_frame(path, frame_of(path)[:-50])
-            assert f"{path}: {reason_of(decoder.require, str(path))}" == reason_of(ct.read_hu, path)
+            assert f"{path}: {reason_of(decoder.require, str(path))}" == reason_of(hounsfield.read_hu, path)
             assert "No such file" in reason_of(decoder.require, str(path) + "x")
 
     def test_a_decoder_that_crashes_or_hangs_costs_one_file(self, write_ct, monkeypatch):
         """The child is told to die as a codec does on a bad stream: at once, by SIGSEGV, or never to answer."""
         path = str(coded_file(write_ct, RLELossless))
         serve = (
-            "import os, signal, time; from ichpipe import ct, trial; read = ct.read_hu\n"
+            "import os, signal, time; from ichpipe import ct, trial; read = hounsfield.read_hu\n"
             "def mad(path):\n"
             "    if path == 'crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
             "    if path == 'exit': os._exit(3)\n"
             "    if path == 'hang': time.sleep(600)\n"
             "    return read(path)\n"
-            "ct.read_hu = mad; trial.serve()"
+            "ct.read_hu = mad; decode_sandbox.serve()"
         )
-        monkeypatch.setattr(trial, "_SERVE", serve)
+        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder(timeout_s=5) as decoder:
             decoder.require(path)
             assert "SIGSEGV" in reason_of(decoder.require, "crash")
@@ -318,15 +318,15 @@ class TestTrial:
             "from ichpipe import ct, trial\n"
             "def greedy(path):\n"
             "    try: bytearray(8 * 2**30)\n"
-            "    except MemoryError as error: raise ct.UnreadableDicomError('no memory') from error\n"
-            "ct.read_hu = greedy; trial.serve()"
+            "    except MemoryError as error: raise hounsfield.UnreadableDicomError('no memory') from error\n"
+            "ct.read_hu = greedy; decode_sandbox.serve()"
         )
-        monkeypatch.setattr(trial, "_SERVE", serve)
+        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder() as decoder:
             assert reason_of(decoder.require, path) == "no memory"
 
     def test_a_child_that_cannot_start_is_an_error_of_its_own(self, monkeypatch):
-        monkeypatch.setattr(trial, "_SERVE", "raise SystemExit(1)")
+        monkeypatch.setattr(decode_sandbox, "_SERVE", "raise SystemExit(1)")
         with TrialDecoder() as decoder, pytest.raises(DataError, match="can't be started"):
             decoder.require("x")
 
@@ -338,11 +338,11 @@ class TestTrial:
                 dataset.compress(RLELossless, generate_instance_uid=False)
                 dataset.save_as(path)
         serve = (
-            "import os, signal; from ichpipe import ct, trial; read = ct.read_hu\n"
+            "import os, signal; from ichpipe import ct, trial; read = hounsfield.read_hu\n"
             "ct.read_hu = lambda path: os.kill(os.getpid(), signal.SIGABRT) if path.endswith('b') else read(path)\n"
             "trial.serve()"
         )
-        monkeypatch.setattr(trial, "_SERVE", serve)
+        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         slices, rejected = scan([tmp_path / "in"])
         assert [path[-1] for path in slices["path"]] == ["a", "c"]
         assert rejected["reason"].tolist() == ["its decoder crashed (SIGABRT): the stream is damaged"]

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from ichpipe.classes import CLASSES
-from ichpipe.comparison import Arm, compare_arms
-from ichpipe.comparison_text import comparison_text
-from ichpipe.errors import DataError
-from ichpipe.figures_arms import arms_figure
-from ichpipe.metrics import paired_difference, weighted_log_loss
-from ichpipe.predictions import LABELS
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.report.figures_arms import arms_figure
+from ichpipe.scoring.arm_comparison import Arm, compare_arms
+from ichpipe.scoring.comparison_text import comparison_text
+from ichpipe.scoring.heldout_predictions import LABELS
+from ichpipe.scoring.metrics import paired_difference, weighted_log_loss
 
 SETTINGS = {"bootstrap_samples": 400, "confidence": 0.95, "seed": 0}
 

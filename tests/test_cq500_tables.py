@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from score_kit import error, score
 from sklearn.metrics import roc_auc_score
 
-from ichpipe.classes import CLASSES
-from ichpipe.cq500_reads import FINDINGS, READERS, read_majority, scan_number
-from ichpipe.delong import compare, interval
+from ichpipe.common.classes import CLASSES
+from ichpipe.index.cq500_reads import FINDINGS, READERS, read_majority, scan_number
+from ichpipe.scoring.delong import compare, interval
 from ichpipe.stages.cli import cli
 
 CQ500 = ("--format", "cq500")

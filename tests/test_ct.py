@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from ichpipe import codecs, ct
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.headers import read_header
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom import decode, hounsfield
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.slice_header import read_header
 
 SIGNED = np.array([[-2000, -1, 0], [1, 1024, 3000]], dtype=np.int16)
 
@@ -31,13 +31,13 @@ def reason_of(read, path):
 def test_hounsfield_units_are_slope_times_stored_plus_intercept(write_ct, syntax):
     extra = {} if syntax is None else {"transfer_syntax": syntax}
     pixels = SIGNED.byteswap() if syntax == ExplicitVRBigEndian else SIGNED
-    hu = ct.read_hu(write_ct(pixels=pixels, RescaleSlope="2", RescaleIntercept="-1024", **extra))
+    hu = hounsfield.read_hu(write_ct(pixels=pixels, RescaleSlope="2", RescaleIntercept="-1024", **extra))
     assert hu.dtype == np.int16
     assert hu.tolist() == [[-1024, -1024, -1024], [-1022, 1024, 4976]]
 
 
 def test_fractions_are_rounded_and_ends_are_clipped(write_ct):
-    hu = ct.read_hu(
+    hu = hounsfield.read_hu(
         write_ct(pixels=np.array([[3, 5, 32767, -32768]], np.int16), RescaleSlope="1.5", RescaleIntercept="0")
     )
     assert hu.tolist() == [[4, 8, 32767, -1024]]  # 4.5 and 7.5 go to the even neighbour
@@ -45,8 +45,8 @@ def test_fractions_are_rounded_and_ends_are_clipped(write_ct):
 
 def test_integer_rescale_equals_the_one_through_floats(write_ct):
     pixels = np.random.default_rng(0).integers(-3024, 4096, (16, 16)).astype(np.int16)
-    whole = ct.read_hu(write_ct("a", pixels, RescaleIntercept="-7"))
-    through_floats = ct.read_hu(write_ct("b", pixels, RescaleIntercept="-7.0001"))
+    whole = hounsfield.read_hu(write_ct("a", pixels, RescaleIntercept="-7"))
+    through_floats = hounsfield.read_hu(write_ct("b", pixels, RescaleIntercept="-7.0001"))
     assert np.array_equal(whole, through_floats)
     assert np.array_equal(whole, np.clip(pixels.astype(int) - 7, -1024, 32767))
 
@@ -58,20 +58,20 @@ def test_padding_becomes_air_even_where_its_tag_is_unsigned_beside_signed_pixels
         dataset = pydicom.dcmread(path)
         dataset.add_new(0x00280120, "US", 63536)  # what -2000 looks like without its sign
         dataset.save_as(path)
-    assert ct.read_hu(path).tolist() == [[-1024, 4050, 4100]]
+    assert hounsfield.read_hu(path).tolist() == [[-1024, 4050, 4100]]
 
 
 def test_padding_range_covers_both_ends_in_either_order(write_ct):
     pixels = np.array([[9, 10, 11, 12, 13]], np.uint16)
     path = write_ct(pixels=pixels, RescaleIntercept="0", PixelPaddingValue=12, PixelPaddingRangeLimit=10)
-    assert ct.read_hu(path).tolist() == [[9, -1024, -1024, -1024, 13]]
+    assert hounsfield.read_hu(path).tolist() == [[9, -1024, -1024, -1024, 13]]
 
 
 def test_12_bit_values_that_wrapped_come_back(write_ct):
     true_hu = np.array([[-1000, -1, 0, 80, 3000]])
     stored = (true_hu % 4096).astype(np.uint16)
     path = write_ct(pixels=stored, BitsStored=12, HighBit=11, RescaleIntercept="0")
-    assert np.array_equal(ct.read_hu(path), true_hu)
+    assert np.array_equal(hounsfield.read_hu(path), true_hu)
 
 
 @pytest.mark.parametrize(("bits", "intercept"), [(12, "-1024"), (12, "-100"), (16, "0")])
@@ -79,34 +79,34 @@ def test_other_unsigned_files_do_not_wrap(write_ct, bits, intercept):
     path = write_ct(
         pixels=np.array([[0, 3500]], np.uint16), BitsStored=bits, HighBit=bits - 1, RescaleIntercept=intercept
     )
-    assert ct.read_hu(path).tolist() == [[int(intercept), 3500 + int(intercept)]]
+    assert hounsfield.read_hu(path).tolist() == [[int(intercept), 3500 + int(intercept)]]
 
 
 def test_bits_above_bits_stored_are_no_part_of_the_pixel(write_ct):
     unsigned = write_ct("u", np.array([[0x8005]], np.uint16), BitsStored=12, HighBit=11)
-    assert ct.read_hu(unsigned).tolist() == [[5 - 1024]]
+    assert hounsfield.read_hu(unsigned).tolist() == [[5 - 1024]]
     twos_complement = write_ct(
         "s", np.array([[0x0FFF, -3024, 7]], np.int16), BitsStored=12, HighBit=11, RescaleIntercept="0"
     )
-    assert ct.read_hu(twos_complement).tolist() == [[-1, -1024, 7]]
+    assert hounsfield.read_hu(twos_complement).tolist() == [[-1, -1024, 7]]
 
 
 def test_monochrome1_changes_the_display_and_not_the_hu(write_ct):
-    plain = ct.read_hu(write_ct("a", SIGNED))
-    assert np.array_equal(plain, ct.read_hu(write_ct("b", SIGNED, PhotometricInterpretation="MONOCHROME1")))
+    plain = hounsfield.read_hu(write_ct("a", SIGNED))
+    assert np.array_equal(plain, hounsfield.read_hu(write_ct("b", SIGNED, PhotometricInterpretation="MONOCHROME1")))
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless])
 def test_lossless_compression_gives_the_same_hu(write_ct, syntax):
     pixels = np.random.default_rng(1).integers(-1000, 3000, (32, 32)).astype(np.int16)
     path = write_ct(pixels=pixels)
-    plain = ct.read_hu(path)
+    plain = hounsfield.read_hu(path)
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
         dataset.compress(syntax, generate_instance_uid=False)
         dataset.save_as(path)
     assert read_header(path).compressed
-    assert np.array_equal(ct.read_hu(path), plain)
+    assert np.array_equal(hounsfield.read_hu(path), plain)
 
 
 def test_a_broken_stream_names_file_and_transfer_syntax(write_ct):
@@ -116,7 +116,7 @@ def test_a_broken_stream_names_file_and_transfer_syntax(write_ct):
         dataset.compress(RLELossless, generate_instance_uid=False)
         dataset.PixelData = dataset.PixelData[:24] + bytes(8)
         dataset.save_as(path)
-    reason = reason_of(ct.read_hu, path)
+    reason = reason_of(hounsfield.read_hu, path)
     assert str(path) in reason
     assert str(RLELossless) in reason
 
@@ -211,18 +211,18 @@ def test_no_flipped_byte_raises_anything_else(write_ct):
     data, generator = path.read_bytes(), np.random.default_rng(0)
     for place in range(128, len(data)):
         path.write_bytes(data[:place] + bytes([int(generator.integers(256))]) + data[place + 1 :])
-        for read in (read_header, ct.read_hu):
+        for read in (read_header, hounsfield.read_hu):
             with contextlib.suppress(UnreadableDicomError):
                 read(path)
 
 
 def test_a_file_without_preamble_is_read(write_ct):
     path = write_ct(pixels=SIGNED, transfer_syntax=ImplicitVRLittleEndian)
-    before = ct.read_hu(path)
+    before = hounsfield.read_hu(path)
     data = path.read_bytes()
     path.write_bytes(data[data.index(b"\x08\x00\x08\x00") :])  # from ImageType (0008,0008) on
     assert read_header(path).transfer_syntax == ImplicitVRLittleEndian
-    assert np.array_equal(ct.read_hu(path), before)
+    assert np.array_equal(hounsfield.read_hu(path), before)
 
 
 def test_rsna_identifiers_pass_without_a_warning(write_ct):
@@ -258,7 +258,9 @@ def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
 @pytest.mark.parametrize("image", ["CT1", "CT2"])
 def test_real_lossless_codecs_equal_the_raw_pixels(real_data, image, codec):
     folder = real_data / "nema_wg04_ct_codecs"
-    assert np.array_equal(ct.read_hu(folder / f"{image}_{codec}.dcm"), ct.read_hu(folder / f"{image}_UNC.dcm"))
+    assert np.array_equal(
+        hounsfield.read_hu(folder / f"{image}_{codec}.dcm"), hounsfield.read_hu(folder / f"{image}_UNC.dcm")
+    )
 
 
 @pytest.mark.real_data
@@ -268,7 +270,7 @@ def test_real_odd_files_are_read_or_refused_as_documented(real_data):
     for path in paths:
         try:
             read_header(path)
-            hu = ct.read_hu(path)
+            hu = hounsfield.read_hu(path)
         except UnreadableDicomError:
             continue
         assert -1024 <= hu.min() < hu.max() <= 32767
@@ -285,11 +287,11 @@ def test_a_syntax_without_decoder_names_the_extra_that_brings_it(write_ct, monke
         dataset = pydicom.dcmread(path)
         dataset.compress(RLELossless, generate_instance_uid=False)
         dataset.save_as(path)
-    ct.read_hu(path)
-    monkeypatch.setattr(codecs, "imagecodecs", lambda: None)
-    monkeypatch.setattr(codecs, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))
+    hounsfield.read_hu(path)
+    monkeypatch.setattr(decode, "imagecodecs", lambda: None)
+    monkeypatch.setattr(decode, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))
     with pytest.raises(UnreadableDicomError, match=r"no decoder.*1\.2\.840\.10008\.1\.2\.5.*dicom-codecs"):
-        ct.read_hu(path)
+        hounsfield.read_hu(path)
 
 
 def hu_in_64_bits(stored, facts):
@@ -321,12 +323,12 @@ def test_no_shortcut_changes_a_value(data):
     whole = st.integers(-40_000, 40_000).map(float)
     intercept = data.draw(st.one_of(st.sampled_from([0.0, -1024.0, -1000.0, 32767.0, -32768.0]), whole, st.just(0.5)))
     ends = data.draw(st.none() | st.tuples(*[st.integers(np.iinfo(kind).min, np.iinfo(kind).max)] * 2))
-    facts = ct.PixelFacts(
+    facts = hounsfield.PixelFacts(
         3, 5, allocated, data.draw(st.integers(1, allocated)), signed, data.draw(st.sampled_from([1.0, -1.0, 0.7])),
         intercept, None if ends is None else (min(ends), max(ends)), "1.2.840.10008.1.2.1",
     )  # fmt: skip
     before = stored.copy()
-    found = ct.stored_to_hu(stored, facts)
+    found = hounsfield.stored_to_hu(stored, facts)
     assert found.dtype == np.int16
     assert np.array_equal(found, hu_in_64_bits(stored, facts))
     assert np.array_equal(stored, before)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from ichpipe.bootstrap import Ranking, percentile_interval, resample
-from ichpipe.delong import areas, compare, interval
+from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample
+from ichpipe.scoring.delong import areas, compare, interval
 
 
 def cases(seed, n=120, levels=12, models=2):

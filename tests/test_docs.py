@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import ichpipe
-from ichpipe.params import Params, Section, load_params
+from ichpipe.params.schema import Params, Section, load_params
 from ichpipe.stages.cli import cli
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ichpipe.elements import elements_of
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.elements import elements_of
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"), max_size=12)

@@ -7,20 +7,20 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ichpipe import explain
-from ichpipe.classes import CLASSES
-from ichpipe.contact_sheet import choose_panels, contact_sheet, head_box, overlay
-from ichpipe.embedding import classify_series
-from ichpipe.errors import WeightsError
-from ichpipe.explain import HeatMaps, embed_series, target_layer
-from ichpipe.explainer import Explainer
-from ichpipe.feeding import load_slices
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import WeightsError
+from ichpipe.features.embedder import classify_series
+from ichpipe.images.slice_dataset import load_slices
+from ichpipe.inference import heat_maps
+from ichpipe.inference.contact_sheet import choose_panels, contact_sheet, head_box, overlay
+from ichpipe.inference.explainer import Explainer
+from ichpipe.inference.heat_maps import HeatMaps, embed_series, target_layer
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_pretrained
-from ichpipe.params import WindowParams
+from ichpipe.params.schema import WindowParams
 from ichpipe.phantom.dataset import write_study
 from ichpipe.phantom.study import make_study
 
@@ -69,7 +69,7 @@ def test_scores_are_those_of_predict(files, change, stride):
 @pytest.mark.parametrize("change", [{}, {"mirrored": True}, {"inputs": ("embedding", "logits"), "cell": "gru"}])
 def test_directions_add_up_to_the_rise_of_the_logit(files, change, monkeypatch):
     """Completeness of integrated gradients: the parts sum to the whole."""
-    monkeypatch.setattr(explain, "STEPS", 100)
+    monkeypatch.setattr(heat_maps, "STEPS", 100)
     model, row, column = small_model(**change), 7, 2
     series = embedded(model, files, stride=2)
     directions = series.directions(model, row, column)
@@ -85,14 +85,14 @@ def test_directions_add_up_to_the_rise_of_the_logit(files, change, monkeypatch):
             own[at] = mean
             new.append(own)
         replaced.append(tuple(new))
-    without = explain._score(model, replaced, series.position_mm[part])[at, column].detach()
+    without = heat_maps._score(model, replaced, series.position_mm[part])[at, column].detach()
     assert rise == pytest.approx(float(series.logits(model)[row, column] - without), abs=1e-4)
     assert abs(rise) > 1e-3
 
 
 def test_one_step_from_near_is_the_gradient_of_one_graph_over_the_series(files, monkeypatch):
     """Both steps together are plain backpropagation where the way is a point: LayerCAM of the two ways agrees."""
-    monkeypatch.setattr(explain, "STEPS", 1)
+    monkeypatch.setattr(heat_maps, "STEPS", 1)
     monkeypatch.setattr(torch, "lerp", lambda _start, end, _share: end.clone())
     model, row, column = small_model(), 5, 0
     _, paths, places = files(0, 48)
@@ -143,7 +143,7 @@ def test_backbone_without_maps_is_refused_by_name():
     with pytest.raises(WeightsError, match="resnet10t"):
         target_layer(cnn)
     with pytest.raises(WeightsError, match=r"resnet10t.*no map"):
-        explain._to_maps(torch.zeros(1, 50, 7), 7, 0, "resnet10t")
+        heat_maps._to_maps(torch.zeros(1, 50, 7), 7, 0, "resnet10t")
 
 
 def test_mirrored_look_is_turned_back(files):
@@ -153,13 +153,13 @@ def test_mirrored_look_is_turned_back(files):
     maps = HeatMaps(model)
     turned = embed_series(model, series.paths, series.position_mm.tolist(), CPU)
     turned.looks.reverse()
-    original = explain.load_slices
+    original = heat_maps.load_slices
     plain = maps(series, [8], 0)
     try:
-        explain.load_slices = lambda paths, size: original(paths, size).flip(-1)
+        heat_maps.load_slices = lambda paths, size: original(paths, size).flip(-1)
         mirrored = maps(turned, [8], 0)
     finally:
-        explain.load_slices = original
+        heat_maps.load_slices = original
     assert np.allclose(plain[..., ::-1], mirrored, atol=1e-3)
 
 
@@ -170,7 +170,7 @@ def test_images_are_held_by_chunks(files, monkeypatch):
     series = embed_series(model, paths * 4, [0.6 * row for row in range(len(places) * 4)], CPU, stride=8)
     HeatMaps(model)(series, range(40), 0)
     assert len(series.paths) > 60
-    assert max(sizes) <= explain.CHUNK_SLICES
+    assert max(sizes) <= heat_maps.CHUNK_SLICES
 
 
 # Does the map lie on the bleed? A network is trained on phantom slices, and tried on other studies.
@@ -302,7 +302,7 @@ def test_sheet_of_any_length(count):
 
 
 def sheet_data(count, rows):
-    from ichpipe.contact_sheet import SheetData
+    from ichpipe.inference.contact_sheet import SheetData
 
     rng = np.random.default_rng(0)
     return SheetData(
@@ -381,7 +381,7 @@ def test_framed_slices_are_shown_before_others(run, monkeypatch):
     probabilities, framed, shown = np.full((len(paths), 6), 0.1), np.zeros(len(paths), bool), []
     framed[7] = True
     probabilities[7] = 0.0
-    monkeypatch.setattr("ichpipe.explainer.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
+    monkeypatch.setattr("ichpipe.inference.explainer.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
     explainer.draw(series, probabilities=probabilities, panels=4, framed=framed, framed_means="x", title="")
     assert 7 in shown[0]
     assert len(shown[0]) == 4

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ichpipe.errors import IchpipeError
+from ichpipe.common.errors import IchpipeError
 from ichpipe.models import onnx_export
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_end_to_end
-from ichpipe.params import PAPER_WINDOWS
+from ichpipe.params.schema import PAPER_WINDOWS
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -105,8 +105,8 @@ def test_the_card_says_what_was_trained_on_and_how_well_it_does(run, bundle, ind
 
 
 def test_the_onnx_file_agrees_on_a_real_series(run, bundle, index):
-    from ichpipe.embedding import classify_series, to_probabilities
-    from ichpipe.feeding import load_slices
+    from ichpipe.features.embedder import classify_series, to_probabilities
+    from ichpipe.images.slice_dataset import load_slices
 
     rows = index[index["series_uid"] == index["series_uid"].iloc[0]]
     hu = load_slices(rows["path"].tolist(), 48).float().numpy()

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from ichpipe.artifacts import Artifacts
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.writer import Work, update
-from ichpipe.caches import Cache, open_features
-from ichpipe.cluster import connect
-from ichpipe.embedding import MakeEmbedder, SliceEmbedder, SliceInput
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.features.dask_client import connect
+from ichpipe.features.embedder import MakeEmbedder, SliceEmbedder, SliceInput
+from ichpipe.features.generations import Cache, open_features
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
-from ichpipe.params import PAPER_WINDOWS, load_params
-from ichpipe.studies import read_index
+from ichpipe.params.schema import PAPER_WINDOWS, load_params
 
 BACKBONES = [
     "resnet10t",

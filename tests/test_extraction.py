@@ -10,19 +10,19 @@ import pytest
 import torch
 from pydicom.uid import RLELossless
 
-from ichpipe import ahead, embedding
-from ichpipe.ahead import Loader, usual_loaders
-from ichpipe.cache.compute import numbers_of
-from ichpipe.caches import Cache
-from ichpipe.embedding import SliceEmbedder, SliceInput, lane_batch
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.feeding import load_slices
-from ichpipe.headers import read_header
+from ichpipe.cache.worker import numbers_of
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.pixel_data import is_compressed
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.slice_header import read_header
+from ichpipe.features import embedder, prefetch
+from ichpipe.features.embedder import SliceEmbedder, SliceInput, lane_batch
+from ichpipe.features.generations import Cache
+from ichpipe.features.prefetch import Loader, usual_loaders
+from ichpipe.images.slice_dataset import load_slices
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
-from ichpipe.params import PAPER_WINDOWS, PhantomParams
-from ichpipe.pixel_files import is_compressed
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.params.schema import PAPER_WINDOWS, PhantomParams
 from ichpipe.stages import phantom
 
 CPU = torch.device("cpu")
@@ -111,11 +111,11 @@ def test_half_of_the_lanes_read_at_a_time_unless_a_codec_does(cnn, slices, monke
         reading.pop()
         return found
 
-    monkeypatch.setattr(embedding, "load_slices", noted)
-    monkeypatch.setattr(embedding, "is_compressed", lambda _path: compressed)
-    embedder = SliceEmbedder(cnn, CPU, 4, loaders=lanes)
-    embedder(slices[: 8 * lanes])
-    embedder.close()
+    monkeypatch.setattr(embedder, "load_slices", noted)
+    monkeypatch.setattr(embedder, "is_compressed", lambda _path: compressed)
+    slice_embedder = SliceEmbedder(cnn, CPU, 4, loaders=lanes)
+    slice_embedder(slices[: 8 * lanes])
+    slice_embedder.close()
     assert max(seen) <= most
     assert not compressed or max(seen) == most
 
@@ -144,7 +144,7 @@ def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_loader_gives_all_slices_in_order_again_and_again(slices, count, monkeypatch):
-    monkeypatch.setattr(ahead, "PIECE_SLICES", 4)
+    monkeypatch.setattr(prefetch, "PIECE_SLICES", 4)
     paths = [one.path for one in slices[:30]]
     loader = Loader(32, count)
     for some in (paths, paths[:7], paths[3:]):  # processes stay from one chunk to the next
@@ -182,7 +182,7 @@ def test_workers_are_numbered_on_each_machine():
 
 
 def test_cores_are_shared(monkeypatch):
-    monkeypatch.setattr(ahead, "usable_cores", lambda: 40)
+    monkeypatch.setattr(prefetch, "usable_cores", lambda: 40)
     assert [usual_loaders("cpu", workers) for workers in (1, 4, 100)] == [40, 10, 1]
     assert [usual_loaders("cuda:0", workers) for workers in (1, 2, 4)] == [16, 16, 10]
 

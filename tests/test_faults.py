@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ichpipe import files, slice_fitting
-from ichpipe.errors import BusyError, OutputError
-from ichpipe.run_lock import hold
+from ichpipe.common import files
+from ichpipe.common.errors import BusyError, OutputError
+from ichpipe.common.run_lock import hold
 from ichpipe.stages import faults
+from ichpipe.training import slice_trainer
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = {
@@ -98,8 +99,8 @@ import resource, signal, sys
 from pathlib import Path
 import numpy, pandas, torch
 from safetensors.torch import save_file
-from ichpipe import files
-from ichpipe.errors import OutputError
+from ichpipe.common import files
+from ichpipe.common.errors import OutputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 big = {"a": torch.zeros(5000)}
@@ -153,11 +154,11 @@ def test_bytes_and_name_are_synced_before_and_after_the_renaming(tmp_path, monke
 def test_every_output_goes_through_one_door():
     """What writes a file by itself is listed here, with the reason."""
     allowed = {
-        "pipeline/files.py": "the door",
-        "pipeline/run_lock.py": "a number of a process, of no use once it is gone",
+        "pipeline/common/files.py": "the door",
+        "pipeline/common/run_lock.py": "a number of a process, of no use once it is gone",
         "pipeline/phantom/dataset.py": "a folder that is renamed when it is whole",
         "pipeline/phantom/sheet.py": "a picture for the documentation, not of a stage",
-        "cache/compute.py": "a chunk, synced and renamed by itself",
+        "cache/worker.py": "a chunk, synced and renamed by itself",
     }
     writes = re.compile(
         r"\.(write_text|write_bytes)\(|\.to_(csv|parquet)\((?!index|\))|open\([^)]*[\"'][wax]|\.savefig\(|\.save_as\("
@@ -223,7 +224,7 @@ def command_of(process):
 
 def test_a_lost_gpu_is_one_message_and_the_checkpoint_stays(run, branch, capsys, monkeypatch):
     shutil.rmtree(branch.artifacts / "slice-cnn")
-    train = slice_fitting.SliceFitting.train_epoch
+    train = slice_trainer.SliceFitting.train_epoch
 
     def lost(self, epoch, position):
         if epoch == 2:
@@ -231,7 +232,7 @@ def test_a_lost_gpu_is_one_message_and_the_checkpoint_stays(run, branch, capsys,
         train(self, epoch, position)
 
     with monkeypatch.context() as change:
-        change.setattr(slice_fitting.SliceFitting, "train_epoch", lost)
+        change.setattr(slice_trainer.SliceFitting, "train_epoch", lost)
         told = branch.error(capsys, "fit-slices").strip().splitlines()[-1]
     assert told.startswith("ichpipe: the GPU failed (CUDA error: unspecified launch failure); see nvidia-smi")
     result = branch("fit-slices")
@@ -285,7 +286,7 @@ def test_no_result_depends_on_the_clock():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ichpipe.run_lock import hold
+from ichpipe.common.run_lock import hold
 with hold(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)

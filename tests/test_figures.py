@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ichpipe.classes import CLASSES
-from ichpipe.figures import POSITIVE, ladder, learning_curves, roc, study_sheet
-from ichpipe.metrics import curves
+from ichpipe.common.classes import CLASSES
+from ichpipe.report.figures import POSITIVE, ladder, learning_curves, roc, study_sheet
+from ichpipe.scoring.metrics import curves
 
 ORANGE = tuple(int(POSITIVE[start : start + 2], 16) for start in (1, 3, 5))
 
@@ -140,7 +140,7 @@ def test_series_of_any_length(slices):
 
 def test_drawing_leaves_no_global_state():
     code = (
-        "import sys, numpy as np; from ichpipe.figures import learning_curves; "
+        "import sys, numpy as np; from ichpipe.report.figures import learning_curves; "
         "learning_curves({'a': [{'epoch': 0, 'train_loss': None, 'val_loss': 0.5}]}); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

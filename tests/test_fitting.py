@@ -11,23 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ichpipe import augment
-from ichpipe.artifacts import Artifacts
-from ichpipe.batches import Batch, sample
-from ichpipe.caches import open_features
-from ichpipe.device import generator
-from ichpipe.feeding import SliceDataset
-from ichpipe.losses import weighted_bce
-from ichpipe.mixing import Cut, draw_cut
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.device import generator
+from ichpipe.features.generations import open_features
+from ichpipe.features.sequence_dataset import plain_batches, read_series
+from ichpipe.images import augmentation
+from ichpipe.images.cutmix import Cut, draw_cut
+from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_dataset import SliceDataset
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, _fixed_random, backward_in_chunks
 from ichpipe.models.slice_cnn import SliceCnn, parts_of, spec_for
 from ichpipe.models.weights import load_sequence, load_slice_cnn
-from ichpipe.params import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
-from ichpipe.series import plain_batches, read_series
-from ichpipe.series_fitting import EndToEndFitting, ImageSeries, image_series
-from ichpipe.slice_fitting import SliceFitting, Slices
-from ichpipe.studies import read_index
-from ichpipe.training import Position
+from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
+from ichpipe.training.end_to_end_trainer import EndToEndFitting, ImageSeries, image_series
+from ichpipe.training.losses import weighted_bce
+from ichpipe.training.slice_trainer import SliceFitting, Slices
+from ichpipe.training.trainer import Position
 from tests.test_models import sequence
 
 STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)
@@ -48,14 +48,14 @@ def random_hu(n=6, seed=0):
 def test_upside_down_and_back():
     hu = random_hu(2)
     certain = STILL.model_copy(update={"vertical_flip_probability": 1.0})
-    turned = augment.apply(hu, augment.draw(certain, 2, torch.Generator().manual_seed(0)))
+    turned = augmentation.apply(hu, augmentation.draw(certain, 2, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(turned, hu.flip(-2).float(), atol=0.02, rtol=0)
 
 
 def test_a_crop_keeps_what_it_should_and_stretches_it():
     rows = torch.arange(SIZE, dtype=torch.float32).view(1, 1, SIZE, 1).expand(200, 1, SIZE, SIZE)
     cropped = STILL.model_copy(update={"crop_area": 0.25})
-    made = augment.apply(rows, augment.draw(cropped, 200, torch.Generator().manual_seed(0)))
+    made = augmentation.apply(rows, augmentation.draw(cropped, 200, torch.Generator().manual_seed(0)))
     inner = made[:, 0, 1:-1, 1:-1]
     assert float(inner.min()) >= 0  # no air moves in: the crop lies within
     areas = ((inner[:, -1, 0] - inner[:, 0, 0]) / (SIZE - 3)) ** 2  # by the rows that remain
@@ -66,35 +66,37 @@ def test_a_crop_keeps_what_it_should_and_stretches_it():
 
 def test_a_blur_keeps_the_mean_and_takes_the_grain():
     hu = random_hu(4).float()
-    blurred = augment.apply(hu, augment.draw(STILL.model_copy(update={"blur_px": 3.0}), 4, generator(1)))
+    blurred = augmentation.apply(hu, augmentation.draw(STILL.model_copy(update={"blur_px": 3.0}), 4, generator(1)))
     assert torch.allclose(blurred.mean(dim=(1, 2, 3)), hu.mean(dim=(1, 2, 3)), atol=6)
     assert (blurred.std(dim=(1, 2, 3)) < 0.6 * hu.std(dim=(1, 2, 3))).all()
     even = torch.full((4, 1, SIZE, SIZE), 37.0)
-    drawn = augment.draw(STILL.model_copy(update={"blur_px": 3.0}), 4, generator(1))
-    torch.testing.assert_close(augment.apply(even, drawn)[..., 4:-4, 4:-4], even[..., 4:-4, 4:-4], atol=0.01, rtol=0)
+    drawn = augmentation.draw(STILL.model_copy(update={"blur_px": 3.0}), 4, generator(1))
+    torch.testing.assert_close(
+        augmentation.apply(even, drawn)[..., 4:-4, 4:-4], even[..., 4:-4, 4:-4], atol=0.01, rtol=0
+    )
 
 
 def test_a_warp_moves_pixels_no_further_than_asked():
     columns = torch.arange(SIZE, dtype=torch.float32).view(1, 1, 1, SIZE).expand(50, 1, SIZE, SIZE)
-    drawn = augment.draw(STILL.model_copy(update={"distortion": 0.05}), 50, generator(2))
-    moved = augment.apply(columns, drawn)[..., 4:-4, 4:-4] - columns[..., 4:-4, 4:-4]
+    drawn = augmentation.draw(STILL.model_copy(update={"distortion": 0.05}), 50, generator(2))
+    moved = augmentation.apply(columns, drawn)[..., 4:-4, 4:-4] - columns[..., 4:-4, 4:-4]
     assert 0.5 < float(moved.abs().max()) < 0.05 * SIZE * 1.4  # bicubic between the nodes overshoots a little
 
 
 def test_draws_are_the_same_whole_in_parts_and_joined():
     hu = random_hu(5)
-    drawn = augment.draw(WILD, 5, generator(3))
-    whole = augment.apply(hu, drawn)
-    parts = [augment.apply(hu[rows], drawn.part(rows)) for rows in (slice(0, 2), slice(2, 5))]
+    drawn = augmentation.draw(WILD, 5, generator(3))
+    whole = augmentation.apply(hu, drawn)
+    parts = [augmentation.apply(hu[rows], drawn.part(rows)) for rows in (slice(0, 2), slice(2, 5))]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-2, rtol=0)
-    joined = augment.AugmentDraw.joined([drawn.part(slice(0, 2)), drawn.part(slice(2, 5))])
-    assert torch.equal(augment.apply(hu, joined), whole)
-    together = augment.draw(WILD, 4, generator(3), together=True)
+    joined = augmentation.AugmentDraw.joined([drawn.part(slice(0, 2)), drawn.part(slice(2, 5))])
+    assert torch.equal(augmentation.apply(hu, joined), whole)
+    together = augmentation.draw(WILD, 4, generator(3), together=True)
     assert (together.warp == together.warp[0]).all()
 
 
 def test_new_kinds_of_change_leave_the_old_draws_as_they_were():
-    old, new = (augment.draw(params, 5, generator(4)) for params in (AugmentParams(), WILD))
+    old, new = (augmentation.draw(params, 5, generator(4)) for params in (AugmentParams(), WILD))
     assert torch.equal(old.noise_seed, new.noise_seed)
     assert torch.equal(old.offset_hu, new.offset_hu)
 
@@ -126,7 +128,7 @@ def test_some_batches_are_mixed_and_none_without_alpha():
 
 def test_images_of_a_batch_are_the_same_whole_in_parts_and_in_shares():
     hu, rows = random_hu(6), range(6)
-    drawn = augment.draw(WILD, 6, generator(5))
+    drawn = augmentation.draw(WILD, 6, generator(5))
     cut = draw_cut(CutMixParams(alpha=1.0), 6, SIZE, 1)
 
     def images(mine):
@@ -134,7 +136,7 @@ def test_images_of_a_batch_are_the_same_whole_in_parts_and_in_shares():
         return batch.images(hu[batch.needed_rows], mine, CPU)
 
     whole = images(list(rows))
-    assert not torch.equal(whole, augment.apply(hu, drawn))
+    assert not torch.equal(whole, augmentation.apply(hu, drawn))
     for mine in ([0, 2, 4], [1, 3, 5], [5]):
         torch.testing.assert_close(images(mine), whole[mine], atol=1e-2, rtol=0)
 
@@ -204,7 +206,10 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, SIZE, 0.4))
     model = EndToEnd(cnn, sequence(inputs=("embedding", "logits"), dim=cnn.embedding_dim, dropout=0.3)).train()
     hu, labels = random_hu(10), (torch.arange(60).view(10, 6) % 7 == 0).float()
-    drawn, cut = augment.draw(WILD, 10, generator(8), together=True), draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3)
+    drawn, cut = (
+        augmentation.draw(WILD, 10, generator(8), together=True),
+        draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3),
+    )
     batch, places = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
     wanted = batch.labels(labels)

@@ -8,7 +8,7 @@ from torch import nn
 from ichpipe.models import folding
 from ichpipe.models.folding import folded
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.params import PAPER_WINDOWS
+from ichpipe.params.schema import PAPER_WINDOWS
 
 NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ichpipe import archive, dicom_files
-from ichpipe.ct import read_hu
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.headers import read_header
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom import archive, dataset
+from ichpipe.dicom.hounsfield import read_hu
+from ichpipe.dicom.slice_header import read_header
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 NEEDS = ("gdcm", "jpeg_ls", "openjpeg")
@@ -53,7 +53,7 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, write_ct):
     monkeypatch.syspath_prepend(FUZZ.parent)
     import fuzz_reading
 
-    from ichpipe.trial import TrialDecoder
+    from ichpipe.dicom.decode_sandbox import TrialDecoder
 
     path = write_ct(pixels=None, RescaleIntercept="-1000")
     with TrialDecoder() as trial:
@@ -106,8 +106,8 @@ def test_any_length_inflates_to_itself(size, filling):
     body = (filling * size)[:size]
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     packed = packer.compress(body) + packer.flush()
-    assert dicom_files._inflate(packed) == body
-    assert dicom_files._inflate(packed + b"\0") == body  # a byte to make the length even
+    assert dataset._inflate(packed) == body
+    assert dataset._inflate(packed + b"\0") == body  # a byte to make the length even
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, None])
@@ -130,7 +130,7 @@ def test_a_header_of_a_hundred_thousand_parts_is_refused(write_ct, syntax, kind)
 
 
 def test_a_long_value_of_unknown_length_is_read_in_as_many_pieces_as_it_needs(write_ct, monkeypatch):
-    monkeypatch.setattr(dicom_files, "MAX_PARTS", 200)
+    monkeypatch.setattr(dataset, "MAX_PARTS", 200)
     path = write_ct()
     data = path.read_bytes()
     place = data.index(b"\x10\x00\x20\x00")
@@ -141,7 +141,7 @@ def test_a_long_value_of_unknown_length_is_read_in_as_many_pieces_as_it_needs(wr
 
 def test_a_zip_bomb_is_not_unfolded(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("x", bytes(dicom_files.MAX_FILE_BYTES + 1))
+        packed.writestr("x", bytes(dataset.MAX_FILE_BYTES + 1))
     monkeypatch.setattr(archive, "_unfold", lambda *_: pytest.fail("unfolded"))
     assert "too large for one CT slice" in reason_of(tmp_path / "bomb.zip/x")
 

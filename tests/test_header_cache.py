@@ -6,8 +6,9 @@ import zipfile
 import pandas as pd
 import pytest
 
-from ichpipe import archive, header_cache, scan
-from ichpipe.errors import UnreadableDicomError
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom import archive
+from ichpipe.index import header_cache, scan
 
 
 @pytest.fixture

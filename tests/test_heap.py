@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ichpipe import heap
+from ichpipe.common import malloc
 
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="no glibc"
@@ -16,7 +16,7 @@ PAGES = 20 * 2**25 // 4096
 
 FAULTS = """
 import ctypes, resource, sys, threading
-from ichpipe.heap import keep_freed_memory
+from ichpipe.common.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -57,11 +57,11 @@ def test_what_the_user_has_set_stays():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    monkeypatch.setattr(heap.sys, "platform", "darwin")
-    assert not heap.keep_freed_memory()
+    monkeypatch.setattr(malloc.sys, "platform", "darwin")
+    assert not malloc.keep_freed_memory()
 
 
 def test_a_libc_without_it_is_left_alone(monkeypatch):
-    monkeypatch.setattr(heap.sys, "platform", "linux")
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _name: object())
-    assert not heap.keep_freed_memory()
+    monkeypatch.setattr(malloc.sys, "platform", "linux")
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _name: object())
+    assert not malloc.keep_freed_memory()

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe import studies
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
-from ichpipe.label_tables import join, read_labels
-from ichpipe.labels import read_kaggle
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.index import slice_index
+from ichpipe.index.label_tables import join, read_labels
+from ichpipe.index.rsna_labels import read_kaggle
 
 
 def make_index(sizes, patients=None):
@@ -69,7 +69,7 @@ def test_rsna_is_read_as_ever(tmp_path):
         assert (found.key, found.report) == ("sop_uid", report.as_dict())
     index = make_index([2, 2])
     joined, table, counts = join(index, found)
-    expected, expected_counts = studies.join_labels(index, values)
+    expected, expected_counts = slice_index.join_labels(index, values)
     pd.testing.assert_frame_equal(joined, expected)
     assert counts == expected_counts
     assert table["subdural"].tolist()[0] == 1.0

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ichpipe.classes import CLASSES, SUBTYPES
-from ichpipe.errors import DataError, MissingFileError
-from ichpipe.labels import read_kaggle
+from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.common.errors import DataError, MissingFileError
+from ichpipe.index.rsna_labels import read_kaggle
 
 KAGGLE_ORDER = (*SUBTYPES, "any")
 rows_of = st.lists(st.tuples(*[st.integers(0, 1)] * 5), min_size=1, max_size=20)

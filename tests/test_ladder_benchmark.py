@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ichpipe.artifacts import Artifacts
-from ichpipe.classes import CLASSES
-from ichpipe.errors import ParamsError
-from ichpipe.files import write_json
-from ichpipe.params import Params, load_params
-from ichpipe.predictions import FINETUNED, LABELS, POOLED, write_predictions, write_table
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import ParamsError
+from ichpipe.common.files import write_json
+from ichpipe.params.schema import Params, load_params
+from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, POOLED, write_predictions, write_table
 from ichpipe.stages import cross_validate
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from test_cli_help import COMMANDS
 
-from ichpipe import progress
-from ichpipe.errors import ParamsError, did_you_mean
-from ichpipe.params import known_keys, load_params
+from ichpipe.common import progress
+from ichpipe.common.errors import ParamsError, did_you_mean
+from ichpipe.params.schema import known_keys, load_params
 from ichpipe.stages.cli import cli, main
 
 ESCAPE = "\x1b["

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, log_loss, roc_auc_score
 
-from ichpipe.bootstrap import Ranking, draw_patients, percentile_interval
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
-from ichpipe.metrics import curves, paired_difference, score, weighted_log_loss
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.scoring.bootstrap import Ranking, draw_patients, percentile_interval
+from ichpipe.scoring.metrics import curves, paired_difference, score, weighted_log_loss
 
 SETTINGS = {"bootstrap_samples": 200, "confidence": 0.95, "seed": 0}
 

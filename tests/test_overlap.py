@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 
-from ichpipe.ladder import ladder_text, score_all
-from ichpipe.params import EvaluateParams
-from ichpipe.studies import read_index
+from ichpipe.index.slice_index import read_index
+from ichpipe.params.schema import EvaluateParams
+from ichpipe.scoring.model_ladder import ladder_text, score_all
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ichpipe.errors import MissingFileError, ParamsError
-from ichpipe.params import PAPER_WINDOWS, Params, load_params
+from ichpipe.common.errors import MissingFileError, ParamsError
+from ichpipe.params.schema import PAPER_WINDOWS, Params, load_params
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ import pytest
 WORK = """
 import time
 from distributed import as_completed
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 if __name__ == "__main__":
     with connect({workers}, None) as client:
         tasks = [client.submit(time.sleep, 0.5, pure=False) for _ in range(6)]

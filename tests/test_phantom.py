@@ -12,9 +12,9 @@ import pydicom
 import pytest
 from scipy import ndimage
 
-from ichpipe.classes import CLASSES, SUBTYPES
-from ichpipe.errors import DataError
-from ichpipe.params import PhantomParams
+from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.common.errors import DataError
+from ichpipe.params.schema import PhantomParams
 from ichpipe.phantom import dataset, make_study, mimics, write_dataset
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import MIN_AREA_MM2, MIN_SLICES, draw_lesion, slice_area_mm2, slice_of_voxel

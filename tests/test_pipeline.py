@@ -13,10 +13,10 @@ import pandas as pd
 import pydicom
 import pytest
 
-from ichpipe import inference
-from ichpipe.classes import CLASSES
-from ichpipe.quiet import quiet_pydicom
-from ichpipe.studies import read_index
+from ichpipe.common.classes import CLASSES
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.index.slice_index import read_index
+from ichpipe.inference import predictor
 
 
 def test_the_contract_s_files_are_there(run):
@@ -166,7 +166,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(branch, capsys,
     ],
 )
 def test_bad_input_gives_one_message(branch, capsys, monkeypatch, arguments, part):
-    monkeypatch.setattr("ichpipe.cluster.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("ichpipe.features.dask_client.CONNECT_SECONDS", 1)
     if "extract" in arguments:
         shutil.rmtree(branch.artifacts / "embeddings.zarr")
     assert part in branch.error(capsys, *arguments)
@@ -256,7 +256,7 @@ def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder
 
 def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_one_series, tmp_path, monkeypatch):
     folder, rows = folder_of_one_series
-    before = inference.classify_series
+    before = predictor.classify_series
 
     def overflow(*arguments, **options):
         logits, bad = before(*arguments, **options)
@@ -264,7 +264,7 @@ def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_o
         logits[2, 3] = float("nan")
         return logits, bad
 
-    monkeypatch.setattr(inference, "classify_series", overflow)
+    monkeypatch.setattr(predictor, "classify_series", overflow)
     assert run("predict", folder, "--out", tmp_path).exit_code == 0
     assert pd.read_csv(tmp_path / "slices.csv")["sop_uid"].tolist() == rows["sop_uid"].drop(rows.index[2]).tolist()
     assert pd.read_csv(tmp_path / "rejected.csv")["reason"].tolist() == ["its prediction is not a number"]

@@ -5,15 +5,15 @@ import pickle
 import pytest
 import torch
 
-from ichpipe import pixels
-from ichpipe.errors import DataError
-from ichpipe.feeding import load_slice
-from ichpipe.pixels import fill_pixel_cache
+from ichpipe.common.errors import DataError
+from ichpipe.images import pixel_cache
+from ichpipe.images.pixel_cache import fill_pixel_cache
+from ichpipe.images.slice_dataset import load_slice
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(pixels, "SHARD_SLICES", 50)
+    monkeypatch.setattr(pixel_cache, "SHARD_SLICES", 50)
 
 
 def test_cached_pixels_equal_decoded_ones(index, tmp_path, small_shards):
@@ -25,7 +25,7 @@ def test_cached_pixels_equal_decoded_ones(index, tmp_path, small_shards):
 
 def test_a_second_run_decodes_nothing_and_another_size_has_its_own(index, tmp_path, small_shards, monkeypatch):
     fill_pixel_cache(tmp_path, index, 40)
-    monkeypatch.setattr(pixels, "load_slices", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pixel_cache, "load_slices", lambda *_: pytest.fail("decoded again"))
     again = fill_pixel_cache(tmp_path, index.sample(frac=1, random_state=1), 40)  # another order, the same files
     path = index["path"].iloc[3]
     assert torch.equal(again.read(path), load_slice(path, 40))
@@ -34,7 +34,7 @@ def test_a_second_run_decodes_nothing_and_another_size_has_its_own(index, tmp_pa
 
 
 def test_a_stopped_cache_goes_on_with_what_is_missing(index, tmp_path, small_shards, monkeypatch):
-    decoded, load = [], pixels.load_slices
+    decoded, load = [], pixel_cache.load_slices
 
     def stop_at_the_third(paths, size):
         if len(decoded) == 2:
@@ -42,10 +42,10 @@ def test_a_stopped_cache_goes_on_with_what_is_missing(index, tmp_path, small_sha
         decoded.append(len(paths))
         return load(paths, size)
 
-    monkeypatch.setattr(pixels, "load_slices", stop_at_the_third)
+    monkeypatch.setattr(pixel_cache, "load_slices", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         fill_pixel_cache(tmp_path, index, 40)
-    monkeypatch.setattr(pixels, "load_slices", lambda paths, size: decoded.append(len(paths)) or load(paths, size))
+    monkeypatch.setattr(pixel_cache, "load_slices", lambda paths, size: decoded.append(len(paths)) or load(paths, size))
     cache = fill_pixel_cache(tmp_path, index, 40)
     assert sum(decoded) == len(index)
     assert all(torch.equal(cache.read(path), load_slice(path, 40)) for path in index["path"].iloc[::11])
@@ -64,7 +64,7 @@ def test_a_damaged_chunk_is_found_and_the_remedy_named(index, tmp_path, small_sh
 
 @pytest.mark.parametrize("command", ["fit-slices", "finetune"])
 def test_training_from_the_cache_gives_the_same_bytes(run, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("ichpipe.feeding.HOLD_BYTES", 0)
+    monkeypatch.setattr("ichpipe.images.slice_dataset.HOLD_BYTES", 0)
     made = []
     for name, rest in (("plain", ()), ("cached", ("--pixel-cache", tmp_path / "pixels"))):
         other = run.copy(tmp_path / name)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.pooling import pool
+from ichpipe.scoring.pooling import pool
 
 BY_HAND = {
     "max": lambda rows: rows.max(axis=0),

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, MissingFileError
-from ichpipe.intake import expand, read_list
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, MissingFileError
+from ichpipe.inference.inputs import expand, read_list
 from ichpipe.stages.cli import cli
 
 HEAD = [5.0 * number for number in range(26)]
@@ -314,17 +314,17 @@ def test_reports_without_highdicom_are_refused_before_any_work(run, head, tmp_pa
 
 
 def test_a_study_none_of_whose_slices_can_be_read_is_refused_not_lost(run, head, tmp_path, monkeypatch):
-    from ichpipe import inference
+    from ichpipe.inference import predictor
 
     good, bad = head("one"), head("other")
-    before = inference.classify_series
+    before = predictor.classify_series
 
     def unreadable(model, paths, *rest, **options):
         if str(bad) in paths[0]:
             return before(model, [], [], *rest[1:], **options)[0], [(path, "no decoder") for path in paths]
         return before(model, paths, *rest, **options)
 
-    monkeypatch.setattr(inference, "classify_series", unreadable)
+    monkeypatch.setattr(predictor, "classify_series", unreadable)
     out = tmp_path / "out"
     result = run("predict", good, bad, "--out", out)
     assert result.exit_code == 0

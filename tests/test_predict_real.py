@@ -9,7 +9,7 @@ import pandas as pd
 import pydicom
 import pytest
 
-from ichpipe.classes import CLASSES
+from ichpipe.common.classes import CLASSES
 
 pytestmark = pytest.mark.real_data
 

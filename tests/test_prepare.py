@@ -6,10 +6,10 @@ import shutil
 import pandas as pd
 import pytest
 
-from ichpipe import scan, studies
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, MissingFileError
-from ichpipe.params import PrepareParams
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, MissingFileError
+from ichpipe.index import scan, slice_index
+from ichpipe.params.schema import PrepareParams
 from ichpipe.stages import prepare
 
 KAGGLE_ORDER = (*CLASSES[1:], "any")
@@ -33,8 +33,8 @@ def data_set(tmp_path, write_series, monkeypatch):
 
 def test_prepare_writes_index_rejected_and_summary(data_set, tmp_path):
     prepare.run(data_set, tmp_path / "index")
-    index = studies.read_index(tmp_path / "index/slices.parquet")
-    assert list(index.columns) == studies.SCHEMA.names
+    index = slice_index.read_index(tmp_path / "index/slices.parquet")
+    assert list(index.columns) == slice_index.SCHEMA.names
     assert index["slice_index"].tolist() == [0, 1, 2] * 10
     assert index["position_mm"].tolist() == [0, 5, 10] * 10
     assert index["spacing_mm"].eq(5).all()
@@ -68,7 +68,7 @@ def test_same_input_gives_the_same_bytes_whatever_the_workers(data_set, tmp_path
 def test_a_folder_without_labels_is_indexed_with_unknown_labels(data_set, tmp_path):
     params = data_set.model_copy(update={"dataset": "folder", "labels": None})
     prepare.run(params, tmp_path / "index")
-    index = studies.read_index(tmp_path / "index/slices.parquet")
+    index = slice_index.read_index(tmp_path / "index/slices.parquet")
     assert index[list(CLASSES)].isna().all(axis=None)
     assert set(index["split"]) == {"train", "val", "test"}
 
@@ -105,7 +105,7 @@ def cq500(tmp_path, write_series, monkeypatch):
 
 def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path):
     prepare.run(cq500, tmp_path / "index")
-    index = studies.read_index(tmp_path / "index/slices.parquet")
+    index = slice_index.read_index(tmp_path / "index/slices.parquet")
     series = pd.read_csv(tmp_path / "index/series.csv")
     assert (len(series), series["chosen"].sum()) == (24, 6)
     chosen = series[series["chosen"]]
@@ -132,7 +132,7 @@ def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path)
 
 def test_cq500_labels_are_of_studies(cq500, tmp_path):
     prepare.run(cq500, tmp_path / "index")
-    index = studies.read_index(tmp_path / "index/slices.parquet")
+    index = slice_index.read_index(tmp_path / "index/slices.parquet")
     table = pd.read_csv(tmp_path / "index/studies.csv").sort_values("patient_id")
     assert table["subdural"].tolist() == table["any"].tolist() == [0, 1] * 3
     assert (table["epidural"] == 0).all()
@@ -146,7 +146,7 @@ def test_choices_overrule_the_rules(cq500, tmp_path):
     (tmp_path / "choices.csv").write_text("series_uid\n1.2.3.2\n")
     selection = cq500.selection.model_copy(update={"choices": "choices.csv"})
     prepare.run(cq500.model_copy(update={"selection": selection}), tmp_path / "index")
-    assert "1.2.3.2" in studies.read_index(tmp_path / "index/slices.parquet")["series_uid"].to_numpy()
+    assert "1.2.3.2" in slice_index.read_index(tmp_path / "index/slices.parquet")["series_uid"].to_numpy()
 
 
 def test_a_damaged_archive_is_rejected_and_the_rest_goes_on(cq500, tmp_path):
@@ -155,7 +155,7 @@ def test_a_damaged_archive_is_rejected_and_the_rest_goes_on(cq500, tmp_path):
     prepare.run(cq500, tmp_path / "index")
     rejected = pd.read_csv(tmp_path / "index/rejected.csv").set_index("path")["reason"]
     assert rejected["data/CQ500-CT-4.zip"] == "damaged zip archive (BadZipFile); get it again"
-    assert studies.read_index(tmp_path / "index/slices.parquet")["patient_id"].nunique() == 5
+    assert slice_index.read_index(tmp_path / "index/slices.parquet")["patient_id"].nunique() == 5
 
 
 def test_rsna_keeps_every_series_and_folder_one(data_set, tmp_path, write_series):
@@ -163,7 +163,7 @@ def test_rsna_keeps_every_series_and_folder_one(data_set, tmp_path, write_series
     counts = {}
     for dataset in ("rsna", "folder"):
         prepare.run(data_set.model_copy(update={"dataset": dataset}), tmp_path / dataset)
-        counts[dataset] = studies.read_index(tmp_path / dataset / "slices.parquet")["series_uid"].nunique()
+        counts[dataset] = slice_index.read_index(tmp_path / dataset / "slices.parquet")["series_uid"].nunique()
     assert counts == {"rsna": 11, "folder": 10}
 
 
@@ -227,7 +227,7 @@ def test_real_rsna_slices(real_data, tmp_path):
     folder = real_data / "rsna_real_slices"
     params = PrepareParams(dicom_dir=str(folder), labels=str(folder / "stage_2_train.csv"))
     prepare.run(params, tmp_path)
-    index = studies.read_index(tmp_path / "slices.parquet")
+    index = slice_index.read_index(tmp_path / "slices.parquet")
     assert len(index) == 5
     assert index["any"].notna().all()
     assert pd.read_csv(tmp_path / "rejected.csv")["path"].str.endswith("stage_2_train.csv").tolist() == [True]

@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from conftest import ct_dataset, save_dicom
 
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.stages.cli import main
 
 STAGES = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "report", "export")

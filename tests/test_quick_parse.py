@@ -13,12 +13,12 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ichpipe import headers
-from ichpipe.dicom_files import parse, transfer_syntax
-from ichpipe.errors import UnreadableDicomError
-from ichpipe.headers import read_header
-from ichpipe.quick_parse import quick_elements
-from ichpipe.quiet import quiet_pydicom
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom import slice_header
+from ichpipe.dicom.dataset import parse, transfer_syntax
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.quick_parse import quick_elements
+from ichpipe.dicom.slice_header import read_header
 
 CHARACTER_SET = 0x00080005  # pydicom converts it at once
 
@@ -30,8 +30,8 @@ def raw(items):
 
 def same_as_pydicom(data):
     with quiet_pydicom():
-        found = quick_elements(data, headers._HEADER_TAGS)
-        dataset = parse(data, headers._HEADER_TAGS)
+        found = quick_elements(data, slice_header._HEADER_TAGS)
+        dataset = parse(data, slice_header._HEADER_TAGS)
     if found is None:
         return False
     elements, syntax = found
@@ -83,7 +83,7 @@ def test_damaged_files_are_read_alike_or_refused_alike(tmp_path_factory, place, 
         path = tmp_path_factory.getbasetemp() / "damaged"
         path.write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(headers, "quick_elements", quick)
+            patch.setattr(slice_header, "quick_elements", quick)
             try:
                 outcomes.append(repr(read_header(path)))
             except UnreadableDicomError as error:
@@ -108,7 +108,7 @@ def test_real_files_are_read_alike(real_data):
         data = path.read_bytes()
         try:
             with quiet_pydicom():
-                parse(data, headers._HEADER_TAGS)
+                parse(data, slice_header._HEADER_TAGS)
         except UnreadableDicomError:
             continue
         quick += same_as_pydicom(data)

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ichpipe import ct, studies
-from ichpipe.params import PrepareParams
+from ichpipe.dicom import hounsfield
+from ichpipe.index import slice_index
+from ichpipe.params.schema import PrepareParams
 from ichpipe.stages import prepare
 
 pytestmark = pytest.mark.real_data
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.real_data
 def prepared(tmp_path, folder, dataset="folder", labels=None):
     params = PrepareParams(dataset=dataset, dicom_dir=str(folder), labels=None if labels is None else str(labels))
     prepare.run(params, tmp_path / "index")
-    index = studies.read_index(tmp_path / "index/slices.parquet")
+    index = slice_index.read_index(tmp_path / "index/slices.parquet")
     return index, pd.read_csv(tmp_path / "index/series.csv"), pd.read_csv(tmp_path / "index/rejected.csv")
 
 
@@ -50,7 +51,7 @@ def test_of_three_encodings_of_a_cq500_slice_the_raw_one_is_taken(real_data, tmp
     labels = pd.read_csv(tmp_path / "index/studies.csv").iloc[0]
     assert labels[["any", "subdural", "epidural"]].tolist() == [1, 1, 0]
     folder = real_data / "cq500_real_dicom/CQ500-CT-310/CT 5mm Plain"
-    raw, lossless, lossy = (ct.read_hu(folder / f"693_{name}.dcm") for name in ("UNCR", "J2KR", "J2KI"))
+    raw, lossless, lossy = (hounsfield.read_hu(folder / f"693_{name}.dcm") for name in ("UNCR", "J2KR", "J2KI"))
     assert np.array_equal(raw, lossless)
     assert not np.array_equal(raw, lossy)
 

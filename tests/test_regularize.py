@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe import regularize
-from ichpipe.params import RegularizeParams
-from ichpipe.series import HeldSource, LabelledSeries, Shuffle, plain_batches, train_batches
+from ichpipe.features import sequence_augmentation
+from ichpipe.features.sequence_dataset import HeldSource, LabelledSeries, Shuffle, plain_batches, train_batches
+from ichpipe.params.schema import RegularizeParams
 
 ALL = RegularizeParams(
     reverse_probability=0.5, stride2_probability=0.5, crop_slices=10, feature_noise=0.1, feature_dropout=0.2
@@ -41,7 +41,7 @@ def make_series(count=12, seed=0):
 )
 def test_what_is_drawn_is_a_run_of_slices_of_the_series(slices, seed, crop, stride, turn):
     section = RegularizeParams(crop_slices=crop, stride2_probability=stride, reverse_probability=turn)
-    rows = regularize.draw(section, slices, seed).rows.tolist()
+    rows = sequence_augmentation.draw(section, slices, seed).rows.tolist()
     assert 0 < len(rows) <= (crop or slices)
     assert all(0 <= row < slices for row in rows)
     step = 2 if stride and slices >= 8 else 1
@@ -52,14 +52,14 @@ def test_what_is_drawn_is_a_run_of_slices_of_the_series(slices, seed, crop, stri
 
 def test_every_start_of_a_crop_is_drawn():
     section = RegularizeParams(crop_slices=4)
-    starts = {int(regularize.draw(section, 9, seed).rows[0]) for seed in range(300)}
+    starts = {int(sequence_augmentation.draw(section, 9, seed).rows[0]) for seed in range(300)}
     assert starts == set(range(6))
 
 
 def test_the_same_draw_gives_the_same_numbers_and_another_seed_others():
     sources = {"embedding": torch.randn(30, 8), "logits": torch.randn(30, 6), "position_mm": torch.randn(30)}
-    one, again, other = (regularize.draw(ALL, 30, seed) for seed in (1, 1, 2))
-    first, second, third = (regularize.apply(ALL, sources, drawn) for drawn in (one, again, other))
+    one, again, other = (sequence_augmentation.draw(ALL, 30, seed) for seed in (1, 1, 2))
+    first, second, third = (sequence_augmentation.apply(ALL, sources, drawn) for drawn in (one, again, other))
     assert all(torch.equal(first[name], second[name]) for name in sources)
     assert first["embedding"].shape != third["embedding"].shape or not torch.equal(
         first["embedding"], third["embedding"]
@@ -69,11 +69,13 @@ def test_the_same_draw_gives_the_same_numbers_and_another_seed_others():
 
 def test_noise_and_dropout_have_the_size_they_are_asked_for():
     sources = {"embedding": torch.full((40, 4000), 3.0)}
-    noisy = regularize.apply(RegularizeParams(feature_noise=0.2), sources, regularize.draw(ALL, 40, 5))["embedding"]
+    noisy = sequence_augmentation.apply(
+        RegularizeParams(feature_noise=0.2), sources, sequence_augmentation.draw(ALL, 40, 5)
+    )["embedding"]
     assert float(noisy.mean()) == pytest.approx(3, rel=0.01)
     assert float(noisy.std()) == pytest.approx(0.6, rel=0.02)
     section = RegularizeParams(feature_dropout=0.3)
-    dropped = regularize.apply(section, sources, regularize.draw(section, 40, 5))["embedding"]
+    dropped = sequence_augmentation.apply(section, sources, sequence_augmentation.draw(section, 40, 5))["embedding"]
     gone = (dropped == 0).all(dim=0)
     assert float(gone.float().mean()) == pytest.approx(0.3, abs=0.03)
     assert torch.allclose(dropped[:, ~gone], torch.tensor(3 / 0.7))  # whole features, throughout the series

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss
 
-from ichpipe.classes import CLASSES
-from ichpipe.operating import operating_points, proportion_interval
-from ichpipe.reliability import BINS, average_precision, brier, calibration_error, reliability
+from ichpipe.common.classes import CLASSES
+from ichpipe.scoring.calibration_metrics import BINS, average_precision, brier, calibration_error, reliability
+from ichpipe.scoring.operating_points import operating_points, proportion_interval
 
 
 def example(seed=0, n=400):

@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ichpipe.artifacts import Artifacts
-from ichpipe.classes import CLASSES
-from ichpipe.params import load_params
-from ichpipe.predictions import LABELS
+from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
+from ichpipe.params.schema import load_params
 from ichpipe.report.blocks import Section, Table, figure, seconds, share, with_interval
 from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.page import render_page
 from ichpipe.report.scores import of_studies
+from ichpipe.scoring.heldout_predictions import LABELS
 from ichpipe.stages.report import run as make_report
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)> & ' {{ 7*7 }}"
@@ -211,12 +211,12 @@ def test_undefined_figures_are_said_so(branch):
 
 
 def test_test_patients_without_a_positive(branch):
-    from ichpipe.predictions import read_predictions, write_predictions
+    from ichpipe.scoring.heldout_predictions import read_predictions, write_predictions
 
     folder = branch.artifacts / "finetuned"
     table = read_predictions(folder, "")
     table[LABELS] = 0.0
-    from ichpipe.predictions import model_mark
+    from ichpipe.scoring.heldout_predictions import model_mark
 
     write_predictions(table, folder, model_mark(folder))
     text = Reader(report_again(branch, "--cases", 1)).text

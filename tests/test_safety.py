@@ -16,13 +16,13 @@ import pytest
 from conftest import ct_dataset, save_dicom
 from pydicom.fileset import FileSet
 
-from ichpipe.archive import list_files, read_file
-from ichpipe.errors import DataError, MissingFileError, ParamsError, UnreadableDicomError
-from ichpipe.params import load_params
-from ichpipe.pseudonyms import Pseudonyms, read_pseudonyms
-from ichpipe.quiet import quiet_pydicom
-from ichpipe.scan import scan
-from ichpipe.terms import BODY_PARTS, MODALITIES, RESCALE_TYPES, body_part, shown
+from ichpipe.common.errors import DataError, MissingFileError, ParamsError, UnreadableDicomError
+from ichpipe.common.pseudonyms import Pseudonyms, read_pseudonyms
+from ichpipe.dicom.archive import list_files, read_file
+from ichpipe.dicom.coded_terms import BODY_PARTS, MODALITIES, RESCALE_TYPES, body_part, shown
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.index.scan import scan
+from ichpipe.params.schema import load_params
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "stages", "cache")
@@ -93,9 +93,9 @@ class Bomb:
 def test_weights_and_checkpoints_that_hold_code_do_not_run_it(tmp_path, monkeypatch):
     import torch
 
-    from ichpipe.errors import WeightsError
+    from ichpipe.common.errors import WeightsError
     from ichpipe.models.weights import load_pretrained
-    from ichpipe.training import Trainer
+    from ichpipe.training.trainer import Trainer
 
     monkeypatch.setenv("BOMB", str(tmp_path / "gone-off"))
     torch.save({"key": "k", "model": Bomb()}, tmp_path / "bomb.pt")
@@ -191,7 +191,7 @@ def test_an_arm_names_one_folder_and_no_other_place(tmp_path, name):
 
 def test_a_report_is_not_written_where_a_uid_leads(tmp_path):
     pytest.importorskip("highdicom")
-    from ichpipe.structured_report import require_reportable
+    from ichpipe.inference.structured_report import require_reportable
 
     dataset = ct_dataset(np.full((4, 4), 1, np.int16))
     with pytest.warns(UserWarning, match="Invalid value for VR UI"):
@@ -259,7 +259,7 @@ def test_hashed_runs_hold_neither_identifier_nor_key(run, tmp_path, monkeypatch)
 
 
 def test_labels_of_patients_are_joined_by_hashed_identifiers_too(write_series, tmp_path, monkeypatch):
-    from ichpipe.label_tables import join, read_labels
+    from ichpipe.index.label_tables import join, read_labels
 
     monkeypatch.setenv("KEY", KEY)
     for number in range(2):

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ichpipe import scan
-from ichpipe.archive import list_files
-from ichpipe.errors import DataError
-from ichpipe.scan import read_headers
+from ichpipe.common.errors import DataError
+from ichpipe.dicom.archive import list_files
+from ichpipe.index import scan
+from ichpipe.index.scan import read_headers
 
 COLUMNS = {*scan.HEADER_SCHEMA.names, "slice_index", "position_mm", "spacing_mm"} - {"reason", "size", "stamp"}
 

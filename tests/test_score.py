@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from score_kit import KAGGLE, error, long_rows, make, score, write_long, write_slices, write_wide
 
-from ichpipe import metrics
-from ichpipe.classes import CLASSES, SUBTYPES
-from ichpipe.predictions import LABELS, make_table, write_table
+from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.scoring import metrics
+from ichpipe.scoring.heldout_predictions import LABELS, make_table, write_table
 from ichpipe.stages.cli import cli
 
 RSNA = ("--format", "rsna")

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.chosen import choose
-from ichpipe.errors import DataError
-from ichpipe.ordering import DIRECTIONS, POSITION, order_series
-from ichpipe.params import SelectionParams
-from ichpipe.scan import REJECTED
-from ichpipe.selection import FAULTS, choose_series, describe_series
+from ichpipe.common.errors import DataError
+from ichpipe.index.chosen import choose
+from ichpipe.index.scan import REJECTED
+from ichpipe.index.series_selection import FAULTS, choose_series, describe_series
+from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
+from ichpipe.params.schema import SelectionParams
 
 PARAMS = SelectionParams()
 AXIAL = [1.0, 0, 0, 0, 1.0, 0]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ichpipe.series_words import kernel_kind, marks_of
+from ichpipe.dicom.series_description import kernel_kind, marks_of
 
 VOCABULARY = {
     "abdomen", "angio", "bone", "brain", "chest", "contrast", "face", "monitoring", "neck", "perfusion", "plain",

@@ -101,7 +101,7 @@ def test_handlers_are_as_before_afterwards():
 
 POOL = """
 import os
-from ichpipe.processes import process_pool
+from ichpipe.common.processes import process_pool
 if __name__ == "__main__":
     with stop_cleanly(), process_pool(2) as pool:
         list(pool.map(abs, range(8)))
@@ -136,7 +136,7 @@ def test_processes_of_a_pool_end_with_their_parent(number, tmp_path, monkeypatch
 
 LOADING = """
 import numpy as np
-from ichpipe.feeding import SliceDataset, batch_loader
+from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 if __name__ == "__main__":
     slices = SliceDataset(["a"] * 4, np.zeros((4, 6), np.float32), 32)
     loading = iter(batch_loader(slices, [[0], [1]], 1))
@@ -162,7 +162,7 @@ def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(tmp_pat
 
 BLOCKED = """
 from pathlib import Path
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 def blocked():
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("SigBlk"))
     return bool(int(line.split()[1], 16) & 1 << 1)  # signal 2

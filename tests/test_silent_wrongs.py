@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, WeightsError
-from ichpipe.head_ct import judge
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, WeightsError
+from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import choose_series, describe_series
+from ichpipe.index.slice_index import read_index
+from ichpipe.inference.head_ct_check import judge
 from ichpipe.models.weights import load_end_to_end
-from ichpipe.params import SelectionParams
-from ichpipe.scan import scan
-from ichpipe.selection import choose_series, describe_series
-from ichpipe.studies import read_index
+from ichpipe.params.schema import SelectionParams
 
 POSITIONS = [float(z) for z in range(0, 150, 5)]
 

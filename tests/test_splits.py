@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError, ParamsError
-from ichpipe.held_out import read_test_slices
-from ichpipe.held_out import test_table as table_of
-from ichpipe.params import PrepareParams
-from ichpipe.splits import assign_splits, overlap
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, ParamsError
+from ichpipe.index.held_out import read_test_slices
+from ichpipe.index.held_out import test_table as table_of
+from ichpipe.index.splits import assign_splits, overlap
+from ichpipe.params.schema import PrepareParams
 
 
 def make_index(series_of_patient, seed=0):

@@ -9,17 +9,17 @@ import pytest
 
 KILLED = """
 import os, signal, sys
-from ichpipe import training
+from ichpipe.training import trainer
 from ichpipe.stages import fit_sequence
 from ichpipe.stages.cli import main
-training.SAVE_WITHIN_S = fit_sequence.SAVE_EVERY_S = 0.0
-advance, steps = training.Position.advance, []
+trainer.SAVE_WITHIN_S = fit_sequence.SAVE_EVERY_S = 0.0
+advance, steps = trainer.Position.advance, []
 def stop(position, *rest):
     advance(position, *rest)
     steps.append(1)
     if len(steps) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-training.Position.advance = stop
+trainer.Position.advance = stop
 main(sys.argv[2:])
 """
 

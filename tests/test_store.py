@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichpipe.cache import layout
-from ichpipe.cache.compute import write_chunk
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
+from ichpipe.cache.worker import write_chunk
 from ichpipe.cache.writer import Work, update
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pytest
 import store_kit as kit
 import zarr
 
-from ichpipe.cache import layout, upkeep
+from ichpipe.cache import layout, maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 FLIPS = 1000
 
@@ -75,7 +75,7 @@ def test_a_thousand_flipped_bits_are_found_and_none_is_read(store):
         replace(file, bytes(flipped))
         kind, chunk = file.parts[-4], int(file.parts[-2])
         array = layout.array(zarr.open_group(str(file.parents[3]), mode="r"), kind)
-        found += upkeep.check_chunk(Place(str(file.parents[3])), array, chunk) == "fails its checksum"
+        found += maintenance.check_chunk(Place(str(file.parents[3])), array, chunk) == "fails its checksum"
         reader = EmbeddingStore(store)
         try:
             reader.read(manifest.series_uids[chunk], kind)  # chunks of four rows, series of four rows
@@ -90,16 +90,16 @@ def test_verify_names_the_studies_of_a_flipped_bit_and_repair_costs_one_chunk(st
     content = bytearray(file.read_bytes())
     content[3] ^= 64
     replace(file, bytes(content))
-    (problem,) = upkeep.verify(Place(str(store)))
+    (problem,) = maintenance.verify(Place(str(store)))
     assert (problem.array, problem.chunk, problem.what) == ("logit", 7, "fails its checksum")
     assert problem.studies == ["2.7"]
     with pytest.raises(StoreError, match=r"study 2\.7; run: ichpipe cache verify --repair"):
         EmbeddingStore(store).series("1.7")
-    upkeep.repair(Place(str(store)), [problem])
+    maintenance.repair(Place(str(store)), [problem])
     journal = tmp_path / "computed"
     kit.write(store, SLICES, client, make=kit.maker(journal))
     assert kit.computed(journal) == [f"1.7.{row}" for row in range(4)]
-    assert upkeep.verify(Place(str(store))) == []
+    assert maintenance.verify(Place(str(store))) == []
     kit.assert_holds(store, SLICES)
 
 
@@ -114,7 +114,7 @@ def test_a_chunk_that_is_not_whole_is_refused_named_and_computed_again(store, cl
         replace(file, {"cut": content[:-9], "empty": b"", "long": content + b"x"}[damage])
     with pytest.raises(StoreError, match=r"chunk 2 of .* study 2\.2"):
         EmbeddingStore(store).series("1.2")
-    assert [problem.studies for problem in upkeep.verify(Place(str(store)))] == [["2.2"]]
+    assert [problem.studies for problem in maintenance.verify(Place(str(store)))] == [["2.2"]]
     journal = tmp_path / "computed"
     kit.write(store, SLICES, client, make=kit.maker(journal))  # its size tells: no repair is needed
     assert kit.computed(journal) == [f"1.2.{row}" for row in range(4)]
@@ -162,8 +162,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_content(tmp_path):
     assert program(path, n, stdout=subprocess.DEVNULL).wait() == 0
     kit.assert_holds(path, slices)
     assert not list(path.rglob("*.partial"))
-    assert upkeep.verify(Place(str(path))) == []
-    assert upkeep.info(Place(str(path)))["generations"][0]["rows_stored"] == 3 * n
+    assert maintenance.verify(Place(str(path))) == []
+    assert maintenance.info(Place(str(path)))["generations"][0]["rows_stored"] == 3 * n
 
 
 def test_what_a_killed_writer_left_is_swept(store, client):
@@ -180,7 +180,7 @@ def test_two_writers_at_once_give_one_result(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert sum("waiting" in text for text in output) <= 1
     kit.assert_holds(path, kit.Slices([3] * n))
-    facts = upkeep.info(Place(str(path)))["generations"][0]
+    facts = maintenance.info(Place(str(path)))["generations"][0]
     assert (facts["segments"], facts["rows_stored"], facts["rows_unused"]) == (1, 3 * n, 0)
     assert sorted(text.count("wrote") for text in output) == [1, 10]  # nine chunks, once; and the look before each
 
@@ -205,8 +205,8 @@ def test_a_full_disk_is_an_error_and_what_was_written_stays(tmp_path, client):
 def test_reading_writes_nothing(store):
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in store.parent.rglob("*")}
     kit.assert_holds(store, SLICES)
-    upkeep.verify(Place(str(store)))
-    upkeep.info(Place(str(store)))
+    maintenance.verify(Place(str(store)))
+    maintenance.info(Place(str(store)))
     assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in store.parent.rglob("*")} == before
 
 

@@ -13,13 +13,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ichpipe.cache import layout, upkeep
+from ichpipe.cache import layout, maintenance
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION, differences, digest_rows, name_of
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import decode_uids, encode_digests, encode_uids
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 DOC = Path(__file__).parents[1] / "docs" / "store-format.md"
 KEPT = Path(__file__).parent / "golden" / "store-v2.zarr"
@@ -84,7 +84,7 @@ def test_a_store_of_format_2_is_read_for_ever():
         assert list(found.sop_uids) == wanted["sop_uids"]
         assert found.embedding.tolist() == wanted["embedding"]
         assert found.logit.tolist() == wanted["logit"]
-    assert upkeep.verify(Place(str(KEPT))) == []
+    assert maintenance.verify(Place(str(KEPT))) == []
 
 
 @pytest.mark.parametrize("which", ["fresh", "kept"])

@@ -8,11 +8,11 @@ import fsspec
 import pytest
 import store_kit as kit
 
-from ichpipe.cache import upkeep
+from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.place import Place
+from ichpipe.cache.location import Place
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cluster import connect
+from ichpipe.features.dask_client import connect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(botocore|aiobotocore|s3fs|moto|werkzeug).*"),
@@ -63,11 +63,11 @@ def test_written_read_grown_and_pruned(address, client, tmp_path):
     kit.assert_holds(address, more)
     other = kit.generation(weights="bbb")
     kit.write(address, kit.Slices((2,)), client, made=other)
-    assert len(upkeep.info(Place(address))["generations"]) == 2
-    done = upkeep.prune(Place(address), lambda identity: identity["weights"] == "aaa")
+    assert len(maintenance.info(Place(address))["generations"]) == 2
+    done = maintenance.prune(Place(address), lambda identity: identity["weights"] == "aaa")
     assert done["generations_removed"] == [other.name]
     kit.assert_holds(address, more)
-    assert upkeep.verify(Place(address)) == []
+    assert maintenance.verify(Place(address)) == []
 
 
 def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
@@ -91,9 +91,9 @@ def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
     fs.pipe_file(f"{root}/{file}", bytes(content))
     with pytest.raises(StoreError, match=r"fails its checksum.*study 2\.2"):
         EmbeddingStore(address).series("1.2")
-    (problem,) = upkeep.verify(place)
+    (problem,) = maintenance.verify(place)
     assert problem.studies == ["2.2"]
-    upkeep.repair(place, [problem])
+    maintenance.repair(place, [problem])
     with pytest.raises(StoreError, match=r"is missing.*study 2\.2"):
         EmbeddingStore(address).series("1.2")
     journal = tmp_path / "computed"

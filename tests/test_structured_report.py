@@ -10,9 +10,9 @@ import pydicom
 import pytest
 from conftest import save_dicom
 
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
-from ichpipe.structured_report import (
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.inference.structured_report import (
     FINDINGS,
     SITES,
     Algorithm,

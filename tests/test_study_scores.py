@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from ichpipe.classes import CLASSES
-from ichpipe.cq500_reads import ScanTable, scan_name
-from ichpipe.cq500_scores import score_scans
+from ichpipe.common.classes import CLASSES
+from ichpipe.index.cq500_reads import ScanTable, scan_name
+from ichpipe.scoring.score_cq500 import score_scans
 from ichpipe.stages.cli import cli, main
 
 COUNT = 80

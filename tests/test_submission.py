@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.classes import CLASSES
-from ichpipe.errors import DataError
-from ichpipe.metrics import weighted_log_loss
-from ichpipe.params import EvaluateParams, SelectionParams
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.inference.kaggle_submission import ORDER, build_submission, read_sample
+from ichpipe.params.schema import EvaluateParams, SelectionParams
+from ichpipe.scoring.metrics import weighted_log_loss
 from ichpipe.stages import predict, score
-from ichpipe.submission import ORDER, build_submission, read_sample
 
 NOTHING = pd.DataFrame({"path": [], "reason": []}, dtype=object)
 CORRUPT = pd.DataFrame(

@@ -6,8 +6,8 @@ import random
 import pytest
 from score_kit import KAGGLE, error, long_rows, make, score, write_long, write_wide
 
-from ichpipe.errors import IchpipeError
-from ichpipe.params import EvaluateParams
+from ichpipe.common.errors import IchpipeError
+from ichpipe.params.schema import EvaluateParams
 from ichpipe.stages.score import Options, run
 
 RSNA = ("--format", "rsna")

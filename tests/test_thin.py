@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.thin import smooth_thin, stride_of
+from ichpipe.index.thin_slices import smooth_thin, stride_of
 
 
 def cut(thick, parts, start=0.0):

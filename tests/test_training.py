@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from ichpipe import augment, training
-from ichpipe.errors import TrainingError
-from ichpipe.feeding import SliceDataset, batches_of, fit_to_size
-from ichpipe.losses import weighted_bce
-from ichpipe.metrics import weighted_log_loss
+from ichpipe.common.errors import TrainingError
+from ichpipe.images import augmentation
+from ichpipe.images.slice_dataset import SliceDataset, batches_of, fit_to_size
 from ichpipe.models.specs import PREPROCESSING_VERSION
-from ichpipe.params import PAPER_WINDOWS, AugmentParams
-from ichpipe.training import LOOK_STEPS, Position, Trainer, make_optimizer, make_schedule
-from ichpipe.windows import Windows
+from ichpipe.models.windows import Windows
+from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams
+from ichpipe.scoring.metrics import weighted_log_loss
+from ichpipe.training import trainer
+from ichpipe.training.losses import weighted_bce
+from ichpipe.training.trainer import LOOK_STEPS, Position, Trainer, make_optimizer, make_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocessing.json"
 STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)
@@ -85,42 +86,42 @@ def test_held_slices_equal_those_read_again(write_ct):
 
 def test_nothing_drawn_changes_nothing():
     hu = random_hu()
-    drawn = augment.draw(STILL, len(hu), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(augment.apply(hu, drawn), hu.float(), atol=0.01, rtol=0)
+    drawn = augmentation.draw(STILL, len(hu), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augmentation.apply(hu, drawn), hu.float(), atol=0.01, rtol=0)
 
 
 def test_the_same_draw_gives_the_same_images_whole_or_in_parts():
     hu = random_hu(5)
-    drawn = augment.draw(AugmentParams(), 5, torch.Generator().manual_seed(1))
-    whole = augment.apply(hu, drawn)
-    assert torch.equal(whole, augment.apply(hu, drawn))
-    parts = [augment.apply(hu[rows], drawn.part(rows)) for rows in (slice(0, 2), slice(2, 5))]
+    drawn = augmentation.draw(AugmentParams(), 5, torch.Generator().manual_seed(1))
+    whole = augmentation.apply(hu, drawn)
+    assert torch.equal(whole, augmentation.apply(hu, drawn))
+    parts = [augmentation.apply(hu[rows], drawn.part(rows)) for rows in (slice(0, 2), slice(2, 5))]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-3, rtol=0)
-    other = augment.apply(hu, augment.draw(AugmentParams(), 5, torch.Generator().manual_seed(2)))
+    other = augmentation.apply(hu, augmentation.draw(AugmentParams(), 5, torch.Generator().manual_seed(2)))
     assert not torch.allclose(whole, other)
 
 
 def test_a_series_moves_as_one_and_single_slices_apart():
     generator = torch.Generator().manual_seed(3)
-    together = augment.draw(AugmentParams(), 6, generator, together=True)
+    together = augmentation.draw(AugmentParams(), 6, generator, together=True)
     assert (together.affine == together.affine[0]).all()
     assert len(together.noise_seed.unique()) == 6
-    apart = augment.draw(AugmentParams(), 6, generator)
+    apart = augmentation.draw(AugmentParams(), 6, generator)
     assert len({tuple(row.flatten().tolist()) for row in apart.affine}) == 6
 
 
 def test_a_certain_flip_mirrors_left_and_right():
     hu = random_hu(2)
-    drawn = augment.draw(STILL.model_copy(update={"flip_probability": 1.0}), 2, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(augment.apply(hu, drawn), hu.flip(-1).float(), atol=0.01, rtol=0)
+    drawn = augmentation.draw(STILL.model_copy(update={"flip_probability": 1.0}), 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augmentation.apply(hu, drawn), hu.flip(-1).float(), atol=0.01, rtol=0)
 
 
 def test_what_moves_in_from_outside_is_air():
-    drawn = augment.draw(STILL, 1, torch.Generator().manual_seed(0))
+    drawn = augmentation.draw(STILL, 1, torch.Generator().manual_seed(0))
     affine = drawn.affine.clone()
     affine[:, 0, 2] = 2.0  # a whole image to the side
-    moved = augment.apply(torch.full((1, 1, 16, 16), 60, dtype=torch.int16), replace(drawn, affine=affine))
-    assert (moved == augment.AIR_HU).all()
+    moved = augmentation.apply(torch.full((1, 1, 16, 16), 60, dtype=torch.int16), replace(drawn, affine=affine))
+    assert (moved == augmentation.AIR_HU).all()
 
 
 def test_the_loss_is_the_metric_and_divides_by_seven():
@@ -222,7 +223,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_history(tmp_path, stop):
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("stop_after", [(1, 0), (2, 1), (4, 2)])
 def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop_after, ema_decay):
-    monkeypatch.setattr("ichpipe.training.SAVE_WITHIN_S", 0.0)
+    monkeypatch.setattr("ichpipe.training.trainer.SAVE_WITHIN_S", 0.0)
     whole = Toy(tmp_path / "whole", 6)
     whole.trainer.ema_decay = ema_decay
     history = whole.run()
@@ -310,8 +311,8 @@ def test_divergence_stops_with_the_remedy_and_keeps_the_last_good_state(tmp_path
 
 
 def test_divergence_within_an_epoch_stops_it_and_is_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "LOOK_STEPS", 2)
-    monkeypatch.setattr(training, "SAVE_WITHIN_S", 0.0)  # a checkpoint after every step
+    monkeypatch.setattr(trainer, "LOOK_STEPS", 2)
+    monkeypatch.setattr(trainer, "SAVE_WITHIN_S", 0.0)  # a checkpoint after every step
     toy = Toy(tmp_path, 3)
 
     def train_epoch(epoch, position):

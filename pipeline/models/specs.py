@@ -6,8 +6,8 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ichpipe.classes import CLASSES
-from ichpipe.params import WindowParams
+from ichpipe.common.classes import CLASSES
+from ichpipe.params.schema import WindowParams
 
 PREPROCESSING_VERSION: Final = 1
 """Raised whenever the same file would give the network another input; part of every fingerprint, of pixel caches, too.

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ichpipe.artifacts import MODEL_FILE
-from ichpipe.errors import IchpipeError, WeightsError
-from ichpipe.files import atomic_path, require_file
+from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.errors import IchpipeError, WeightsError
+from ichpipe.common.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
 from ichpipe.models.sequence import AnySequence, MovingAverage, SequenceEnsemble, SequenceModel, build_sequence

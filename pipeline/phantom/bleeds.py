@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe.classes import SUBTYPES
+from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import cerebellum
 from ichpipe.phantom.fields import ellipsoid, inside, lay, ripple
 

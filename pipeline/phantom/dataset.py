@@ -11,9 +11,9 @@ from pydicom import config
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
-from ichpipe.classes import CLASSES, SUBTYPES
-from ichpipe.errors import DataError
-from ichpipe.files import write_text
+from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import write_text
 from ichpipe.phantom.scanner import encode
 from ichpipe.phantom.study import make_study
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ichpipe.classes import SUBTYPES
+from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.bleeds import ATTEMPTS, MIN_SLICES, Lesion, draw_lesion, keep_slices
 
 if TYPE_CHECKING:

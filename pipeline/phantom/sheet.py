@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from ichpipe.classes import SUBTYPES
+from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.study import make_study
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe.classes import SUBTYPES
+from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import Anatomy, build_anatomy, draw_head
 from ichpipe.phantom.bleeds import Lesion, lay_lesion
 from ichpipe.phantom.fields import RandomField

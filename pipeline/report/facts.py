@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.artifacts import HISTORY_FILE, PREDICTIONS_FILE, RECORD_FILE
-from ichpipe.files import read_json
-from ichpipe.predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
+from ichpipe.common.artifacts import HISTORY_FILE, PREDICTIONS_FILE, RECORD_FILE
+from ichpipe.common.files import read_json
+from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from ichpipe.artifacts import Artifacts
+    from ichpipe.common.artifacts import Artifacts
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from ichpipe.classes import CLASSES
-from ichpipe.predictions import FINETUNED
+from ichpipe.common.classes import CLASSES
 from ichpipe.report.blocks import Plot, Section, Table, figure, seconds, share, with_interval
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.facts import model_title
 from ichpipe.report.scores import rungs_of
+from ichpipe.scoring.heldout_predictions import FINETUNED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ichpipe.classes import CLASSES
-from ichpipe.operating import operating_points, proportion_interval
-from ichpipe.pooling import pool
-from ichpipe.predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
-from ichpipe.reliability import reliability
+from ichpipe.common.classes import CLASSES
 from ichpipe.report.blocks import NOT_DEFINED, Plot, Section, Table, figure, share, with_interval
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
+from ichpipe.scoring.calibration_metrics import reliability
+from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
+from ichpipe.scoring.operating_points import operating_points, proportion_interval
+from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from ichpipe.pooling import StudyScore
     from ichpipe.report.facts import Facts
+    from ichpipe.scoring.pooling import StudyScore
 
 WANTED: Final = 0.9
 """Sensitivity, and specificity, that a threshold is chosen for."""
@@ -177,7 +177,7 @@ def ablation(facts: Facts) -> Section:
 
 def of_studies(table: pd.DataFrame, study_score: StudyScore) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return labels and scores (series, 6) of a table of slices, in the order in which series come."""
-    from ichpipe.ladder import smooth_series  # noqa: PLC0415 - scikit-learn and scipy, for this alone
+    from ichpipe.scoring.model_ladder import smooth_series  # noqa: PLC0415 - scikit-learn and scipy, for this alone
 
     groups = table.groupby("series_uid", sort=False)
     place, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups

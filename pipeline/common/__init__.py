@@ -1,0 +1,1 @@
+"""Errors, files, devices and progress; nothing in here knows of CT."""

@@ -1,0 +1,60 @@
+"""Which device runs a stage, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from ichpipe.common.errors import IchpipeError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+
+def choose_devices(gpu: str) -> list[torch.device]:
+    """Turn ``auto``, ``cpu``, ``0`` or ``0,1`` into devices; a GPU that is not there is an error."""
+    text = gpu.strip().lower()
+    available = torch.cuda.device_count() if text != "cpu" else 0
+    if text == "cpu" or (text == "auto" and available == 0):
+        return [torch.device("cpu")]
+    if text == "auto":
+        return [torch.device("cuda", 0)]
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise IchpipeError(f"--gpu {gpu!r}: write auto, cpu, a number, or numbers with commas (0,1)")
+    missing = [number for number in numbers if int(number) >= available]
+    if missing:
+        raise IchpipeError(f"--gpu {gpu}: no GPU {missing[0]} here ({available} found); use --gpu cpu or auto")
+    return [torch.device("cuda", int(number)) for number in numbers]
+
+
+def choose_device(gpu: str) -> torch.device:
+    """Return the first of `choose_devices`, for a stage that uses one."""
+    return choose_devices(gpu)[0]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the mixed-precision context: ``auto`` is fp16 on a GPU (the paper's) and fp32 on a CPU."""
+    if precision == "fp32" or (precision == "auto" and device.type == "cpu"):
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def needs_scaling(device: torch.device, precision: str) -> bool:
+    """Say whether gradients would underflow without a loss scale (fp16 only)."""
+    return precision == "fp16" or (precision == "auto" and device.type == "cuda")
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """Derive an independent 63-bit seed for one purpose (epoch, step, …) from a parameter's seed."""
+    text = ":".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *parts: int | str) -> torch.Generator:
+    """Return a CPU random generator for one purpose; draws are the same on every device."""
+    return torch.Generator().manual_seed(derive_seed(seed, *parts))

@@ -1,0 +1,1 @@
+"""One DICOM file to its header and Hounsfield units."""

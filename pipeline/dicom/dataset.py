@@ -1,0 +1,268 @@
+"""DICOM files opened, and how their pixels are laid out: what both reading a header and decoding need.
+
+Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) and C.8.2.1 (CT image).
+"""
+
+from __future__ import annotations
+
+import zlib
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pydicom.filereader import data_element_generator, read_partial
+from pydicom.uid import UID
+
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.coded_terms import RESCALE_TYPES, shown
+from ichpipe.dicom.elements import Elements, elements_of, tags
+from ichpipe.dicom.entropy_check import require_complete
+from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydicom.dataset import Dataset
+    from pydicom.tag import BaseTag
+
+MAX_SIDE_PX: Final = 4096
+"""No CT image is wider; a header that claims more is damaged, and decoding it would fill the memory."""
+
+MAX_FILE_BYTES: Final = 96 * 2**20
+"""The largest image, 64 MiB, and a long header; also of a deflated file when it is inflated."""
+
+MAX_PARTS: Final = 10_000
+"""Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred.
+
+pydicom makes an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
+"""
+
+_PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
+DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
+IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
+EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
+EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
+DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
+UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE})
+MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
+"""CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone."""
+
+HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
+
+
+PIXEL_TAGS: Final = tags(
+    "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
+    "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData",
+)  # fmt: skip
+# Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
+_FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+_PACKED_BYTES: Final = 2**16  # of a deflated data set at a time
+_INFLATED_BYTES: Final = 2**20
+_SYNTAX_TAG: Final = 0x00020010
+_FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
+
+
+class BoundedFile(BytesIO):
+    """Bytes that can be read in MAX_PARTS pieces, and those that long values need, and then TooManyElementsError."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = MAX_PARTS + len(data) // _PART_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as BytesIO does."""
+        self.left -= 1
+        if self.left < 0:
+            raise TooManyElementsError
+        return BytesIO.read(self, size)
+
+
+class TooManyElementsError(ValueError):
+    """A header has more elements and items than any image needs."""
+
+
+class PixelFacts(NamedTuple):
+    """How the stored pixels of one image are laid out and become Hounsfield units."""
+
+    rows: int  # (0028,0010)
+    columns: int  # (0028,0011)
+    bits_allocated: int  # (0028,0100): 8, 16 or 32
+    bits_stored: int  # (0028,0101)
+    signed: bool  # (0028,0103)
+    slope: float  # (0028,1053), HU per stored unit
+    intercept: float  # (0028,1052), HU
+    padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value, as stored
+    transfer_syntax: str  # (0002,0010)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the pixels need a codec."""
+        return self.transfer_syntax not in UNCOMPRESSED
+
+    @property
+    def claim(self) -> Claim:
+        """What a compressed stream must agree with."""
+        return Claim(self.rows, self.columns, self.bits_allocated)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Length of the uncompressed pixels."""
+        return self.rows * self.columns * self.bits_allocated // 8
+
+
+def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
+    """Parse ``data`` as DICOM, keeping the elements of the wanted tags; a missing DICM prefix is tolerated.
+
+    Raises UnreadableDicomError. The parser's own message is left out: it may quote a patient's data.
+    """
+    if not data:
+        raise UnreadableDicomError("file is empty")
+    if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
+        raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
+    try:
+        inflated = _inflated(data)
+        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=wanted)  # a bare dcmread
+        if inflated:
+            dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
+    except UnreadableDicomError:
+        raise
+    except Exception as error:  # hostile bytes make the parser raise almost anything
+        reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
+        raise UnreadableDicomError(reason) from None  # nor in a traceback
+    if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
+        raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
+    return dataset
+
+
+def _inflated(data: bytes) -> bytes | None:
+    """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
+    if DEFLATED_LITTLE.encode() not in data:
+        return None
+    file = BoundedFile(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
+    stated = next((one for one in meta if one.tag == _SYNTAX_TAG), None)
+    if stated is None or (stated.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
+        return None
+    end = stated.value_tell + len(stated.value)
+    plain = EXPLICIT_LITTLE.encode().ljust(len(stated.value), b"\0")
+    return data[: stated.value_tell] + plain + data[end : file.tell()] + _inflate(data[file.tell() :])
+
+
+def _inflate(packed: bytes) -> bytes:
+    size = sum(map(len, _pieces(packed)))  # counted first: the memory for a bomb costs more than its inflating
+    return b"".join(_pieces(packed)) if size else b""
+
+
+def _pieces(packed: bytes) -> Iterator[bytes]:
+    """Inflate by the megabyte, to MAX_FILE_BYTES at most; a stream that does not end is damaged."""
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(packed), _PACKED_BYTES):
+        rest, more = packed[start : start + _PACKED_BYTES], True
+        while more and not inflater.eof:
+            piece = inflater.decompress(rest, _INFLATED_BYTES)
+            rest, size = inflater.unconsumed_tail, size + len(piece)
+            more = bool(rest) or len(piece) == _INFLATED_BYTES  # a full piece may have left some behind
+            if size > MAX_FILE_BYTES:
+                raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
+            yield piece
+    if not inflater.eof:
+        raise UnreadableDicomError("its deflated data set is cut short")
+
+
+def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
+    """Read and check the tags that describe the pixels. Raises UnreadableDicomError naming the tag."""
+    rows, columns = elements.required_whole("Rows"), elements.required_whole("Columns")
+    if not (1 <= rows <= MAX_SIDE_PX and 1 <= columns <= MAX_SIDE_PX):
+        raise UnreadableDicomError(f"size {rows} x {columns} is outside 1 to {MAX_SIDE_PX} pixels a side")
+    if (elements.whole("NumberOfFrames") or 1) > 1:
+        raise UnreadableDicomError("multi-frame image (NumberOfFrames > 1) is not supported; export single slices")
+    if (samples := elements.whole("SamplesPerPixel") or 1) != 1:
+        raise UnreadableDicomError(f"SamplesPerPixel is {samples}: a colour image, not CT")
+    allocated = elements.required_whole("BitsAllocated")
+    stored = elements.whole("BitsStored") or allocated
+    if allocated not in {8, 16, 32} or not 1 <= stored <= allocated:
+        raise UnreadableDicomError(f"BitsAllocated {allocated} with BitsStored {stored} is not supported")
+    if (sign := elements.required_whole("PixelRepresentation")) not in {0, 1}:
+        raise UnreadableDicomError(f"PixelRepresentation (0028,0103) is {sign}, not 0 or 1")
+    signed = sign == 1
+    slope, intercept = _rescale(elements)
+    padding = _padding(elements, allocated, signed=signed)
+    return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
+
+
+def stored_type(facts: PixelFacts) -> str:
+    """Return the numpy type of stored pixels, little-endian."""
+    return f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
+
+
+def require_pixels(elements: Elements, facts: PixelFacts) -> None:
+    """Raise UnreadableDicomError unless PixelData (7FE0,0010) can hold the image that the header claims."""
+    pixels = elements.value_bytes("PixelData")
+    if not pixels:
+        raise UnreadableDicomError("no PixelData (7FE0,0010)")
+    if facts.compressed:
+        if not pixels.startswith(_FIRST_ITEM):
+            syntax = facts.transfer_syntax
+            raise UnreadableDicomError(f"transfer syntax {syntax} is compressed, but PixelData is not encapsulated")
+        require_stream(pixels, facts)
+    elif len(pixels) < facts.pixel_bytes:
+        raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {facts.pixel_bytes} bytes")
+
+
+def require_stream(pixels: bytes, facts: PixelFacts, *, complete: bool = False) -> None:
+    """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``codestreams``).
+
+    With ``complete`` their codes are counted as well (``entropy``), which takes longer than decoding them.
+    """
+    require = require_complete if complete else require_sound
+    try:
+        require(frame_bytes(pixels), facts.transfer_syntax, facts.claim)
+    except UnreadableDicomError as error:
+        raise UnreadableDicomError(f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}") from error
+
+
+def _rescale(elements: Elements) -> tuple[float, float]:
+    slope = elements.floats("RescaleSlope", 1)[0]
+    intercept = elements.floats("RescaleIntercept", 1)[0]
+    if not MIN_SLOPE <= slope <= MAX_SLOPE:
+        raise UnreadableDicomError(f"RescaleSlope (0028,1053) is {slope:g}: no Hounsfield units")
+    if abs(intercept) > MAX_INTERCEPT:
+        raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
+    kind = elements.text("RescaleType").upper()
+    if kind not in HOUNSFIELD_TYPES:
+        raise UnreadableDicomError(
+            f"RescaleType (0028,1054) is {shown(kind, RESCALE_TYPES)}: values are not Hounsfield units"
+        )
+    return slope, intercept
+
+
+def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] | None:
+    first = elements.whole("PixelPaddingValue")
+    if first is None:
+        return None
+    last = elements.whole("PixelPaddingRangeLimit")
+    low, high = sorted(_as_stored(value, bits, signed=signed) for value in (first, first if last is None else last))
+    return low, high
+
+
+def _as_stored(value: int, bits: int, *, signed: bool) -> int:
+    """Read a tag's number the way pixels are: 63536 beside signed 16-bit pixels means -2000."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if signed and value >> (bits - 1) else value
+
+
+def transfer_syntax(dataset: Dataset) -> str:
+    """Return the transfer syntax that a file states, or that the parser guessed where it has no meta header.
+
+    Raises UnreadableDicomError where what is stated is no UID: it would be repeated in messages and tables.
+    """
+    stated = elements_of(dataset.file_meta).text("TransferSyntaxUID")
+    if stated.strip("0123456789."):
+        raise UnreadableDicomError("TransferSyntaxUID (0002,0010) is no UID")
+    if stated:
+        return stated
+    implicit, little = dataset.original_encoding  # guessed by the parser: no meta header
+    if implicit:
+        return IMPLICIT_LITTLE
+    return EXPLICIT_LITTLE if little else EXPLICIT_BIG

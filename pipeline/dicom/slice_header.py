@@ -1,0 +1,178 @@
+"""Headers of DICOM files: what is one usable CT slice, and why another file is not.
+
+Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) and C.8.2.1 (CT image).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.archive import read_file
+from ichpipe.dicom.coded_terms import MODALITIES, body_part, shown
+from ichpipe.dicom.dataset import (
+    MAX_FILE_BYTES,
+    PIXEL_TAGS,
+    UNCOMPRESSED,
+    parse,
+    pixel_facts,
+    require_pixels,
+    transfer_syntax,
+)
+from ichpipe.dicom.elements import Elements, elements_of, tags
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.quick_parse import quick_elements
+from ichpipe.dicom.series_description import marks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
+NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
+FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
+"""How the reasons begin that ``force`` overrules."""
+
+_NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "OFF", "N/A", "NO CONTRAST", "WITHOUT", "WITHOUT CONTRAST"})
+_SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
+_HEADER_TAGS: Final = PIXEL_TAGS + tags(
+    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID",
+    "Modality", "ImageType", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient",
+    "ConvolutionKernel", "ContrastBolusAgent", "SliceThickness", "BodyPartExamined", "LossyImageCompression",
+    *_SERIES_TEXTS,
+)  # fmt: skip
+# JPEG baseline and extended, JPEG-LS near-lossless; JPEG 2000 and HTJ2K, which may lose or not.
+LOSSY_SYNTAXES: Final = frozenset(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81))
+MAYBE_LOSSY_SYNTAXES: Final = frozenset(f"1.2.840.10008.1.2.4.{number}" for number in (91, 203))
+
+
+class SliceHeader(NamedTuple):
+    """What the index keeps of one CT slice. No name, no birth date."""
+
+    patient_id: str  # (0010,0020); the StudyInstanceUID where it is empty
+    study_uid: str  # (0020,000D)
+    series_uid: str  # (0020,000E)
+    sop_uid: str  # (0008,0018)
+    path: str  # as found, with forward slashes
+    transfer_syntax: str  # (0002,0010)
+    file_digest: str  # SHA-256 of the file's bytes, 64 hexadecimal digits
+    rows: int  # (0028,0010)
+    columns: int  # (0028,0011)
+    lossy: bool  # (0028,2110) is 01, or a transfer syntax that loses; unknown counts as lossy
+    image_type: str  # (0008,0008), upper case, joined by backslashes; may be empty
+    kernel: str  # (0018,1210), may be empty
+    marks: str  # words that series_words knows of (0008,103E), (0018,1030) and (0008,1030); nothing else of them
+    contrast_agent: bool  # (0018,0010) names one
+    thickness_mm: float  # (0018,0050); NaN where absent
+    body_part: str  # (0018,0015), as far as it is terms of the standard, upper case; may be empty
+    instance_number: int | None  # (0020,0013); absent in RSNA
+    position: tuple[float, float, float]  # (0020,0032), mm, patient coordinates
+    row_direction: tuple[float, float, float]  # (0020,0037), first three: unit vector
+    column_direction: tuple[float, float, float]  # (0020,0037), last three: unit vector
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the pixels need a codec."""
+        return self.transfer_syntax not in UNCOMPRESSED
+
+
+def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
+    """Read one file's header and digest; the pixels are measured, not decoded.
+
+    With ``force`` neither modality nor kind of image counts (FORCEABLE), but Hounsfield units there must be.
+    Raises UnreadableDicomError whose message is the reason: not DICOM, damaged, not an axial-type CT
+    slice, a needed tag missing, pixel data too short. docs/data.md lists them all. The error's ``series`` holds
+    StudyInstanceUID and SeriesInstanceUID where they could be read.
+    """
+    name = path if isinstance(path, str) else path.as_posix()
+    data = read_file(name, MAX_FILE_BYTES)
+    with quiet_pydicom():
+        elements, syntax = quick_elements(data, _HEADER_TAGS) or _elements(data)
+        try:
+            return _slice_header(name, data, elements, syntax, force=force)
+        except UnreadableDicomError as error:
+            error.series = _series_of(elements)
+            raise
+
+
+def _elements(data: bytes) -> tuple[Elements, str]:
+    dataset = parse(data, _HEADER_TAGS)
+    return elements_of(dataset), transfer_syntax(dataset)
+
+
+def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, force: bool) -> SliceHeader:
+    image_type = elements.text("ImageType").upper() if force else _require_ct_slice(elements)
+    facts = pixel_facts(elements, syntax)
+    require_pixels(elements, facts)
+    study_uid = elements.required_text("StudyInstanceUID")
+    row_direction, column_direction = _directions(elements)
+    return SliceHeader(
+        patient_id=elements.text("PatientID") or study_uid,
+        study_uid=study_uid,
+        series_uid=elements.required_text("SeriesInstanceUID"),
+        sop_uid=elements.required_text("SOPInstanceUID"),
+        path=path,
+        transfer_syntax=facts.transfer_syntax,
+        file_digest=hashlib.sha256(data).hexdigest(),
+        rows=facts.rows,
+        columns=facts.columns,
+        lossy=_lossy(elements, facts.transfer_syntax),
+        image_type=image_type,
+        kernel=elements.text("ConvolutionKernel"),
+        marks=_marks(*map(elements.text, _SERIES_TEXTS)),
+        contrast_agent=elements.text("ContrastBolusAgent").upper() not in _NO_AGENT,
+        thickness_mm=elements.optional_float("SliceThickness"),
+        body_part=body_part(elements.text("BodyPartExamined")),
+        instance_number=elements.whole("InstanceNumber"),
+        position=_vector(elements.floats("ImagePositionPatient", 3)),
+        row_direction=row_direction,
+        column_direction=column_direction,
+    )
+
+
+def _series_of(elements: Elements) -> tuple[str, str]:
+    try:
+        return elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
+    except UnreadableDicomError:
+        return "", ""
+
+
+_marks = lru_cache(maxsize=4096)(marks_of)
+
+
+def _lossy(elements: Elements, transfer_syntax: str) -> bool:
+    said = elements.text("LossyImageCompression")
+    return said == "01" or transfer_syntax in LOSSY_SYNTAXES or (transfer_syntax in MAYBE_LOSSY_SYNTAXES and not said)
+
+
+def _require_ct_slice(elements: Elements) -> str:
+    """Refuse what is no CT slice; return ImageType (0008,0008)."""
+    modality = elements.text("Modality")
+    if modality != "CT":
+        said = f"is {shown(modality, MODALITIES)}" if modality else "is missing"
+        raise UnreadableDicomError(f"Modality (0008,0060) {said}, not CT")
+    if elements.text("SOPClassUID").startswith(SECONDARY_CAPTURE):
+        raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
+    image_type = elements.text("ImageType").upper()
+    for word in image_type.split("\\"):
+        if mark := next((mark for mark in NOT_A_SLICE if mark in word), None):
+            raise UnreadableDicomError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
+    return image_type
+
+
+def _directions(elements: Elements) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    values = elements.floats("ImageOrientationPatient", 6)
+    row, column = _vector(values[:3]), _vector(values[3:])
+    lengths = [math.hypot(*row), math.hypot(*column)]
+    dot = sum(a * b for a, b in zip(row, column, strict=True))
+    if any(abs(length - 1) > 0.05 for length in lengths) or abs(dot) > 0.05:
+        raise UnreadableDicomError("ImageOrientationPatient (0020,0037) is not two perpendicular unit vectors")
+    return row, column
+
+
+def _vector(values: Sequence[float]) -> tuple[float, float, float]:
+    x, y, z = values
+    return x, y, z

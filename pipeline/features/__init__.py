@@ -1,0 +1,1 @@
+"""Slices to cached embeddings, and those to sequences."""

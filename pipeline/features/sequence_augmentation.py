@@ -1,0 +1,72 @@
+"""Random changes of training sequences: drawn first, then applied, the same for the same seed, epoch and series.
+
+Reversal and stride are the 1st place's of RSNA 2019, the contiguous crop is the paper's (10 slices), whole features
+dropped throughout a series the 2nd place's; noise is multiplicative (Gaussian dropout, Srivastava et al. 2014, 10).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ichpipe.common.device import generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ichpipe.params.schema import RegularizeParams
+
+FEATURES = ("embedding", "pca")
+"""Sources that noise and dropout change; logits and positions stay as they are."""
+
+SHORTEST = 4
+"""A series is not thinned to fewer slices than this."""
+
+
+@dataclass(frozen=True)
+class SequenceDraw:
+    """What happens to one series."""
+
+    rows: Tensor  # (n,) int64: which slices the model sees, in its order
+    seed: int  # of noise and dropped features
+
+
+def draw(section: RegularizeParams, slices: int, seed: int) -> SequenceDraw:
+    """Draw for a series of ``slices`` slices: stride, then crop, then order."""
+    drawn = generator(seed, "sequence")
+    stride, offset, centre, turned = torch.rand(4, generator=drawn).tolist()
+    rows = torch.arange(slices)
+    if stride < section.stride2_probability and slices >= 2 * SHORTEST:
+        rows = rows[int(offset * 2) :: 2]
+    if section.crop_slices is not None and len(rows) > section.crop_slices:
+        first = int(centre * len(rows)) - section.crop_slices // 2
+        first = min(max(first, 0), len(rows) - section.crop_slices)
+        rows = rows[first : first + section.crop_slices]
+    return SequenceDraw(rows.flip(0) if turned < section.reverse_probability else rows, seed)
+
+
+def apply(section: RegularizeParams, sources: dict[str, Tensor], drawn: SequenceDraw) -> dict[str, Tensor]:
+    """Return the sources (T, …) of one series as drawn: (n, …) each."""
+    chosen = {name: values[drawn.rows] for name, values in sources.items()}
+    for name in FEATURES:
+        if name in chosen and (section.feature_noise or section.feature_dropout):
+            chosen[name] = _disturb(section, chosen[name].float(), generator(drawn.seed, name))
+    return chosen
+
+
+def is_active(section: RegularizeParams) -> bool:
+    """Say whether anything is ever changed."""
+    return any(section.model_dump().values())
+
+
+def _disturb(section: RegularizeParams, values: Tensor, drawn: torch.Generator) -> Tensor:
+    factor = torch.ones_like(values)
+    if section.feature_noise:
+        noise = torch.randn(values.shape, generator=drawn) * section.feature_noise
+        factor = factor + noise.to(values.device)
+    if section.feature_dropout:
+        kept = torch.rand(values.shape[-1], generator=drawn) >= section.feature_dropout
+        factor = factor * kept.to(values.device) / (1 - section.feature_dropout)
+    return values * factor

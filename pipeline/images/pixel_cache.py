@@ -1,0 +1,113 @@
+"""Decoded slices on disk, for archives whose compression takes longer to undo than the device takes to learn.
+
+One Zarr array of int16 HU (slices, size, size) in shards of 256 slices, each slice a chunk of its own with a checksum.
+It pays for JPEG lossless and JPEG 2000, not for uncompressed files (docs/benchmarks.md), so it is made only where asked
+for. A shard that is there is whole: what was stopped goes on. Rows are named by the files' digests, so that splits and
+folds of the same files share one cache, and another size or preprocessing has another.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import digest_of
+from ichpipe.common.processes import process_pool
+from ichpipe.common.progress import Counter
+from ichpipe.images.slice_dataset import load_slices
+from ichpipe.models.specs import PREPROCESSING_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from torch import Tensor
+
+log = logging.getLogger("ichpipe")
+
+SHARD_SLICES = 256
+
+
+class PixelCache:
+    """Reads slices of a filled cache by the path of their file; may be sent to decoding processes."""
+
+    def __init__(self, folder: Path, rows: dict[str, int]) -> None:
+        self.folder, self.rows = folder, rows
+        self._array: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open array behind: each process opens its own."""
+        return self.__dict__ | {"_array": None}
+
+    def read(self, path: str) -> Tensor:
+        """Return int16 HU (1, size, size). A damaged chunk raises DataError."""
+        if self._array is None:
+            self._array = zarr.open_array(self.folder, mode="r")
+        try:
+            pixels = np.asarray(self._array[self.rows[path]])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise DataError(f"{self.folder} is damaged at {path} ({error}); delete the folder and run again") from error
+        return torch.from_numpy(pixels)[None]
+
+
+def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: int = 0) -> PixelCache:
+    """Decode what is not there yet of all files of an index, with ``workers`` processes (0: in this one).
+
+    A file whose pixels can't be read raises UnreadableDicomError with its name.
+    """
+    files = index[["file_digest", "path"]].drop_duplicates("file_digest").sort_values("file_digest")
+    digests, paths = files["file_digest"].tolist(), files["path"].tolist()
+    name = digest_of({"files": digests, "size_px": size_px, "preprocessing": PREPROCESSING_VERSION})
+    target = folder / f"pixels-{size_px}-{name[:16]}.zarr"
+    if not (target / "zarr.json").exists():
+        _create(target, len(digests), size_px)
+    starts = [start for start in range(0, len(paths), SHARD_SLICES) if not _shard(target, start).exists()]
+    counter = Counter("decode", len(starts), "shard")
+    for _ in _written(target, starts, paths, size_px, workers):
+        counter.add(1)
+    counter.close()
+    row_of = {digest: row for row, digest in enumerate(digests)}
+    return PixelCache(
+        target, {path: row_of[digest] for path, digest in zip(index["path"], index["file_digest"], strict=True)}
+    )
+
+
+def _create(target: Path, n: int, size_px: int) -> None:
+    size = max(1, min(SHARD_SLICES, n))
+    zarr.create_array(
+        target,
+        shape=(n, size_px, size_px),
+        chunks=(1, size_px, size_px),
+        shards=(size, size_px, size_px),
+        dtype="int16",
+        fill_value=0,
+        compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )
+
+
+def _shard(target: Path, start: int) -> Path:
+    return target / "c" / f"{start // SHARD_SLICES}" / "0" / "0"
+
+
+def _written(target: Path, starts: Sequence[int], paths: Sequence[str], size_px: int, workers: int) -> Iterator[None]:
+    tasks = [(target, start, paths[start : start + SHARD_SLICES], size_px) for start in starts]
+    if workers == 0 or len(tasks) < 2:
+        yield from map(_write_shard, tasks)
+        return
+    with process_pool(min(workers, len(tasks))) as pool:
+        yield from pool.map(_write_shard, tasks)
+
+
+def _write_shard(task: tuple[Path, int, Sequence[str], int]) -> None:
+    """Write one shard: zarr writes it under another name and renames it."""
+    target, start, paths, size_px = task
+    array = zarr.open_array(target, mode="r+", config={"write_empty_chunks": True})
+    array[start : start + len(paths)] = load_slices(paths, size_px)[:, 0].numpy()

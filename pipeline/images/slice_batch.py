@@ -1,0 +1,78 @@
+"""What one batch of training images is: which slices, what is done to each, and which of them this process takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from ichpipe.images import augmentation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from ichpipe.images.cutmix import Cut
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Slices and what is drawn for them, when it is needed; the same however often."""
+
+    rows: Sequence[int]  # of the data set
+    mine: list[int]  # numbers, within the batch, of the slices that this process takes
+    draw: Callable[[], augmentation.AugmentDraw]
+    draw_cut: Callable[[], Cut | None]
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Return the CutMix of the batch."""
+        return self.draw_cut()
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """Return the numbers of the slices whose pixels are needed here: the own, then those cut into them."""
+        partners = self.cut.partner[self.mine].tolist() if self.cut else []
+        return list(dict.fromkeys([*self.mine, *partners]))
+
+    @property
+    def needed_rows(self) -> list[int]:
+        """Return the rows of the data set that are needed here."""
+        return [self.rows[number] for number in self.needed]
+
+    @cached_property
+    def drawn(self) -> augmentation.AugmentDraw:
+        """Return the augmentation of the whole batch."""
+        return self.draw()
+
+    @cached_property
+    def _place(self) -> Tensor:
+        place = torch.full((len(self.rows),), -1)
+        place[self.needed] = torch.arange(len(self.needed))
+        return place
+
+    def images(self, hu: Tensor, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """Make the images of some slices from HU (n, 1, S, S) of the needed ones; the same at every call."""
+        chosen = torch.tensor(numbers)
+        own = self._augmented(hu, chosen, device)
+        return self.cut.images(own, self._augmented(hu, self.cut.partner[chosen], device)) if self.cut else own
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Return the labels (n, 6) of the whole batch; ``labels`` are those of the data set."""
+        own = labels[list(self.rows)]
+        return self.cut.labels(own) if self.cut else own
+
+    def _augmented(self, hu: Tensor, numbers: Tensor, device: torch.device) -> Tensor:
+        return augmentation.apply(hu[self._place[numbers]].to(device), self.drawn.part(numbers))
+
+
+def sample(rows: Sequence[int], size: int | None, generator: torch.Generator) -> Sequence[int]:
+    """Return ``size`` contiguous rows around a random one, within the series (Nguyen et al. 2020: 10); None: all."""
+    if size is None:
+        return rows
+    centre = int(torch.randint(len(rows), (1,), generator=generator))
+    start = min(max(0, centre - size // 2), max(0, len(rows) - size))
+    return rows[start : start + size]

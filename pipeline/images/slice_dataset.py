@@ -1,0 +1,143 @@
+"""From DICOM files to tensors of Hounsfield units of one size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
+from ichpipe.dicom import hounsfield
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ichpipe.images.pixel_cache import PixelCache
+
+AIR_HU = -1024
+HOLD_BYTES = 2**30
+"""A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
+
+
+def load_slice(path: str | Path, size_px: int) -> Tensor:
+    """Read one file as int16 HU (1, size, size); see `fit_to_size`."""
+    return fit_to_size(hounsfield.read_hu(Path(path), scanned=True), size_px)
+
+
+def load_slices(paths: Sequence[str | Path], size_px: int) -> Tensor:
+    """Read files as int16 HU (n, 1, size, size)."""
+    return torch.stack([load_slice(path, size_px) for path in paths])
+
+
+def load_readable(paths: Sequence[str], size_px: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Like `load_slices`, leaving out what can't be decoded: returns also (path, reason) of those."""
+    slices, bad = [], []
+    for path in paths:
+        try:
+            slices.append(load_slice(path, size_px))
+        except UnreadableDicomError as error:
+            bad.append((path, str(error)))
+    return (torch.stack(slices) if slices else torch.empty((0, 1, size_px, size_px))), bad
+
+
+def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
+    """Pad a slice with air to a square, then resize it to (1, size, size), int16 HU.
+
+    Bilinear with antialiasing, in HU before any window, rounded to whole HU; the aspect is kept.
+    """
+    rows, columns = hu.shape
+    side = max(rows, columns)
+    if rows != columns:
+        square = np.full((side, side), AIR_HU, dtype=np.int16)
+        top, left = (side - rows) // 2, (side - columns) // 2
+        square[top : top + rows, left : left + columns] = hu
+        hu = square
+    image = torch.from_numpy(np.ascontiguousarray(hu)).view(1, 1, side, side)
+    if side == size_px:
+        return image[0]
+    resized = F.interpolate(image.float(), size=(size_px, size_px), mode="bilinear", antialias=True)
+    return resized.round_().to(torch.int16)[0]
+
+
+class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
+
+    def __init__(
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
+    ) -> None:
+        self.paths, self.pixels = list(paths), pixels
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        self.size_px = size_px
+        # A set that fits is decoded once and held; a larger one is read again every epoch.
+        self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Read one slice."""
+        return self._slice(row), self.labels[row], torch.tensor(row)
+
+    def _slice(self, row: int) -> Tensor:
+        if self._held is None:
+            return self._read(self.paths[row])
+        if row not in self._held:
+            self._held[row] = self._read(self.paths[row])
+        return self._held[row]
+
+    def _read(self, path: str) -> Tensor:
+        return load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
+
+
+class _Loader(DataLoader[tuple[Tensor, Tensor, Tensor]]):
+    """A loader whose processes leave Ctrl-C to this one, which ends them."""
+
+    def __iter__(self) -> Any:
+        """Start the processes, if any."""
+        if not self.num_workers:
+            return super().__iter__()
+        with interrupts_stay_here():
+            return super().__iter__()
+
+
+def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
+    """Cut an order into batches; a single row left over joins the batch before it.
+
+    Batch normalisation has no variance to take over one slice whose last feature map is 1 x 1 (PyTorch refuses it).
+    """
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        last = batches.pop()
+        batches[-1] += last
+    return batches
+
+
+def slice_loader(
+    dataset: SliceDataset, batch_size: int, order: Sequence[int], workers: int
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of slices in the given order; see `batch_loader`."""
+    return batch_loader(dataset, batches_of(order, batch_size), workers)
+
+
+def batch_loader(
+    dataset: SliceDataset, batches: Sequence[Sequence[int]], workers: int
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one)."""
+    return _Loader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=follow_the_parent,
+        persistent_workers=False,
+    )

@@ -1,0 +1,1 @@
+"""Many DICOM files to ordered, labelled and split slices."""

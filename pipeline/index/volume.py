@@ -1,0 +1,160 @@
+"""A CT series as an array: Hounsfield units of its slices in anatomical order, and where each slice lies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ichpipe.common.errors import DataError, UnreadableDicomError
+from ichpipe.dicom import hounsfield
+from ichpipe.dicom.archive import read_file
+from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
+from ichpipe.dicom.elements import elements_of, tags
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.index.chosen import choose
+from ichpipe.index.scan import scan
+from ichpipe.params.schema import SelectionParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One CT series of n slices, from the lowest to the highest along the slice normal (axial: feet to head).
+
+    A row of ``hu`` runs from the patient's right to the left, its first row is in front, as DICOM stores axial slices.
+    """
+
+    patient_id: str  # (0010,0020); the StudyInstanceUID where it is empty
+    study_uid: str  # (0020,000D)
+    series_uid: str  # (0020,000E)
+    sop_uids: tuple[str, ...]  # (0008,0018) of each slice
+    paths: tuple[str, ...]  # file of each slice; one in an archive as ARCHIVE.zip/FOLDER/FILE
+    hu: NDArray[np.int16]  # (n, rows, columns), Hounsfield units, -1024 to 32767
+    position_mm: NDArray[np.float64]  # (n,), along the slice normal, not falling; ImagePositionPatient (0020,0032)
+    spacing_mm: NDArray[np.float64]  # (n,), to the slice before, of the first to the next; NaN for a single slice
+    pixel_mm: tuple[float, float]  # PixelSpacing (0028,0030): between rows, between columns; NaN where absent
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.hu)
+
+
+def read_series(paths: Paths, series_uid: str | None = None, *, workers: int = 1) -> Volume:
+    """Read one series from a folder, a zip archive, a file, or several of them.
+
+    Without ``series_uid`` the series that stands for the study is taken, by the rules of ``ichpipe predict``
+    (docs/cq500.md); one that is named is taken whole. Slices are ordered by position, never by file name or
+    InstanceNumber. ``workers`` processes read headers, which pays from some thousand files.
+
+    Raises MissingFileError (no such path), DataError (nothing usable; several studies and no ``series_uid``; an unknown
+    ``series_uid``; slices of different size) and UnreadableDicomError (a slice that can't be decoded). All are
+    IchpipeError.
+    """
+    index = find_slices(paths, all_series=series_uid is not None, workers=workers).slices
+    if series_uid is not None:
+        index = index[index["series_uid"] == series_uid]
+        if index.empty:
+            raise DataError(f"{_named(paths)}: no usable slice of series {series_uid}; ichpipe.find_slices lists all")
+    found = index["series_uid"].unique()
+    if len(found) > 1:
+        raise DataError(
+            f"{_named(paths)} holds {len(found)} studies; name one by series_uid (the first is {found[0]}), "
+            "or take them one by one from ichpipe.read_studies"
+        )
+    return _volume(index)
+
+
+def read_studies(paths: Paths, *, all_series: bool = False, workers: int = 1) -> Iterator[Volume]:
+    """Yield the series that stands for each study, or with ``all_series`` every series, one in memory at a time.
+
+    In the order of SeriesInstanceUID. Raises as `read_series` does; an unreadable series stops the iteration.
+    """
+    index = find_slices(paths, all_series=all_series, workers=workers).slices
+    for _, rows in index.groupby("series_uid", sort=False):
+        yield _volume(rows)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below some paths. Every file stands in ``slices`` or in ``rejected``."""
+
+    slices: pd.DataFrame  # a row a usable slice of a chosen series, by series_uid and slice_index; docs/architecture.md
+    series: pd.DataFrame  # a row a series: its facts, whether it was chosen, and why
+    rejected: pd.DataFrame  # path, reason
+
+
+def find_slices(
+    paths: Paths, *, all_series: bool = False, workers: int = 1, selection: SelectionParams | None = None
+) -> Found:
+    """Read the headers below ``paths`` and choose one series a study, or with ``all_series`` all; no pixels.
+
+    Raises MissingFileError for a path that is not there, DataError where not one slice is usable.
+    """
+    scanned, rejected = scan(listed(paths), workers)
+    chosen = choose(scanned, rejected, selection or SelectionParams(), one_per_study=not all_series)
+    left_out = pd.concat([rejected, chosen.left_out], ignore_index=True)[["path", "reason"]]
+    if chosen.slices.empty:
+        raise DataError(f"{_named(paths)}: none of {len(left_out)} files is a usable CT slice{_first(left_out)}")
+    return Found(chosen.slices, chosen.series, left_out)
+
+
+def _first(rejected: pd.DataFrame) -> str:
+    if rejected.empty:
+        return ""
+    row = rejected.iloc[0]
+    return f"; the first is {row['path']}: {row['reason']}"
+
+
+def listed(paths: Paths) -> list[Path]:
+    """Return one path or several as a list."""
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+
+
+def _named(paths: Paths) -> str:
+    first, *more = listed(paths) or [Path()]
+    return f"{first} and {len(more)} more" if more else str(first)
+
+
+def _volume(index: pd.DataFrame) -> Volume:
+    first = index.iloc[0]
+    paths = tuple(index["path"])
+    slices = [hounsfield.read_hu(path, scanned=True) for path in paths]
+    shapes = {one.shape for one in slices}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))
+        raise DataError(
+            f"series {first['series_uid']} has slices of {sizes} pixels, which make no array; "
+            "ichpipe.read_hu reads one file, Model.predict_folder takes such a series"
+        )
+    return Volume(
+        patient_id=str(first["patient_id"]),
+        study_uid=str(first["study_uid"]),
+        series_uid=str(first["series_uid"]),
+        sop_uids=tuple(index["sop_uid"]),
+        paths=paths,
+        hu=np.stack(slices),
+        position_mm=index["position_mm"].to_numpy(np.float64),
+        spacing_mm=index["spacing_mm"].to_numpy(np.float64),
+        pixel_mm=_pixel_mm(paths[0]),
+    )
+
+
+def _pixel_mm(path: str) -> tuple[float, float]:
+    with quiet_pydicom():
+        elements = elements_of(parse(read_file(path, MAX_FILE_BYTES), tags("PixelSpacing")))
+        try:
+            between_rows, between_columns = elements.floats("PixelSpacing", 2)
+        except UnreadableDicomError:
+            return math.nan, math.nan
+    return between_rows, between_columns

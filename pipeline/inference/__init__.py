@@ -1,0 +1,1 @@
+"""A folder of DICOM to findings, heat maps and DICOM reports."""

@@ -1,0 +1,162 @@
+"""One study on one picture: chosen slices in the brain window, the heat map on each, P along the head.
+
+Nothing in the picture says whose it is: slices are named by number and millimetres.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.report.figures import BRAIN_WINDOW, PALETTE, POSITIVE, plain_axes, to_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+COLUMNS: Final = 6
+WIDTH_IN: Final = 11.0
+HEAT: Final = "inferno"
+SKIN_HU: Final = -300
+"""More than this is head or holder, less is air."""
+
+NOTE: Final = (
+    "Under each slice the same slice with its heat map: which places raise P above the mean of the series. "
+    "Stronger colour, higher P.\nA heat map is no outline of a bleed, and shows the model's reasons, right or wrong."
+)
+
+STRONGEST: Final = 0.65
+"""Opacity of the heat map where it is 1 and the slice's probability is 1."""
+
+
+@dataclass(frozen=True)
+class SheetData:
+    """What a sheet shows of a series of T slices, k of which have a panel."""
+
+    hu: NDArray[np.int16]  # (k, S, S)
+    heat: NDArray[np.float32] | None  # (k, S, S), 0 to 1; None: plain slices
+    rows: NDArray[np.intp]  # (k,) which of the T slices these are
+    position_mm: Floats  # (T,)
+    probabilities: Floats  # (T, 6), in the order of CLASSES
+    framed: NDArray[np.bool_]  # (T,)
+    framed_means: str  # as "P(any) at least 0.5"
+    title: str
+    class_name: str = "any"
+    threshold: float | None = None  # drawn as a line
+    note: str = NOTE
+
+
+def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDArray[np.intp]:
+    """Choose at most ``panels`` of the slices (T,): equal stretches in mm, and of each the slice with the highest P.
+
+    A series with no more slices than panels is shown whole. Slices come in order.
+    """
+    count = len(probability)
+    if count <= panels:
+        return np.arange(count)
+    low, high = float(position_mm.min()), float(position_mm.max())
+    span = max(high - low, 1e-6)
+    stretch = np.minimum(((position_mm - low) / span * panels).astype(int), panels - 1)
+    best = [np.flatnonzero(stretch == number) for number in range(panels)]
+    return np.array(sorted(rows[np.argmax(probability[rows])] for rows in best if rows.size), dtype=np.intp)
+
+
+def contact_sheet(data: SheetData, columns: int = COLUMNS, width_in: float = WIDTH_IN) -> bytes:
+    """Draw the sheet as PNG, 100 pixels an inch: each slice plain, and beneath it the same under its heat map."""
+    rows, width = -(-len(data.rows) // columns), width_in
+    box = head_box(data.hu)
+    shape = data.hu[0][box].shape
+    height_of_panel = width / columns * shape[0] / shape[1] * (2.0 if data.heat is not None else 1.0) + 0.3
+    tiles_high, below_high = (0.5 if data.title else 0.1) + rows * height_of_panel, 2.9
+    figure = Figure(figsize=(width, tiles_high + below_high), layout="constrained", facecolor="white")
+    sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[tiles_high, below_high]).flat
+    if data.title:
+        sheet.suptitle(data.title, fontsize=12)
+    grid = sheet.subplots(rows, columns, squeeze=False)
+    sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, axes in enumerate(grid.flat[: len(data.rows)]):
+        _panel(axes, data, number, box)
+    _curve(below.subplots(), data)
+    if data.heat is not None and data.note:
+        below.supxlabel(data.note, fontsize=8.5, color="0.3")
+    return to_png(figure)
+
+
+def brain_window(hu: NDArray[np.int16]) -> Floats:
+    """Map HU to grey, 0 to 1, in the brain window (level 40, width 80)."""
+    level, width = BRAIN_WINDOW
+    return np.clip((hu.astype(np.float64) - (level - width / 2)) / width, 0.0, 1.0)
+
+
+def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floats:
+    """Lay a heat map (S, S) over a grey slice (S, S): RGB (S, S, 3). Opacity grows with heat and probability."""
+    colour = colormaps[HEAT](0.25 + 0.75 * heat)[..., :3]
+    weight = (STRONGEST * probability * heat)[..., None]
+    mixed: Floats = np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0)
+    return mixed
+
+
+def head_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:
+    """Return the rows and columns that hold the heads of slices (k, S, S), with a margin; all where there is none."""
+    inside = np.any(hu > SKIN_HU, axis=0)
+    if not inside.any():
+        return slice(None), slice(None)
+    margin = max(1, hu.shape[1] // 40)
+    ends = [(np.flatnonzero(line)[0], np.flatnonzero(line)[-1]) for line in (inside.any(axis=1), inside.any(axis=0))]
+    rows, columns = (slice(max(0, int(a) - margin), int(b) + margin + 1) for a, b in ends)
+    return rows, columns
+
+
+def _panel(axes: Axes, data: SheetData, number: int, box: tuple[slice, slice]) -> None:
+    row = int(data.rows[number])
+    column = CLASSES.index(data.class_name)
+    probability = float(data.probabilities[row, column])
+    grey = brain_window(data.hu[number])
+    picture = np.repeat(grey[..., None], 3, axis=2)[box]
+    if data.heat is not None:
+        picture = np.concatenate([picture, overlay(grey, data.heat[number], probability)[box]])
+    axes.set_axis_on()
+    axes.imshow(picture, vmin=0, vmax=1, interpolation="antialiased")
+    axes.set(xticks=[], yticks=[])
+    framed = bool(data.framed[row])
+    label = f"{row} · {data.position_mm[row]:.0f} mm · P {probability:.2f}"
+    axes.set_xlabel(label, fontsize=9, labelpad=2, color="#B34700" if framed else "black")
+    for spine in axes.spines.values():
+        spine.set(visible=framed, edgecolor=POSITIVE, linewidth=3)
+
+
+def _curve(axes: Axes, data: SheetData) -> None:
+    """Draw P by position: the class that is explained bold, the others thin."""
+    order = np.argsort(data.position_mm, kind="stable")
+    place = data.position_mm[order]
+    steps = np.diff(place) if len(place) > 1 else np.array([5.0])
+    edges = place + 0.5 * np.append(steps, steps[-1])[: len(place)]
+    for row in np.flatnonzero(data.framed[order]):
+        start = edges[row - 1] if row else 2 * place[0] - edges[0]
+        axes.axvspan(start, edges[row], color=POSITIVE, alpha=0.18, linewidth=0)
+    for number, name in enumerate(CLASSES):
+        bold = name == data.class_name
+        values = data.probabilities[order, number]
+        style: dict[str, Any] = {"color": "black" if bold else PALETTE[number % len(PALETTE)]}
+        style |= {"linewidth": 2.4, "zorder": 3} if bold else {"linewidth": 1.1, "alpha": 0.9}
+        axes.plot(place, values, label=name, marker="." if len(place) < 80 else None, markersize=4, **style)
+    if data.threshold is not None:
+        axes.axhline(data.threshold, color="0.4", linewidth=1, linestyle="--")
+    shown = np.full(len(data.rows), -0.045)
+    axes.plot(data.position_mm[data.rows], shown, "|", color="0.3", markersize=6, clip_on=False)
+    handles, names = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=POSITIVE, alpha=0.3, linewidth=8))
+    names.append(data.framed_means)
+    axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    axes.set(ylim=(-0.06, 1.03), xlabel="position along the slice normal, mm  (ticks: slices shown)", ylabel="P")
+    plain_axes(axes, grid="y")

@@ -1,0 +1,68 @@
+"""From an index of slices to tables of probabilities, by the fine-tuned model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.progress import Counter
+from ichpipe.features.embedder import classify_series, to_probabilities
+from ichpipe.index.thin_slices import stride_of
+from ichpipe.scoring.model_ladder import smooth_series
+from ichpipe.scoring.pooling import pool
+
+if TYPE_CHECKING:
+    import torch
+
+    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.scoring.pooling import StudyScore
+
+IDENTIFIERS: Final = ["patient_id", "study_uid", "series_uid"]
+SLICE_COLUMNS: Final = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm", *CLASSES]
+STUDY_COLUMNS: Final = [*IDENTIFIERS, "n_slices", *CLASSES]
+
+
+def predict_slices(
+    model: EndToEnd,
+    index: pd.DataFrame,
+    device: torch.device,
+    spacing_mm: float,
+    calibration: Calibration | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predict every series of ``index``, slices ordered: its readable rows with six probabilities (float64), 0 to 1.
+
+    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``); without
+    ``calibration`` probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded,
+    or whose prediction is not a number.
+    """
+    parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
+    counter = Counter("predict", len(index), "slice")
+    for _, group in index.groupby("series_uid", sort=False):
+        places = group["position_mm"].to_numpy(np.float64)
+        stride = stride_of(places, spacing_mm)
+        logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
+        readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
+        values = to_probabilities(logits)
+        odd = np.flatnonzero(~np.isfinite(values).all(axis=1))  # fp16 can overflow
+        rejected += bad + [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
+        sound = np.delete(values, odd, axis=0)
+        table = pd.DataFrame(calibration.apply(sound) if calibration else sound, columns=list(CLASSES))
+        rest = readable.drop(index=list(odd)).reset_index(drop=True).drop(columns=list(CLASSES), errors="ignore")
+        parts.append(pd.concat([rest, table], axis=1))
+        counter.add(len(group))
+    counter.close()
+    filled = [part for part in parts if len(part)]
+    slices = pd.concat(filled, ignore_index=True) if filled else parts[0]
+    return slices, pd.DataFrame(rejected, columns=["path", "reason"])
+
+
+def score_series(slices: pd.DataFrame, study_score: StudyScore = "max") -> pd.DataFrame:
+    """Pool the slices of each series: STUDY_COLUMNS, a row a series; thin ones are averaged along z before."""
+    groups = slices.groupby(IDENTIFIERS, sort=False)
+    table = groups.size().rename("n_slices").reset_index()
+    values = pool(smooth_series(slices), np.asarray(groups.ngroup(), dtype=np.intp), len(table), study_score)
+    return table.assign(**dict(zip(CLASSES, values.T, strict=True)))[STUDY_COLUMNS]

@@ -1,0 +1,240 @@
+"""A DICOM Structured Report of one series: what was found where, by what, as a PACS stores it.
+
+Enhanced SR (PS3.3 A.35.2), content by template TID 1500, Measurement Report (PS3.16). One group of TID 1501 a class:
+finding, site, probability with its source images, present or absent. **The one output that carries the patient's
+identity**, copied from the source images, since a PACS files by it; nothing of it goes anywhere else.
+
+Codes are SNOMED CT (SCT) and DICOM (DCM): as far as they go from DICOM's own dictionary (pydicom.sr.codedict). A
+haemorrhage of the ventricles has no code there: it is written as SNOMED CT defines it, by morphology and site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final
+
+import highdicom as hd
+import pydicom
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import UID, CTImageStorage, generate_uid
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path
+from ichpipe.dicom.archive import read_file
+from ichpipe.dicom.dataset import MAX_FILE_BYTES
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pydicom.dataset import Dataset
+
+FINDINGS: Final = {
+    "any": Code("1386000", "SCT", "Intracranial hemorrhage"),
+    "epidural": Code("82999001", "SCT", "Epidural intracranial hemorrhage"),
+    "intraparenchymal": Code("274100004", "SCT", "Cerebral hemorrhage"),
+    "intraventricular": codes.SCT.Hemorrhage,
+    "subarachnoid": Code("21454007", "SCT", "Subarachnoid intracranial hemorrhage"),
+    "subdural": Code("35486000", "SCT", "Subdural intracranial hemorrhage"),
+}
+SITES: Final = {
+    "any": codes.SCT.Intracranial,
+    "epidural": codes.SCT.Intracranial,
+    "intraparenchymal": codes.SCT.Brain,
+    "intraventricular": codes.SCT.BrainVentricle,
+    "subarachnoid": codes.SCT.CranialSubarachnoidSpace,
+    "subdural": codes.SCT.Intracranial,
+}
+PROBABILITY: Final = codes.DCM.Probability
+PRESENCE: Final = codes.DCM.PresenceOfProperty
+PRESENT: Final = codes.SCT.Present
+ABSENT: Final = codes.SCT.Absent
+PERCENT: Final = codes.UCUM.Percent
+NOT_FOR_DIAGNOSIS: Final = "Research software, not a medical device: not for diagnosis."
+SERIES_NUMBER: Final = 9901
+
+_DESCRIBED: Final = ("PixelSpacing", "SliceThickness", "ImagePositionPatient", "ImageOrientationPatient")
+_EMPTY: Final = (  # type 2 of the modules Patient and General Study: there, if empty
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+    "StudyTime", "ReferringPhysicianName",
+)  # fmt: skip
+_COPIED: Final = (  # of the same modules, where the source has them: a PACS may tell patients apart by them
+    "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "OtherPatientIDsSequence", "PatientBirthTime",
+    "PatientAge", "PatientSize", "PatientWeight", "StudyDescription", "IssuerOfAccessionNumberSequence",
+    "TimezoneOffsetFromUTC",
+)  # fmt: skip
+_KEPT_CODES: Final = ("Modality", "ImageType", "PatientSex", "PhotometricInterpretation", "SpecificCharacterSet")
+_WORDS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
+_OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What made the prediction; all of it is written into each group."""
+
+    version: str
+    model_sha256: str
+    threshold: float  # a probability of at least this is called present
+    calibration: str  # how probabilities were calibrated, in words
+    forced: str = ""  # why the series would have been refused; empty: it would not
+
+    def parameters(self) -> list[str]:
+        """Return what is worth knowing beside name and version, a text each."""
+        said = [
+            f"model SHA-256 {self.model_sha256}",
+            f"present: probability of at least {self.threshold:g}",
+            self.calibration,
+        ]
+        return [*said, f"forced, although refused: {self.forced}"] if self.forced else said
+
+
+@dataclass(frozen=True)
+class SeriesFinding:
+    """What was predicted of one series."""
+
+    probability: Mapping[str, float]  # of the study, by class, 0 to 1
+    positive: Mapping[str, Sequence[str]]  # SOPInstanceUIDs of the slices that show it, by class; may be empty
+    highest: Mapping[str, str] = field(default_factory=dict)  # SOPInstanceUID of the slice that shows it most
+
+
+def read_source(paths: Sequence[str]) -> list[Dataset]:
+    """Read the headers of a series' images, files or members of archives, without pixels."""
+    with quiet_pydicom():
+        sources: list[Dataset] = []
+        for path in paths:
+            source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
+            _leave_out_other_words(source)
+            for keyword in _EMPTY:
+                if keyword not in source:
+                    setattr(source, keyword, "")
+            sources.append(source)
+    return sources
+
+
+def _leave_out_other_words(source: Dataset) -> None:
+    """Remove all text that the report need not repeat; the library would copy names of physicians and the like."""
+    needed = {*_EMPTY, *_COPIED, *_KEPT_CODES}
+    for tag in list(source.keys()):  # as parsed: a value that can't be converted must not stop this
+        kind = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+        if kind in _WORDS and keyword_for_tag(tag) not in needed:
+            del source[tag]
+    for item in source.get("OtherPatientIDsSequence") or []:
+        for tag in list(item.keys()):
+            if keyword_for_tag(tag) not in _OF_OTHER_IDS:
+                del item[tag]
+
+
+def require_reportable(sources: Sequence[Dataset]) -> None:
+    """Raise DataError where a UID is none, as in RSNA's files (``ID_…``): no PACS would take the report."""
+    for source in sources:
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            with quiet_pydicom():
+                valid = UID(str(source.get(keyword, ""))).is_valid
+            if not valid:
+                raise DataError(f"{keyword} is no DICOM UID, so a report could not refer to the images")
+
+
+def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
+    """Return the report of one series; ``sources`` are the headers of all its images.
+
+    Each measurement refers to the slices that show the finding; where none does, to the one that shows it most, whose
+    probability it is. All slices are listed as evidence, and in the image library (TID 1600) where their headers have
+    what that describes. Raises DataError where the source can't be referred to.
+    """
+    require_reportable(sources)
+    try:
+        with quiet_pydicom():
+            return _made(sources, finding, algorithm)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
+        why = f"a header has what a report can't repeat ({type(error).__name__})"
+        raise DataError(why) from None
+
+
+def _made(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
+    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    groups = [_group(name, by_uid, finding, algorithm) for name in CLASSES]
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=_device_uid(algorithm), name="ichpipe", manufacturer_name="ichpipe", model_name="ichpipe",
+        serial_number=algorithm.model_sha256,
+    )  # fmt: skip
+    content = hd.sr.MeasurementReport(
+        observation_context=hd.sr.ObservationContext(
+            observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
+        ),
+        procedure_reported=codes.SCT.ComputedTomographyOfHead,
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+        referenced_images=sources if all(map(_describes_itself, sources)) else None,
+    )
+    return _document(sources, content, algorithm)
+
+
+def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
+    """Write a report, whole or not at all."""
+    with atomic_path(target) as temporary, quiet_pydicom():
+        report.save_as(temporary, enforce_file_format=True)
+
+
+def _describes_itself(source: Dataset) -> bool:
+    return source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
+
+
+def _document(sources: Sequence[Dataset], content: Any, algorithm: Algorithm) -> hd.sr.EnhancedSR:
+    mark = ", FORCED" if algorithm.forced else ""
+    report = hd.sr.EnhancedSR(
+        evidence=sources,
+        content=content[0],
+        series_instance_uid=generate_uid(prefix=None),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=generate_uid(prefix=None),
+        instance_number=1,
+        manufacturer="ichpipe",
+        manufacturer_model_name="ichpipe",
+        software_versions=algorithm.version,
+        device_serial_number=algorithm.model_sha256,
+        series_description=f"ichpipe haemorrhage (research{mark})",
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+    )
+    for keyword in _COPIED:
+        if keyword in sources[0]:
+            report[keyword] = sources[0][keyword]
+    return report
+
+
+def _group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding, algorithm: Algorithm) -> Any:
+    """Return one class as a group of TID 1501."""
+    shown = list(finding.positive[name]) or ([finding.highest[name]] if name in finding.highest else [])
+    images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in shown]
+    value = finding.probability[name]
+    present = value >= algorithm.threshold
+    group = hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
+        finding_type=FINDINGS[name],
+        finding_sites=[hd.sr.FindingSite(SITES[name])],
+        algorithm_id=hd.sr.AlgorithmIdentification(
+            "ichpipe", algorithm.version, parameters=algorithm.parameters(), manufacturer="ichpipe"
+        ),
+        measurements=[
+            hd.sr.Measurement(PROBABILITY, float(f"{100 * value:.6g}"), PERCENT, referenced_images=images or None)
+        ],
+        qualitative_evaluations=[hd.sr.QualitativeEvaluation(PRESENCE, PRESENT if present else ABSENT)],
+    )
+    group[0].ContentSequence.append(_comment(algorithm))
+    return group
+
+
+def _comment(algorithm: Algorithm) -> hd.sr.TextContentItem:
+    forced = f" Forced: the series was refused ({algorithm.forced})." if algorithm.forced else ""
+    return hd.sr.TextContentItem(codes.DCM.Comment, NOT_FOR_DIAGNOSIS + forced, hd.sr.RelationshipTypeValues.CONTAINS)
+
+
+def _device_uid(algorithm: Algorithm) -> str:
+    """Return one UID for one model: 2.25 and 128 bits of its digest (PS3.5 B.2)."""
+    return f"2.25.{int(algorithm.model_sha256[:32], 16)}"

@@ -1,0 +1,370 @@
+"""Every number a user may change: one frozen section per stage, read from YAML and ``--set``.
+
+An unknown or missing key, a wrong type or a value out of range is an error that names the key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from ichpipe.common.errors import MissingFileError, ParamsError, did_you_mean
+from ichpipe.params.keys import key_hint, written_out
+from ichpipe.params.loading import read_yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of the sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(allow_inf_nan=False, frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class PhantomParams(Section):
+    """The synthetic data set of the demo."""
+
+    studies: Positive = 120
+    size_px: Annotated[int, Field(ge=32, le=1024)] = 128  # rows and columns of each slice
+    seed: Count = 0
+
+
+class SelectionParams(Section):
+    """Which series stands for a study that has several; docs/cq500.md has the rules."""
+
+    per_study: Literal["auto", "one", "all"] = "auto"  # auto: all of rsna, one of cq500 and folder
+    thickness_mm: PositiveFloat = 5.0  # of two fit series the one whose slices are nearest to this
+    min_slices: Positive = 10  # fewer make no head scan
+    head_mm: PositiveFloat | None = 250.0  # slices further than this below the topmost are no head; null: keep all
+    choices: str | None = None  # a table study_uid,series_uid that overrules
+
+
+class PrepareParams(Section):
+    """Where the DICOM files and labels are, and how patients are split."""
+
+    dataset: Literal["rsna", "cq500", "folder"] = "rsna"
+    dicom_dir: str = "data/phantom/dicom"  # a folder, a zip archive, or a folder within one
+    labels: str | None = "data/phantom/stage_2_train.csv"  # null: no labels, prediction only
+    selection: SelectionParams = SelectionParams()
+    split: Literal["fractions", "patient-kfold", "stage1"] = "fractions"  # see docs/data.md, Splits
+    test_slices: str | None = None  # stage1: a table that names the slices of the test set
+    size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
+    val_fraction: Fraction = 0.15  # of all patients
+    test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
+    hash_patient_ids: str | None = None  # env:NAME or a file with a secret key: PatientIDs become keyed hashes
+    folds: Annotated[int, Field(ge=2)] = 5
+    test_fold: Count | None = None  # cross-validation: this fold is the test set
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> PrepareParams:
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError("val_fraction + test_fraction must stay below 1: nothing is left to train on")
+        if self.test_fold is not None and self.test_fold >= self.folds:
+            raise ValueError(f"test_fold must be below folds ({self.folds})")
+        return self
+
+
+class WindowParams(Section):
+    """One CT window: what lies outside ``level_hu`` ± ``width_hu`` / 2 is clipped."""
+
+    level_hu: float
+    width_hu: PositiveFloat
+
+
+PAPER_WINDOWS = (  # Nguyen et al. 2020, section 2: brain, subdural, bone
+    WindowParams(level_hu=40.0, width_hu=80.0),
+    WindowParams(level_hu=75.0, width_hu=215.0),
+    WindowParams(level_hu=600.0, width_hu=2800.0),
+)
+
+
+class AugmentParams(Section):
+    """Ranges from which one random change per slice is drawn (see ``augment``)."""
+
+    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # left-right
+    rotation_deg: Annotated[float, Field(ge=0.0)] = 15.0  # plus or minus
+    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # plus or minus this share
+    shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # of the image side, plus or minus
+    offset_hu: Annotated[float, Field(ge=0.0)] = 2.0  # plus or minus, one value for the whole slice
+    noise_hu: Annotated[float, Field(ge=0.0)] = 3.0  # largest standard deviation of added Gaussian noise
+    vertical_flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # upside down
+    crop_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # smallest share of the image that a random crop keeps
+    crop_aspect: Annotated[float, Field(ge=1.0)] = 1.0  # widest ratio of a crop's sides; it is stretched to a square
+    distortion: Annotated[float, Field(ge=0.0, lt=0.2)] = 0.0  # of the image side, at the nodes of a 5 x 5 grid
+    blur_px: Annotated[float, Field(ge=0.0)] = 0.0  # largest standard deviation of a Gaussian blur
+
+
+class CutMixParams(Section):
+    """CutMix over the slices of a batch (Yun et al. 2019; the paper: alpha 1)."""
+
+    alpha: Annotated[float, Field(ge=0.0)] = 0.0  # of the Beta distribution; 0: none
+    probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # share of the batches that are mixed
+
+
+class SliceParams(Section):
+    """Stage one: the slice CNN."""
+
+    backbone: str = "resnet10t"  # any timm name
+    pretrained: str | None = None  # path of a weights file, package:NAME/FILE, imagenet, or null
+    pooling: Literal["avg", "max", "avgmax", "catavgmax"] | None = None  # timm's global_pool; null: the backbone's own
+    epochs: Positive = 8
+    batch_size: Positive = 32  # slices
+    accumulate: Positive = 1  # batches per optimiser step
+    sample_slices: Positive | None = None  # an epoch is one sample of so many contiguous slices a series; null: all
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2  # none on biases and norms
+    adam_eps: PositiveFloat = 1e-8
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
+    dropout: Fraction = 0.0  # on the embedding, before the classifier
+    max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile; pays on a GPU, not on a CPU
+    augment: AugmentParams = AugmentParams()
+    cutmix: CutMixParams = CutMixParams()
+    folds: Count = 0  # further CNNs, each fitted without one fold of the train patients; 0 or prepare.folds
+    seed: Count = 0
+
+
+class ViewParams(Section):
+    """Augmented views of the train slices, cached beside the plain one."""
+
+    count: Count = 0
+    augment: AugmentParams = AugmentParams()
+    seed: Count = 0
+
+
+class ExtractParams(Section):
+    """The embedding store."""
+
+    chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
+    batch_size: Positive = 64  # slices per forward pass on a GPU; on a CPU 16 at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    views: ViewParams = ViewParams()
+    mirror: bool = False  # also the left-right mirror image of every slice; an arm asks for it by `average.mirrored`
+    pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)
+    keep_vanished: bool = False  # series that left the index stay readable
+    store: str | None = None  # an fsspec address (s3://…); null: embeddings.zarr below the artifacts
+
+
+Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RegularizeParams(Section):
+    """Random changes of a training sequence, drawn anew for each series and epoch."""
+
+    reverse_probability: Probability = 0.0  # slices from the other end (RSNA 2019's 1st place)
+    stride2_probability: Probability = 0.0  # every second slice alone (1st place)
+    crop_slices: Positive | None = None  # contiguous slices around a random one (the paper: 10); null: the whole series
+    feature_noise: Annotated[float, Field(ge=0.0)] = 0.0  # features times 1 + noise of this standard deviation
+    feature_dropout: Fraction = 0.0  # share of features that are 0 throughout a series (2nd place)
+
+
+class AverageParams(Section):
+    """What is averaged into one prediction; probabilities are."""
+
+    epochs: Positive = 1  # the last so many; 1: the one epoch that is best on validation
+    seeds: bool = False  # all seeds of the arm as one model; false: the first one's
+    reversed: bool = False  # the slices in both orders
+    mirrored: bool = False  # images and their mirror images (extract.mirror)
+
+
+class SequenceParams(Section):
+    """Stage two: one arm, a network over each series' cached embeddings."""
+
+    cell: Literal["lstm", "gru", "transformer", "conv", "average"] = "lstm"
+    hidden: Positive = 512  # units (recurrent: per direction)
+    layers: Positive = 2
+    bidirectional: bool = True  # lstm, gru
+    residual: bool = False  # lstm, gru, two layers: their sum and a ReLU layer on each (2nd place)
+    kernel: Positive = 3  # conv, average: slices that each sees, an odd number
+    heads: Positive = 8  # transformer
+    dropout: Fraction = 0.0  # between layers and before the head
+    inputs: Annotated[tuple[Input, ...], Field(min_length=1, strict=False)] = ("embedding",)
+    skip: Annotated[tuple[Input, ...], Field(strict=False)] = ()  # inputs that also go straight into the head
+    regularize: RegularizeParams = RegularizeParams()
+    average: AverageParams = AverageParams()
+    views: Count = 0  # of extract.views, each drawn as often as the plain one
+    out_of_fold: bool = True  # train on embeddings by the CNNs of fit-slices.folds, where there are any
+    shuffle_series: Positive | None = None  # shuffle within about so many series at a time; null: all
+    epochs: Positive = 30
+    batch_series: Positive = 8
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    adam_eps: PositiveFloat = 1e-8
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    seed: Count = 0
+    seeds: Positive = 1  # trained with seed, seed + 1, …; `compare` shows their spread
+
+    @property
+    def wanted(self) -> tuple[Input, ...]:
+        """Every input that the network is given, each once."""
+        return tuple(dict.fromkeys(self.inputs + self.skip))
+
+    @model_validator(mode="after")
+    def _settings_fit_the_cell(self) -> SequenceParams:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that a slice stands in its middle; {self.kernel} is not")
+        if self.residual and (self.cell not in ("lstm", "gru") or self.layers != 2):
+            raise ValueError("residual is for two layers of lstm or gru")
+        if self.cell == "transformer" and self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if self.cell == "average" and self.wanted != ("logits",):
+            raise ValueError("the moving average is over the slice CNN's probabilities: write inputs: [logits]")
+        return self
+
+
+class FinetuneParams(Section):
+    """Step three: slice CNN and one sequence arm, unfrozen, end to end on whole series."""
+
+    arm: str = "paper"
+    epochs: Positive = 2
+    batch_series: Positive = 2  # series per batch
+    accumulate: Positive = 1  # batches per optimiser step
+    sample_slices: Positive | None = None  # contiguous slices of each series and epoch (the paper: 10); null: all
+    chunk_slices: Positive = 16  # slices held with a graph at one time
+    learning_rate_cnn: Annotated[float, Field(ge=0.0)] = 3e-5  # 0: the slice CNN stays as it is
+    learning_rate_sequence: PositiveFloat = 1e-4
+    unfreeze_epochs: Count = 0  # the CNN's parts join from the last to the first, one every so many; 0: all at once
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    adam_eps: PositiveFloat = 1e-8
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.2
+    ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
+    max_grad_norm: PositiveFloat = 5.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # torch.compile of the slice CNN; pays on a GPU, not on a CPU
+    augment: AugmentParams = AugmentParams()
+    augment_together: bool = True  # slices of a series move alike; false: each for itself (the paper)
+    cutmix: CutMixParams = CutMixParams()
+    seed: Count = 0
+
+
+class EvaluateParams(Section):
+    """Scoring on the held-out patients."""
+
+    bootstrap_samples: Positive = 1000  # resamples of patients
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
+    baseline: str | None = None  # the arm that `compare` measures the others against; null: finetune.arm
+    calibration: Literal["none", "temperature", "isotonic"] = "temperature"  # of the fine-tuned model, on validation
+    seed: Count = 0
+
+    def bootstrap(self) -> dict[str, Any]:
+        """Return the settings of resampling alone."""
+        return self.model_dump(include={"bootstrap_samples", "confidence", "seed"})
+
+
+class Params(Section):
+    """All sections; a section or key that the file leaves out keeps its default."""
+
+    phantom: PhantomParams = PhantomParams()
+    prepare: PrepareParams = PrepareParams()
+    windows: Annotated[tuple[WindowParams, ...], Field(min_length=1, max_length=8, strict=False)] = PAPER_WINDOWS
+    fit_slices: SliceParams = Field(default=SliceParams(), alias="fit-slices")
+    extract: ExtractParams = ExtractParams()
+    sequence: dict[str, SequenceParams] = Field(default={"paper": SequenceParams()}, min_length=1)
+    finetune: FinetuneParams = FinetuneParams()
+    evaluate: EvaluateParams = EvaluateParams()
+
+    @model_validator(mode="after")
+    def _finetune_names_an_arm(self) -> Params:
+        if self.finetune.arm not in self.sequence:
+            close = did_you_mean(self.finetune.arm, self.sequence)
+            raise ValueError(
+                f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}{close}"
+            )
+        if self.evaluate.baseline not in (None, *self.sequence):
+            close = did_you_mean(str(self.evaluate.baseline), self.sequence)
+            raise ValueError(
+                f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}{close}"
+            )
+        return self
+
+    @field_validator("sequence")
+    @classmethod
+    def _arms_are_folder_names(cls, arms: dict[str, SequenceParams]) -> dict[str, SequenceParams]:
+        for name in arms:
+            if not name.isprintable() or name.startswith((".", " ")) or set(name) & set("/\\:") or not name.strip():
+                raise ValueError(f"the arm {name!r} can't name a folder: no / \\ : in it, no point or blank first")
+        return arms
+
+    @model_validator(mode="after")
+    def _folds_agree(self) -> Params:
+        wanted, there = self.fit_slices.folds, self.prepare.folds
+        if wanted not in (0, there):
+            raise ValueError(f"fit-slices.folds is {wanted}, but prepare.folds is {there}; write 0 (none) or {there}")
+        return self
+
+
+def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool = False) -> Params:
+    """Read ``path`` (the defaults where it is absent), apply ``SECTION.KEY=VALUE`` overrides, validate."""
+    raw = _read_yaml(path) if path.exists() or must_exist else {}
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError(_explain(error, str(path))) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"parameter file {path} does not exist; name one with --params FILE") from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ParamsError(f"parameter file {path} can't be read as YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ParamsError(f"parameter file {path} must hold sections (key: value), found {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ParamsError(f"--set {override!r}: write SECTION.KEY=VALUE, for example fit-slices.epochs=3")
+    try:
+        value = read_yaml(text)
+    except YAMLError as error:
+        raise ParamsError(f"--set {override!r}: the value is not YAML: {error}") from error
+    node = raw
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ParamsError(f"--set {override!r}: {key} holds a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [f"parameters ({source}) are not valid:"]
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        unknown = problem["type"] == "extra_forbidden"
+        what = (
+            f"unknown key{key_hint(Params, problem['loc'])}"
+            if unknown
+            else problem["msg"].removeprefix("Value error, ")
+        )
+        lines.append(f"  {place}: {what}" if place else f"  {what}")
+    return "\n".join(lines)
+
+
+def known_keys() -> list[str]:
+    """Return every key that holds a value, written out as for ``--set``; the name of an arm stands as ARM."""
+    return written_out(Params)

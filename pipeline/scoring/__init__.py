@@ -1,0 +1,1 @@
+"""Predictions and labels to figures with intervals."""

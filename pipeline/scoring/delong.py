@@ -1,0 +1,83 @@
+"""DeLong's variance of the area under the ROC curve, and his test for two models scored on the same cases.
+
+DeLong, DeLong & Clarke-Pearson, Biometrics 1988, 44, 837-845, with the ranks of Sun & Xu, IEEE Signal Processing
+Letters 2014, 21, 1389-1393: sorting instead of a look at every pair. Cases must be independent: scans of different
+patients, not slices of one scan; for slices see the bootstrap over patients in ``ichpipe.scoring.metrics``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import norm, rankdata
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Areas:
+    """AUCs of k models on the same cases."""
+
+    values: Floats  # (k,), 0 to 1
+    covariance: Floats  # (k, k)
+
+
+def areas(labels: ArrayLike, scores: ArrayLike) -> Areas | None:
+    """Return AUCs and their covariance; labels (n,) are 0 or 1, scores (n, k) any numbers, higher for positive.
+
+    None with fewer than two positives or two negatives: the covariance is not defined there.
+    """
+    positive, columns = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
+    positives, negatives = columns[positive], columns[~positive]
+    m, n = len(positives), len(negatives)
+    if m < 2 or n < 2:
+        return None
+    together = rankdata(np.concatenate([positives, negatives]), axis=0)  # midranks: a tie counts one half
+    # Share of negatives below each positive (m, k), and share of positives above each negative (n, k).
+    above = (together[:m] - rankdata(positives, axis=0)) / n
+    below = 1.0 - (together[m:] - rankdata(negatives, axis=0)) / m
+    covariance = np.atleast_2d(np.cov(above, rowvar=False)) / m + np.atleast_2d(np.cov(below, rowvar=False)) / n
+    return Areas(above.mean(axis=0), covariance)
+
+
+def interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> dict[str, float] | None:
+    """Return ``standard_error``, ``ci_low``, ``ci_high`` of one AUC (scores (n,)); None where ``areas`` is.
+
+    The interval is AUC +- z standard errors, cut to 0 to 1.
+    """
+    found = areas(labels, np.asarray(scores)[:, None])
+    if found is None:
+        return None
+    value, error = float(found.values[0]), float(np.sqrt(found.covariance[0, 0]))
+    low, high = _around(value, error, confidence)
+    return {"standard_error": error, "ci_low": max(low, 0.0), "ci_high": min(high, 1.0)}
+
+
+def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence: float = 0.95) -> dict[str, Any]:
+    """Test whether two models' AUCs differ on the same cases; positive ``difference`` means ``scores`` is better.
+
+    Returns ``auc``, ``auc_against``, ``difference``, ``ci_low``, ``ci_high``, ``z`` and the two-sided ``p_value``; all
+    None where ``areas`` is. Where the difference has no variance, as between equal scores, there is no z, and the
+    p-value is 1 for no difference, else None.
+    """
+    found = areas(labels, np.column_stack([scores, others]))
+    if found is None:
+        return dict.fromkeys(("auc", "auc_against", "difference", "ci_low", "ci_high", "z", "p_value"))
+    first, second = found.values.tolist()
+    variance = found.covariance[0, 0] + found.covariance[1, 1] - 2.0 * found.covariance[0, 1]
+    error = float(np.sqrt(max(variance, 0.0)))
+    low, high = _around(first - second, error, confidence)
+    z = (first - second) / error if error > 1e-12 else None
+    p_value = float(2.0 * norm.sf(abs(z))) if z is not None else (1.0 if first == second else None)
+    values = {"auc": first, "auc_against": second, "difference": first - second}
+    return {**values, "ci_low": low, "ci_high": high, "z": z, "p_value": p_value}
+
+
+def _around(value: float, error: float, confidence: float) -> tuple[float, float]:
+    width = float(norm.ppf(0.5 + confidence / 2.0)) * error
+    return value - width, value + width

@@ -1,0 +1,107 @@
+"""Held-out predictions: one table a model, marked with the model that made it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ichpipe.common.artifacts import MODEL_FILE, PREDICTIONS_FILE
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.common.files import atomic_path, digest_of_file, require_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+MODEL_KEY = b"ichpipe.model"
+POOLED = "pooled"
+"""Mark of predictions by the models of several folds."""
+
+KEYS = ["split", "patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
+LABELS = [f"label_{name}" for name in CLASSES]
+
+SLICE_CNN = "slice_cnn"
+FINETUNED = "finetuned"
+
+
+def sequence_name(arm: str) -> str:
+    """Return the name of an arm's predictions."""
+    return f"sequence-{arm}"
+
+
+def known_slices(index: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Return the rows of the series of a split whose labels are all known."""
+    chosen = index[index["split"] == split]
+    unknown = chosen["series_uid"][chosen[list(CLASSES)].isna().any(axis=1)]
+    return chosen[~chosen["series_uid"].isin(unknown)].reset_index(drop=True)
+
+
+def held_out(index: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that a model predicts once it is trained: validation, then test."""
+    return pd.concat([known_slices(index, split) for split in ("val", "test")], ignore_index=True)
+
+
+def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.DataFrame:
+    """Join the identifiers and labels of the held-out slices with probabilities (n, 6)."""
+    if np.isnan(probabilities).any():
+        missing = index["series_uid"].iloc[int(np.argmax(np.isnan(probabilities).any(axis=1)))]
+        raise DataError(f"series {missing} has no prediction; run: ichpipe extract")
+    table = index[KEYS].reset_index(drop=True)
+    table[list(CLASSES)] = probabilities
+    table[LABELS] = index[list(CLASSES)].to_numpy()
+    return table
+
+
+def of_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    """Put the tables of an arm's seeds into one, with a column ``seed``."""
+    return pd.concat([table.assign(seed=seed) for seed, table in tables.items()], ignore_index=True)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write one model's predictions as parquet."""
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def write_predictions(table: pd.DataFrame, folder: Path, mark: str) -> None:
+    """Write what a model predicts of the held-out slices, with the mark of what made it (`model_mark`, POOLED)."""
+    whole = pa.Table.from_pandas(table, preserve_index=False)
+    marked = whole.replace_schema_metadata({**(whole.schema.metadata or {}), MODEL_KEY: mark})
+    with atomic_path(folder / PREDICTIONS_FILE) as temporary:
+        pq.write_table(marked, temporary)
+
+
+def model_mark(folder: Path) -> str:
+    """Return the digest of the model in a folder (SHA-256); POOLED where there is none."""
+    path = folder / MODEL_FILE
+    return digest_of_file(path) if path.exists() else POOLED
+
+
+def read_predictions(folder: Path, command: str) -> pd.DataFrame:
+    """Read what the model in ``folder`` predicts; DataError where the file is of another model, or torn."""
+    path = require_file(folder / PREDICTIONS_FILE, f"run: {command}")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole parquet file ({error}); run: {command}") from error
+    if (table.schema.metadata or {}).get(MODEL_KEY) != model_mark(folder).encode():
+        raise DataError(f"{path} does not come from the model beside it; run: {command}")
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
+
+
+def own_predictions(table: pd.DataFrame, *, average_seeds: bool) -> pd.DataFrame:
+    """Return an arm's test predictions without ``seed``: the first seed's, or the mean over all."""
+    test = table[table["split"] == "test"]
+    parts = [part.reset_index(drop=True) for _, part in test.groupby("seed", sort=False)]
+    own = parts[0].drop(columns=["seed"])
+    if average_seeds:
+        own[list(CLASSES)] = np.mean([part[list(CLASSES)].to_numpy() for part in parts], axis=0)
+    return own

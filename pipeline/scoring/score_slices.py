@@ -1,0 +1,106 @@
+"""RSNA's metric over two tables: predictions joined to labels by SOPInstanceUID, and what did not match, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError
+from ichpipe.scoring.calibration_metrics import reliability
+from ichpipe.scoring.metrics import paired_difference, score
+from ichpipe.scoring.slice_tables import GROUPS, named
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ichpipe.scoring.slice_tables import SliceTable
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Predictions for labelled slices, sorted by UID."""
+
+    probabilities: Floats  # (n, 6)
+    report: dict[str, Any]
+
+
+def score_slices(
+    predictions: SliceTable,
+    labels: SliceTable,
+    *,
+    missing: float | None = None,
+    against: SliceTable | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return M of the contract with average precision, Brier score, calibration error and what was counted.
+
+    ``settings`` are ``bootstrap_samples``, ``confidence`` and ``seed``. Slices whose labels are not all known are left
+    out and counted. A labelled slice without prediction is an error, or gets ``missing`` (0 to 1). Resamples are of
+    the widest group that a table names for every slice scored; ``resampled_by`` says which. ``against`` adds a
+    paired bootstrap, in which positive means that ``predictions`` is better.
+    """
+    known = labels.values.dropna().sort_index()  # sorted, so that the order of rows changes no interval
+    if known.empty:
+        raise DataError(f"{labels.title} has no slice whose six labels are all known; check the table")
+    uids, true = known.index, known.to_numpy()
+    joined = _join(predictions, labels, uids, missing)
+    groups = _groups((labels, predictions), uids)
+    patients = next(iter(groups.values()), np.arange(len(uids)))
+    series = groups.get("series_uid", groups.get("study_uid"))
+    result = score(true, joined.probabilities, patients, series, **settings)
+    result |= reliability(true, joined.probabilities)
+    result |= {
+        "n_excluded": len(labels.values) - len(known),
+        "n_studies": None if series is None else len(np.unique(series)),
+        "n_groups": len(np.unique(patients)),
+        "resampled_by": next(iter(groups), "slice"),
+        "study_auc_by": next((name for name in ("series_uid", "study_uid") if name in groups), None),
+        "predictions": joined.report,
+        "labels": labels.report,
+    }
+    if against is not None:
+        other = _join(against, labels, uids, missing)
+        found = paired_difference(true, other.probabilities, joined.probabilities, patients, **settings)
+        result["against"] = {"predictions": other.report, **found}
+    return result | settings
+
+
+def _join(predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: float | None) -> _Joined:
+    """Find each labelled slice by its UID; refuse or fill what has no prediction."""
+    found = predictions.values.reindex(uids).to_numpy(copy=True)
+    absent = np.isnan(found)
+    without = uids[absent.any(axis=1)]
+    if absent.all():
+        raise DataError(
+            f"{predictions.title} has no prediction for any of the {len(uids)} slices of {labels.title}: "
+            f"one names {predictions.values.index[0]}, the other {uids[0]}; check that they belong together"
+        )
+    if len(without) and missing is None:
+        gaps = zip(CLASSES, absent[uids.get_loc(without[0])], strict=True)
+        raise DataError(
+            f"{predictions.title} has no prediction for {len(without)} of {len(uids)} labelled slices, first of them "
+            f"{without[0]} ({', '.join(name for name, gap in gaps if gap)}); add them, or fill them with --missing 0.5"
+        )
+    found[absent] = missing
+    unlabelled = predictions.values.index.difference(uids, sort=False)
+    counts = named("slices_without_label", unlabelled) | named("slices_without_prediction", without)
+    filled = {"filled_with": missing} if len(without) else {}
+    return _Joined(found, predictions.report | counts | filled)
+
+
+def _groups(tables: tuple[SliceTable, ...], uids: pd.Index) -> dict[str, NDArray[np.intp]]:
+    """Number the patients, studies and series (n,) of the slices, by the first table that names one for each slice."""
+    frames = [table.groups.reindex(uids) for table in tables]
+    result = {}
+    for name in GROUPS:
+        columns = [frame[name] for frame in frames if name in frame]
+        whole = next((column for column in columns if column.notna().all()), None)
+        if whole is not None:
+            result[name] = pd.factorize(whole, sort=True)[0]
+    return result

@@ -1,0 +1,225 @@
+"""How slice CNN and sequence model learn together: one epoch of whole series of images, or samples of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling
+from ichpipe.common.errors import TrainingError, UnreadableDicomError
+from ichpipe.common.progress import Counter
+from ichpipe.features.embedder import classify_series
+from ichpipe.images import augmentation
+from ichpipe.images.cutmix import draw_cut
+from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_dataset import SliceDataset, batch_loader
+from ichpipe.models.end_to_end import backward_in_chunks
+from ichpipe.models.slice_cnn import parts_of
+from ichpipe.training.distributed import all_sum, share
+from ichpipe.training.losses import weighted_bce, weighted_bce_sum
+from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from torch import Tensor
+
+    from ichpipe.images.pixel_cache import PixelCache
+    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.params.schema import FinetuneParams
+    from ichpipe.training.trainer import Position
+
+
+@dataclass(frozen=True)
+class ImageSeries:
+    """One series as files and labels (T, 6), in slice order."""
+
+    paths: list[str]
+    labels: Tensor
+    position_mm: Tensor  # (T,)
+
+    @property
+    def is_known(self) -> bool:
+        """Say whether any slice has a label."""
+        return not bool(self.labels.isnan().any(dim=1).all())
+
+
+@dataclass(frozen=True)
+class SeriesBatch:
+    """Some series, or samples of them, and their slices as one batch of images."""
+
+    images: Batch
+    members: list[list[int]]  # of each series of this process: numbers within the batch
+    position_mm: list[Tensor]
+    seeds: list[int]
+    n_series: int  # of all processes
+
+
+def image_series(index: pd.DataFrame, split: str) -> list[ImageSeries]:
+    """Return the series of one split that have a known label, as files in slice order."""
+    chosen = index[index["split"] == split]
+    found = [one_series(group) for _, group in chosen.groupby("series_uid", sort=False)]
+    known = [series for series in found if series.is_known]
+    if not known:
+        raise TrainingError(
+            f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
+        )
+    return known
+
+
+def one_series(rows: pd.DataFrame) -> ImageSeries:
+    """Return the index rows of one series as files and labels."""
+    labels, places = (rows[names].to_numpy(np.float32, copy=True) for names in (list(CLASSES), "position_mm"))
+    return ImageSeries(rows["path"].tolist(), torch.from_numpy(labels), torch.from_numpy(places))
+
+
+class EndToEndFitting:
+    """One epoch of training and one pass of validation over series of images."""
+
+    def __init__(
+        self,
+        model: EndToEnd,
+        section: FinetuneParams,
+        device: torch.device,
+        train: list[ImageSeries],
+        val: list[ImageSeries],
+        workers: int = 0,
+        pixels: PixelCache | None = None,
+    ) -> None:
+        self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
+        self.workers = workers
+        paths = [path for series in train for path in series.paths]
+        labels = torch.cat([series.labels for series in train])
+        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, pixels)
+        self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
+        self.context = functools.partial(autocast, device, section.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
+        rates = [(model.cnn, section.learning_rate_cnn), (model.sequence, section.learning_rate_sequence)]
+        self.optimizer = make_optimizer(rates, section.weight_decay, section.adam_eps)
+        self.schedule = make_schedule(self.optimizer, len(self._steps(0)), section.epochs, section.warmup_epochs)
+
+    def trainer(self, checkpoint: Path, key: str) -> Trainer:
+        """Return what runs the epochs."""
+        section = self.section
+        return Trainer(
+            self.model, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key, self.scaler,
+            ema_decay=section.ema_decay,
+        )  # fmt: skip
+
+    def train_epoch(self, epoch: int, position: Position) -> None:
+        """Pass over the training series in a new order, from where the epoch stands."""
+        self.model.train()
+        self._thaw(epoch)
+        steps = self._steps(epoch)[position.step :]
+        loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
+        pixels = iter(batch_loader(self.slices, loads, self.workers))
+        position.begin()
+        slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
+        counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
+        for batches in steps:
+            of_all = sum(batch.n_series for batch in batches)
+            losses = []
+            for batch in batches:
+                losses += self._backward(batch, next(pixels)[0], of_all) if batch.members else []
+            step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
+            position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
+            counter.add(sum(len(batch.images.rows) for batch in batches))
+        counter.close()
+
+    @torch.inference_mode()
+    def validate(self) -> float:
+        """Return the weighted log loss on the validation slices, in the precision of `evaluate` and `predict`."""
+        self.model.eval()
+        total, known = 0.0, 0
+        for series in share(self.val):
+            places, chunk = series.position_mm.tolist(), self.section.chunk_slices
+            logits, bad = classify_series(self.model, series.paths, places, self.device, chunk)
+            if bad:
+                raise UnreadableDicomError(bad[0][1])
+            total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
+            known += int((~series.labels.isnan().any(dim=1)).sum())
+        total, count = all_sum(total, known)
+        return total / count
+
+    def _thaw(self, epoch: int) -> None:
+        """Let as many of the CNN's last parts learn as this epoch may (``unfreeze_epochs``)."""
+        parts, every = parts_of(self.model.cnn), self.section.unfreeze_epochs
+        learning = len(parts) if every == 0 else 1 + (epoch - 1) // every
+        if self.section.learning_rate_cnn == 0:
+            learning = 0
+        for number, parameters in enumerate(reversed(parts)):
+            for parameter in parameters:
+                parameter.requires_grad_(number < learning)
+
+    def _steps(self, epoch: int) -> list[list[SeriesBatch]]:
+        """Return the batches of each optimiser step of an epoch."""
+        section = self.section
+        order = torch.randperm(len(self.train), generator=generator(section.seed, "order", epoch)).tolist()
+        starts = range(0, len(order), section.batch_series)
+        batches = [self._batch(order[start : start + section.batch_series], epoch, start) for start in starts]
+        size = section.accumulate
+        return [batches[start : start + size] for start in range(0, len(batches), size)]
+
+    def _batch(self, numbers: Sequence[int], epoch: int, start: int) -> SeriesBatch:
+        section = self.section
+        seeds = [derive_seed(section.seed, "series", epoch, number) for number in numbers]
+        chosen = [self._sample(number, seed) for number, seed in zip(numbers, seeds, strict=True)]
+        ends = np.cumsum([0, *(len(rows) for rows in chosen)]).tolist()
+        members = [list(range(ends[one], ends[one + 1])) for one in range(len(chosen))]
+        taken = list(share(range(len(chosen))))
+        cut_seed = derive_seed(section.seed, "cut", epoch, start)
+
+        def draw() -> augmentation.AugmentDraw:
+            return augmentation.AugmentDraw.joined(
+                [
+                    augmentation.draw(section.augment, len(rows), generator(seed), together=section.augment_together)
+                    for rows, seed in zip(chosen, seeds, strict=True)
+                ]
+            )
+
+        images = Batch(
+            [self.starts[number] + row for number, rows in zip(numbers, chosen, strict=True) for row in rows],
+            [row for one in taken for row in members[one]],
+            draw,
+            lambda: draw_cut(section.cutmix, ends[-1], self.slices.size_px, cut_seed),
+        )
+        places = [self.train[numbers[one]].position_mm[list(chosen[one])] for one in taken]
+        own = [members[one] for one in taken]
+        return SeriesBatch(images, own, places, [seeds[one] for one in taken], len(chosen))
+
+    def _sample(self, number: int, seed: int) -> Sequence[int]:
+        rows = range(len(self.train[number].paths))
+        return sample(rows, self.section.sample_slices, generator(seed, "sample"))
+
+    def _backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
+        """Add the gradient of each series of this process; return their losses."""
+        labels = batch.images.labels(self.slices.labels)
+        losses = []
+        for rows, places, seed in zip(batch.members, batch.position_mm, batch.seeds, strict=True):
+            wanted = labels[rows].to(self.device)
+            if wanted.isnan().any(dim=1).all():  # a sample may hold no known label
+                continue
+            losses.append(self._backward_series(batch.images, hu, rows, places, wanted, seed, of_all))
+        return losses
+
+    def _backward_series(
+        self, images: Batch, hu: Tensor, rows: list[int], places: Tensor, labels: Tensor, seed: int, of_all: int
+    ) -> float:
+        size = self.section.chunk_slices
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return backward_in_chunks(
+            self.model,
+            [functools.partial(images.images, hu, part, self.device) for part in parts],
+            places.to(self.device),
+            lambda logits: weighted_bce(logits.float(), labels),
+            context=self.context,
+            seed=seed,
+            scale=float(self.scaler.get_scale()) / of_all,
+        )

@@ -1,0 +1,86 @@
+"""The record beside every trained model: what made it, on what, and how long it took.
+
+No host name, user name or absolute path: a record may be shared with the model.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ichpipe.common.artifacts import HISTORY_FILE, RECORD_FILE
+from ichpipe.common.files import write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ichpipe.training.trainer import Epoch
+
+PACKAGES = ("ichpipe", "torch", "timm", "numpy", "pydicom", "zarr", "dask")
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the wall time so far, to a tenth of a second."""
+        return round(time.perf_counter() - self._start, 1)
+
+
+def write_record(
+    folder: Path, *, stage: str, params: dict[str, Any], device: torch.device, seconds: float, facts: dict[str, Any]
+) -> None:
+    """Write ``record.json``; ``facts`` are the stage's own (counts, best epoch, …)."""
+    write_json(
+        folder / RECORD_FILE,
+        {
+            "stage": stage,
+            "params": params,
+            **facts,
+            "device": _device_name(device),
+            "wall_seconds": seconds,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "commit": _commit(),
+        },
+    )
+
+
+def write_history(folder: Path, history: list[Epoch]) -> None:
+    """Write the learning curve apart from the record: it is the same for the same seed, wall time is not."""
+    write_json(folder / HISTORY_FILE, [asdict(line) for line in history])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    import torch  # noqa: PLC0415 - already loaded where there is a device
+
+    return torch.cuda.get_device_name(device)
+
+
+def _commit() -> str | None:
+    """Return the commit of the working folder, where it is a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
