@@ -259,7 +259,8 @@ def test_styles_fetch_nothing(site):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name
     words = (site / "reference" / "python.html").read_text(encoding="utf-8")
     assert all(
-        f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
+        f'id="ichpipe.{name}"' in words
+        for name in ("index.volume.read_series", "api.Model.predict", "common.errors.DataError")
     )
 
 
