@@ -283,6 +283,7 @@ def test_errors_name_what_is_there_and_what_to_do(run, slice_cnn, volume, held_o
             call()
 
 
+@pytest.mark.slow
 def test_a_store_of_two_networks_asks_which(branch):
     branch.params.write_text(
         branch.params.read_text().replace("backbone: resnet10t, epochs: 2", "backbone: resnet10t, epochs: 1")

@@ -47,6 +47,7 @@ def opened(run, arm):
     return params, artifacts, index, open_features(params, artifacts, index, params.sequence[arm])
 
 
+@pytest.mark.slow
 def test_every_kind_is_trained_predicts_and_is_scored(armed):
     other = armed("evaluate")
     assert other.exit_code == 0, other.output
@@ -56,6 +57,7 @@ def test_every_kind_is_trained_predicts_and_is_scored(armed):
 
 
 @pytest.mark.parametrize("arm", ["transformer", "second", "seeds", "mirrored", "floor"])
+@pytest.mark.slow
 def test_what_is_predicted_is_what_the_model_file_gives(armed, arm):
     _, artifacts, index, features = opened(armed, arm)
     model = load_sequence(artifacts.sequence(arm))
@@ -110,6 +112,7 @@ def test_mirrored_rows_are_the_mirror_images_embedded(armed):
         assert not np.allclose(cached, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_mirrored_from_the_cache_equals_mirrored_from_the_images(armed):
     _, artifacts, index, _ = opened(armed, "mirrored")
     assert armed("--set", "finetune.arm=mirrored", "--set", "finetune.learning_rate_cnn=1e-12", "--set",
@@ -141,6 +144,7 @@ def test_compare_prints_and_writes_the_table(armed):
     assert (folder / "arms.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_runs_of_other_patients_and_stores_are_told_apart(armed, run, tmp_path):
     other = run.fresh(tmp_path / "other")
     assert other("--set", "prepare.seed=5", "prepare").exit_code == 0
@@ -202,6 +206,7 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("stage", "absent"), [("evaluate", "torch"), ("compare", "torch"), ("fit_sequence", "timm")])
+@pytest.mark.slow
 def test_what_need_not_wait_does_not(stage, absent):
     code = f"import sys, ichpipe.stages.{stage}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

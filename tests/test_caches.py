@@ -51,6 +51,7 @@ def slices_of(rows):
     return [SliceInput(*row) for row in rows[["path", "series_uid", "file_digest"]].itertuples(index=False)]
 
 
+@pytest.mark.slow
 def test_every_train_series_comes_from_the_network_that_never_saw_it(folded):
     _, artifacts, index, features = opened(folded)
     plain = load_slice_cnn(artifacts.slice_cnn)
@@ -216,6 +217,7 @@ def reduced(folded, tmp_path_factory):
 PCA = ("extract.pca=12", "sequence.paper.inputs=[pca, logits]")
 
 
+@pytest.mark.slow
 def test_components_are_those_of_the_train_slices_alone(reduced):
     _, _, index, features = opened(reduced, extra=PCA)
     train = index.loc[index["split"] == "train", "series_uid"].unique()
@@ -251,6 +253,7 @@ def test_a_model_of_components_needs_no_store(reduced):
         torch.testing.assert_close(left, right, atol=5e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_components_of_other_rows_are_refused_and_made_anew(reduced, tmp_path, capsys):
     own = reduced.copy(tmp_path / "own")
     data = tmp_path / "data"
@@ -267,6 +270,7 @@ def test_components_of_other_rows_are_refused_and_made_anew(reduced, tmp_path, c
     assert own(*options, "fit-sequence", "--arm", "paper").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_companion_is_found(reduced, tmp_path, capsys):
     own = reduced.copy(tmp_path / "own")
     store = own.artifacts / "embeddings.zarr"

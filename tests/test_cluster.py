@@ -106,7 +106,7 @@ def test_a_worker_builds_what_falls_to_its_number(name, address, number):
     assert built == [number]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_small_version_of_the_benchmark(tmp_path, bench):
     options = bench.BENCHMARK.parse(bench.__doc__, ["--small"])
     result = bench.BENCHMARK.run("cluster", tmp_path, options)["result"]

@@ -97,6 +97,7 @@ def test_a_gain_within_the_spread_of_seeds_is_noise():
     assert row["verdict"] == "noise"
 
 
+@pytest.mark.slow
 def test_many_arms_that_are_the_same_are_seldom_called_different():
     wrong = 0
     for trial in range(20):

@@ -25,6 +25,7 @@ def call(name, *arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_series_is_read_and_drawn(run, tmp_path):
     said = call("read_series.py", run.data / "dicom", "--out", "seen.png", cwd=tmp_path)
     assert re.search(r"\(\d+, 48, 48\), int16, -10\d\d to \d+ HU", said)
@@ -39,6 +40,7 @@ def test_embeddings_are_searched_and_probed(run, tmp_path):
     assert 0 <= float(re.search(r"AUC ([\d.]+)", said).group(1)) <= 1
 
 
+@pytest.mark.slow
 def test_own_data_are_predicted(run, index, tmp_path):
     said = call("predict_own.py", run.data / "dicom", "--model", run.artifacts / "finetuned", cwd=tmp_path)
     studies = pd.read_csv(tmp_path / "predictions" / "studies.csv")

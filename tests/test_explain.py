@@ -114,6 +114,7 @@ def test_one_step_from_near_is_the_gradient_of_one_graph_over_the_series(files, 
     ("backbone", "size_px"),
     [("resnet10t", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 224), ("swin_tiny_patch4_window7_224", 224)],
 )
+@pytest.mark.slow
 def test_maps_of_convolutions_and_transformers(files, backbone, size_px):
     model = small_model(backbone, size_px)
     maps = HeatMaps(model)(embedded(model, files), [3, 10], 0)
@@ -240,7 +241,7 @@ def on_the_bleed(model, files, studies):
     return np.mean(hits), np.mean(energy), np.mean(chance), len(hits)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_heat_lies_on_the_bleed_and_a_randomised_network_loses_that(trained, files):
     """The pointing game (Zhang et al. 2018) against chance, and the sanity check of Adebayo et al. (2018)."""
     studies = [number for number in range(20) if make_study(3, number, SIZE).labels[:, 0].any()]
@@ -321,6 +322,7 @@ def sheet_data(count, rows):
 # The command
 
 
+@pytest.mark.slow
 def test_command_writes_a_sheet_per_study_and_a_table(run, tmp_path):
     result = run("explain", run.data / "dicom", "--out", tmp_path / "out", "--gpu", "cpu", "--panels", 4)
     assert result.exit_code == 0, result.output

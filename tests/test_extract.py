@@ -109,6 +109,7 @@ def test_vanished_series_stay_where_asked(own):
     assert gone not in features_of(own).plain.series_uids
 
 
+@pytest.mark.slow
 def test_two_networks_share_a_store_and_prune_keeps_the_one_in_use(branch):
     before = features_of(branch).plain
     uid = before.series_uids[0]
@@ -156,6 +157,7 @@ def test_cache_info_says_what_is_there(run, index):
     assert "resnet10t" in text
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_named_refused_repaired_and_computed_again(branch, capsys):
     before = features_of(branch).plain
     store = branch.artifacts / "embeddings.zarr"
@@ -189,6 +191,7 @@ def test_a_store_that_is_not_there_is_one_message(run, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
 def test_cached_rows_equal_those_made_on_the_fly_for_every_kind_of_backbone(backbone, index, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "cnn", SliceCnn(spec_for(backbone, PAPER_WINDOWS, 64, 0.0)), {})
@@ -237,6 +240,7 @@ def test_cached_embeddings_equal_those_made_on_the_fly(run, index):
     np.testing.assert_allclose(cached.logit, logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_store_of_other_weights_is_refused_by_stage_two_and_replaced_by_extract(branch, capsys):
     assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
     message = branch.error(capsys, "fit-sequence")

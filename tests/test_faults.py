@@ -47,6 +47,7 @@ def disk():
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_nothing_half_written(branch, disk, capsys, stage):
     folder = branch.artifacts / OUTPUTS[stage]
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +62,7 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(branch, disk, capsy
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.slow
 def test_a_folder_that_can_only_be_read_is_named(branch, disk, capsys, stage):
     folder = branch.artifacts / OUTPUTS[stage]
     shutil.rmtree(folder, ignore_errors=True)
@@ -120,6 +122,7 @@ for name, write in writers.items():
 """
 
 
+@pytest.mark.slow
 def test_every_library_that_writes_is_understood(tmp_path):
     """No mount needed: no file of the process may grow beyond 100 bytes."""
     for name in ("text", "safetensors", "checkpoint", "table", "csv"):
@@ -179,7 +182,7 @@ def test_every_output_goes_through_one_door():
 # Workers and devices
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_dask_worker_that_vanishes_is_replaced(branch, tmp_path):
     """Killed in the midst of its work; the rest ends with the bytes of a run that had no such trouble."""
     line = ["--set", "extract.chunk_rows=20", "extract"]
@@ -222,6 +225,7 @@ def command_of(process):
     return Path(f"/proc/{process}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_is_one_message_and_the_checkpoint_stays(run, branch, capsys, monkeypatch):
     shutil.rmtree(branch.artifacts / "slice-cnn")
     train = slice_trainer.SliceFitting.train_epoch

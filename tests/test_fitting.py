@@ -338,6 +338,7 @@ def assert_same_weights(one, other):
         ),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(run, tmp_path, command, settings, model):
     one = finetuned(run, tmp_path / "one", *settings, command=command)
     two = finetuned(run, tmp_path / "two", *settings, command=command, processes=2)

@@ -58,6 +58,7 @@ def on_a_terminal(*arguments, **environment):
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_colour_is_for_terminals_and_no_color_is_heeded(tmp_path):
     wrong = ["--params", tmp_path / "none.yaml", "prepare"]
     assert f"{ESCAPE}31michpipe:" in on_a_terminal(*wrong)

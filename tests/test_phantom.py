@@ -73,6 +73,7 @@ def test_a_study_does_not_depend_on_how_many_there_are(written: Path, tmp_path: 
     assert fewer.items() < more.items()
 
 
+@pytest.mark.slow
 def test_identifiers_are_unique_within_and_across_levels(studies: list[Study]) -> None:
     slices = [uid for study in studies for uid in study.sop_uids]
     others = [uid for study in studies for uid in (study.study_uid, study.series_uid)]
@@ -198,6 +199,7 @@ def test_blood_is_bright_in_the_picture(studies: list[Study]) -> None:
 # Tissue
 
 
+@pytest.mark.slow
 def test_tissue_lies_in_its_range_of_hu() -> None:
     quiet = next(study for study in (make_study(1, i, 128) for i in range(60)) if not study.lesions)
     rng = np.random.default_rng([1, 0, 0])

@@ -72,6 +72,7 @@ def chosen_of(*parts, params=PARAMS, rejected=None, choices=None):
     studies=st.lists(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=4), min_size=1, max_size=4),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_one_series_a_study_whatever_the_order_of_rows(studies, seed):
     parts = [
         series(f"S{study}{number}{kind}", f"T{study}", **KINDS[kind])
@@ -88,6 +89,7 @@ def test_one_series_a_study_whatever_the_order_of_rows(studies, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(kinds=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_a_series_that_is_not_chosen_can_be_taken_away_or_added(kinds):
     parts = [series(f"S{number}", **KINDS[kind]) for number, kind in enumerate(kinds)]
     table = chosen_of(*parts)
@@ -101,6 +103,7 @@ def test_a_series_that_is_not_chosen_can_be_taken_away_or_added(kinds):
 
 @settings(deadline=None, max_examples=30)
 @given(kinds=st.lists(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3), min_size=2, max_size=3))
+@pytest.mark.slow
 def test_studies_do_not_touch_each_other(kinds):
     studies = [
         [series(f"S{study}{number}", f"T{study}", **KINDS[kind]) for number, kind in enumerate(names)]
@@ -146,6 +149,7 @@ def test_what_is_better_than_what(better, worse, reason):
         assert reason in table.loc[names[1], "reason"]
 
 
+@pytest.mark.slow
 def test_a_fault_alone_is_worse_than_none_and_the_list_orders_them():
     order = [
         "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "sizes", "turned", "agent though plain",

@@ -102,6 +102,7 @@ def test_a_model_with_classes_in_another_order_is_refused(branch):
         load_end_to_end(path.parent)
 
 
+@pytest.mark.slow
 def test_a_store_made_with_other_windows_is_not_read(branch, capsys):
     windows = "windows: [{level_hu: 41, width_hu: 80}, {level_hu: 75, width_hu: 215}, {level_hu: 600, width_hu: 2800}]"
     branch.params.write_text(branch.params.read_text() + windows + "\n")

@@ -41,6 +41,7 @@ def client():
     chunk_rows=st.integers(1, 20),
     data=st.data(),
 )
+@pytest.mark.slow
 def test_round_trip_of_any_studies_in_any_order_and_partition(client, lengths, chunk_rows, data):
     """Parts of the studies, in any order and any chunk sizes, then all of them: every row is right at every step."""
     numbers = list(range(len(lengths)))
@@ -268,6 +269,7 @@ class CountedInputs(list):
         return list(map(Counted, found)) if isinstance(row, slice) else Counted(found)
 
 
+@pytest.mark.soak
 def test_inputs_of_finished_chunks_are_let_go(tmp_path):
     slices = kit.Slices([4] * 60)
     work = Work(CountedInputs(slices.inputs), kit.maker(), lambda: connect(1, None))

@@ -60,6 +60,7 @@ def program(*arguments, **options):
 # Flipped bits
 
 
+@pytest.mark.slow
 def test_a_thousand_flipped_bits_are_found_and_none_is_read(store):
     """One bit at a time, anywhere in a chunk file, checksum included."""
     draw = random.Random(1)  # noqa: S311
@@ -144,6 +145,7 @@ def test_damage_to_names_is_found_and_refused(store, client):
 # Killed, full, together
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_content(tmp_path):
     """The loop of fifty is benchmarks/kills.py; a few here."""
     n, draw = 24, random.Random(3)  # noqa: S311

@@ -53,6 +53,7 @@ def address(request):
     return f"{root}/{uuid.uuid4().hex}/embeddings.zarr"
 
 
+@pytest.mark.slow
 def test_written_read_grown_and_pruned(address, client, tmp_path):
     kit.write(address, kit.Slices(), client)
     kit.assert_holds(address, kit.Slices())
@@ -70,6 +71,7 @@ def test_written_read_grown_and_pruned(address, client, tmp_path):
     assert maintenance.verify(Place(address)) == []
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     slices = kit.Slices([4] * 10)
     kit.write(address, slices, client)
@@ -80,6 +82,7 @@ def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     assert len(store._held._chunks) == 1
 
 
+@pytest.mark.slow
 def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
     slices = kit.Slices([4] * 4)
     kit.write(address, slices, client)
