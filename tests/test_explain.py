@@ -1,5 +1,8 @@
+"""Heat maps add up and lie on bleeds; contact sheets show the right slices and no identifier."""
+
 import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +15,8 @@ from ichpipe.common.errors import WeightsError
 from ichpipe.features.embedder import classify_series
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.inference import heat_maps
-from ichpipe.inference.contact_sheet import choose_panels, contact_sheet, head_box, overlay
-from ichpipe.inference.explainer import Explainer
-from ichpipe.inference.heat_maps import HeatMaps, embed_series, target_layer
+from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet, head_box, overlay
+from ichpipe.inference.heat_maps import Explainer, HeatMaps, embed_series, target_layer
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
@@ -85,8 +87,8 @@ def test_directions_add_up_to_the_rise_of_the_logit(files, change, monkeypatch):
             own[at] = mean
             new.append(own)
         replaced.append(tuple(new))
-    without = heat_maps._score(model, replaced, series.position_mm[part])[at, column].detach()
-    assert rise == pytest.approx(float(series.logits(model)[row, column] - without), abs=1e-4)
+    without = replace(series, paths=series.paths[part], position_mm=series.position_mm[part], looks=replaced, stride=1)
+    assert rise == pytest.approx(float(series.logits(model)[row, column] - without.logits(model)[at, column]), abs=1e-4)
     assert abs(rise) > 1e-3
 
 
@@ -139,11 +141,12 @@ def test_map_has_enough_pixels_to_say_where():
 
 def test_backbone_without_maps_is_refused_by_name():
     cnn = small_model().cnn
+    _, to_maps = target_layer(cnn)
+    with pytest.raises(WeightsError, match=r"resnet10t.*no map"):
+        to_maps(torch.zeros(1, 50, 7))
     cnn.backbone.feature_info = []
     with pytest.raises(WeightsError, match="resnet10t"):
         target_layer(cnn)
-    with pytest.raises(WeightsError, match=r"resnet10t.*no map"):
-        heat_maps._to_maps(torch.zeros(1, 50, 7), 7, 0, "resnet10t")
 
 
 def test_mirrored_look_is_turned_back(files):
@@ -302,8 +305,6 @@ def test_sheet_of_any_length(count):
 
 
 def sheet_data(count, rows):
-    from ichpipe.inference.contact_sheet import SheetData
-
     rng = np.random.default_rng(0)
     return SheetData(
         hu=rng.integers(0, 80, (len(rows), 32, 32)).astype(np.int16),
@@ -381,7 +382,7 @@ def test_framed_slices_are_shown_before_others(run, monkeypatch):
     probabilities, framed, shown = np.full((len(paths), 6), 0.1), np.zeros(len(paths), bool), []
     framed[7] = True
     probabilities[7] = 0.0
-    monkeypatch.setattr("ichpipe.inference.explainer.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
+    monkeypatch.setattr("ichpipe.inference.heat_maps.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
     explainer.draw(series, probabilities=probabilities, panels=4, framed=framed, framed_means="x", title="")
     assert 7 in shown[0]
     assert len(shown[0]) == 4
