@@ -1,7 +1,6 @@
-"""The five haemorrhages, each in its true place and shape, over several slices.
+"""The five haemorrhages, each in its anatomical location and shape, over several slices.
 
-Every kind is drawn by one function that returns a weight per voxel; where a drawing spans too few slices
-it is drawn again. The mimics use the same functions (see ``ichpipe.phantom.mimics``).
+One function a kind returns a weight per voxel. A bleed in too few slices is drawn again.
 """
 
 from __future__ import annotations
@@ -52,8 +51,11 @@ def draw_lesion(rng: np.random.Generator, anatomy: Anatomy, kind: str) -> Lesion
     for _ in range(ATTEMPTS):
         blood, oedema = DRAW[kind](rng, anatomy)
         hu = float(rng.uniform(*HU_RANGE[kind]))
-        span = _longest_run(slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2)
-        if span is not None and span[1] - span[0] + 1 >= MIN_SLICES:
+        present = slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
+        runs = [(int(start), int(stop) - 1) for start, stop in edges.reshape(-1, 2)]
+        span = max(runs, key=lambda run: run[1] - run[0], default=(0, -1))  # the first of the longest
+        if span[1] - span[0] + 1 >= MIN_SLICES:
             return keep_slices(anatomy, Lesion(kind, blood, oedema, hu, span), span)
     return None
 
@@ -84,27 +86,12 @@ def lay_lesion(values: Floats, lesion: Lesion, texture: Floats) -> None:
     lay(values, lesion.hu + 2.0 * texture, lesion.blood)
 
 
-def _longest_run(present: NDArray[np.bool_]) -> tuple[int, int] | None:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
-    if not edges.size:
-        return None
-    starts, ends = edges[0::2], edges[1::2] - 1
-    best = int(np.argmax(ends - starts))
-    return int(starts[best]), int(ends[best])
-
-
-def _on_vault(rng: np.random.Generator, anatomy: Anatomy, lowest_mm: float, highest_mm: float) -> NDArray[np.int64]:
-    """Voxels just under the vault between two heights, away from the midline; flat positions in [m]."""
-    at = anatomy.points
-    near = (anatomy.depth_mm > 0) & (anatomy.depth_mm < 3) & (anatomy.brain > 0.9)
-    side = np.sign(rng.uniform(-1, 1)) * at.x > 28
-    return np.flatnonzero(near & side & (at.z > lowest_mm) & (at.z < highest_mm))
-
-
 def _epidural(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
     """A lens between skull and dura: the vault cut by a ball that bulges inward."""
-    seat = int(rng.choice(_on_vault(rng, anatomy, 0, 62)))
     at = anatomy.points
+    near = (anatomy.depth_mm > 0) & (anatomy.depth_mm < 3) & (anatomy.brain > 0.9)
+    side = np.sign(rng.uniform(-1, 1)) * at.x > 28  # away from the midline
+    seat = int(rng.choice(np.flatnonzero(near & side & (at.z > 0) & (at.z < 62))))
     centre = np.array([at.x[seat], at.y[seat], at.z[seat]], dtype=np.float64)
     out = centre - (0, 0, 20)
     out /= np.linalg.norm(out)
@@ -141,11 +128,11 @@ def _intraparenchymal(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Float
     radii = size * rng.uniform(0.8, 1.25, 3)
     at = anatomy.points
     near = np.flatnonzero((np.abs(at.x - x) < 45) & (np.abs(at.y - y) < 45) & (np.abs(at.z - z) < 45))
-    place = at.take(near)
-    lump = ellipsoid(place, (x, y, z), (radii[0], radii[1], max(radii[2], 7.0)))
-    lump += np.float32(0.13 * size) * ripple(rng, place, 22)
+    points = at.take(near)
+    lump = ellipsoid(points, (x, y, z), (radii[0], radii[1], max(radii[2], 7.0)))
+    lump += np.float32(0.13 * size) * ripple(rng, points, 22)
     fits = anatomy.brain[near] * inside(3 - anatomy.depth_mm[near])
-    rim = np.float32(rng.uniform(2, 6)) * (1 + 0.4 * ripple(rng, place, 25))
+    rim = np.float32(rng.uniform(2, 6)) * (1 + 0.4 * ripple(rng, points, 25))
     blood, oedema = np.zeros_like(at.x), np.zeros_like(at.x)
     blood[near] = inside(lump) * fits
     oedema[near] = inside(lump - rim, 3.0) * fits * inside(-anatomy.ventricle_mm[near])

@@ -1,8 +1,7 @@
-"""What a study holds: its bleeds, and mimics that look like bleeds but lie in one slice only.
+"""The bleeds of a study, and mimics: bleeds cut down to one slice.
 
-A mimic is a bleed that was drawn by the same function in the same head and cut down to one of its slices.
-In that slice it has, by construction, the distribution of shape, place and HU of a true bleed's slice; only
-the neighbouring slices tell. On real CT such things are streaks, partial volume of bone, vessels, calcium.
+The same function draws both, so within that slice a mimic has the shape, position and HU of a true bleed. Only the
+neighbouring slices show the difference. On real CT, streaks, partial volume, vessels and calcium look like this.
 """
 
 from __future__ import annotations
@@ -46,14 +45,11 @@ def draw_mimic(rng: np.random.Generator, anatomy: Anatomy, kind: str, others: li
         source = draw_lesion(rng, anatomy, kind)
         if source is None:
             return None
-        # A slice of a true bleed comes from a long bleed more often than a bleed is long: weigh by length.
+        # Most slices of true bleeds belong to long bleeds: weigh sources by their length.
         if rng.random() * LONGEST_SLICES > source.n_slices:
             continue
         level = int(rng.integers(source.slices[0], source.slices[1] + 1))
-        if not any(other.kind == kind and _near(level, other) for other in others):
+        close = (o.slices[0] - MIN_SLICES < level < o.slices[1] + MIN_SLICES for o in others if o.kind == kind)
+        if not any(close):
             return replace(keep_slices(anatomy, source, (level, level)), is_mimic=True)
     return None
-
-
-def _near(level: int, other: Lesion) -> bool:
-    return other.slices[0] - MIN_SLICES < level < other.slices[1] + MIN_SLICES
