@@ -11,10 +11,9 @@ import numpy as np
 
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
-from ichpipe.phantom.bleeds import Lesion, lay_lesion
+from ichpipe.phantom.bleeds import Lesion, draw_lesions, lay_lesion
 from ichpipe.phantom.fields import RandomField
 from ichpipe.phantom.geometry import Geometry, draw_geometry
-from ichpipe.phantom.mimics import draw_lesions
 from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden, slice_profile
 
 if TYPE_CHECKING:
