@@ -280,8 +280,8 @@ def test_the_table_is_kaggles(written: Path) -> None:
     rows = list(csv.reader(text.splitlines()))
     assert rows[0] == ["ID", "Label"]
     names = [name.rpartition("_")[2] for name, _ in rows[1:]]
-    wanted = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
-    assert names == wanted * (len(names) // 6)
+    order = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
+    assert names == order * (len(names) // 6)
     table = {name: int(label) for name, label in rows[1:]}
     assert {name.rpartition("_")[0] for name in table} == {path.stem for path in (written / "dicom").iterdir()}
     for index in range(3):
@@ -349,7 +349,7 @@ def test_an_interrupted_run_never_looks_whole(tmp_path: Path, monkeypatch: pytes
     assert not any((tmp_path / "new").iterdir())
 
 
-@pytest.mark.parametrize(("studies_wanted", "size_px"), [(0, 64), (1, 16)])
-def test_nonsense_is_refused(studies_wanted: int, size_px: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_studies", "size_px"), [(0, 64), (1, 16)])
+def test_nonsense_is_refused(n_studies: int, size_px: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="studies >= 1"):
-        write_dataset(tmp_path, studies_wanted, size_px, 0)
+        write_dataset(tmp_path, n_studies, size_px, 0)

@@ -57,7 +57,7 @@ def read_sample(path: Path) -> Sample:
     columns = pd.Index(ORDER).get_indexer(pd.Index(parts[2]))
     malformed = (columns < 0) | (parts[0] == "").to_numpy()
     table.refuse(malformed, f"ID is not <SOPInstanceUID>_<class> ({', '.join(ORDER)})", ids)
-    table.refuse(ids.duplicated().to_numpy(), "ID stands there twice", ids)
+    table.refuse(ids.duplicated().to_numpy(), "ID appears twice", ids)
     rows, uids = pd.factorize(parts[0])
     return Sample(path, pd.Index(uids), rows, columns)
 
