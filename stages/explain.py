@@ -15,7 +15,7 @@ from ichpipe.common.files import atomic_path
 from ichpipe.common.progress import track
 from ichpipe.index.chosen import choose
 from ichpipe.index.scan import scan
-from ichpipe.inference.explainer import Explainer
+from ichpipe.inference.heat_maps import Explainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The examples run as they stand, on a tiny phantom, without a warning; and they are short."""
+"""The examples run unchanged on a tiny phantom, without a warning, and are short."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_own_data_are_predicted(run, index, tmp_path):
     studies = pd.read_csv(tmp_path / "predictions" / "studies.csv")
     assert len(studies) == index["study_uid"].nunique()
     assert f"{len(studies)} studies, {len(index)} slices; 0 files left out" in said
-    assert "without places: say where the slices lie" in said
+    assert "without positions: say where the slices lie" in said
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
