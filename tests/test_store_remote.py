@@ -77,7 +77,7 @@ def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     for _ in range(2):
         for uid in store.series_uids:
             assert (store.series(uid).logit == slices.expected(uid)[1]).all()
-    assert len(store._held._chunks) == 1
+    assert len(store.fetched) == 1
 
 
 def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
