@@ -13,11 +13,13 @@ from ichpipe.cache.chunks import open_row_arrays, write_rows
 from ichpipe.cache.location import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
+    import numpy as np
     from distributed import Worker
+    from numpy.typing import NDArray
 
-    from ichpipe.cache.writer import Compute
+    Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 PLUGIN = "ichpipe-compute"
 

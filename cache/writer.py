@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from ichpipe.cache.location import Place
     from ichpipe.cache.rows import Codes, Rows
-
-    Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+    from ichpipe.cache.worker import Compute
 
 TASKS_PER_WORKER = 3
 """One task computes, one writes, one waits; memory stays flat."""
