@@ -70,7 +70,7 @@ def maker(journal=None, compute=features):
 def write(where, slices, client, *, made=None, make=None, known=None, **options):
     """Fill a generation; return how many rows were there before."""
     work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), known)
-    steps = list(update(Place.of(where), made or generation(), slices.rows, work, **options))
+    steps = list(update(Place(where), made or generation(), slices.rows, work, **options))
     assert sum(steps) == len(slices.rows)
     return steps[0]
 

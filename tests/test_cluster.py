@@ -83,7 +83,7 @@ def test_a_chunk_that_is_there_is_not_computed_when_its_task_comes_again(tmp_pat
 
 def filling(path, slices, client):
     work = Work(slices.inputs, kit.maker(compute=slow_features), lambda: contextlib.nullcontext(client))
-    return update(Place.of(path), kit.generation(), slices.rows, work)
+    return update(Place(path), kit.generation(), slices.rows, work)
 
 
 def test_workers_of_one_machine_have_different_numbers():

@@ -79,7 +79,7 @@ def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     for _ in range(2):
         for uid in store.series_uids:
             assert (store.series(uid).logit == slices.expected(uid)[1]).all()
-    assert len(store._held._chunks) == 1
+    assert len(store.fetched) == 1
 
 
 @pytest.mark.slow
