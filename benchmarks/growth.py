@@ -33,7 +33,8 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file
 from ichpipe.features.dask_client import connect
 from ichpipe.features.generations import Cache
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS, Params, PrepareParams

@@ -121,8 +121,8 @@ GUARDS = (
     Guard(
         "an index that was changed is refused",
         "pipeline/index/slice_index.py",
-        '    if found:\n        raise DataError(f"{path} holds',
-        '    if False:\n        raise DataError(f"{path} holds',
+        '    if present := [name for name, fault in faults.items() if fault]:\n        raise DataError(f"{path} holds',
+        '    if present := []:\n        raise DataError(f"{path} holds',
         "tests/test_silent_wrongs.py::test_an_index_that_was_changed_is_refused",
     ),
     Guard(

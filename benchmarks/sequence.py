@@ -38,7 +38,8 @@ from ichpipe.common.files import digest_of_file
 from ichpipe.features.dask_client import connect
 from ichpipe.features.generations import Cache, open_features
 from ichpipe.features.sequence_dataset import Shuffle, hold_on, read_series, train_batches
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.sequence import build_sequence

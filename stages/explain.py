@@ -13,8 +13,8 @@ from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path
 from ichpipe.common.progress import track
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import choose
 from ichpipe.inference.heat_maps import Explainer
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import MissingFileError, ParamsError, TrainingError, WeightsError
 from ichpipe.common.files import digest_of_file, read_json
 from ichpipe.images.slice_dataset import SliceDataset, load_slices
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models import fold_models
 from ichpipe.models.header import read_header
 from ichpipe.models.weights import load_slice_cnn

@@ -199,19 +199,17 @@ def lines(caplog, monkeypatch):
     log.setLevel(logging.INFO)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     clock = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
     yield caplog
     log.setLevel(before)
 
 
 def test_long_work_in_a_pipe_says_rate_and_time_left_now_and_then(lines):
     assert list(progress.track(range(6), "predict", 6, "series")) == list(range(6))
-    assert [re.sub(r"[\d.]+/s", "N/s", one) for one in lines.messages] == [
-        "predict: 2 of 6 series, N/s, 1 min 20 s left",
-        "predict: 4 of 6 series, N/s, 40 s left",
-        "predict: 6 of 6 series, N/s, 0 s left",
-        "predict: 6 series in 2 min 20 s",
-    ]
+    assert len(lines.messages) > 1
+    for line in lines.messages:
+        assert re.fullmatch(r"predict: [1-6]/6 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+s/series\]", line), line
+    assert lines.messages[-1].startswith("predict: 6/6")
 
 
 def test_a_note_is_added_to_the_lines_and_made_only_for_them(lines):
@@ -220,12 +218,13 @@ def test_a_note_is_added_to_the_lines_and_made_only_for_them(lines):
     for _ in range(3):
         counter.add(2)
     counter.close()
-    assert [line.rpartition("; ")[2] for line in lines.messages[:-1]] == ["loss 0.1"]
-    assert made == [1]
+    assert made
+    assert all(", loss 0." in line for line in lines.messages)
+    assert len(made) == len(lines.messages) - 1  # the last line repeats the last note
 
 
 def test_short_work_in_a_pipe_says_nothing(lines, monkeypatch):
-    monkeypatch.setattr(progress.time, "monotonic", lambda: 1.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: 1.0)
     assert list(progress.track(range(3), "predict", 3)) == [0, 1, 2]
     assert lines.messages == []
 
@@ -248,10 +247,9 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left_that_goes_away(monkeypatc
     monkeypatch.setattr(logging.getLogger("ichpipe"), "isEnabledFor", lambda _level: True)
     monkeypatch.setattr(progress, "NOTE_S", 0.0)
     counter = progress.Counter("extract", 40, "slice", lambda: "loss 0.1")
-    counter._bar.mininterval = 0
-    counter._bar.ncols, counter._bar.dynamic_ncols = 80, None
+    counter.ncols, counter.dynamic_ncols = 80, None
     counter.add(10)
-    counter._bar.refresh()
+    counter.refresh()
     bar = shown.getvalue().split("\r")[-1]
     assert re.search(r"extract:  25%.*10/40 \[.*<.*slice/s, loss 0.1\]", bar), bar
     assert len(bar) <= 80
@@ -263,13 +261,6 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "dumb")
     assert not progress.on_terminal()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8.2, "8 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (59.6, "1 min 00 s")]
-)
-def test_spans_of_time(seconds, text):
-    assert progress.span(seconds) == text
 
 
 def test_an_error_is_one_message_with_its_remedy(tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, worke
 def test_a_torn_history_is_named(branch, capsys):
     history = branch.artifacts / "slice-cnn" / "history.json"
     history.write_text(history.read_text()[:40])
-    assert f"{history} is not whole JSON" in branch.error(capsys, "evaluate")
+    assert f"{history} is not complete JSON" in branch.error(capsys, "evaluate")
 
 
 def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichpipe.common.errors import DataError
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import REJECTED
-from ichpipe.index.series_selection import FAULTS, choose_series, describe_series
+from ichpipe.index.series_selection import FAULTS, choose, choose_series, describe_series
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 from ichpipe.params.schema import SelectionParams
 

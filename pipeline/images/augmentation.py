@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ichpipe.common.constants import AIR_HU
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ichpipe.params.schema import AugmentParams
 
-AIR_HU = -1000.0
 NODES = 5  # of the warp, along each side
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ichpipe.common.constants import MIN_HU as AIR_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-AIR_HU = -1024
 HOLD_BYTES = 2**30
 """A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
 

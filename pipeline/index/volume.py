@@ -16,8 +16,8 @@ from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
 from ichpipe.dicom.elements import elements_of, tags
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import choose
 from ichpipe.params.schema import SelectionParams
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pandas as pd
 
 from ichpipe.common.errors import DataError, MissingFileError
 from ichpipe.dicom.slice_header import FORCEABLE
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import REJECTED, scan
+from ichpipe.index.series_selection import choose
 from ichpipe.inference.head_ct_check import REFUSED_COLUMNS, judge
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.constants import WINDOW_MM
 from ichpipe.common.errors import WeightsError
 from ichpipe.common.files import require_file
-from ichpipe.index.thin_slices import WINDOW_MM
 from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
 
 if TYPE_CHECKING:

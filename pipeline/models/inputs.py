@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ichpipe.index.thin_slices import WINDOW_MM
+from ichpipe.common.constants import WINDOW_MM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

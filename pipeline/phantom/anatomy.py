@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ichpipe.common.constants import AIR_HU
 from ichpipe.phantom.fields import Points, RandomField, capsule, ellipsoid, inside, lay
 from ichpipe.phantom.skull_base import lay_face, skull_base_height
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ichpipe.phantom.fields import Floats
     from ichpipe.phantom.geometry import Geometry
 
-AIR_HU, FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = -1000.0, 5.0, 28.0, 37.0, 52.0
+FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = 5.0, 28.0, 37.0, 52.0
 # One lateral ventricle from the frontal horn over body and atrium to the occipital horn, then the temporal
 # horn: (x, y, z) and radius, mm.
 HORNS = (((14.0, -40.0, 24.0), 3.0), ((8.0, -24.0, 30.0), 4.6), ((11.0, 0.0, 38.0), 4.8),

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import ABBREVIATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ POSITIVE: Final = "#D55E00"
 BRAIN_WINDOW: Final = (40.0, 80.0)
 """Level and width in HU (Nguyen et al. 2020)."""
 
-SHORT: Final = ("EDH", "IPH", "IVH", "SAH", "SDH")
+SHORT: Final = tuple(ABBREVIATIONS[name] for name in CLASSES[1:])
 """The field's abbreviations of the subtypes, in the order of ``ichpipe.common.classes.SUBTYPES``."""
 
 MAX_TILES: Final = 40

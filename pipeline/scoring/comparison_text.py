@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.common.constants import ABBREVIATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-SHORT = {
-    "any": "any",
-    "epidural": "EDH",
-    "intraparenchymal": "IPH",
-    "intraventricular": "IVH",
-    "subarachnoid": "SAH",
-    "subdural": "SDH",
-}
+SHORT = ABBREVIATIONS | {"any": "any"}
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
