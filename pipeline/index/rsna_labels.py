@@ -94,7 +94,7 @@ def resolve_labels(
     With ``derive_any`` the five other labels fill in an absent ``any``. Also returns two marks (n,): labels that
     contradict each other, and an ``any`` that does not fit. Both get NaN in all six columns.
     """
-    contradictory: Flags = ((ones > 0) & (zeros > 0)).any(axis=1)
+    contradictory: Flags = np.any((ones > 0) & (zeros > 0), axis=1)
     values = np.where(ones > 0, 1.0, np.where(zeros > 0, 0.0, np.nan))
     if derive_any:
         kinds, absent = values[:, 1:], np.isnan(values[:, 0])

@@ -103,7 +103,8 @@ def read_test_slices(path: Path) -> pd.Index:
     uids = table.text(key)
     if sorted(table.names) == LONG_COLUMNS:
         uids, _ = parse_ids(table, uids)
-    return pd.Index(uids.to_pandas().unique())
+    names: pd.Index[str] = pd.Index(uids.unique().to_numpy(zero_copy_only=False))
+    return names
 
 
 def _test_rows(index: pd.DataFrame, test_slices: pd.Index) -> NDArray[np.bool_]:
