@@ -58,7 +58,7 @@ GUARDS = (
     Guard(
         "a full disk is told from other errors of libraries",
         "pipeline/common/files.py",
-        "    return next((word for word in _OTHER_WORDS if word in text), None)",
+        "    return next((text for text in _FULL_TEXTS if text in str(error)), None)",
         "    return None",
         "tests/test_faults.py::test_every_library_that_writes_is_understood",
     ),

@@ -145,7 +145,7 @@ def test_nothing_beside_the_model_is_none(folder):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "not whole JSON"),
+        ("{", "not complete JSON"),
         ('{"method": "platt", "model_sha256": "x"}', "method"),
         ('{"method": "none", "model_sha256": "x"}', "another model"),
         ('{"method": "none", "model_sha256": "x", "unknown": 1}', "unknown"),

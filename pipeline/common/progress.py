@@ -58,7 +58,7 @@ class Counter(Bar):
         if self.note and self.n and msg is None and not self.disable:
             self.set_postfix_str(self.note(), refresh=False)
         if self.plain:
-            log.info("%s", self)
+            log.info("%s", str(self))  # as it is now, whenever a handler formats it
         else:
             super().display(msg, pos)
 
