@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-
-    from ichpipe.images.pixel_cache import PixelCache
 
 AIR_HU = -1024
 HOLD_BYTES = 2**30
@@ -67,11 +65,18 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
+class PixelSource(Protocol):
+    """Decoded slices by the path of their file, such as a `PixelCache`."""
+
+    def read(self, path: str) -> Tensor:
+        """Return int16 HU (1, size, size)."""
+
+
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelSource | None = None
     ) -> None:
         self.paths, self.pixels = list(paths), pixels
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
