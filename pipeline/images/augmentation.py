@@ -45,7 +45,7 @@ class AugmentDraw:
 
     def _each(self, change: Callable[[str], Tensor]) -> AugmentDraw:
         changed: dict[str, Any] = {
-            one.name: None if getattr(self, one.name) is None else change(one.name) for one in fields(self)
+            item.name: None if getattr(self, item.name) is None else change(item.name) for item in fields(self)
         }
         return AugmentDraw(**changed)
 

@@ -1,4 +1,4 @@
-"""What a model file says of itself, read without torch and without its weights."""
+"""Reads the header of a model file, without torch and without its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPACING = "spacing_mm"
 
 @dataclass(frozen=True)
 class Header:
-    """What a model file says of itself."""
+    """Description of a model, from the header of its file."""
 
     kind: str  # slice-cnn, sequence, end-to-end
     slice_cnn: SliceCnnSpec | None
@@ -50,7 +50,7 @@ class Header:
 
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
-    """Read what the model in ``folder`` says of itself, without its weights."""
+    """Read the header of the model in ``folder``, without its weights."""
     path = require_file(folder / MODEL_FILE, remedy)
     try:
         with safe_open(path, framework="np") as handle:
