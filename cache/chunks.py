@@ -17,7 +17,7 @@ import zarr
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.location import PARTIAL, Place
+from ichpipe.cache.location import PARTIAL, StoreLocation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ class ChunkCache:
 class Chunks:
     """One row array of one segment, read-only."""
 
-    def __init__(self, location: Place, array: zarr.Array[Any], fetched: ChunkCache | None = None) -> None:
+    def __init__(self, location: StoreLocation, array: zarr.Array[Any], fetched: ChunkCache | None = None) -> None:
         self._array = array
         self.chunk_rows = int(array.chunks[0])
         self._mapped: dict[int, NDArray[Any]] = {}
@@ -121,14 +121,14 @@ def _map_file(path: Path, number: int, size: int) -> NDArray[np.uint8]:
     return np.asarray(body)
 
 
-def open_row_arrays(location: Place, segment: str) -> dict[str, zarr.Array[Any]]:
+def open_row_arrays(location: StoreLocation, segment: str) -> dict[str, zarr.Array[Any]]:
     """Open the row arrays of a segment for writing."""
     store = location.zarr_store(read_only=False)
     return {name: zarr.open_array(store, path=f"{segment}/{name}", mode="r+") for name in layout.ROW_ARRAYS}
 
 
 def write_rows(
-    location: Place, segment: str, rows: slice, values: dict[str, NDArray[Any]], inputs: Sequence[Any]
+    location: StoreLocation, segment: str, rows: slice, values: dict[str, NDArray[Any]], inputs: Sequence[Any]
 ) -> None:
     """Write one whole chunk of each row array. Raises StoreError for values that are not finite in float16."""
     arrays = open_row_arrays(location, segment)
@@ -150,7 +150,7 @@ def write_rows(
         write_chunk(location, array, rows, values[name])
 
 
-def write_chunk(location: Place, array: zarr.Array[Any], rows: slice, values: NDArray[Any]) -> None:
+def write_chunk(location: StoreLocation, array: zarr.Array[Any], rows: slice, values: NDArray[Any]) -> None:
     """Write one chunk of rows under a temporary name, then rename it.
 
     zarr would copy a plain chunk three times; here the same bytes are written directly.

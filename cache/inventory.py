@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.location import Place
+    from ichpipe.cache.location import StoreLocation
     from ichpipe.cache.rows import Codes
 
 ABSENT = -1
@@ -65,7 +65,7 @@ class Manifest:
         return self.rows.studies_of(np.flatnonzero(inside))
 
 
-def read_manifest(location: Place, group: zarr.Group, *, prove: bool = False) -> Manifest:
+def read_manifest(location: StoreLocation, group: zarr.Group, *, prove: bool = False) -> Manifest:
     """Read the manifest of a generation. Raises StoreError if there is none or it is damaged.
 
     Checksums are always compared; ``prove`` also compares the content with the manifest's name (SHA-256, slower).
@@ -90,7 +90,7 @@ def read_manifest(location: Place, group: zarr.Group, *, prove: bool = False) ->
 
 
 def write_manifest(
-    location: Place, group: zarr.Group, rows: Rows, segments: list[str], where: NDArray[np.int64]
+    location: StoreLocation, group: zarr.Group, rows: Rows, segments: list[str], where: NDArray[np.int64]
 ) -> None:
     """Write a manifest under its own name, point the generation to it, then remove the former one."""
     used, numbers = np.unique(where[:, 0], return_inverse=True)
@@ -149,7 +149,7 @@ class Inventory:
         return where
 
 
-def take_inventory(location: Place, group: zarr.Group) -> Inventory:
+def take_inventory(location: StoreLocation, group: zarr.Group) -> Inventory:
     """List the segments of a generation and their chunk files. Segments that are incomplete or damaged are left out."""
     files = location.files(group.path)
     inventory = Inventory([], [])

@@ -26,7 +26,7 @@ from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ichpipe.cache.location import Place
+    from ichpipe.cache.location import StoreLocation
     from ichpipe.cache.rows import Codes
 
 FORMAT = "ichpipe-embeddings"
@@ -104,7 +104,7 @@ def is_plain(array: zarr.Array[Any]) -> bool:
 # Opening
 
 
-def open_root(location: Place, *, write: bool = False) -> zarr.Group:
+def open_root(location: StoreLocation, *, write: bool = False) -> zarr.Group:
     """Open a store of this format. Raises StoreError for anything else."""
     if not location.exists():
         raise StoreError(f"embedding store {location} does not exist; run: ichpipe extract")
@@ -125,12 +125,12 @@ def open_root(location: Place, *, write: bool = False) -> zarr.Group:
     return group
 
 
-def generations(location: Place, root: zarr.Group) -> dict[str, zarr.Group]:
+def generations(location: StoreLocation, root: zarr.Group) -> dict[str, zarr.Group]:
     """Return the generations of a store by name, sorted."""
     return {name: subgroup(root, name) for name in _list_groups(location, "", "")}
 
 
-def parts(location: Place, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
+def parts(location: StoreLocation, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
     """Return the groups of a generation whose name has the prefix, sorted. Damaged groups are left out."""
     groups = {}
     for name in _list_groups(location, group.path, prefix):
@@ -139,7 +139,7 @@ def parts(location: Place, group: zarr.Group, prefix: str) -> dict[str, zarr.Gro
     return groups
 
 
-def _list_groups(location: Place, folder: str, prefix: str) -> list[str]:
+def _list_groups(location: StoreLocation, folder: str, prefix: str) -> list[str]:
     """List the subfolders with metadata. A killed writer leaves folders without, of which zarr would warn."""
     depth = len(folder.split("/")) if folder else 0
     paths = (file.split("/") for file in location.files(folder))
@@ -205,7 +205,7 @@ def read(group: zarr.Group, name: str) -> Any:
 # Creating. Names derive from content, so that creating the same group again changes nothing.
 
 
-def create_root(location: Place) -> zarr.Group:
+def create_root(location: StoreLocation) -> zarr.Group:
     """Open the store for writing; create it if it is absent or empty."""
     if location.exists() and location.files():
         return open_root(location, write=True)

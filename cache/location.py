@@ -26,7 +26,7 @@ PARTIAL = ".partial"
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
-class Place:
+class StoreLocation:
     """One store address. fsspec's own configuration (``FSSPEC_S3_…``) gives credentials and endpoints.
 
     Parameters

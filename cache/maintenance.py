@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     import zarr
 
-    from ichpipe.cache.location import Place
+    from ichpipe.cache.location import StoreLocation
 
 
-def info(location: Place) -> dict[str, Any]:
+def info(location: StoreLocation) -> dict[str, Any]:
     """Count rows, studies, bytes and missing rows of each generation.
 
     Parameters
@@ -52,7 +52,7 @@ def info(location: Place) -> dict[str, Any]:
     }
 
 
-def _describe(location: Place, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
+def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
     inventory = take_inventory(location, group)
     manifest, problem = _read_manifest(location, group)
     n_chunks = sum(map(len, inventory.present))
@@ -82,7 +82,7 @@ def _describe(location: Place, group: zarr.Group, files: dict[str, int]) -> dict
     }
 
 
-def _read_manifest(location: Place, group: zarr.Group) -> tuple[Manifest | None, str]:
+def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[Manifest | None, str]:
     """Return the manifest, or None and the reason."""
     try:
         return read_manifest(location, group, prove=True), ""
@@ -113,7 +113,7 @@ class Problem:
         return f"{path}{chunk} {self.what}{studies}"
 
 
-def verify(location: Place) -> list[Problem]:
+def verify(location: StoreLocation) -> list[Problem]:
     """Compare every chunk with its checksum, and every name with the content that it is derived from.
 
     Parameters
@@ -146,7 +146,7 @@ def verify(location: Place) -> list[Problem]:
     return problems
 
 
-def _verify_rows(location: Place, group: zarr.Group, manifest: Manifest) -> Iterator[Problem]:
+def _verify_rows(location: StoreLocation, group: zarr.Group, manifest: Manifest) -> Iterator[Problem]:
     inventory = take_inventory(location, group)
     for name in sorted(set(manifest.segments) - {segment.name for segment in inventory.segments}):
         yield Problem(group.path, name, "", None, "is missing or has damaged metadata", manifest.studies_in(name))
@@ -163,7 +163,7 @@ def _verify_rows(location: Place, group: zarr.Group, manifest: Manifest) -> Iter
                     yield Problem(group.path, segment.name, kind, chunk, error.reason, studies)
 
 
-def _verify_small_arrays(location: Place, group: zarr.Group) -> Iterator[Problem]:
+def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator[Problem]:
     """Check the parameters of views and the principal components."""
     segments = layout.parts(location, group, layout.SEGMENT)
     for part, folder in (segments | layout.parts(location, group, layout.PCA)).items():
@@ -179,7 +179,7 @@ def _verify_small_arrays(location: Place, group: zarr.Group) -> Iterator[Problem
                 yield Problem(group.path, part, name, None, "lacks a chunk", [])
 
 
-def repair(location: Place, problems: Iterable[Problem]) -> None:
+def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
     """Remove the damaged parts, so that the next ``extract`` computes them again.
 
     Parameters
@@ -199,7 +199,7 @@ def repair(location: Place, problems: Iterable[Problem]) -> None:
                 location.remove(layout.chunk_name(part, kind, problem.chunk))
 
 
-def prune(location: Place, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:
+def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:
     """Remove whole generations, and from the others all rows outside the manifest.
 
     A generation with such rows is first copied without them; open readers may have to open it again.
@@ -241,7 +241,7 @@ def prune(location: Place, keep: Callable[[dict[str, Any]], bool], *, dry_run: b
     return {"generations_removed": removed, "rows_removed": n_rows, "bytes_freed": freed, "dry_run": dry_run}
 
 
-def _compact(location: Place, group: zarr.Group, *, dry_run: bool) -> int:
+def _compact(location: StoreLocation, group: zarr.Group, *, dry_run: bool) -> int:
     """Copy the rows of the manifest into one segment if there are others; return the number of the others."""
     manifest = read_manifest(location, group, prove=True)
     inventory = take_inventory(location, group)
@@ -253,7 +253,7 @@ def _compact(location: Place, group: zarr.Group, *, dry_run: bool) -> int:
     return unused
 
 
-def _copy(location: Place, group: zarr.Group, manifest: Manifest, inventory: Inventory) -> None:
+def _copy(location: StoreLocation, group: zarr.Group, manifest: Manifest, inventory: Inventory) -> None:
     where = inventory.locate(manifest.rows.source)
     if (where[:, 0] == ABSENT).any():
         raise StoreError(f"{location}: generation {group.path} lacks rows; run: ichpipe extract")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ichpipe.cache.location import Place
+    from ichpipe.cache.location import StoreLocation
 
 
 def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalComponents:
@@ -59,7 +59,7 @@ def _blocks(store: EmbeddingStore, series_uids: Iterable[str], rows: int = 4096)
         yield np.concatenate(parts)
 
 
-def write(location: Place, store: EmbeddingStore, components: PrincipalComponents, chunk_rows: int) -> None:
+def write(location: StoreLocation, store: EmbeddingStore, components: PrincipalComponents, chunk_rows: int) -> None:
     """Store the components of all rows of a generation unless they exist already; remove former ones."""
     with location.writing():
         group = layout.subgroup(layout.open_root(location, write=True), store.generation)

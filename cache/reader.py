@@ -13,7 +13,7 @@ from ichpipe.cache.chunks import ChunkCache, Chunks, DamagedChunkError
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import differences, name_of
 from ichpipe.cache.inventory import read_manifest
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.rows import as_text, decode_uids, ranges
 
 if TYPE_CHECKING:
@@ -86,12 +86,12 @@ class EmbeddingStore:
 
     def __init__(
         self,
-        where: str | Path | Place,
+        where: str | Path | StoreLocation,
         identity: dict[str, Any] | None = None,
         rows: Rows | None = None,
         hold_bytes: int = HOLD_BYTES,
     ) -> None:
-        self.location = where if isinstance(where, Place) else Place(where)
+        self.location = where if isinstance(where, StoreLocation) else StoreLocation(where)
         self._group = _select_generation(self.location, identity)
         self.identity = layout.identity_of(self._group)
         attributes: Any = self._group.attrs
@@ -258,7 +258,7 @@ class EmbeddingStore:
             ) from error
 
 
-def _select_generation(location: Place, identity: dict[str, Any] | None) -> zarr.Group:
+def _select_generation(location: StoreLocation, identity: dict[str, Any] | None) -> zarr.Group:
     root = layout.open_root(location)
     if identity is not None and layout.has(root, name_of(identity)):
         group = layout.subgroup(root, name_of(identity))

@@ -10,7 +10,7 @@ from distributed import WorkerPlugin, get_worker
 
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import open_row_arrays, write_rows
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -70,7 +70,7 @@ def compute_chunk(address: str, segment: str, rows: slice, packed: Inputs) -> in
 
     Dask repeats the task of a worker that died after writing; then the chunk exists and is not computed again.
     """
-    location, inputs = Place(address), packed.values
+    location, inputs = StoreLocation(address), packed.values
 
     def is_written(name: str, array: Any) -> bool:
         if location.local is None:

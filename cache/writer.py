@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distributed import Client
     from numpy.typing import NDArray
 
-    from ichpipe.cache.location import Place
+    from ichpipe.cache.location import StoreLocation
     from ichpipe.cache.rows import Codes, Rows
     from ichpipe.cache.worker import Compute
 
@@ -66,7 +66,7 @@ class _Task:
 
 
 def update(
-    location: Place,
+    location: StoreLocation,
     generation: layout.Generation,
     rows: Rows,
     work: Work,
@@ -137,7 +137,9 @@ def _plan_tasks(
     return tasks
 
 
-def _run_tasks(client: Client, location: Place, generation: str, tasks: list[_Task], work: Work) -> Iterator[int]:
+def _run_tasks(
+    client: Client, location: StoreLocation, generation: str, tasks: list[_Task], work: Work
+) -> Iterator[int]:
     # Importing distributed takes half a second, and is not needed if all rows exist.
     from distributed import as_completed  # noqa: PLC0415
 
@@ -151,7 +153,7 @@ def _run_tasks(client: Client, location: Place, generation: str, tasks: list[_Ta
     def submit_next() -> None:
         limit = TASKS_PER_WORKER * max(1, len(client.nthreads()))  # type: ignore[no-untyped-call] # workers come and go
         for task in itertools.islice(waiting, max(0, limit - running.count())):
-            inputs = Inputs(taken(work.inputs, task.numbers))
+            inputs = Inputs(select_inputs(work.inputs, task.numbers))
             segment = f"{generation}/{task.segment}"
             running.add(client.submit(compute_chunk, str(location), segment, task.segment_rows, inputs, pure=False))
 
@@ -161,7 +163,7 @@ def _run_tasks(client: Client, location: Place, generation: str, tasks: list[_Ta
         submit_next()
 
 
-def taken(inputs: Sequence[Any], numbers: NDArray[np.intp]) -> list[Any]:
+def select_inputs(inputs: Sequence[Any], numbers: NDArray[np.intp]) -> list[Any]:
     """Return some inputs. Neighbours are read as a slice, which a table's column returns at once."""
     first, end = int(numbers[0]), int(numbers[-1]) + 1
     if np.array_equal(numbers, np.arange(first, end)):
@@ -169,7 +171,7 @@ def taken(inputs: Sequence[Any], numbers: NDArray[np.intp]) -> list[Any]:
     return [inputs[number] for number in numbers]
 
 
-def _publish(location: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
+def _publish(location: StoreLocation, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
     """Write the manifest of ``rows``, with the series of the former manifest if asked for."""
     inventory = take_inventory(location, group)
     location.sync(group.path)

@@ -23,11 +23,11 @@ from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
 from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
-from ichpipe.features.generations import Cache
+from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.slice_dataset import fit_to_size, load_readable
 from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.index.volume import Volume, find_slices, listed
-from ichpipe.inference.inputs import take_in
+from ichpipe.inference.inputs import collect_inputs
 from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import read_header, spacing_of
@@ -255,7 +255,7 @@ class Model:
 
         """
         model = self._require_end_to_end()
-        inputs = take_in(listed(paths), SelectionParams(), workers, one_per_study=not all_series, force=force)
+        inputs = collect_inputs(listed(paths), SelectionParams(), workers, one_per_study=not all_series, force=force)
         slices, bad = predict_slices(model, inputs.slices, self.device, self.spacing_mm, self.calibration)
         rejected = pd.concat([inputs.rejected, bad], ignore_index=True)[["path", "reason"]]
         if slices.empty:
@@ -406,7 +406,7 @@ def open_store(address: str | Path, model: str | Path | None = None) -> Store:
     if model is not None:
         header = read_header(Path(model), "name the folder of a slice CNN (artifacts/slice-cnn)")
         fold = header.made_from.get("excluded_fold")
-        identity = Cache(Path(model), pd.DataFrame(), None if fold is None else int(fold)).identity()
+        identity = GenerationSpec(Path(model), pd.DataFrame(), None if fold is None else int(fold)).identity()
     with _store_errors():
         return Store(EmbeddingStore(str(address), identity))
 

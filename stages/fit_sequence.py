@@ -12,7 +12,7 @@ from ichpipe.common.device import choose_device, derive_seed
 from ichpipe.common.errors import ParamsError, TrainingError, did_you_mean
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.features.generations import made_by, open_features
-from ichpipe.features.sequence_dataset import hold_on, predict_rows, read_series
+from ichpipe.features.sequence_dataset import collect_series, load_to_device, predict_rows
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.provenance import is_fitted, require_made_from
@@ -103,14 +103,14 @@ class Data:
     def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
         """Join the cache with the index; on a GPU hold what fits."""
         names = stored_inputs(section.wanted)
-        train, val = (hold_on(device, series_of(features, index, split), names) for split in ("train", "val"))
+        train, val = (load_to_device(device, series_of(features, index, split), names) for split in ("train", "val"))
         rows = held_out(index)
-        return cls(train, val, rows, read_series(features, rows))
+        return cls(train, val, rows, collect_series(features, rows))
 
 
 def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
     """Return the series of one split that have a known label."""
-    found = read_series(features, index[index["split"] == split])
+    found = collect_series(features, index[index["split"] == split])
     known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
     if not known:
         raise TrainingError(

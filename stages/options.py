@@ -33,10 +33,10 @@ class Settings:
 
     def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
         """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
-        from ichpipe.common.run_lock import hold
+        from ichpipe.common.run_lock import hold_lock
 
         root = self.artifacts_root
-        return hold(root / ".locks", what, [root / output for output in outputs], root / ".resume")
+        return hold_lock(root / ".locks", what, [root / output for output in outputs], root / ".resume")
 
     def artifacts(self) -> Artifacts:
         """Return where the run's files lie."""
@@ -90,6 +90,6 @@ def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
     """Hold a folder that the user named against other processes of the same command; None holds nothing."""
     if folder is None:
         return nullcontext()
-    from ichpipe.common.run_lock import hold
+    from ichpipe.common.run_lock import hold_lock
 
-    return hold(folder, what)
+    return hold_lock(folder, what)

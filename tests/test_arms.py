@@ -14,7 +14,7 @@ from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.features.embedder import SliceEmbedder, SliceInput
 from ichpipe.features.generations import MIRROR, open_features
-from ichpipe.features.sequence_dataset import predict_rows, read_series
+from ichpipe.features.sequence_dataset import collect_series, predict_rows
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.sequence import MovingAverage, SequenceEnsemble
 from ichpipe.models.weights import load_end_to_end, load_sequence, load_slice_cnn
@@ -62,7 +62,7 @@ def test_what_is_predicted_is_what_the_model_file_gives(armed, arm):
     _, artifacts, index, features = opened(armed, arm)
     model = load_sequence(artifacts.sequence(arm))
     test = index[index["split"] == "test"].reset_index(drop=True)
-    wanted = predict_rows(model, read_series(features, test), len(test), torch.device("cpu"))
+    wanted = predict_rows(model, collect_series(features, test), len(test), torch.device("cpu"))
     assert armed("evaluate").exit_code == 0
     found = pd.read_parquet(armed.artifacts / "predictions" / f"sequence-{arm}.parquet")
     assert found["sop_uid"].tolist() == test["sop_uid"].tolist()
@@ -103,7 +103,7 @@ def test_mirrored_rows_are_the_mirror_images_embedded(armed):
     for split in ("train", "test"):
         rows = index[index["split"] == split]
         rows = rows[rows["series_uid"] == rows["series_uid"].iloc[0]]
-        (series,) = read_series(features, rows.reset_index(drop=True))
+        (series,) = collect_series(features, rows.reset_index(drop=True))
         cached = series.sources[-1].tensors(("embedding",))["embedding"].double().numpy()
         inputs = [SliceInput(*row) for row in rows[["path", "series_uid", "file_digest"]].itertuples(index=False)]
         wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 50, MIRROR)(inputs)

@@ -10,7 +10,7 @@ import cloudpickle
 import pytest
 import store_kit as kit
 
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.worker import ComputePlugin, Inputs, compute_chunk, numbers_of
 from ichpipe.cache.writer import Work, update
 from ichpipe.features.dask_client import connect
@@ -83,7 +83,7 @@ def test_a_chunk_that_is_there_is_not_computed_when_its_task_comes_again(tmp_pat
 
 def filling(path, slices, client):
     work = Work(slices.inputs, kit.maker(compute=slow_features), lambda: contextlib.nullcontext(client))
-    return update(Place(path), kit.generation(), slices.rows, work)
+    return update(StoreLocation(path), kit.generation(), slices.rows, work)
 
 
 def test_workers_of_one_machine_have_different_numbers():

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.writer import Work, update
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.features.dask_client import connect
 from ichpipe.features.embedder import MakeEmbedder, SliceEmbedder, SliceInput
-from ichpipe.features.generations import Cache, open_features
+from ichpipe.features.generations import GenerationSpec, open_features
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
@@ -196,12 +196,12 @@ def test_cached_rows_equal_those_made_on_the_fly_for_every_kind_of_backbone(back
     torch.manual_seed(0)
     save_model(tmp_path / "cnn", SliceCnn(spec_for(backbone, PAPER_WINDOWS, 64, 0.0)), {})
     few = index[index["series_uid"] == index["series_uid"].iloc[0]].head(6)
-    cache = Cache(tmp_path / "cnn", few)
+    cache = GenerationSpec(tmp_path / "cnn", few)
     slices = [SliceInput(*row) for row in few[["path", "series_uid", "file_digest"]].itertuples(index=False)]
     cnn = load_slice_cnn(tmp_path / "cnn")
     work = Work(slices, MakeEmbedder(tmp_path / "cnn", ("cpu",), 4), lambda: connect(1, None))
     generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, 100)
-    assert sum(update(Place(str(tmp_path / "store")), generation, cache.rows(), work)) == 6
+    assert sum(update(StoreLocation(str(tmp_path / "store")), generation, cache.rows(), work)) == 6
     cached = EmbeddingStore(tmp_path / "store", cache.identity(), cache.rows()).series(few["series_uid"].iloc[0])
     embedding, logits = SliceEmbedder(cnn, torch.device("cpu"), 4)(slices)
     np.testing.assert_allclose(cached.embedding.astype(np.float64), embedding, rtol=2.0**-11, atol=2.0**-25)

@@ -15,7 +15,7 @@ import torch
 
 from ichpipe.common import files
 from ichpipe.common.errors import BusyError, OutputError
-from ichpipe.common.run_lock import hold
+from ichpipe.common.run_lock import hold_lock
 from ichpipe.stages import faults
 from ichpipe.training import slice_trainer
 
@@ -321,7 +321,7 @@ def test_a_second_run_in_one_folder_is_refused_and_told_the_first(branch, holder
     assert f"kill {first.pid}" in told
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    with hold(branch.artifacts / ".locks", "finetune"):  # freed by the kernel, whatever file is left
+    with hold_lock(branch.artifacts / ".locks", "finetune"):  # freed by the kernel, whatever file is left
         pass
 
 
@@ -340,16 +340,16 @@ def test_processes_of_one_training_share_a_folder(tmp_path, holder, monkeypatch)
     """torchrun numbers them: the first one holds the folder for all."""
     holder(tmp_path, "fit-slices")
     monkeypatch.setenv("RANK", "1")
-    with hold(tmp_path, "fit-slices"):
+    with hold_lock(tmp_path, "fit-slices"):
         pass
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(BusyError), hold(tmp_path, "fit-slices"):
+    with pytest.raises(BusyError), hold_lock(tmp_path, "fit-slices"):
         pass
 
 
 def test_the_lock_is_free_after_an_error_and_leaves_no_number(tmp_path):
     for _ in range(2):
-        with pytest.raises(ValueError, match="mine"), hold(tmp_path, "prepare"):
+        with pytest.raises(ValueError, match="mine"), hold_lock(tmp_path, "prepare"):
             raise ValueError("mine")
     assert not list(tmp_path.glob("*.pid"))
 
@@ -358,7 +358,7 @@ def test_two_threads_of_one_program_are_two(tmp_path):
     held, go, told = threading.Event(), threading.Event(), []
 
     def first():
-        with hold(tmp_path, "x"):
+        with hold_lock(tmp_path, "x"):
             held.set()
             go.wait(10)
 
@@ -366,7 +366,7 @@ def test_two_threads_of_one_program_are_two(tmp_path):
     thread.start()
     held.wait(10)
     try:
-        with hold(tmp_path, "x"):
+        with hold_lock(tmp_path, "x"):
             pass
     except BusyError as error:
         told.append(str(error))
@@ -387,12 +387,12 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     for path in names + kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    with hold(tmp_path / ".locks", "fit-slices", [folder], resume):
+    with hold_lock(tmp_path / ".locks", "fit-slices", [folder], resume):
         assert [path.exists() for path in names] == [False] * 4
         assert all(path.exists() for path in kept)
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="nothing can be written in"), hold(tmp_path / "file", "prepare"):
+    with pytest.raises(OutputError, match="nothing can be written in"), hold_lock(tmp_path / "file", "prepare"):
         pass

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ichpipe.common.errors import DataError
 from ichpipe.index.scan import REJECTED
-from ichpipe.index.series_selection import FAULTS, choose, choose_series, describe_series
+from ichpipe.index.series_selection import FAULTS, choose_series, describe_series, select_series
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 from ichpipe.params.schema import SelectionParams
 
@@ -249,7 +249,7 @@ def test_a_series_is_one_row_whatever_its_refused_files_say():
     table = describe_series(series("A"), rejected).set_index("series_uid")
     assert table["study_uid"].to_dict() == {"A": "T1", "M": "T2", "N": ""}
     assert table["n_refused"].to_dict() == {"A": 2, "M": 2, "N": 1}
-    assert len(choose(series("A"), rejected, PARAMS, one_per_study=True).slices) == 30
+    assert len(select_series(series("A"), rejected, PARAMS, one_per_study=True).slices) == 30
 
 
 def test_nothing_usable_at_all():
@@ -274,7 +274,7 @@ def test_choices_overrule(tmp_path):
     path = tmp_path / "choices.csv"
     path.write_text("study_uid,series_uid\nT1,B\n")
     parts = pd.concat([series("A"), series("B", **KINDS["bone"]), series("C", "T2"), series("D", "T2", **KINDS["few"])])
-    found = choose(parts, no_rejected(), SelectionParams(choices=str(path)), one_per_study=True)
+    found = select_series(parts, no_rejected(), SelectionParams(choices=str(path)), one_per_study=True)
     table = found.series.set_index("series_uid")
     assert table.index[table["chosen"]].tolist() == ["B", "C"]
     assert table.loc["B", "reason"] == f"named in {path}"
@@ -298,22 +298,24 @@ def test_wrong_choices_are_named(tmp_path, text, complaint):
     path.write_text(text)
     rejected = no_rejected(("x", "a localizer", "T1", "L"))
     with pytest.raises(DataError, match=complaint):
-        choose(pd.concat([series("A"), series("B")]), rejected, SelectionParams(choices=str(path)), one_per_study=True)
+        select_series(
+            pd.concat([series("A"), series("B")]), rejected, SelectionParams(choices=str(path)), one_per_study=True
+        )
 
 
 def test_what_lies_below_the_head_is_left_out_and_the_rest_is_numbered_anew():
     long = series("A", count=100)
-    found = choose(long, no_rejected(), PARAMS, one_per_study=True)
+    found = select_series(long, no_rejected(), PARAMS, one_per_study=True)
     assert found.slices["position_mm"].tolist() == list(np.arange(49, 100) * 5.0)
     assert found.slices["slice_index"].tolist() == list(range(51))
     assert found.left_out["reason"].unique().tolist() == ["more than 250.0 mm below the topmost slice: no head"]
-    whole = choose(long, no_rejected(), SelectionParams(head_mm=None), one_per_study=True)
+    whole = select_series(long, no_rejected(), SelectionParams(head_mm=None), one_per_study=True)
     assert len(whole.slices) == 100
 
 
 def test_all_series_are_taken_where_that_is_asked_for():
     parts = pd.concat([series("A"), series("B", **KINDS["bone"])])
-    found = choose(parts, no_rejected(("x", "a localizer", "T1", "L")), PARAMS, one_per_study=False)
+    found = select_series(parts, no_rejected(("x", "a localizer", "T1", "L")), PARAMS, one_per_study=False)
     assert found.slices is parts
     assert found.series["chosen"].tolist() == [True, True, False]
     assert found.left_out.empty

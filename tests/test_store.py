@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import write_chunk
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.cache.writer import Work, update
@@ -160,7 +160,7 @@ def test_two_files_of_one_content_are_computed_once(tmp_path, client):
     slices = kit.Slices((2, 2), contents={"1.1.0": "same", "1.0.1": "same"})
     journal = tmp_path / "computed"
     work = Work(slices.inputs, kit.maker(journal), lambda: contextlib.nullcontext(client))
-    list(update(Place(tmp_path / "s"), kit.generation(), slices.rows, work))
+    list(update(StoreLocation(tmp_path / "s"), kit.generation(), slices.rows, work))
     assert kit.computed(journal) == ["1.0.0", "1.1.1", "same"]
     kit.assert_holds(tmp_path / "s", slices)
 
@@ -247,7 +247,7 @@ def test_known_arrays_are_stored_beside_their_rows(tmp_path, client):
 def test_our_chunk_files_are_those_of_zarr(tmp_path, monkeypatch, kind, rows):
     slices, made, files = kit.Slices(), kit.generation(), []
     for name, plain in (("ours", True), ("zarr's", False)):
-        place = Place(str(tmp_path / name))
+        place = StoreLocation(str(tmp_path / name))
         group = layout.create_generation(layout.create_root(place), made)
         segment = layout.create_segment(group, slices.rows.source, made.chunk_rows, {})
         array = layout.array(layout.subgroup(group, segment.name), kind)
@@ -274,7 +274,7 @@ def test_inputs_of_finished_chunks_are_let_go(tmp_path):
     slices = kit.Slices([4] * 60)
     work = Work(CountedInputs(slices.inputs), kit.maker(), lambda: connect(1, None))
     alive = []
-    for _ in update(Place(tmp_path), kit.generation(), slices.rows, work):
+    for _ in update(StoreLocation(tmp_path), kit.generation(), slices.rows, work):
         gc.collect()
         alive.append(sum(type(one) is Counted for one in gc.get_objects()))
     assert len(alive) == 61  # sixty chunks

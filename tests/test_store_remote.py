@@ -10,7 +10,7 @@ import store_kit as kit
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.features.dask_client import connect
 
@@ -64,11 +64,11 @@ def test_written_read_grown_and_pruned(address, client, tmp_path):
     kit.assert_holds(address, more)
     other = kit.generation(weights="bbb")
     kit.write(address, kit.Slices((2,)), client, made=other)
-    assert len(maintenance.info(Place(address))["generations"]) == 2
-    done = maintenance.prune(Place(address), lambda identity: identity["weights"] == "aaa")
+    assert len(maintenance.info(StoreLocation(address))["generations"]) == 2
+    done = maintenance.prune(StoreLocation(address), lambda identity: identity["weights"] == "aaa")
     assert done["generations_removed"] == [other.name]
     kit.assert_holds(address, more)
-    assert maintenance.verify(Place(address)) == []
+    assert maintenance.verify(StoreLocation(address)) == []
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
 def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
     slices = kit.Slices([4] * 4)
     kit.write(address, slices, client)
-    place = Place(address)
+    place = StoreLocation(address)
     fs, root = fsspec.core.url_to_fs(address)
     file = next(name for name in place.files() if name.endswith("/embedding/c/2/0"))
     content = bytearray(fs.cat_file(f"{root}/{file}"))

@@ -15,7 +15,7 @@ AIR_HU: Final = -1000.0
 TIE_MM: Final = 1e-3
 """Slices closer than this along the normal lie at one position."""
 
-WINDOW_MM: Final = 5.0
+THICK_SLICE_MM: Final = 5.0
 """Slice thickness of most head scans, and of RSNA 2019's, on which models are trained."""
 
 ABBREVIATIONS: Final = dict(zip(CLASSES, ("ICH", "EDH", "IPH", "IVH", "SAH", "SDH"), strict=True))

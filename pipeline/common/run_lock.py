@@ -22,7 +22,9 @@ _TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  
 
 
 @contextlib.contextmanager
-def hold(folder: Path, what: str, outputs: Sequence[Path] | None = None, resume: Path | None = None) -> Iterator[None]:
+def hold_lock(
+    folder: Path, what: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
+) -> Iterator[None]:
     """Hold ``folder/.<what>.lock`` in the block, and delete temporary files of a killed run.
 
     Temporary files are deleted below ``outputs`` and, if their names begin with ``what``, in ``resume``; without

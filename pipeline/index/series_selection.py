@@ -164,7 +164,7 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
 
 def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: dict[str, str]) -> list[tuple[bool, str]]:
     """Return whether each series of one study is chosen, and why or why not."""
-    faults = [faults_of(row, params) for row in rows]
+    faults = [find_faults(row, params) for row in rows]
     ranked = sorted(range(len(rows)), key=lambda number: _rank(rows[number], faults[number], params))
     best = ranked[0]
     named = choices.get(str(rows[best]["study_uid"]))
@@ -177,7 +177,7 @@ def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: di
     return [(usable and number == best, reason) for number, reason in enumerate(reasons)]
 
 
-def faults_of(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
+def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     """Return the faults of a series, a row of ``describe_series``, as keys of FAULTS with the words for each."""
     if not row["n_slices"]:
         return {"unusable": row["refused_because"] or "no usable slice"}
@@ -315,7 +315,7 @@ def head_slices(slices: pd.DataFrame, head_mm: float | None) -> pd.Series:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """The result of ``choose``; every input slice is in ``slices`` or in ``left_out``."""
 
     slices: pd.DataFrame  # as ``scan`` returns them
@@ -323,7 +323,9 @@ class Chosen:
     left_out: pd.DataFrame  # path, reason, study_uid, series_uid
 
 
-def choose(slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams, *, one_per_study: bool) -> Chosen:
+def select_series(
+    slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams, *, one_per_study: bool
+) -> Selection:
     """Choose series by the rules of ``selection``; ``slices`` and ``rejected`` are those of ``scan``.
 
     Without ``one_per_study`` every series with a usable slice is chosen whole.
@@ -334,7 +336,7 @@ def choose(slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams
         every = series.assign(
             chosen=usable, reason=usable.map({True: "every series is used", False: "no usable slice"})
         )
-        return Chosen(slices, every, rejected.iloc[:0])
+        return Selection(slices, every, rejected.iloc[:0])
     choices = read_choices(Path(params.choices), series) if params.choices else None
     series = choose_series(series, params, choices)
     reason = slices["series_uid"].map(series.set_index("series_uid")["reason"])
@@ -347,7 +349,7 @@ def choose(slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams
         _left_out(slices[not_chosen], "series not chosen: " + reason[not_chosen]),
         _left_out(slices[below], f"more than {params.head_mm} mm below the topmost slice: no head"),
     ]
-    return Chosen(kept.reset_index(drop=True), series, pd.concat(parts, ignore_index=True))
+    return Selection(kept.reset_index(drop=True), series, pd.concat(parts, ignore_index=True))
 
 
 def _left_out(slices: pd.DataFrame, reason: pd.Series | str) -> pd.DataFrame:

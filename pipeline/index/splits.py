@@ -83,7 +83,7 @@ def require_patients_apart(index: pd.DataFrame) -> None:
         raise DataError(f"{len(torn)} patient(s) are in more than one split or fold; run prepare again")
 
 
-def test_table(params: PrepareParams) -> Path:
+def test_table_path(params: PrepareParams) -> Path:
     """Return the path of the table of the stage1 split. Raises ParamsError if none is set."""
     if params.test_slices is None:
         raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe.common.constants import TIE_MM, WINDOW_MM
+from ichpipe.common.constants import THICK_SLICE_MM, TIE_MM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
-def smooth_thin(values: Floats, position_mm: Floats, window_mm: float = WINDOW_MM) -> Floats:
+def smooth_thin(values: Floats, position_mm: Floats, window_mm: float = THICK_SLICE_MM) -> Floats:
     """Average the probabilities (n, k) of a thin series over ``window_mm`` along the normal; keep those of others.
 
     A series is thin if the median step between its positions (``position_mm``, (n,)) is below half the window. Each
@@ -46,7 +46,7 @@ def smooth_thin(values: Floats, position_mm: Floats, window_mm: float = WINDOW_M
     return smooth
 
 
-def stride_of(position_mm: Floats, spacing_mm: float = WINDOW_MM) -> int:
+def stride_of(position_mm: Floats, spacing_mm: float = THICK_SLICE_MM) -> int:
     """Return into how many interleaved parts a series splits so that a part has about ``spacing_mm`` between slices.
 
     ``position_mm`` (n,) is in order. Returns 1 where the median step is half of ``spacing_mm`` or more. A sequence

@@ -76,7 +76,7 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
     return by_series
 
 
-def as_document(
+def build_document(
     studies: pd.DataFrame,
     slices: pd.DataFrame,
     where: Mapping[str, Mapping[str, Extent]],

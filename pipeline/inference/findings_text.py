@@ -21,7 +21,7 @@ _UID_END: Final = 23
 _REFUSED: Final = 10  # that a message names
 
 
-def studies_text(
+def format_studies(
     studies: pd.DataFrame,
     where: Mapping[str, Mapping[str, Extent]],
     series: pd.DataFrame,
@@ -50,7 +50,7 @@ def studies_text(
     return "\n".join(lines)
 
 
-def refused_text(refused: pd.DataFrame) -> list[str]:
+def format_refused(refused: pd.DataFrame) -> list[str]:
     """Return a line for each refused study, the first ten."""
     named = zip(refused["study_uid"].iloc[:_REFUSED], refused["reason"], strict=False)
     lines = [line for uid, reason in named for line in wrapped(f"{short_uid(str(uid))}: {reason}", "  ")]

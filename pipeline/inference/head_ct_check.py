@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from ichpipe.index.series_selection import axial, faults_of
+from ichpipe.index.series_selection import axial, find_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "
 
 
 @dataclass(frozen=True)
-class Judged:
+class HeadCtCheck:
     """Result of ``judge``."""
 
     slices: pd.DataFrame  # of the series to predict
@@ -33,14 +33,14 @@ class Judged:
     forced: dict[str, str]  # by UID: why a series that is predicted by force would have been refused
 
 
-def judge(
+def check_head_ct(
     slices: pd.DataFrame,
     series: pd.DataFrame,
     params: SelectionParams,
     overruled: Mapping[str, str] | None = None,
     *,
     force: bool = False,
-) -> Judged:
+) -> HeadCtCheck:
     """Check the chosen series; ``slices`` and ``series`` are those of ``choose``.
 
     ``overruled`` gives the reason, by UID, of series that were read only by force. A series without a usable slice is
@@ -55,7 +55,7 @@ def judge(
     refused, forced = [], {}
     for row in candidates:
         uid = str(row["series_uid"])
-        faults = faults_of({str(key): value for key, value in row.items()}, params)
+        faults = find_faults({str(key): value for key, value in row.items()}, params)
         reasons = [overruled[uid]] if overruled and uid in overruled else []
         reasons += [faults[name] for name in REFUSED_FOR if name in faults]
         reasons += [] if is_axial.get(uid, True) else [NOT_AXIAL]
@@ -64,4 +64,4 @@ def judge(
         elif reasons:
             refused.append({**row, "reason": "; ".join(reasons)})
     table = pd.DataFrame(refused, columns=REFUSED_COLUMNS)
-    return Judged(slices[~slices["series_uid"].isin(table["series_uid"])].reset_index(drop=True), table, forced)
+    return HeadCtCheck(slices[~slices["series_uid"].isin(table["series_uid"])].reset_index(drop=True), table, forced)

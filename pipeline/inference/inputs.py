@@ -11,8 +11,8 @@ import pandas as pd
 from ichpipe.common.errors import DataError, MissingFileError
 from ichpipe.dicom.slice_header import FORCEABLE
 from ichpipe.index.scan import REJECTED, scan
-from ichpipe.index.series_selection import choose
-from ichpipe.inference.head_ct_check import REFUSED_COLUMNS, judge
+from ichpipe.index.series_selection import select_series
+from ichpipe.inference.head_ct_check import REFUSED_COLUMNS, check_head_ct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Intake:
+class Inputs:
     """Slices to predict, and all other files with the reason."""
 
     slices: pd.DataFrame  # as ``scan`` returns them
@@ -32,7 +32,7 @@ class Intake:
     forced: dict[str, str]  # by UID: why a series that is predicted by force would have been refused
 
 
-def take_in(
+def collect_inputs(
     paths: Sequence[Path],
     params: SelectionParams,
     workers: int = 1,
@@ -41,7 +41,7 @@ def take_in(
     judged: bool = True,
     force: bool = False,
     pseudonyms: Pseudonyms | None = None,
-) -> Intake:
+) -> Inputs:
     """Find the slices below ``paths`` and decide which of them are predicted.
 
     Without ``judged`` nothing is refused. ``force`` keeps all series that have Hounsfield units. With ``pseudonyms``
@@ -51,16 +51,16 @@ def take_in(
     overruled: dict[str, str] = {}
     if force:
         slices, rejected, overruled = _read_by_force(slices, rejected, pseudonyms)
-    chosen = choose(slices, rejected, params, one_per_study=one_per_study)
+    chosen = select_series(slices, rejected, params, one_per_study=one_per_study)
     rejected = pd.concat([rejected, chosen.left_out], ignore_index=True)
     if not judged:
-        return Intake(chosen.slices, chosen.series, pd.DataFrame(columns=REFUSED_COLUMNS), rejected, {})
-    verdict = judge(chosen.slices, chosen.series, params, overruled, force=force)
+        return Inputs(chosen.slices, chosen.series, pd.DataFrame(columns=REFUSED_COLUMNS), rejected, {})
+    verdict = check_head_ct(chosen.slices, chosen.series, params, overruled, force=force)
     reasons = verdict.refused.set_index("series_uid")["reason"]
     stopped = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
     stopped = stopped.assign(reason="refused: " + stopped["series_uid"].map(reasons).astype(str))
     rejected = pd.concat([rejected, stopped[REJECTED]], ignore_index=True)
-    return Intake(verdict.slices, chosen.series, verdict.refused, rejected, verdict.forced)
+    return Inputs(verdict.slices, chosen.series, verdict.refused, rejected, verdict.forced)
 
 
 def read_list(text: str, source: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ichpipe.common.artifacts import MODEL_FILE
-from ichpipe.common.constants import WINDOW_MM
+from ichpipe.common.constants import THICK_SLICE_MM
 from ichpipe.common.errors import WeightsError
 from ichpipe.common.files import require_file
 from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
@@ -68,7 +68,7 @@ def spacing_of(folder: Path) -> float:
     """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
     text = read_header(folder).made_from.get(SPACING, "")
     try:
-        spacing = float(text or WINDOW_MM)
+        spacing = float(text or THICK_SLICE_MM)
     except ValueError as error:
         raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
     if not 0 < spacing < math.inf:

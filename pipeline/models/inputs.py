@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ichpipe.common.constants import WINDOW_MM
+from ichpipe.common.constants import THICK_SLICE_MM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,7 @@ def _spacing(position_mm: Tensor, lengths: Tensor) -> Tensor:
 
     RSNA 2019's 1st place gave its sequence model the slice spacing.
     """
-    return (_deltas(position_mm.unsqueeze(-1), lengths).abs() / WINDOW_MM).clamp(max=FAR)
+    return (_deltas(position_mm.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
 
 
 def _position(position_mm: Tensor, lengths: Tensor) -> Tensor:
