@@ -296,3 +296,9 @@ def test_search_works_from_disk_with_the_network_off(site):
         page.locator(".md-search-result__item").first.wait_for(timeout=20_000)
         browser.close()
     assert not said
+
+
+def test_readme_is_one_page():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    assert max(len(line) for line in lines) <= 120
