@@ -93,8 +93,8 @@ GUARDS = (
     Guard(
         "processes end when their parent was killed",
         "pipeline/common/processes.py",
-        "mp_context=anew, initializer=follow_the_parent",
-        "mp_context=anew",
+        "mp_context=spawn, initializer=follow_the_parent",
+        "mp_context=spawn",
         "tests/test_signals.py::test_processes_of_a_pool_end_with_their_parent[9]",
     ),
     Guard(
@@ -142,8 +142,8 @@ GUARDS = (
     Guard(
         "a chunk's checksum is compared",
         "cache/chunks.py",
-        'if google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little") != stored:',
-        "if not stored:",
+        'if google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little") != checksum:',
+        "if not checksum:",
         "tests/test_store_faults.py::test_verify_names_the_studies_of_a_flipped_bit_and_repair_costs_one_chunk",
     ),
     # Silent wrongs and input

@@ -290,8 +290,8 @@ def test_no_result_depends_on_the_clock():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ichpipe.common.run_lock import hold
-with hold(Path(sys.argv[1]), sys.argv[2]):
+from ichpipe.common.run_lock import hold_lock
+with hold_lock(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)
 """
