@@ -302,3 +302,13 @@ def test_readme_is_one_page():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 110
     assert max(len(line) for line in lines) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short_outside_tables_and_code(page):
+    code, wrong = False, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.lstrip().startswith("```")
+        if len(line) > 120 and not code and not line.startswith("|"):
+            wrong.append(number)
+    assert not wrong
