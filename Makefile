@@ -1,4 +1,5 @@
-# The two commands of the README: make demo, make test. `make env` is what both need first; make docs builds the site.
+# make demo runs the recipe, make test is what CI runs, make check is its fast part, make soak the long tests.
+# `make env` makes the environment that all of them use; make docs builds the site.
 # Package indexes and proxies come from your own pip configuration; none is named here.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ STAMP  := $(VENV)/.installed
 # Test processes; each computes with one thread, since threads that share a core wait for each other by spinning.
 WORKERS ?= 2
 
-.PHONY: env demo test lint types audit docs clean
+.PHONY: env demo check test soak lint types audit docs clean
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -27,8 +28,16 @@ demo: env
 	@echo
 	@echo "The same as a picture: artifacts/plots/ladder.png; a held-out study: artifacts/plots/study.png"
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: env lint types
+	$(PYTEST) --dist load -m "not slow and not soak"
+
 test: env lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(PYTEST) --dist loadfile -m "not soak"
+
+soak: env
+	$(PYTEST) --dist loadfile -m "soak"
 
 lint: env
 	$(BIN)/ruff check .

@@ -18,13 +18,14 @@ import store
 import torch
 
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.writer import Work, update
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.features.dask_client import connect
-from ichpipe.features.generations import Cache
-from ichpipe.index.slice_index import SCHEMA, read_index, write_outputs
+from ichpipe.features.generations import GenerationSpec
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import SCHEMA, read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS
@@ -42,10 +43,10 @@ def run(folder: Path, n_slices: int, n_series: int) -> dict[str, Any]:
     save_model(artifacts.slice_cnn, cnn, {})
     index = make_index(store.series_lengths(n_slices, n_series))
     write_outputs(artifacts.index_dir, index, pd.DataFrame({"path": [], "reason": []}), {})
-    cache = Cache(artifacts.slice_cnn, read_index(artifacts.index))
+    cache = GenerationSpec(artifacts.slice_cnn, read_index(artifacts.index))
     generation = Generation(cache.identity(), cnn.embedding_dim, CLASSES, 4096)
     work = Work(range(n_slices), lambda _worker: zeros(cnn.embedding_dim), lambda: connect(1, None))
-    for _ in update(Place(str(artifacts.embeddings)), generation, cache.rows(), work):
+    for _ in update(StoreLocation(str(artifacts.embeddings)), generation, cache.rows(), work):
         pass
     bare = [sys.executable, "-c", f"import torch, pandas; pandas.read_parquet({str(artifacts.index)!r})"]
     seconds, bare_seconds, output = [], [], ""

@@ -26,14 +26,15 @@ import store
 import torch
 
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.writer import Work, update
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file
 from ichpipe.features.dask_client import connect
-from ichpipe.features.generations import Cache
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.features.generations import GenerationSpec
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS, Params, PrepareParams
@@ -86,11 +87,11 @@ def fill_up(artifacts: Artifacts, n_slices: int) -> None:
     rest = n_slices - len(real)
     made = extract_unchanged.make_index(store.series_lengths(rest, round(rest / 34.6)))
     cnn_dim = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, 32, 0.0)).embedding_dim
-    cache = Cache(artifacts.slice_cnn, made)
+    cache = GenerationSpec(artifacts.slice_cnn, made)
     generation = Generation(cache.identity(), cnn_dim, CLASSES, 4096)
     zeros = extract_unchanged.zeros(cnn_dim)
     work = Work(range(rest), lambda _worker: zeros, lambda: connect(1, None))
-    for _ in update(Place(str(artifacts.embeddings)), generation, cache.rows(), work):
+    for _ in update(StoreLocation(str(artifacts.embeddings)), generation, cache.rows(), work):
         pass
     both = pd.concat([real, made]).sort_values(["series_uid", "slice_index"], kind="stable")
     write_outputs(artifacts.index_dir, both, pd.DataFrame({"path": [], "reason": []}), {})

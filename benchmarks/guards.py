@@ -58,7 +58,7 @@ GUARDS = (
     Guard(
         "a full disk is told from other errors of libraries",
         "pipeline/common/files.py",
-        "    return next((word for word in _OTHER_WORDS if word in text), None)",
+        "    return next((text for text in _FULL_TEXTS if text in str(error)), None)",
         "    return None",
         "tests/test_faults.py::test_every_library_that_writes_is_understood",
     ),
@@ -93,8 +93,8 @@ GUARDS = (
     Guard(
         "processes end when their parent was killed",
         "pipeline/common/processes.py",
-        "mp_context=anew, initializer=follow_the_parent",
-        "mp_context=anew",
+        "mp_context=spawn, initializer=follow_the_parent",
+        "mp_context=spawn",
         "tests/test_signals.py::test_processes_of_a_pool_end_with_their_parent[9]",
     ),
     Guard(
@@ -121,8 +121,8 @@ GUARDS = (
     Guard(
         "an index that was changed is refused",
         "pipeline/index/slice_index.py",
-        '    if found:\n        raise DataError(f"{path} holds',
-        '    if False:\n        raise DataError(f"{path} holds',
+        '    if present := [name for name, fault in faults.items() if fault]:\n        raise DataError(f"{path} holds',
+        '    if present := []:\n        raise DataError(f"{path} holds',
         "tests/test_silent_wrongs.py::test_an_index_that_was_changed_is_refused",
     ),
     Guard(
@@ -142,8 +142,8 @@ GUARDS = (
     Guard(
         "a chunk's checksum is compared",
         "cache/chunks.py",
-        'if google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little") != stored:',
-        "if not stored:",
+        'if google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little") != checksum:',
+        "if not checksum:",
         "tests/test_store_faults.py::test_verify_names_the_studies_of_a_flipped_bit_and_repair_costs_one_chunk",
     ),
     # Silent wrongs and input

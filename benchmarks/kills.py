@@ -18,7 +18,7 @@ import numpy as np
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -77,7 +77,7 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         store_kit.assert_holds(path, slices)
         same_rows &= _rows(path) == _rows(whole)
         same_files &= _chunks(path) == _chunks(whole)
-        if problems := maintenance.verify(Place(str(path))):
+        if problems := maintenance.verify(StoreLocation(str(path))):
             raise SystemExit(f"damage: {problems}")
     return {
         "kills": done,

@@ -24,9 +24,8 @@ import pandas as pd
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.files import read_json
 from ichpipe.params.schema import Params, load_params
-from ichpipe.scoring.arm_comparison import Arm, compare_arms
+from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample, resampled_mean
-from ichpipe.scoring.comparison_text import comparison_text
 from ichpipe.scoring.heldout_predictions import CLASSES, FINETUNED, LABELS
 from ichpipe.scoring.metrics import CLIP, WEIGHTS
 from ichpipe.stages import cross_validate

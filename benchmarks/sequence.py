@@ -29,16 +29,17 @@ import torch
 import yaml
 
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.writer import Work, update
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.device import autocast, choose_device
 from ichpipe.common.files import digest_of_file
 from ichpipe.features.dask_client import connect
-from ichpipe.features.generations import Cache, open_features
-from ichpipe.features.sequence_dataset import Shuffle, hold_on, read_series, train_batches
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.features.generations import GenerationSpec, open_features
+from ichpipe.features.sequence_dataset import Shuffle, collect_series, load_to_device, train_batches
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.sequence import build_sequence
@@ -133,7 +134,7 @@ def write_store(artifacts: Artifacts, made: simulate.Simulated, options: argpars
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(options.backbone, PAPER_WINDOWS, options.size, 0.0))
     save_model(artifacts.slice_cnn, cnn, {"index": digest_of_file(artifacts.index)})
-    cache = Cache(artifacts.slice_cnn, read_index(artifacts.index))
+    cache = GenerationSpec(artifacts.slice_cnn, read_index(artifacts.index))
     generation = Generation(cache.identity(), cnn.embedding_dim, CLASSES, 4096)
 
     def compute(numbers: Any) -> Any:
@@ -142,7 +143,7 @@ def write_store(artifacts: Artifacts, made: simulate.Simulated, options: argpars
 
     start = time.perf_counter()
     work = Work(range(len(index)), lambda _worker: compute, lambda: connect(1, None))
-    for _ in update(Place(str(artifacts.embeddings)), generation, cache.rows(), work):
+    for _ in update(StoreLocation(str(artifacts.embeddings)), generation, cache.rows(), work):
         pass
     return {"seconds": round(time.perf_counter() - start, 1), "train_slices": int((index["split"] == "train").sum())}
 
@@ -182,9 +183,9 @@ def loading(params_file: Path, artifacts: Artifacts) -> dict[str, Any]:
     params = load_params(params_file)
     section, index = params.sequence["paper"], read_index(artifacts.index)
     features = open_features(params, artifacts, index, section)
-    train = read_series(features, index[index["split"] == "train"])
+    train = collect_series(features, index[index["split"] == "train"])
     names = stored_inputs(section.wanted)
-    held = hold_on(choose_device("auto"), train, names)
+    held = load_to_device(choose_device("auto"), train, names)
     seconds = []
     for epoch in (1, 2):  # the first also compares every chunk's checksum
         start = time.perf_counter()

@@ -17,11 +17,11 @@ import kit
 import numpy as np
 
 from ichpipe.cache import layout, maintenance
+from ichpipe.cache.chunks import write_rows
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows, encode_uids
-from ichpipe.cache.worker import write_rows
 from ichpipe.cache.writer import Work, update
 from ichpipe.features.dask_client import connect
 
@@ -159,9 +159,9 @@ def write_both(
 
 def _write_chunks(path: Path, generation: Generation, rows: Rows, block: np.ndarray) -> None:
     """Write the rows as a worker does, without the scheduler."""
-    place = Place.of(path)
+    place = StoreLocation(path)
     group = layout.create_generation(layout.create_root(place), generation)
-    segment = layout.create_segment(group, generation, rows.source, {})
+    segment = layout.create_segment(group, rows.source, generation.chunk_rows, {})
     for number in range(segment.n_chunks):
         part = segment.rows_of_chunk(number)
         logit = np.zeros((part.stop - part.start, len(CLASSES)), np.float32)
@@ -185,7 +185,7 @@ def _update(path: Path, generation: Generation, rows: Rows, block: np.ndarray, c
     journal.unlink(missing_ok=True)
     compute = Compute(block, journal)
     work = Work(range(len(rows)), lambda _worker: compute.run, lambda: client)
-    for _ in update(Place.of(path), generation, rows, work):
+    for _ in update(StoreLocation(path), generation, rows, work):
         pass
     return sum(map(int, journal.read_text().split())) if journal.exists() else 0
 
@@ -274,7 +274,7 @@ def grow(path: Path, generation: Generation, rows: Rows, block: np.ndarray, chan
 
 def look_after(path: Path) -> dict[str, Any]:
     """Time `info` and `verify`, which reads every byte."""
-    place = Place(str(path))
+    place = StoreLocation(str(path))
     problems: list[Any] = []
     info = _timed(lambda: maintenance.info(place))
     verify = _timed(lambda: problems.extend(maintenance.verify(place)))

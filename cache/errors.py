@@ -1,7 +1,7 @@
-"""The store's one error. The cache imports nothing of the project, so the base stands here."""
+"""The error class of the store."""
 
 from __future__ import annotations
 
 
 class StoreError(RuntimeError):
-    """The store is absent, incomplete, damaged, or made by something else than what is asked for."""
+    """The store is absent, incomplete, damaged, or holds rows of another model or index."""

@@ -1,7 +1,7 @@
-"""What made a row: names derived from content, and comparisons field by field.
+"""Names derived from content, and the comparison of identities field by field.
 
-A generation is named by the digest of all that turns a file's content into a row (weights, preprocessing, windows,
-view, format). Within it a row is named by the digest of the file that it was computed from.
+A generation is named by the digest of everything that turns a file into a row: weights, preprocessing, windows,
+view and format. Within it, the digest of its DICOM file names a row.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ FORMAT_VERSION = 2
 """Version of the layout on disk (docs/store-format.md); a reader refuses a newer one."""
 
 NAME_DIGITS = 16
-"""Hexadecimal digits of a SHA-256 in the name of a folder: 64 bits, no collision among millions of generations."""
+"""Hexadecimal digits of a SHA-256 in a folder name: 64 bits make a collision among millions of names unlikely."""
 
 
 def name_of(value: Any) -> str:
-    """Name a JSON-like value by its canonical text: 16 hexadecimal digits."""
+    """Hash the canonical JSON text of a value: 16 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:NAME_DIGITS]
 
 
 def name_of_bytes(*parts: bytes | memoryview) -> str:
-    """Name a sequence of byte strings (lengths count): 16 hexadecimal digits."""
+    """Hash byte strings and their lengths: 16 hexadecimal digits."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -36,21 +36,19 @@ def name_of_bytes(*parts: bytes | memoryview) -> str:
 
 
 def digest_rows(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Hash (series UID, SOP UID, file digest) of every row in index order. SHA-256, hexadecimal."""
-    text = "\n".join("\0".join(row) for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the SHA-256 of (series UID, SOP UID, file digest) of every row in order, hexadecimal."""
+    return hashlib.sha256("\n".join("\0".join(row) for row in rows).encode()).hexdigest()
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name every field in which two identities differ, with both values; empty where they agree."""
-    names = sorted(set(found) | set(wanted))
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Name every field in which two identities differ, with both values."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+
     return [
-        f"{name}: store has {_short(found.get(name))}, wanted {_short(wanted.get(name))}"
-        for name in names
-        if found.get(name) != wanted.get(name)
+        f"{name}: store has {short(stored.get(name))}, requested {short(requested.get(name))}"
+        for name in sorted({*stored, *requested})
+        if stored.get(name) != requested.get(name)
     ]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

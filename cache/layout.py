@@ -1,12 +1,12 @@
-"""Groups and arrays of a store and how they are created and opened (Zarr v3, documented in docs/store-format.md).
+"""Groups and arrays of a store: how they are opened and created (Zarr v3, documented in docs/store-format.md).
 
     STORE/                      attributes: format, format_version
       <generation>/             attributes: identity, classes, embedding_dim, manifest
         segment-<name>/         rows computed together: embedding, logit, source
-        manifest-<name>/        the slices that the generation holds now, and where each row lies
+        manifest-<name>/        the slices of the generation, and the segment and row of each
 
-Large chunks without shards or compressor measured fastest: a chunk file is then the raw rows plus a 4-byte
-CRC-32C, can be mapped into memory, and a flipped byte never goes unnoticed.
+Large chunks without shards or compressor measured fastest. A chunk file is the raw rows and a 4-byte CRC-32C, so it
+can be mapped into memory and a flipped bit is detected.
 """
 
 from __future__ import annotations
@@ -24,42 +24,47 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Iterator
 
-    from ichpipe.cache.location import Place
-    from ichpipe.cache.rows import Codes, Rows
+    from ichpipe.cache.location import StoreLocation
+    from ichpipe.cache.rows import Codes
 
 FORMAT = "ichpipe-embeddings"
-SEGMENT, MANIFEST, COMPANION = "segment-", "manifest-", "pca-"
+SEGMENT, MANIFEST, PCA = "segment-", "manifest-", "pca-"
 EMBEDDING_DTYPE = np.float16
 EMBEDDING_LIMIT = float(np.finfo(EMBEDDING_DTYPE).max)
 CRC_BYTES: Final = 4
 ROW_ARRAYS: Final = ("logit", "embedding")
-"""The arrays of a segment that hold one row a slice, in the order in which a chunk of rows is written."""
+"""The arrays of a segment with one row a slice, in the order in which a chunk of rows is written."""
+
+MAX_NAMES_BYTES: Final = 4 * 2**30  # damaged metadata may claim any size; the names of RSNA's slices take 0.1 GiB
+MAX_CHUNKS: Final = 10**6
+
+DAMAGED: Final = (
+    ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
+"""What zarr raises for damaged metadata or chunks."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """All rows that were made the same way. ``identity`` is a flat mapping of JSON values."""
+    """Rows that were computed in the same way. ``identity`` is a flat mapping of JSON values."""
 
     identity: dict[str, Any]
     embedding_dim: int
     classes: tuple[str, ...]
-    chunk_rows: int  # of segments that are still to be made
+    chunk_rows: int  # of new segments
 
     @property
     def name(self) -> str:
-        """Name of the generation's group."""
+        """Name of the group."""
         return name_of(self.identity)
-
-    def width(self, array: str) -> int:
-        """Return the number of columns of a row array."""
-        return self.embedding_dim if array == "embedding" else len(self.classes)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment as its name and the sources of its rows (n, 32) say."""
+    """Rows that were computed together; ``source`` (n, 32) is the SHA-256 of each row's file."""
 
     name: str
     source: Codes
@@ -67,154 +72,144 @@ class Segment:
 
     @property
     def n_chunks(self) -> int:
-        """Number of row chunks; each is one Dask task."""
+        """Number of chunks; each is one Dask task."""
         return -(-len(self.source) // self.chunk_rows)
 
     def rows_of_chunk(self, chunk: int) -> slice:
-        """Return the rows of chunk number ``chunk``; the last one may be shorter."""
+        """Return the rows of a chunk; the last chunk may be shorter."""
         return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.source)))
 
 
 def segment_name(source: Codes, chunk_rows: int) -> str:
-    """Name a segment by what its rows are made from, so that the name also proves the content of ``source``."""
+    """Name a segment by the sources of its rows, so that the name also proves ``source``."""
     return SEGMENT + name_of_bytes(source.tobytes(), str(chunk_rows).encode())
 
 
-def chunk_name(generation: str, segment: str, array: str, chunk: int) -> str:
-    """Return the file of one row chunk, relative to the store."""
-    return f"{generation}/{segment}/{array}/c/{chunk}/0"
+def chunk_name(segment: str, array: str, chunk: int) -> str:
+    """Return the file of a chunk of rows, relative to the store, as ``segment``, the path of the group, is."""
+    return f"{segment}/{array}/c/{chunk}/0"
 
 
 def chunk_bytes(array: zarr.Array[Any]) -> int:
-    """Return the size of a whole chunk file: zarr pads the last chunk, so that all have one size."""
+    """Return the size of a chunk file. All have the same size: zarr pads the last chunk."""
     return int(np.prod(array.chunks)) * array.dtype.itemsize + CRC_BYTES
 
 
 def is_plain(array: zarr.Array[Any]) -> bool:
-    """Say whether a chunk file is raw little-endian values and a CRC-32C, so that it can be mapped."""
-    codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    """Return whether a chunk file is raw little-endian values and a CRC-32C, so that it can be mapped."""
+    codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]  # type: ignore[union-attr] # Zarr v3 alone
     return codecs == ["bytes", "crc32c"] and array.dtype.newbyteorder("<") == array.dtype
 
 
 # Opening
 
-MAX_NAMES_BYTES: Final = 4 * 2**30  # names of all slices: RSNA's take 0.1 GiB
-MAX_CHUNKS: Final = 10**6
 
-DAMAGED: Final = (
-    ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ArithmeticError, RecursionError,
-    MemoryError,
-)  # fmt: skip
-"""What zarr raises at metadata that is not what it should be."""
-
-
-def open_root(place: Place, *, write: bool = False) -> zarr.Group:
-    """Open a store of this format; anything else is an error that says what was found."""
-    if not place.exists():
-        raise StoreError(f"embedding store {place} does not exist; run: ichpipe extract")
+def open_root(location: StoreLocation, *, write: bool = False) -> zarr.Group:
+    """Open a store of this format. Raises StoreError for anything else."""
+    if not location.exists():
+        raise StoreError(f"embedding store {location} does not exist; run: ichpipe extract")
     try:
-        store = place.zarr_store(read_only=not write)
+        store = location.zarr_store(read_only=not write)
         group = zarr.open_group(store, mode="r+" if write else "r", zarr_format=3)
     except (FileNotFoundError, NotADirectoryError, *DAMAGED) as error:
-        raise StoreError(f"{place} is no Zarr v3 group; remove it and run: ichpipe extract") from error
+        raise StoreError(f"{location} is no Zarr v3 group; remove it and run: ichpipe extract") from error
     if group.attrs.get("format") != FORMAT:
-        raise StoreError(f"{place} is a Zarr group, but not an ichpipe embedding store")
+        raise StoreError(f"{location} is a Zarr group, but not an ichpipe embedding store; set another extract.store")
     version = group.attrs.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise StoreError(f"{place} has format {version}; this program reads up to {FORMAT_VERSION}: update ichpipe")
+        raise StoreError(f"{location} has format {version}; this program reads up to {FORMAT_VERSION}: update ichpipe")
     if version < FORMAT_VERSION:
-        raise StoreError(f"{place} has format {version}, which was never released; remove it and run: ichpipe extract")
+        raise StoreError(
+            f"{location} has format {version}, which was never released; remove it and run: ichpipe extract"
+        )
     return group
 
 
-def generations(place: Place, root: zarr.Group) -> dict[str, zarr.Group]:
+def generations(location: StoreLocation, root: zarr.Group) -> dict[str, zarr.Group]:
     """Return the generations of a store by name, sorted."""
-    return {name: subgroup(root, name) for name in _named(place, "", "")}
+    return {name: subgroup(root, name) for name in _list_groups(location, "", "")}
 
 
-def parts(place: Place, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
-    """Return the segments, manifests or companions of a generation by name, sorted.
-
-    A folder without metadata is what a killed creation left (zarr would warn of it); it is not among them.
-    """
-    found = {}
-    for name in _named(place, group.path, prefix):
+def parts(location: StoreLocation, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
+    """Return the groups of a generation whose name has the prefix, sorted. Damaged groups are left out."""
+    groups = {}
+    for name in _list_groups(location, group.path, prefix):
         with contextlib.suppress(StoreError):
-            found[name] = subgroup(group, name)
-    return found
+            groups[name] = subgroup(group, name)
+    return groups
 
 
-def _named(place: Place, folder: str, prefix: str) -> list[str]:
-    """List the folders with metadata right below one."""
+def _list_groups(location: StoreLocation, folder: str, prefix: str) -> list[str]:
+    """List the subfolders with metadata. A killed writer leaves folders without, of which zarr would warn."""
     depth = len(folder.split("/")) if folder else 0
-    split = (file.split("/") for file in place.files(folder))
-    found = {name[depth] for name in split if len(name) == depth + 2 and name[-1] == "zarr.json"}
-    return sorted(name for name in found if name.startswith(prefix))
+    paths = (file.split("/") for file in location.files(folder))
+    names = {path[depth] for path in paths if len(path) == depth + 2 and path[-1] == "zarr.json"}
+    return sorted(name for name in names if name.startswith(prefix))
+
+
+@contextlib.contextmanager
+def _refuse_damage(group: zarr.Group, name: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGED as error:
+        raise StoreError(f"{group.store_path}: {name} is damaged; run: ichpipe cache verify --repair") from error
+
+
+def has(group: zarr.Group, name: str) -> bool:
+    """Return whether a member exists. Raises StoreError if its metadata is damaged."""
+    with _refuse_damage(group, name):
+        return name in group
 
 
 def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return one array of the group; a missing one is an error."""
-    try:
-        found = group.get(name)
-    except DAMAGED as error:
-        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
-    if not isinstance(found, zarr.Array):
-        raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify")
-    return found
+    """Return an array of the group. Raises StoreError if it is missing or damaged."""
+    with _refuse_damage(group, name):
+        member = group.get(name)
+    if not isinstance(member, zarr.Array):
+        raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify --repair")
+    return member
 
 
 def row_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of rows; its chunks must hold whole rows, or a checksum proves bytes in another order."""
-    found = array(group, name)
-    if found.ndim != 2 or found.chunks[1] != found.shape[1]:
-        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify")
-    return found
-
-
-def has(root: zarr.Group, name: str) -> bool:
-    """Say whether a group is there; one whose metadata can't be read is an error."""
-    try:
-        return name in root
-    except DAMAGED as error:
-        raise StoreError(f"{root.store_path}: the metadata of {name} is damaged; run: ichpipe extract") from error
+    """Return an array of rows, whose chunks must hold whole rows: a checksum does not prove the order of bytes."""
+    rows = array(group, name)
+    if rows.ndim != 2 or rows.chunks[1] != rows.shape[1]:
+        raise StoreError(f"{group.store_path}: {name} is damaged; run: ichpipe cache verify --repair")
+    return rows
 
 
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
-    """Return one group of the group; a missing one is an error."""
-    try:
-        found = group.get(name)
-    except DAMAGED as error:
-        raise StoreError(f"{group.store_path}: the metadata of {name} is damaged; run: ichpipe cache verify") from error
-    if not isinstance(found, zarr.Group):
+    """Return a group of the group. Raises StoreError if it is missing or damaged."""
+    with _refuse_damage(group, name):
+        member = group.get(name)
+    if not isinstance(member, zarr.Group):
         raise StoreError(f"{group.store_path}: {name} is missing; run: ichpipe extract")
-    return found
+    return member
 
 
 def identity_of(group: zarr.Group) -> dict[str, Any]:
-    """Return what made a generation; empty where its creation was interrupted."""
-    found = group.attrs.get("identity")
-    return dict(found) if isinstance(found, dict) else {}
+    """Return the identity of a generation; empty if its creation was interrupted."""
+    identity = group.attrs.get("identity")
+    return dict(identity) if isinstance(identity, dict) else {}
 
 
 def read(group: zarr.Group, name: str) -> Any:
-    """Read a small array whole; damage is an error that names it."""
-    found = array(group, name)
-    try:
-        if found.nbytes > MAX_NAMES_BYTES or found.nchunks > MAX_CHUNKS:  # metadata that ask for any memory
-            raise StoreError(f"{group.store_path}: array {name} claims to be too large; run: ichpipe cache verify")
-        return np.asarray(found[:])
-    except DAMAGED as error:  # zarr's CRC-32C codec, or a chunk that is too short
-        raise StoreError(f"{group.store_path}: array {name} is damaged; run: ichpipe cache verify") from error
+    """Read a small array whole. Raises StoreError that names it if it is damaged."""
+    small = array(group, name)
+    with _refuse_damage(group, name):
+        if small.nbytes > MAX_NAMES_BYTES or small.nchunks > MAX_CHUNKS:
+            raise ValueError(f"{small.nbytes} bytes in {small.nchunks} chunks")
+        return np.asarray(small[:])
 
 
-# Creating: every name says what is inside, so that a second creation of the same thing changes nothing.
+# Creating. Names derive from content, so that creating the same group again changes nothing.
 
 
-def create_root(place: Place) -> zarr.Group:
-    """Open the store for writing; create an empty one where nothing is."""
-    if place.exists() and place.files():
-        return open_root(place, write=True)
-    root = zarr.open_group(place.zarr_store(read_only=False), mode="a", zarr_format=3)
+def create_root(location: StoreLocation) -> zarr.Group:
+    """Open the store for writing; create it if it is absent or empty."""
+    if location.exists() and location.files():
+        return open_root(location, write=True)
+    root = zarr.open_group(location.zarr_store(read_only=False), mode="a", zarr_format=3)
     root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION})
     return root
 
@@ -231,30 +226,26 @@ def create_generation(root: zarr.Group, generation: Generation) -> zarr.Group:
     return group
 
 
-def create_segment(group: zarr.Group, generation: Generation, source: Codes, known: dict[str, Any]) -> Segment:
-    """Create the arrays of rows still to be computed, named by their sources.
-
-    ``known`` holds arrays with one row a slice that are known beforehand (the parameters of a view).
-    """
-    name = segment_name(source, generation.chunk_rows)
+def create_segment(group: zarr.Group, source: Codes, chunk_rows: int, extra: dict[str, Any]) -> Segment:
+    """Create the arrays of rows that are still to be computed; ``extra`` holds further arrays with one row a slice."""
+    name = segment_name(source, chunk_rows)
     segment = group.require_group(name)
+    classes: Any = group.attrs["classes"]
+    width: Any = {"logit": len(classes), "embedding": group.attrs["embedding_dim"]}
     for kind in ROW_ARRAYS:
-        create_rows(segment, kind, len(source), generation.width(kind), generation.chunk_rows)
-    for kind, values in known.items():
+        create_rows(segment, kind, len(source), width[kind], chunk_rows)
+    for kind, values in extra.items():
         create_small(segment, kind, values, ("slice", "parameter"))
-    create_small(segment, "source", source, ("slice", "byte"))  # the last one: with it, the segment counts
-    return Segment(name, source, generation.chunk_rows)
-
-
-_ROWS: Final = {
-    "embedding": ("float16", "feature", "features of a slice, rounded to float16"),
-    "logit": ("float32", "class", "the slice CNN's outputs before the sigmoid, one a class"),
-}
+    create_small(segment, "source", source, ("slice", "byte"))  # written last: it completes the segment
+    return Segment(name, source, chunk_rows)
 
 
 def create_rows(group: zarr.Group, kind: str, n_rows: int, width: int, chunk_rows: int) -> zarr.Array[Any]:
-    """Create an array with one row a slice, cut into chunks of whole rows; NaN until a chunk is written."""
-    dtype, columns, meaning = _ROWS[kind]
+    """Create an array with one row a slice, in chunks of whole rows; NaN until a chunk is written."""
+    dtype, columns, meaning = {
+        "embedding": ("float16", "feature", "features of a slice, rounded to float16"),
+        "logit": ("float32", "class", "the slice CNN's outputs before the sigmoid, one a class"),
+    }[kind]
     return _create(
         group,
         kind,
@@ -268,35 +259,14 @@ def create_rows(group: zarr.Group, kind: str, n_rows: int, width: int, chunk_row
     )
 
 
-def manifest_name(rows: Rows, segments: list[str], where: NDArray[np.int64]) -> str:
-    """Name a manifest by all that it says: a damaged one does not answer to its name."""
-    parts = (rows.sop_uid, rows.source, rows.series_uid, rows.study_uid, rows.offset, where)
-    text = "\n".join(segments).encode()
-    views = (np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in parts)
-    return MANIFEST + name_of_bytes(text, *views)
-
-
-def create_manifest(group: zarr.Group, name: str, rows: Rows, segments: list[str], where: NDArray[np.int64]) -> None:
-    """Write the slices of a generation and where each row lies: ``where`` (n, 2) is segment number and row."""
-    manifest = group.require_group(name)
-    create_small(manifest, "sop_uid", rows.sop_uid, ("slice", "character"))
-    create_small(manifest, "source", rows.source, ("slice", "byte"))
-    create_small(manifest, "series_uid", rows.series_uid, ("series", "character"))
-    create_small(manifest, "study_uid", rows.study_uid, ("series", "character"))
-    create_small(manifest, "series_offset", rows.offset, ("series_boundary",))
-    create_small(manifest, "location", where, ("slice", "segment_and_row"))
-    manifest.attrs["segments"] = segments
-
-
 def create_small(group: zarr.Group, name: str, data: Any, dimensions: tuple[str, ...]) -> None:
     """Write an array in one chunk, with its checksum."""
     _create(group, name, data=np.ascontiguousarray(data), chunks=data.shape, dimension_names=dimensions)
 
 
 def _create(group: zarr.Group, name: str, **settings: Any) -> zarr.Array[Any]:
-    """Create an array; one that is there was created with the same content, or its creator was killed."""
     codecs: dict[str, Any] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
-    overwrite = "data" in settings  # a killed creator may have left it without its chunk
+    overwrite = "data" in settings  # a killed writer may have created the array without its chunk
     try:
         return group.create_array(name, **codecs, **settings, overwrite=overwrite)
     except (ContainsArrayError, ContainsGroupError):

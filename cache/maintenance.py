@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, whether every byte is as it was written, and freeing what nobody needs."""
+"""Maintenance of a store: counting its content, checking every byte, and freeing unused rows."""
 
 from __future__ import annotations
 
@@ -8,85 +8,94 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichpipe.cache import layout
-from ichpipe.cache.chunks import Chunks, DamagedChunkError, check_file
+from ichpipe.cache.chunks import Chunks, DamagedChunkError, write_rows
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of
-from ichpipe.cache.inventory import ABSENT, Survey, survey
-from ichpipe.cache.location import PARTIAL, Place
-from ichpipe.cache.manifest import Manifest, read_manifest, write_manifest
-from ichpipe.cache.reader import studies_of
-from ichpipe.cache.rows import decode_uids
-from ichpipe.cache.worker import write_rows
+from ichpipe.cache.inventory import ABSENT, Inventory, Manifest, read_manifest, take_inventory, write_manifest
+from ichpipe.cache.rows import Rows, decode_uids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import zarr
-    from numpy.typing import NDArray
+
+    from ichpipe.cache.location import StoreLocation
 
 
-# What is there
+def info(location: StoreLocation) -> dict[str, Any]:
+    """Count rows, studies, bytes and missing rows of each generation.
 
+    Parameters
+    ----------
+    location
+        Address of the store.
 
-def info(place: Place) -> dict[str, Any]:
-    """Count rows, studies, bytes and what is missing, per generation, as JSON-like values."""
-    root = layout.open_root(place)
-    files = place.files()
+    Returns
+    -------
+    dict
+        JSON-like: ``store``, ``format_version``, ``files``, ``bytes``, and a list ``generations``.
+
+    Raises
+    ------
+    StoreError
+        The store is absent or of another format.
+
+    """
+    root = layout.open_root(location)
+    files = location.files()
     return {
-        "store": str(place),
+        "store": str(location),
         "format_version": FORMAT_VERSION,
         "files": len(files),
         "bytes": sum(files.values()),
-        "generations": [_describe(place, group, files) for group in layout.generations(place, root).values()],
+        "generations": [_describe(location, group, files) for group in layout.generations(location, root).values()],
     }
 
 
-def _describe(place: Place, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
-    found = survey(place, group)
-    manifest, problem = _manifest_or_reason(place, group)
-    n_chunks = sum(len(present) for present in found.present)
-    there = sum(int(present.sum()) for present in found.present)
-    result = {
+def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
+    inventory = take_inventory(location, group)
+    manifest, problem = _read_manifest(location, group)
+    n_chunks = sum(map(len, inventory.present))
+    facts = {
         "generation": group.path,
         "complete": False,
         "identity": group.attrs.get("identity"),
         "embedding_dim": group.attrs.get("embedding_dim"),
         "bytes": sum(size for name, size in files.items() if name.startswith(f"{group.path}/")),
-        "segments": len(found.segments),
+        "segments": len(inventory.segments),
         "chunks": n_chunks,
-        "chunks_missing": n_chunks - there,
-        "rows_stored": found.n_rows,
+        "chunks_missing": n_chunks - sum(int(present.sum()) for present in inventory.present),
+        "rows_stored": inventory.n_rows,
     }
     if manifest is None:
-        return result | {"problem": problem, "rows": 0, "series": 0, "studies": 0, "missing_studies": []}
-    absent = np.flatnonzero(found.locate(manifest.rows.source)[:, 0] == ABSENT)
-    return result | {
+        return facts | {"problem": problem, "rows": 0, "series": 0, "studies": 0, "missing_studies": []}
+    rows = manifest.rows
+    absent = np.flatnonzero(inventory.locate(rows.source)[:, 0] == ABSENT)
+    return facts | {
         "complete": not len(absent),
-        "rows": len(manifest.rows),
-        "series": manifest.rows.n_series,
-        "studies": len(set(decode_uids(manifest.rows.study_uid))),
-        "rows_unused": found.n_rows - (len(manifest.rows) - len(absent)),
+        "rows": len(rows),
+        "series": len(rows.series_uid),
+        "studies": len(set(decode_uids(rows.study_uid))),
+        "rows_unused": inventory.n_rows - (len(rows) - len(absent)),
         "rows_missing": len(absent),
-        "missing_studies": studies_of(manifest.rows, absent),
+        "missing_studies": rows.studies_of(absent),
     }
 
 
-def _manifest_or_reason(place: Place, group: zarr.Group) -> tuple[Manifest | None, str]:
+def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[Manifest | None, str]:
+    """Return the manifest, or None and the reason."""
     try:
-        return read_manifest(place, group, prove=True), ""
+        return read_manifest(location, group, prove=True), ""
     except StoreError as error:
         return None, str(error)
 
 
-# Whether it is as it was written
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One place of a store that is not as it was written, and the studies that need it."""
+    """A damaged part of a store, and the studies that need it."""
 
     generation: str
-    part: str  # segment or manifest
+    part: str  # segment, manifest or principal components
     array: str
     chunk: int | None
     what: str
@@ -97,180 +106,180 @@ class Problem:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Say it in one line."""
-        where = "/".join(part for part in (self.generation, self.part, self.array) if part)
+        """Return one line."""
+        path = "/".join(filter(None, (self.generation, self.part, self.array)))
         chunk = "" if self.chunk is None else f" chunk {self.chunk}"
-        whose = f": {', '.join(self.studies)}" if self.studies else ""
-        return f"{where}{chunk} {self.what}{whose}"
+        studies = f": {', '.join(self.studies)}" if self.studies else ""
+        return f"{path}{chunk} {self.what}{studies}"
 
 
-def verify(place: Place, on_progress: Callable[[int], None] = lambda _bytes: None) -> list[Problem]:
-    """Read every byte of every chunk against its checksum, and every name against what it says."""
+def verify(location: StoreLocation) -> list[Problem]:
+    """Compare every chunk with its checksum, and every name with the content that it is derived from.
+
+    Parameters
+    ----------
+    location
+        Address of the store.
+
+    Returns
+    -------
+    list of Problem
+        The damaged parts, with the studies that need them; empty if the store is sound.
+
+    Raises
+    ------
+    StoreError
+        The store is absent or of another format.
+
+    """
     problems: list[Problem] = []
-    for name, group in layout.generations(place, layout.open_root(place)).items():
-        identity = group.attrs.get("identity")
-        if name_of(identity) != name:
-            problems.append(Problem(name, "", "", None, "has an identity that is not the one it is named by", []))
-        manifest, reason = _manifest_or_reason(place, group)
+    for name, group in layout.generations(location, layout.open_root(location)).items():
+        if name_of(group.attrs.get("identity")) != name:
+            problems.append(Problem(name, "", "", None, "has an identity that does not match its name", []))
+        manifest, reason = _read_manifest(location, group)
         if manifest is None and "manifest" in group.attrs:
             problems.append(Problem(name, str(group.attrs["manifest"]), "", None, f"can't be used ({reason})", []))
-        problems += _verify_segments(place, group, manifest, on_progress)
-        problems += _verify_beside(place, group)
+        problems += _verify_rows(
+            location, group, manifest or Manifest(Rows.of([], [], [], []), [], np.zeros((0, 2), np.int64))
+        )
+        problems += _verify_small_arrays(location, group)
     return problems
 
 
-def _verify_beside(place: Place, group: zarr.Group) -> Iterator[Problem]:
-    """Read what stands beside the rows: parameters of views, principal components."""
-    beside = layout.parts(place, group, layout.SEGMENT) | layout.parts(place, group, layout.COMPANION)
-    for part, found in beside.items():
-        segment = part.startswith(layout.SEGMENT)
-        for name, _ in found.arrays():
-            if segment and name in (*layout.ROW_ARRAYS, "source"):
-                continue
-            try:
-                values = layout.read(found, name)
-            except StoreError:
-                yield Problem(group.path, part, name, None, "fails its checksum", [])
-                continue
-            if values.dtype.kind == "f" and np.isnan(values).any():  # a chunk that is not there reads as NaN
-                yield Problem(group.path, part, name, None, "lacks a chunk", [])
-
-
-def _verify_segments(
-    place: Place, group: zarr.Group, manifest: Manifest | None, on_progress: Callable[[int], None]
-) -> Iterator[Problem]:
-    found = survey(place, group)
-    readable = {segment.name: number for number, segment in enumerate(found.segments)}
-    referred = set(manifest.segments) if manifest else set()
-    for name in sorted(referred - set(readable)):
-        yield Problem(group.path, name, "", None, "is missing or has damaged metadata", _users(manifest, name, None))
-    for segment, present in zip(found.segments, found.present, strict=True):
+def _verify_rows(location: StoreLocation, group: zarr.Group, manifest: Manifest) -> Iterator[Problem]:
+    inventory = take_inventory(location, group)
+    for name in sorted(set(manifest.segments) - {segment.name for segment in inventory.segments}):
+        yield Problem(group.path, name, "", None, "is missing or has damaged metadata", manifest.studies_in(name))
+    for segment, present in zip(inventory.segments, inventory.present, strict=True):
         for kind in layout.ROW_ARRAYS:
             array = layout.array(layout.subgroup(group, segment.name), kind)
             for chunk in range(segment.n_chunks):
-                users = _users(manifest, segment.name, segment.rows_of_chunk(chunk))
-                what = check_chunk(place, array, chunk) if present[chunk] or users else None
-                on_progress(layout.chunk_bytes(array))
-                if what:
-                    yield Problem(group.path, segment.name, kind, chunk, what, users)
+                studies = manifest.studies_in(segment.name, segment.rows_of_chunk(chunk))
+                if not present[chunk] and not studies:
+                    continue
+                try:
+                    Chunks(location, array).chunk(chunk)
+                except DamagedChunkError as error:
+                    yield Problem(group.path, segment.name, kind, chunk, error.reason, studies)
 
 
-def check_chunk(place: Place, array: zarr.Array[Any], chunk: int) -> str | None:
-    """Say what is wrong with one chunk, or nothing."""
-    name = f"{array.path}/c/{chunk}/0"
-    try:
-        if place.local is not None and layout.is_plain(array):
-            check_file(place.local / name, chunk, layout.chunk_bytes(array))
-        else:
-            Chunks(place, array).chunk(chunk)
-    except DamagedChunkError as error:
-        return error.what
-    return None
+def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator[Problem]:
+    """Check the parameters of views and the principal components."""
+    segments = layout.parts(location, group, layout.SEGMENT)
+    for part, folder in (segments | layout.parts(location, group, layout.PCA)).items():
+        for name, _ in folder.arrays():
+            if part in segments and name in (*layout.ROW_ARRAYS, "source"):
+                continue
+            try:
+                values = layout.read(folder, name)
+            except StoreError:
+                yield Problem(group.path, part, name, None, "fails its checksum", [])
+                continue
+            if values.dtype.kind == "f" and np.isnan(values).any():  # a missing chunk reads as NaN
+                yield Problem(group.path, part, name, None, "lacks a chunk", [])
 
 
-def _users(manifest: Manifest | None, segment: str, rows: slice | None) -> list[str]:
-    if manifest is None or segment not in manifest.segments:
-        return []
-    inside = manifest.where[:, 0] == manifest.segments.index(segment)
-    if rows is not None:
-        inside &= (manifest.where[:, 1] >= rows.start) & (manifest.where[:, 1] < rows.stop)
-    return studies_of(manifest.rows, np.flatnonzero(inside))
+def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
+    """Remove the damaged parts, so that the next ``extract`` computes them again.
 
+    Parameters
+    ----------
+    location
+        Address of the store.
+    problems
+        Result of `verify`.
 
-def repair(place: Place, problems: Iterable[Problem]) -> None:
-    """Remove what is damaged, so that the next ``extract`` computes it again; nothing else is touched."""
+    """
     for problem in problems:
+        part = "/".join(filter(None, (problem.generation, problem.part)))
         if problem.chunk is None:
-            place.remove("/".join(part for part in (problem.generation, problem.part) if part))
+            location.remove(part)
         else:
             for kind in layout.ROW_ARRAYS:
-                place.remove(layout.chunk_name(problem.generation, problem.part, kind, problem.chunk))
+                location.remove(layout.chunk_name(part, kind, problem.chunk))
 
 
-# Freeing what nobody needs
+def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:
+    """Remove whole generations, and from the others all rows outside the manifest.
 
+    A generation with such rows is first copied without them; open readers may have to open it again.
 
-def prune(place: Place, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:
-    """Remove generations whose identity ``keep`` refuses, and in the others all rows outside the manifest.
+    Parameters
+    ----------
+    location
+        Address of the store.
+    keep
+        Returns whether the generation of an identity stays.
+    dry_run
+        Remove nothing; ``bytes_freed`` then counts whole generations only.
 
-    A generation with rows to remove is copied without them first; readers that are open may have to open again.
-    Returns names of removed generations, rows and bytes freed. ``dry_run`` only says so (bytes of whole
-    generations exactly, rows as counted).
+    Returns
+    -------
+    dict
+        ``generations_removed`` (names), ``rows_removed``, ``bytes_freed``, ``dry_run``.
+
+    Raises
+    ------
+    StoreError
+        The store can't be written, or a generation lacks rows.
+
     """
-    before = sum(place.files().values())
-    removed, rows = [], 0
-    freed_by_removal = 0
-    with place.writing(), place.lock(lambda: None):
-        root = layout.open_root(place, write=not dry_run)
-        for name, group in layout.generations(place, root).items():
-            if not keep(layout.identity_of(group)):
-                removed.append(name)
-                freed_by_removal += sum(place.files(name).values())
-                if not dry_run:
-                    place.remove(name)
+    removed, n_rows, freed = [], 0, 0
+    before = sum(location.files().values())
+    with location.writing():
+        root = layout.open_root(location, write=not dry_run)
+        for name, group in layout.generations(location, root).items():
+            if keep(layout.identity_of(group)):
+                n_rows += _compact(location, group, dry_run=dry_run)
                 continue
-            rows += _compact(place, group, dry_run=dry_run)
-    freed = freed_by_removal if dry_run else before - sum(place.files().values())
-    return {"generations_removed": removed, "rows_removed": rows, "bytes_freed": freed, "dry_run": dry_run}
+            removed.append(name)
+            freed += sum(location.files(name).values())
+            if not dry_run:
+                location.remove(name)
+    if not dry_run:
+        freed = before - sum(location.files().values())
+    return {"generations_removed": removed, "rows_removed": n_rows, "bytes_freed": freed, "dry_run": dry_run}
 
 
-def _compact(place: Place, group: zarr.Group, *, dry_run: bool) -> int:
-    """Copy the rows of the manifest into one segment where others lie between them; return how many others."""
-    manifest = read_manifest(place, group, prove=True)
-    found = survey(place, group)
-    source = np.unique(manifest.rows.source, axis=0)
-    unused = found.n_rows - len(source)
-    unfinished = any(not present.all() for present in found.present)
-    orphans = [name for name in place.files(group.path) if name.endswith(PARTIAL)]
-    if dry_run or not (unused or unfinished or orphans):
-        return unused
-    for name in orphans:
-        place.remove(name)
-    if unused or unfinished:
-        _copy(place, group, manifest, found)
+def _compact(location: StoreLocation, group: zarr.Group, *, dry_run: bool) -> int:
+    """Copy the rows of the manifest into one segment if there are others; return the number of the others."""
+    manifest = read_manifest(location, group, prove=True)
+    inventory = take_inventory(location, group)
+    unused = inventory.n_rows - len(np.unique(manifest.rows.source, axis=0))
+    if not dry_run:
+        location.remove_partial(group.path)
+        if unused or not all(present.all() for present in inventory.present):
+            _copy(location, group, manifest, inventory)
     return unused
 
 
-def _copy(place: Place, group: zarr.Group, manifest: Manifest, found: Survey) -> None:
-    where = found.locate(manifest.rows.source)
+def _copy(location: StoreLocation, group: zarr.Group, manifest: Manifest, inventory: Inventory) -> None:
+    where = inventory.locate(manifest.rows.source)
     if (where[:, 0] == ABSENT).any():
-        raise StoreError(f"{place}: generation {group.path} lacks rows; run: ichpipe extract")
-    _, first = np.unique(where, axis=0, return_index=True)
-    first = np.sort(first)
-    chosen, where = manifest.rows.source[first], where[first]
-    sources = [layout.subgroup(group, segment.name) for segment in found.segments]
-    extra = _extra(sources, where)
-    generation = layout.Generation(
-        layout.identity_of(group),
-        int(group.attrs["embedding_dim"]),  # type: ignore[arg-type]
-        tuple(group.attrs["classes"]),  # type: ignore[arg-type]
-        max(segment.chunk_rows for segment in found.segments),
-    )
-    segment = layout.create_segment(group, generation, chosen, extra)
-    chunks = {
-        (n, kind): Chunks(place, layout.array(g, kind)) for n, g in enumerate(sources) for kind in layout.ROW_ARRAYS
-    }
-    for number in range(segment.n_chunks):
-        rows = segment.rows_of_chunk(number)
+        raise StoreError(f"{location}: generation {group.path} lacks rows; run: ichpipe extract")
+    first = np.sort(np.unique(where, axis=0, return_index=True)[1])
+    where = where[first]
+    folders = [layout.subgroup(group, segment.name) for segment in inventory.segments]
+    extra = {}  # the parameters of a view
+    for name, _ in folders[0].arrays():
+        if name not in (*layout.ROW_ARRAYS, "source"):
+            parts = [layout.read(folder, name) for folder in folders]
+            extra[name] = np.stack([parts[number][row] for number, row in where.tolist()])
+    chunk_rows = max(segment.chunk_rows for segment in inventory.segments)
+    copy = layout.create_segment(group, manifest.rows.source[first], chunk_rows, extra)
+    arrays = {kind: [Chunks(location, layout.array(f, kind)) for f in folders] for kind in layout.ROW_ARRAYS}
+    for chunk in range(copy.n_chunks):
+        rows = copy.rows_of_chunk(chunk)
+        inputs = where[rows].tolist()
         values = {
-            kind: np.concatenate([chunks[int(s), kind].rows(int(row), int(row) + 1) for s, row in where[rows]])
-            for kind in layout.ROW_ARRAYS
+            kind: np.concatenate([chunks[number].rows(row, row + 1) for number, row in inputs])
+            for kind, chunks in arrays.items()
         }
-        write_rows(place, f"{group.path}/{segment.name}", rows, values, [str(row) for row in where[rows]])
-    after = survey(place, group)
-    names = [one.name for one in after.segments]
-    only = Survey([after.segments[names.index(segment.name)]], [after.present[names.index(segment.name)]])
-    write_manifest(place, group, manifest.rows, [segment.name], only.locate(manifest.rows.source))
-    for name in names:
-        if name != segment.name:
-            place.remove(f"{group.path}/{name}")
-
-
-def _extra(segments: list[zarr.Group], where: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Gather the arrays that a segment holds besides its rows (the parameters of a view)."""
-    names = [name for name, _ in segments[0].arrays() if name not in (*layout.ROW_ARRAYS, "source")]
-    result = {}
-    for name in names:
-        parts = [layout.read(segment, name) for segment in segments]
-        result[name] = np.stack([parts[int(s)][int(row)] for s, row in where])
-    return result
+        write_rows(location, f"{group.path}/{copy.name}", rows, values, inputs)
+    present = np.ones(copy.n_chunks, dtype=bool)
+    write_manifest(
+        location, group, manifest.rows, [copy.name], Inventory([copy], [present]).locate(manifest.rows.source)
+    )
+    for segment in take_inventory(location, group).segments:
+        if segment.name != copy.name:
+            location.remove(f"{group.path}/{segment.name}")

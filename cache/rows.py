@@ -1,4 +1,4 @@
-"""Which slices a caller wants in a store, and the packed arrays in which names are kept."""
+"""The slices of a generation in order, and the packed arrays that hold their UIDs and file digests."""
 
 from __future__ import annotations
 
@@ -15,51 +15,42 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 UID_BYTES = 64
-"""DICOM PS3.5 9.1: a UID has at most 64 characters."""
+"""A UID has at most 64 characters (DICOM PS3.5 9.1)."""
 
 DIGEST_BYTES = 32
-"""SHA-256."""
+"""Length of a SHA-256."""
 
 PIECE_ROWS = 2**14
-"""Texts are encoded in pieces: as Python objects all of them would take several times the memory of their codes."""
+"""Texts are encoded in pieces: Python objects of all texts take several times the memory of the codes."""
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Slices in order: the rows of a series are contiguous and lie along the slice normal.
+    """N slices of S series. The slices of a series are contiguous and ordered along the slice normal."""
 
-    ``source`` is the SHA-256 of each slice's file (n, 32); UIDs are NUL-padded ASCII (n, 64), one series and study
-    UID a series; ``offset`` (series + 1) cuts the rows into series.
-    """
-
-    sop_uid: Codes
-    source: Codes
-    series_uid: Codes
-    study_uid: Codes
-    offset: NDArray[np.int64]
+    sop_uid: Codes  # (N, 64), NUL-padded ASCII
+    source: Codes  # (N, 32), SHA-256 of each slice's file
+    series_uid: Codes  # (S, 64)
+    study_uid: Codes  # (S, 64), of each series
+    offset: NDArray[np.int64]  # (S + 1,): series s is rows offset[s] to offset[s + 1]
 
     @staticmethod
     def of(series_uid: Sequence[str], study_uid: Sequence[str], sop_uid: Sequence[str], source: Sequence[str]) -> Rows:
-        """Build from one entry a slice, ``source`` in hexadecimal; a series whose rows are apart is an error."""
+        """Build from one entry a slice; ``source`` is hexadecimal. Raises StoreError if a series is not contiguous."""
         series = encode_uids(series_uid)
-        packed = series.view(f"V{UID_BYTES}").reshape(-1)
-        first = np.flatnonzero(np.concatenate([[True], packed[1:] != packed[:-1]])) if len(packed) else np.zeros(0, int)
-        if len(np.unique(as_text(series[first]))) != len(first):
-            raise StoreError("the rows of a series must stand together")
+        text = as_text(series)
+        first = np.flatnonzero(np.concatenate([[True], text[1:] != text[:-1]])) if len(text) else np.zeros(0, int)
+        if len(np.unique(text[first])) != len(first):
+            raise StoreError("the slices of a series must be contiguous in the index; run: ichpipe prepare")
         studies = encode_uids([study_uid[row] for row in first.tolist()])
-        offset = np.append(first, len(packed)).astype(np.int64)
+        offset = np.append(first, len(text)).astype(np.int64)
         return Rows(encode_uids(sop_uid), encode_digests(source), series[first], studies, offset)
 
     def __len__(self) -> int:
         """Return the number of slices."""
         return len(self.sop_uid)
-
-    @property
-    def n_series(self) -> int:
-        """Number of series."""
-        return len(self.series_uid)
 
     def select(self, series: NDArray[np.intp]) -> Rows:
         """Return the rows of some series, by number, in the given order."""
@@ -69,15 +60,19 @@ class Rows:
         return Rows(self.sop_uid[rows], self.source[rows], self.series_uid[series], self.study_uid[series], offset)
 
     def join(self, other: Rows) -> Rows:
-        """Return these rows and then the other ones."""
-        offset = np.concatenate([self.offset, self.offset[-1] + other.offset[1:]])
+        """Return these rows followed by the other ones."""
         return Rows(
             np.concatenate([self.sop_uid, other.sop_uid]),
             np.concatenate([self.source, other.source]),
             np.concatenate([self.series_uid, other.series_uid]),
             np.concatenate([self.study_uid, other.study_uid]),
-            offset,
+            np.concatenate([self.offset, self.offset[-1] + other.offset[1:]]),
         )
+
+    def studies_of(self, rows: NDArray[np.intp]) -> list[str]:
+        """Return the StudyInstanceUIDs of some rows, sorted, each once."""
+        series = np.unique(np.searchsorted(self.offset, rows, side="right") - 1)
+        return sorted(set(decode_uids(self.study_uid[series])))
 
 
 def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -94,7 +89,9 @@ def encode_uids(uids: Sequence[str]) -> Codes:
         piece = uids[start : start + PIECE_ROWS]
         for uid in piece:
             if not uid.isascii() or not 0 < len(uid) <= UID_BYTES:
-                raise StoreError(f"UID {uid[:80]!r} is not 1 to {UID_BYTES} ASCII characters")
+                raise StoreError(
+                    f"UID {uid[:80]!r} must have 1 to {UID_BYTES} ASCII characters; correct the DICOM file"
+                )
         packed[start : start + len(piece)] = piece
     return packed.view(np.uint8).reshape(len(uids), UID_BYTES)
 
@@ -110,12 +107,12 @@ def decode_uids(codes: Codes) -> list[str]:
 
 
 def encode_digests(digests: Sequence[str]) -> Codes:
-    """Encode SHA-256 digests in hexadecimal as bytes, shape (n, 32)."""
+    """Encode hexadecimal SHA-256 digests as bytes, shape (n, 32)."""
     packed = np.zeros((len(digests), DIGEST_BYTES), dtype=np.uint8)
     for start in range(0, len(digests), PIECE_ROWS):
         piece = digests[start : start + PIECE_ROWS]
-        found = np.frombuffer(bytes.fromhex("".join(piece)), dtype=np.uint8)
-        if found.size != len(piece) * DIGEST_BYTES:
-            raise StoreError("a row's source must be a SHA-256 digest of 64 hexadecimal digits")
-        packed[start : start + len(piece)] = found.reshape(-1, DIGEST_BYTES)
+        values = np.frombuffer(bytes.fromhex("".join(piece)), dtype=np.uint8)
+        if values.size != len(piece) * DIGEST_BYTES:
+            raise StoreError("a file digest must be a SHA-256 of 64 hexadecimal digits; run: ichpipe prepare")
+        packed[start : start + len(piece)] = values.reshape(-1, DIGEST_BYTES)
     return packed

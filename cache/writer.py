@@ -1,9 +1,8 @@
-"""Filling a generation with Dask: only rows that are not there yet, one task per whole Zarr chunk.
+"""Filling a generation with Dask: only missing rows are computed, one task per Zarr chunk.
 
-Chunks and tasks coincide because tasks that share a chunk lose rows silently. The worker that computed a chunk
-writes it; nothing but the inputs of its rows travels. Chunk files are written once, under their final name, by
-renaming; the manifest that makes rows visible is written last, when all that it names is on the disk. So a reader sees
-the former rows or all new ones, also after a power cut.
+Chunks and tasks coincide, because tasks that share a chunk lose rows silently. The worker that computed a chunk writes
+it; only the inputs travel. A chunk file is written once, by renaming. The manifest makes rows visible, and is
+written last, after all its rows are on disk. So a reader sees the former rows or all new ones, also after a power loss.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.inventory import ABSENT, Survey, survey
-from ichpipe.cache.location import PARTIAL, Place
-from ichpipe.cache.manifest import read_manifest, write_manifest
+from ichpipe.cache.inventory import ABSENT, Inventory, read_manifest, take_inventory, write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,40 +26,47 @@ if TYPE_CHECKING:
     from distributed import Client
     from numpy.typing import NDArray
 
+    from ichpipe.cache.location import StoreLocation
     from ichpipe.cache.rows import Codes, Rows
-
-    Compute = Callable[[Sequence[Any]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-    Known = Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]]
+    from ichpipe.cache.worker import Compute
 
 TASKS_PER_WORKER = 3
-"""One is computed, one is written, one waits: few enough that memory stays flat."""
+"""One task computes, one writes, one waits; memory stays flat."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How rows are computed.
+    """How missing rows are computed.
 
-    ``inputs`` has one picklable value a row, handed in lists to the function that ``make_compute`` builds once per
-    worker (called with the worker's number on its machine). It returns embeddings (n, D) and logits (n, C), float32.
-    ``connect`` opens a Dask client; it is called only where there is something to compute. ``known`` gives arrays
-    with one row for each of the row numbers asked for, to be stored beside them.
+    Parameters
+    ----------
+    inputs
+        One picklable value for each row.
+    make_compute
+        Called once per worker with the worker's number on its machine. Returns a function that maps a list of inputs
+        to embeddings (n, D) and logits (n, C), float32.
+    connect
+        Opens a Dask client; called only if rows are missing.
+    known
+        Maps row numbers to further arrays with one row each, which are stored beside the embeddings.
+
     """
 
     inputs: Sequence[Any]
     make_compute: Callable[[int], Compute]
     connect: Callable[[], AbstractContextManager[Client]]
-    known: Known | None = None
+    known: Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]] | None = None
 
 
 @dataclass(frozen=True)
 class _Task:
     segment: str
-    rows: slice  # of the segment
-    wanted: NDArray[np.intp]  # the same rows by number in `Rows`
+    segment_rows: slice
+    numbers: NDArray[np.intp]  # of the same rows in `Rows`
 
 
 def update(
-    place: Place,
+    location: StoreLocation,
     generation: layout.Generation,
     rows: Rows,
     work: Work,
@@ -70,120 +74,118 @@ def update(
     keep_vanished: bool = False,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
-    """Make ``rows`` the content of the generation; yield how many rows are there, after each chunk.
+    """Make ``rows`` the content of the generation; compute those whose file digest is not in the generation.
 
-    Rows whose file digest is in the generation are not computed again, wherever the file lies now. Series that are
-    no longer among ``rows`` leave the manifest (``keep_vanished``: stay in it); `prune` frees their bytes.
-    Another extraction of the same store is waited for. Raises StoreError; what was computed by then stays.
+    Parameters
+    ----------
+    location
+        Address of the store, which is created if absent.
+    generation
+        Identity, classes and dimensions of the rows.
+    rows
+        The slices that the generation shall hold.
+    work
+        Inputs and compute function.
+    keep_vanished
+        Keep series that are no longer among ``rows``. Otherwise they leave the manifest, and `prune` frees their bytes.
+    on_wait
+        Called if another process is writing the store.
+
+    Yields
+    ------
+    Number of rows that exist already, then the number of rows of each finished chunk.
+
+    Raises
+    ------
+    StoreError
+        The store can't be written, or rows can't be stored. Finished chunks stay.
+
     """
     if len(work.inputs) != len(rows):
-        raise StoreError(f"{len(work.inputs)} inputs for {len(rows)} rows")
-    with place.writing(), place.lock(on_wait):
-        group = layout.create_generation(layout.create_root(place), generation)
-        _sweep(place, group.path)
-        found = survey(place, group)
-        where = found.locate(rows.source)
-        absent = np.flatnonzero(where[:, 0] == ABSENT)
+        raise StoreError(f"{location}: {len(work.inputs)} inputs for {len(rows)} rows; pass one input a row")
+    with location.writing(on_wait):
+        group = layout.create_generation(layout.create_root(location), generation)
+        location.remove_partial(group.path)
+        inventory = take_inventory(location, group)
+        absent = np.flatnonzero(inventory.locate(rows.source)[:, 0] == ABSENT)
         yield len(rows) - len(absent)
         if len(absent):
-            tasks = _plan(group, generation, found, rows.source, absent, work)
+            tasks = _plan_tasks(group, generation.chunk_rows, inventory, rows.source, absent, work)
             with work.connect() as client:
-                yield from _run(client, str(place), group.path, tasks, work)
-        _publish(place, group, rows, keep_vanished=keep_vanished)
+                yield from _run_tasks(client, location, group.path, tasks, work)
+        _publish(location, group, rows, keep_vanished=keep_vanished)
 
 
-def _sweep(place: Place, generation: str) -> None:
-    """Remove what a killed writer left under zarr's temporary names."""
-    for name in place.files(generation):
-        if name.endswith(PARTIAL):
-            place.remove(name)
-
-
-def _plan(
-    group: zarr.Group, generation: layout.Generation, found: Survey, source: Codes, absent: NDArray[np.intp], work: Work
+def _plan_tasks(
+    group: zarr.Group, chunk_rows: int, inventory: Inventory, source: Codes, absent: NDArray[np.intp], work: Work
 ) -> list[_Task]:
-    """Finish segments that an interrupted run began, then put the other rows into a new segment."""
-    number_of = {source[row].tobytes(): int(row) for row in absent}  # one number per content
+    """Finish the segments of an interrupted run, then put the other rows into a new segment."""
+    number_of = {source[row].tobytes(): int(row) for row in absent}  # files with the same content are computed once
     tasks = []
-    for segment, present in zip(found.segments, found.present, strict=True):
+    for segment, present in zip(inventory.segments, inventory.present, strict=True):
         for chunk in np.flatnonzero(~present).tolist():
             rows = segment.rows_of_chunk(chunk)
-            wanted = [number_of.get(digest.tobytes(), ABSENT) for digest in segment.source[rows]]
-            if ABSENT not in wanted:
-                tasks.append(_Task(segment.name, rows, np.array(wanted, dtype=np.intp)))
-                for digest in segment.source[rows]:
-                    del number_of[digest.tobytes()]
+            digests = [digest.tobytes() for digest in segment.source[rows]]
+            if all(digest in number_of for digest in digests):
+                numbers = [number_of.pop(digest) for digest in digests]
+                tasks.append(_Task(segment.name, rows, np.array(numbers, dtype=np.intp)))
     rest = np.array(list(number_of.values()), dtype=np.intp)
     if len(rest):
-        known = work.known(rest) if work.known else {}
-        segment = layout.create_segment(group, generation, source[rest], known)
-        for chunk in range(segment.n_chunks):
-            rows = segment.rows_of_chunk(chunk)
-            tasks.append(_Task(segment.name, rows, rest[rows]))
+        segment = layout.create_segment(group, source[rest], chunk_rows, work.known(rest) if work.known else {})
+        chunks = map(segment.rows_of_chunk, range(segment.n_chunks))
+        tasks += [_Task(segment.name, rows, rest[rows]) for rows in chunks]
     return tasks
 
 
-def _run(client: Client, address: str, generation: str, tasks: list[_Task], work: Work) -> Iterator[int]:
-    # Dask's distributed takes half a second to import, and where all rows are there it is not needed.
+def _run_tasks(
+    client: Client, location: StoreLocation, generation: str, tasks: list[_Task], work: Work
+) -> Iterator[int]:
+    # Importing distributed takes half a second, and is not needed if all rows exist.
     from distributed import as_completed  # noqa: PLC0415
 
     from ichpipe.cache.worker import ComputePlugin, Inputs, compute_chunk, numbers_of  # noqa: PLC0415
 
-    client.register_plugin(ComputePlugin(work.make_compute, numbers_of(_workers(client))))
+    # nthreads lists all workers; some versions of scheduler_info list five.
+    client.register_plugin(ComputePlugin(work.make_compute, numbers_of(client.nthreads())))  # type: ignore[no-untyped-call]
     waiting = iter(tasks)
-    running: Any = as_completed()  # type: ignore[no-untyped-call]
+    running: Any = as_completed()  # type: ignore[no-untyped-call] # distributed has no types
 
-    def fill() -> None:
-        """Submit as many as the workers that are there now can take: on a cluster they come and go."""
-        limit = TASKS_PER_WORKER * max(1, len(_workers(client)))
+    def submit_next() -> None:
+        limit = TASKS_PER_WORKER * max(1, len(client.nthreads()))  # type: ignore[no-untyped-call] # workers come and go
         for task in itertools.islice(waiting, max(0, limit - running.count())):
-            packed = Inputs(taken(work.inputs, task.wanted))
-            place = f"{generation}/{task.segment}"
-            running.add(client.submit(compute_chunk, address, place, task.rows, packed, pure=False))
+            inputs = Inputs(select_inputs(work.inputs, task.numbers))
+            segment = f"{generation}/{task.segment}"
+            running.add(client.submit(compute_chunk, str(location), segment, task.segment_rows, inputs, pure=False))
 
-    fill()
+    submit_next()
     for future in running:
         yield future.result()
-        fill()
+        submit_next()
 
 
-def taken(inputs: Sequence[Any], wanted: NDArray[np.intp]) -> list[Any]:
-    """Return some inputs. Mostly they are neighbours: asked for as a slice, a table's column gives them all at once."""
-    first, end = int(wanted[0]), int(wanted[-1]) + 1
-    if np.array_equal(wanted, np.arange(first, end)):
+def select_inputs(inputs: Sequence[Any], numbers: NDArray[np.intp]) -> list[Any]:
+    """Return some inputs. Neighbours are read as a slice, which a table's column returns at once."""
+    first, end = int(numbers[0]), int(numbers[-1]) + 1
+    if np.array_equal(numbers, np.arange(first, end)):
         return list(inputs[first:end])
-    return [inputs[row] for row in wanted]
+    return [inputs[number] for number in numbers]
 
 
-def _workers(client: Client) -> list[str]:
-    # Not scheduler_info, which some versions cut to five workers.
-    return list(client.nthreads())  # type: ignore[no-untyped-call]
-
-
-def _publish(place: Place, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
-    found = survey(place, group)
-    where = found.locate(rows.source)
+def _publish(location: StoreLocation, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
+    """Write the manifest of ``rows``, with the series of the former manifest if asked for."""
+    inventory = take_inventory(location, group)
+    location.sync(group.path)
+    if keep_vanished:
+        with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
+            former = read_manifest(location, group).rows
+            series = set(map(bytes, rows.series_uid))
+            vanished = [number for number, uid in enumerate(map(bytes, former.series_uid)) if uid not in series]
+            rows = rows.join(former.select(np.array(vanished, dtype=np.intp)))
+    where = inventory.locate(rows.source)
     absent = where[:, 0] == ABSENT
     if absent.any():
-        raise StoreError(f"{place}: {int(absent.sum())} of {len(rows)} rows are not there; run: ichpipe extract")
-    place.sync(group.path)
-    if keep_vanished:
-        rows, where = _with_vanished(place, group, found, rows, where)
-    write_manifest(place, group, rows, [segment.name for segment in found.segments], where)
-
-
-def _with_vanished(
-    place: Place, group: zarr.Group, found: Survey, rows: Rows, where: NDArray[np.int64]
-) -> tuple[Rows, NDArray[np.int64]]:
-    former = None
-    with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
-        former = read_manifest(place, group).rows
-    if former is None:
-        return rows, where
-    now = set(map(bytes, rows.series_uid))
-    vanished = np.array([n for n, uid in enumerate(map(bytes, former.series_uid)) if uid not in now], dtype=np.intp)
-    kept = former.select(vanished)
-    place_of_kept = found.locate(kept.source)
-    if (place_of_kept[:, 0] == ABSENT).any():
-        raise StoreError(f"{place}: rows of vanished series are damaged; run: ichpipe cache verify")
-    return rows.join(kept), np.concatenate([where, place_of_kept])
+        raise StoreError(
+            f"{location}: {int(absent.sum())} of {len(rows)} rows are missing; run: ichpipe cache verify --repair "
+            f"{location}, then: ichpipe extract"
+        )
+    write_manifest(location, group, rows, [segment.name for segment in inventory.segments], where)

@@ -1,4 +1,4 @@
-"""Ask two questions of cached embeddings: which slices look alike, and what a linear probe can tell from them.
+"""Search cached embeddings for similar slices, and fit a linear probe on them.
 
 python examples/search_and_probe.py artifacts
 """
@@ -17,16 +17,16 @@ from ichpipe import open_store
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("artifacts", nargs="?", type=Path, default=Path("artifacts"), help="folder of a finished run")
-given = arguments.parse_args()
+options = arguments.parse_args()
 
-# A store may hold the rows of several networks; the folder of the slice CNN says which are wanted.
-store = open_store(given.artifacts / "embeddings.zarr", model=given.artifacts / "slice-cnn")
-series = list(store)
-embedding = np.concatenate([one.embedding for one in series])  # (n, d), float32
-sop_uids = [uid for one in series for uid in one.sop_uids]
+# A store may hold embeddings of several networks; the folder of the slice CNN selects one.
+store = open_store(options.artifacts / "embeddings.zarr", model=options.artifacts / "slice-cnn")
+all_series = list(store)
+embedding = np.concatenate([series.embedding for series in all_series])  # (n, d), float32
+sop_uids = [uid for series in all_series for uid in series.sop_uids]
 
 # Labels and splits are joined by SOPInstanceUID, never by position.
-index = pd.read_parquet(given.artifacts / "index" / "slices.parquet").set_index("sop_uid").loc[sop_uids]
+index = pd.read_parquet(options.artifacts / "index" / "slices.parquet").set_index("sop_uid").loc[sop_uids]
 
 # Search: cosine similarity to one slice, over slices of other patients.
 unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
@@ -37,8 +37,8 @@ for row in np.argsort(-similar)[:5]:
     print(f"  {sop_uids[row]}  similarity {similar[row]:.3f}  any {index['any'].iloc[row]:.0f}")
 
 # Probe: a regularised logistic regression, fitted on the train patients, scored on the test patients.
-known = index["any"].notna()
-train, test = ((known & (index["split"] == split)).to_numpy() for split in ("train", "test"))
+labelled = index["any"].notna()
+train, test = ((labelled & (index["split"] == split)).to_numpy() for split in ("train", "test"))
 probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
 probe.fit(embedding[train], index["any"][train])
 scores = probe.predict_proba(embedding[test])[:, 1]

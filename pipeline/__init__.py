@@ -1,7 +1,7 @@
 """ichpipe: a two-stage feature-caching pipeline that finds intracranial haemorrhage on head CT.
 
-The names below are the Python interface. Each is imported when it is first used (PEP 562): ``import ichpipe`` alone
-loads neither torch nor pydicom.
+The names below are the Python interface. Each is imported on first use (PEP 562), so ``import ichpipe`` alone loads
+neither torch nor pydicom.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "Store", "Volume", "find_slices", "load_model", "open_store", "read_hu", "read_series", "read_studies",
 ]  # fmt: skip
 
-_WHERE = {
+_MODULES = {
     "CLASSES": "common.classes",
     "IchpipeError": "common.errors",
     "read_hu": "dicom.hounsfield",
@@ -41,7 +41,7 @@ _WHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_WHERE.get(name, 'api')}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'api')}"), name)
     return value
 
 

@@ -1,6 +1,6 @@
-"""What Python programs import from ``ichpipe``: models applied to arrays and folders, and the embedding store.
+"""The Python interface: models applied to arrays and folders, and the embedding store.
 
-Every error that data or files can cause is an IchpipeError. Nothing here prints or writes.
+Every error that data or files can cause is an IchpipeError. Nothing here prints or writes files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,11 @@ from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
 from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
-from ichpipe.features.generations import Cache
+from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.slice_dataset import fit_to_size, load_readable
 from ichpipe.index.thin_slices import smooth_thin, stride_of
-from ichpipe.index.volume import Found, Volume, find_slices, listed
-from ichpipe.inference.inputs import take_in
+from ichpipe.index.volume import Volume, find_slices, listed
+from ichpipe.inference.inputs import collect_inputs
 from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import read_header, spacing_of
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
 
-_BATCH = 32  # slices that are looked at together
+_BATCH = 32  # slices in one pass of the network
 
 
 @dataclass(frozen=True)
 class SeriesPrediction:
-    """Probabilities of one series of n slices, each from 0 to 1; columns in the order of ``classes``."""
+    """Probabilities of one series of n slices, 0 to 1; columns in the order of ``classes``."""
 
     slices: NDArray[np.float64]  # (n, 6)
     study: NDArray[np.float64]  # (6,), pooled over the slices
@@ -60,19 +60,19 @@ class SeriesPrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of all studies below some paths, as tables; each is what ``ichpipe predict`` writes."""
+    """Probabilities of all studies below some paths, as the tables that ``ichpipe predict`` writes."""
 
     slices: pd.DataFrame  # slices.csv: identifiers, slice_index, position_mm, six probabilities
     studies: pd.DataFrame  # studies.csv: identifiers, n_slices, six probabilities
-    series: pd.DataFrame  # series.csv: every series, whether it was taken, and why
-    refused: pd.DataFrame  # refused.csv: studies that are no head CT, and why
+    series: pd.DataFrame  # series.csv: every series, whether it was chosen, and why
+    refused: pd.DataFrame  # refused.csv: studies that are not plain head CT, and why
     rejected: pd.DataFrame  # rejected.csv: path, reason
     classes: tuple[str, ...] = CLASSES
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One row a slice: ``slices`` says which slice stands in the same row of ``values``."""
+    """Embeddings of n slices; row k of ``slices`` identifies row k of ``values``."""
 
     values: NDArray[np.float32]  # (n, d), no unit
     slices: pd.DataFrame  # (n rows): patient_id, study_uid, series_uid, sop_uid, slice_index, position_mm
@@ -80,13 +80,13 @@ class Embeddings:
 
 
 class Model:
-    """A trained model on a device. Made by `load_model`."""
+    """A trained model on a device, as `load_model` returns it."""
 
     def __init__(
         self, folder: Path, network: EndToEnd | SliceCnn, device: torch.device, calibration: Calibration | None
     ) -> None:
         self.folder, self.device, self.calibration = folder, device, calibration
-        self.spacing_mm = spacing_of(folder)  # distance of the slices that it was trained on, mm
+        self.spacing_mm = spacing_of(folder)  # slice distance of the training data, mm
         network.to(device).eval()
         self._end_to_end = network if isinstance(network, EndToEnd) else None
         self._cnn = network.cnn if isinstance(network, EndToEnd) else network
@@ -98,7 +98,7 @@ class Model:
 
     @property
     def embedding_dim(self) -> int:
-        """Number d of features that `embed` gives a slice."""
+        """Number d of features of a slice's embedding."""
         return self._cnn.embedding_dim
 
     @property
@@ -107,30 +107,66 @@ class Model:
         return self._cnn.spec.size_px
 
     def embed(self, images: Volume | ArrayLike) -> NDArray[np.float32]:
-        """Return the slice CNN's embeddings (n, d), float32, of a series or of HU (n, rows, columns).
+        """Compute the slice CNN's embeddings of one series.
 
-        HU may be of any real type; rows and columns as `Volume` has them. Padded with air to a square, resized and
-        windowed as in training. Raises DataError for another shape, no slice, or a value that is not finite.
+        Parameters
+        ----------
+        images : Volume or array_like of shape (n, rows, columns)
+            Hounsfield units of any real type. Slices are padded with air to a square, resized and windowed as in
+            training.
+
+        Returns
+        -------
+        ndarray of float32, shape (n, d)
+            One embedding a slice, no unit.
+
+        Raises
+        ------
+        DataError
+            The array has another shape, no slice, or a value that is not finite.
+
         """
         return embed_hu(self._cnn, self._images(images), self.device, _BATCH).numpy()
 
     def embed_folder(self, paths: Paths, *, all_series: bool = False, workers: int = 1) -> Embeddings:
-        """Embed the slices below ``paths`` (folder, zip, file, or several), one series a study or all of them.
+        """Embed the slices below some paths.
 
-        Slices that can't be decoded are in ``rejected``. Raises as `find_slices` does.
+        Parameters
+        ----------
+        paths : path or sequence of paths
+            Folder, zip archive or file, or several of them.
+        all_series : bool
+            Embed every series of a study instead of the one chosen by the rules of ``ichpipe predict``.
+        workers : int
+            Processes that read headers, at least 1.
+
+        Returns
+        -------
+        Embeddings
+            Slices that can't be decoded are in ``rejected``.
+
+        Raises
+        ------
+        MissingFileError
+            A path does not exist.
+        DataError
+            No slice is usable.
+
         """
-        found = find_slices(paths, all_series=all_series, workers=workers)
-        paths_, parts, bad = found.slices["path"].tolist(), [], []
-        starts = range(0, len(paths_), _BATCH)
+        scanned = find_slices(paths, all_series=all_series, workers=workers)
+        files, parts, bad = scanned.slices["path"].tolist(), [], []
+        starts = range(0, len(files), _BATCH)
         for start in track(starts, "embed", len(starts)):
-            hu, unreadable = load_readable(paths_[start : start + _BATCH], self.size_px)
+            hu, unreadable = load_readable(files[start : start + _BATCH], self.size_px)
             bad += unreadable
             if len(hu):
                 parts.append(embed_hu(self._cnn, hu, self.device, _BATCH))
-        rows = found.slices[~found.slices["path"].isin([path for path, _ in bad])]
+        undecodable = pd.DataFrame(bad, columns=["path", "reason"])
+        rows = scanned.slices[~scanned.slices["path"].isin(undecodable["path"])]
         columns = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm"]
         values = torch.cat(parts) if parts else torch.empty((0, self.embedding_dim))
-        return Embeddings(values.numpy(), rows[columns].reset_index(drop=True), _with(found, bad))
+        rejected = pd.concat([scanned.rejected, undecodable], ignore_index=True)
+        return Embeddings(values.numpy(), rows[columns].reset_index(drop=True), rejected)
 
     def predict(
         self,
@@ -140,27 +176,43 @@ class Model:
         spacing_mm: float | None = None,
         study_score: StudyScore = "max",
     ) -> SeriesPrediction:
-        """Predict one whole series: a `Volume`, or HU (n, rows, columns) with its slices from feet to head.
+        """Predict one whole series. Whether it shows a head is not checked.
 
-        An array needs ``position_mm`` (n,), not falling, or ``spacing_mm``, the one distance of its slices: a model
-        trained on slices 5 mm apart is shown thin ones as several interleaved series. ``study_score`` pools slices to a
-        study (``max``: Nguyen et al. 2020). Whether what comes is a head is not looked at.
+        Parameters
+        ----------
+        images : Volume or array_like of shape (n, rows, columns)
+            Hounsfield units, slices from feet to head.
+        position_mm : array_like of shape (n,), optional
+            Position of each slice along the slice normal, mm, not falling. An array needs this or ``spacing_mm``: the
+            sequence model sees a thin series as several interleaved ones.
+        spacing_mm : float, optional
+            Distance of neighbouring slices, mm, above 0.
+        study_score : {"max", "mean", "mean-of-top-3", "noisy-or"}
+            How slices are pooled to a study (``max``: Nguyen et al. 2020).
 
-        Raises DataError for another shape, a value that is not finite, or places that fall; WeightsError if the model
-        is a slice CNN alone.
+        Returns
+        -------
+        SeriesPrediction
+            Calibrated probabilities where the model has a calibration.
+
+        Raises
+        ------
+        DataError
+            Another shape, a value that is not finite, falling positions, or overflow in half precision.
+        WeightsError
+            The model is a slice CNN alone.
+
         """
-        model = self._whole()
+        model = self._require_end_to_end()
         hu = self._images(images)
-        places = images.position_mm if isinstance(images, Volume) else _places(len(hu), position_mm, spacing_mm)
-        stride = stride_of(places, self.spacing_mm)
-        logits = classify_hu(model, hu, places.tolist(), self.device, _BATCH, stride)
-        values = to_probabilities(logits)
+        positions = images.position_mm if isinstance(images, Volume) else _positions(len(hu), position_mm, spacing_mm)
+        stride = stride_of(positions, self.spacing_mm)
+        values = to_probabilities(classify_hu(model, hu, positions.tolist(), self.device, _BATCH, stride))
         if not np.isfinite(values).all():  # fp16 can overflow
             raise DataError("a prediction is not a number: half precision overflowed; load_model(folder, gpu='cpu')")
         if self.calibration:
             values = self.calibration.apply(values)
-        smooth = smooth_thin(values, places)
-        study = pool(smooth, np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
+        study = pool(smooth_thin(values, positions), np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
         return SeriesPrediction(values, study, self.classes)
 
     def predict_folder(
@@ -172,25 +224,47 @@ class Model:
         workers: int = 1,
         study_score: StudyScore = "max",
     ) -> Prediction:
-        """Predict what lies below ``paths`` (folder, zip, file, or several), one series a study or all of them.
+        """Predict the studies below some paths, as ``ichpipe predict`` does (docs/predict.md).
 
-        The same as ``ichpipe predict`` (docs/predict.md): what is no head CT is in ``refused`` unless ``force``, files
-        that can't be used are in ``rejected``. Raises MissingFileError for a path that is not there, DataError where
-        nothing is left.
+        Parameters
+        ----------
+        paths : path or sequence of paths
+            Folder, zip archive or file, or several of them.
+        all_series : bool
+            Predict every series of a study instead of one chosen by rule.
+        force : bool
+            Also predict series that are not plain head CT.
+        workers : int
+            Processes that read headers, at least 1.
+        study_score : {"max", "mean", "mean-of-top-3", "noisy-or"}
+            How slices are pooled to a study.
+
+        Returns
+        -------
+        Prediction
+            Unless ``force``, studies that are not plain head CT are in ``refused``; unusable files are in ``rejected``.
+
+        Raises
+        ------
+        MissingFileError
+            A path does not exist.
+        DataError
+            Nothing is left to predict.
+        WeightsError
+            The model is a slice CNN alone.
+
         """
-        model = self._whole()
-        found = take_in(listed(paths), SelectionParams(), workers, one_per_study=not all_series, force=force)
-        slices, bad = predict_slices(model, found.slices, self.device, self.spacing_mm, self.calibration)
-        rejected = pd.concat([found.rejected, bad], ignore_index=True)[["path", "reason"]]
+        model = self._require_end_to_end()
+        inputs = collect_inputs(listed(paths), SelectionParams(), workers, one_per_study=not all_series, force=force)
+        slices, bad = predict_slices(model, inputs.slices, self.device, self.spacing_mm, self.calibration)
+        rejected = pd.concat([inputs.rejected, bad], ignore_index=True)[["path", "reason"]]
         if slices.empty:
-            why = found.refused["reason"].iloc[:1].to_list() or rejected["reason"].iloc[-1:].to_list()
-            raise DataError(
-                f"nothing to predict: {len(rejected)} files can't be used{''.join(f'; {one}' for one in why)}"
-            )
+            reasons = inputs.refused["reason"].iloc[:1].to_list() or rejected["reason"].iloc[-1:].to_list()
+            raise DataError("; ".join([f"nothing to predict: {len(rejected)} files can't be used", *reasons]))
         studies = score_series(slices, study_score)
-        return Prediction(slices[SLICE_COLUMNS], studies, found.series, found.refused, rejected, self.classes)
+        return Prediction(slices[SLICE_COLUMNS], studies, inputs.series, inputs.refused, rejected, self.classes)
 
-    def _whole(self) -> EndToEnd:
+    def _require_end_to_end(self) -> EndToEnd:
         if self._end_to_end is None:
             raise WeightsError(
                 f"{self.folder / MODEL_FILE} is a slice CNN, which embeds; to predict, load a fine-tuned model "
@@ -200,17 +274,35 @@ class Model:
 
     def _images(self, images: Volume | ArrayLike) -> torch.Tensor:
         stack = _as_hu(images.hu if isinstance(images, Volume) else images)
-        return torch.stack([fit_to_size(one, self.size_px) for one in stack])
+        return torch.stack([fit_to_size(image, self.size_px) for image in stack])
 
 
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
     """Load a model folder that ``finetune``, ``export`` or ``fit-slices`` has written; nothing is unpickled.
 
-    ``gpu`` is ``auto``, ``cpu`` or a number. With ``calibrated`` probabilities are taken through the calibration beside
-    the model, if there is one (docs/predict.md).
+    Parameters
+    ----------
+    folder : path
+        Folder with ``model.safetensors``.
+    gpu : str
+        ``auto``, ``cpu`` or the number of a GPU.
+    calibrated : bool
+        Apply the calibration beside the model, if there is one (docs/predict.md).
 
-    Raises MissingFileError where there is no model, WeightsError where it or its calibration is damaged or of another
-    kind, IchpipeError where there is no such GPU.
+    Returns
+    -------
+    Model
+        The model on its device, ready to predict or to embed.
+
+    Raises
+    ------
+    MissingFileError
+        The folder holds no model.
+    WeightsError
+        The model or its calibration is damaged or of another kind.
+    IchpipeError
+        There is no such GPU.
+
     """
     folder = Path(folder)
     device = choose_device(gpu)
@@ -226,7 +318,7 @@ def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True
 
 @dataclass(frozen=True)
 class SeriesEmbeddings:
-    """The cached rows of one series of n slices, ordered along the slice normal. The arrays are read-only."""
+    """Cached embeddings of one series of n slices, ordered along the slice normal. The arrays are read-only."""
 
     series_uid: str
     sop_uids: tuple[str, ...]  # of each slice
@@ -235,7 +327,7 @@ class SeriesEmbeddings:
 
 
 class Store:
-    """The embeddings of one network, read-only. Made by `open_store`."""
+    """The embeddings of one network, read-only, as `open_store` returns them."""
 
     def __init__(self, rows: EmbeddingStore) -> None:
         self._rows = rows
@@ -260,38 +352,63 @@ class Store:
         return self._rows.embedding_dim
 
     def series(self, series_uid: str) -> SeriesEmbeddings:
-        """Return one series.
+        """Read one series.
 
-        Raises StoreUnusableError, an IchpipeError, for an unknown UID, or a chunk that is damaged.
+        Parameters
+        ----------
+        series_uid : str
+            SeriesInstanceUID (0020,000E).
+
+        Returns
+        -------
+        SeriesEmbeddings
+
+        Raises
+        ------
+        StoreUnusableError
+            The UID is unknown, or a chunk is damaged.
+
         """
         with _store_errors():
-            found = self._rows.series(series_uid)
-        embedding = found.embedding.astype(np.float32)
+            rows = self._rows.series(series_uid)
+        embedding = rows.embedding.astype(np.float32)
         embedding.flags.writeable = False
-        return SeriesEmbeddings(series_uid, found.sop_uids, embedding, found.logit)
+        return SeriesEmbeddings(series_uid, rows.sop_uids, embedding, rows.logit)
 
     def __iter__(self) -> Iterator[SeriesEmbeddings]:
-        """Yield every series, read when its turn comes."""
+        """Yield every series; each is read when it is due."""
         return map(self.series, self.series_uids)
 
 
 def open_store(address: str | Path, model: str | Path | None = None) -> Store:
-    """Open an embedding store: a folder, or an fsspec address such as ``s3://…``. Nothing is loaded yet.
+    """Open an embedding store. Embeddings are read later, series by series.
 
-    A store may hold rows of several networks: ``model`` is the folder of the slice CNN whose plain rows are wanted
-    (``artifacts/slice-cnn``, or ``slice-cnn/folds/fold-F``); without it there must be one alone.
+    Parameters
+    ----------
+    address : str or path
+        Folder, or fsspec address such as ``s3://…``.
+    model : path, optional
+        Folder of the slice CNN that computed the embeddings (``artifacts/slice-cnn``, or
+        ``slice-cnn/folds/fold-F``). It may be left out if the store holds the embeddings of one network only.
 
-    Raises StoreUnusableError, an IchpipeError: no store there, rows of several networks, none of this one's, a format
-    that is newer.
+    Returns
+    -------
+    Store
+
+    Raises
+    ------
+    StoreUnusableError
+        There is no store, its format is newer, it holds several networks and ``model`` is not given, or none of
+        its embeddings are from ``model``.
+
     """
-    identity = None if model is None else _identity_of(Path(model))
+    identity = None
+    if model is not None:
+        header = read_header(Path(model), "name the folder of a slice CNN (artifacts/slice-cnn)")
+        fold = header.made_from.get("excluded_fold")
+        identity = GenerationSpec(Path(model), pd.DataFrame(), None if fold is None else int(fold)).identity()
     with _store_errors():
         return Store(EmbeddingStore(str(address), identity))
-
-
-def _identity_of(model: Path) -> dict[str, Any]:
-    fold = read_header(model, "name the folder of a slice CNN (artifacts/slice-cnn)").made_from.get("excluded_fold")
-    return Cache(model, pd.DataFrame(), None if fold is None else int(fold)).identity()
 
 
 @contextmanager
@@ -319,24 +436,19 @@ def _as_hu(images: ArrayLike) -> NDArray[np.int16]:
     return hu
 
 
-def _places(count: int, position_mm: ArrayLike | None, spacing_mm: float | None) -> NDArray[np.float64]:
-    if (position_mm is None) == (spacing_mm is None):
-        raise DataError("say where the slices lie: position_mm, one number a slice, or spacing_mm, one for all")
-    if position_mm is None:
-        assert spacing_mm is not None  # noqa: S101 - one of both, said above
+def _positions(count: int, position_mm: ArrayLike | None, spacing_mm: float | None) -> NDArray[np.float64]:
+    if spacing_mm is not None and position_mm is None:
         if not 0 < spacing_mm < np.inf:
             raise DataError(f"spacing_mm must be a distance above 0, found {spacing_mm}")
         return np.arange(count, dtype=np.float64) * spacing_mm
-    places = np.asarray(position_mm, dtype=np.float64)
-    if places.shape != (count,):
-        raise DataError(f"position_mm must hold one number for each of {count} slices, found shape {places.shape}")
-    if not np.isfinite(places).all() or (np.diff(places) < 0).any():
+    if position_mm is None or spacing_mm is not None:
+        raise DataError("say where the slices lie: position_mm, one number a slice, or spacing_mm, one for all")
+    positions = np.asarray(position_mm, dtype=np.float64)
+    if positions.shape != (count,):
+        raise DataError(f"position_mm must hold one number for each of {count} slices, found shape {positions.shape}")
+    if not np.isfinite(positions).all() or (np.diff(positions) < 0).any():
         raise DataError(
             "position_mm must be finite and must not fall: slices go from feet to head; "
             "order = np.argsort(position_mm), then hu[order] and position_mm[order]"
         )
-    return places
-
-
-def _with(found: Found, more: list[tuple[str, str]]) -> pd.DataFrame:
-    return pd.concat([found.rejected, pd.DataFrame(more, columns=["path", "reason"])], ignore_index=True)
+    return positions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.fingerprint import name_of
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError
 from ichpipe.common.files import digest_of_file
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 def info(store: str, *, as_json: bool) -> str:
     """Describe a store; see `maintenance.info` for the JSON."""
-    facts = maintenance.info(Place(store))
+    facts = maintenance.info(StoreLocation(store))
     return json.dumps(facts, indent=2) if as_json else _info_text(facts)
 
 
 def verify(store: str, *, as_json: bool, repair: bool) -> tuple[str, bool]:
     """Check a store; return the text and whether it is sound. JSON: ``{"sound", "problems", "studies"}``."""
-    place = Place(store)
+    place = StoreLocation(store)
     problems = maintenance.verify(place)
     if repair:
         maintenance.repair(place, problems)
@@ -53,7 +53,7 @@ def prune(store: str, artifacts: Artifacts, keep: Sequence[str], *, dry_run: boo
     def wanted(identity: dict[str, Any]) -> bool:
         return name_of(identity) in keep if keep else identity.get("weights") in weights
 
-    place = Place(store)
+    place = StoreLocation(store)
     identities = [one["identity"] or {} for one in maintenance.info(place)["generations"]]
     if not any(wanted(identity) for identity in identities):
         there = ", ".join(name_of(identity) for identity in identities) or "none"

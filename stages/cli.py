@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +22,7 @@ from ichpipe.stages.explain_command import explain
 from ichpipe.stages.export_command import export
 from ichpipe.stages.faults import message_of
 from ichpipe.stages.options import (
+    Settings,
     Verdict,
     ahead_option,
     alone_in,
@@ -38,39 +38,6 @@ from ichpipe.stages.stopping import stop_cleanly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from ichpipe.common.artifacts import Artifacts
-    from ichpipe.params.schema import Params
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options that stand before the command."""
-
-    params_file: Path
-    params_named: bool
-    overrides: tuple[str, ...]
-    artifacts_root: Path
-
-    def params(self) -> Params:
-        """Read the parameters; only now, since validating them imports pydantic."""
-        from ichpipe.params.schema import load_params
-
-        return load_params(self.params_file, self.overrides, must_exist=self.params_named)
-
-    def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
-        """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
-        from ichpipe.common.run_lock import hold
-
-        root = self.artifacts_root
-        return hold(root / ".locks", what, [root / output for output in outputs], root / ".resume")
-
-    def artifacts(self) -> Artifacts:
-        """Return where the run's files lie."""
-        from ichpipe.common.artifacts import Artifacts
-
-        return Artifacts(self.artifacts_root)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

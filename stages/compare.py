@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from ichpipe.common.artifacts import PREDICTIONS_FILE, RECORD_FILE, Artifacts
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path, read_json, write_json, write_text
-from ichpipe.report.figures_arms import arms_figure
-from ichpipe.scoring.arm_comparison import Arm, compare_arms
-from ichpipe.scoring.comparison_text import comparison_text
+from ichpipe.report.figures import arms_figure
+from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.heldout_predictions import read_predictions
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pandas as pd
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.errors import ParamsError
 from ichpipe.common.files import digest_of, read_json, write_json, write_text
-from ichpipe.index import slice_index
+from ichpipe.index import index_writer, splits
 from ichpipe.index.slice_index import read_index
 from ichpipe.scoring.heldout_predictions import (
     FINETUNED,
@@ -92,9 +92,9 @@ def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, 
 
 def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
     """Write the fold's index: that of all patients, split anew."""
-    index = slice_index.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
+    index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
     rejected = pd.read_csv(whole.index_dir / "rejected.csv")
-    slice_index.write_outputs(artifacts.index_dir, index, rejected, slice_index.summarise(index, rejected))
+    index_writer.write_outputs(artifacts.index_dir, index, rejected, index_writer.summarise(index, rejected))
 
 
 def _pool_arm(folders: Sequence[Path], target: Path) -> None:

@@ -13,9 +13,9 @@ from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path
 from ichpipe.common.progress import track
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import scan
-from ichpipe.inference.explainer import Explainer
+from ichpipe.index.series_selection import select_series
+from ichpipe.inference.heat_maps import Explainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def run(
     """
     explainer = Explainer(model_dir, choose_device(gpu))
     scanned, rejected = scan(list(paths), workers)
-    chosen = choose(scanned, rejected, options.selection, one_per_study=not options.all_series)
+    chosen = select_series(scanned, rejected, options.selection, one_per_study=not options.all_series)
     groups = chosen.slices.groupby("series_uid", sort=False)
     lines: list[dict[str, object]] = []
     bad = [*zip(rejected["path"], rejected["reason"], strict=True)]

@@ -11,7 +11,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.stages.options import alone_in
 
 if TYPE_CHECKING:
-    from ichpipe.stages.cli import Settings
+    from ichpipe.stages.options import Settings
 
 
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")

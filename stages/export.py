@@ -37,7 +37,7 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) 
     index = read_index(artifacts.index)
     if header.made_from.get("index") != digest_of_file(artifacts.index):
         raise DataError(f"{source} was trained on another index than {artifacts.index}; run: ichpipe finetune")
-    card = make_card(artifacts.finetuned, index, params.prepare.dataset, params.evaluate)
+    card = make_card(artifacts.finetuned, header.description(), index, params.prepare.dataset, params.evaluate)
     with atomic_path(out / MODEL_FILE) as temporary:
         shutil.copyfile(source, temporary)
     lines = [f"{out / MODEL_FILE}: {source.stat().st_size / 1e6:.1f} MB"]

@@ -10,7 +10,7 @@ import click
 from ichpipe.stages.options import alone_in
 
 if TYPE_CHECKING:
-    from ichpipe.stages.cli import Settings
+    from ichpipe.stages.options import Settings
 
 
 @click.option(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, overload
 
 from ichpipe.cache import pca
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cache.writer import Work, taken, update
+from ichpipe.cache.writer import Work, select_inputs, update
 from ichpipe.common.device import choose_devices
 from ichpipe.common.progress import Counter
 from ichpipe.features.embedder import MakeEmbedder, SliceInput, view_parameters
-from ichpipe.features.generations import Texts, store_address, wanted_caches
+from ichpipe.features.generations import Texts, list_generations, store_address
 from ichpipe.features.prefetch import usual_loaders
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_slice_cnn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.features.generations import Cache, View
+    from ichpipe.features.generations import GenerationSpec, View
     from ichpipe.params.schema import Params
 
     Connect = Callable[[], AbstractContextManager[Client]]
@@ -60,22 +60,22 @@ def run(
     if loaders is None:
         loaders = 1 if scheduler else usual_loaders(devices[0], workers)
     index = read_index(artifacts.index, COLUMNS)
-    place = Place(store_address(params, artifacts))
+    place = StoreLocation(store_address(params, artifacts))
     with contextlib.ExitStack() as stack:
         connect = _once(stack, workers, scheduler)
-        caches = wanted_caches(params, artifacts, index)
+        caches = list_generations(params, artifacts, index)
         for cache in caches:
             _fill(params, place, cache, _maker(params, cache, devices, loaders), connect)
     if params.extract.pca is not None:
         _add_components(params, place, caches, index)
 
 
-def _maker(params: Params, cache: Cache, devices: tuple[str, ...], loaders: int) -> MakeEmbedder:
+def _maker(params: Params, cache: GenerationSpec, devices: tuple[str, ...], loaders: int) -> MakeEmbedder:
     size = params.extract.batch_size
     return MakeEmbedder(cache.model_dir.resolve(), devices, size, cache.view, cache.precision, loaders)
 
 
-def _fill(params: Params, place: Place, cache: Cache, maker: MakeEmbedder, connect: Connect) -> None:
+def _fill(params: Params, place: StoreLocation, cache: GenerationSpec, maker: MakeEmbedder, connect: Connect) -> None:
     section = params.extract
     slices = Slices(cache.index)
     cnn = load_slice_cnn(cache.model_dir)
@@ -117,7 +117,7 @@ class Slices(Sequence[SliceInput]):
         return SliceInput(*(column[row] for column in self._columns))
 
 
-def _add_components(params: Params, place: Place, caches: list[Cache], index: pd.DataFrame) -> None:
+def _add_components(params: Params, place: StoreLocation, caches: list[GenerationSpec], index: pd.DataFrame) -> None:
     """Fit on the plain train slices alone; the same map for every generation, so that they stay comparable."""
     assert params.extract.pca is not None  # noqa: S101 - the caller asked
     stores = [EmbeddingStore(place, cache.identity(), cache.rows()) for cache in caches]
@@ -129,7 +129,7 @@ def _add_components(params: Params, place: Place, caches: list[Cache], index: pd
 
 
 def _parameters(view: View, slices: Slices, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
-    return view_parameters(view, taken(slices, rows))
+    return view_parameters(view, select_inputs(slices, rows))
 
 
 def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:

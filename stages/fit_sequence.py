@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ichpipe.common.device import autocast, choose_device, derive_seed, needs_scaling
+from ichpipe.common.device import choose_device, derive_seed
 from ichpipe.common.errors import ParamsError, TrainingError, did_you_mean
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.features.generations import made_by, open_features
-from ichpipe.features.sequence_dataset import (
-    Shuffle,
-    hold_on,
-    predict_batches,
-    predict_rows,
-    read_series,
-    train_batches,
-)
+from ichpipe.features.sequence_dataset import collect_series, load_to_device, predict_rows
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.provenance import is_fitted, require_made_from
@@ -28,9 +20,8 @@ from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_seque
 from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
 from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, of_seeds, write_predictions
-from ichpipe.training.losses import weighted_bce, weighted_bce_sum
 from ichpipe.training.run_record import Stopwatch, write_history, write_record
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
+from ichpipe.training.sequence_trainer import SequenceFitting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +35,9 @@ if TYPE_CHECKING:
     from ichpipe.features.sequence_dataset import LabelledSeries
     from ichpipe.models.sequence import AnySequence
     from ichpipe.params.schema import Params, SequenceParams
-    from ichpipe.training.trainer import Epoch, Position, Weights
+    from ichpipe.training.trainer import Epoch, Weights
 
 log = logging.getLogger("ichpipe")
-
-SAVE_EVERY_S = 20.0
-"""An epoch over cached features may take less time than its checkpoint."""
 
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
@@ -115,14 +103,14 @@ class Data:
     def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
         """Join the cache with the index; on a GPU hold what fits."""
         names = stored_inputs(section.wanted)
-        train, val = (hold_on(device, series_of(features, index, split), names) for split in ("train", "val"))
+        train, val = (load_to_device(device, series_of(features, index, split), names) for split in ("train", "val"))
         rows = held_out(index)
-        return cls(train, val, rows, read_series(features, rows))
+        return cls(train, val, rows, collect_series(features, rows))
 
 
 def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
     """Return the series of one split that have a known label."""
-    found = read_series(features, index[index["split"] == split])
+    found = collect_series(features, index[index["split"] == split])
     known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
     if not known:
         raise TrainingError(
@@ -214,74 +202,3 @@ def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
             for each, line in zip(fitted, best, strict=True)
         ],
     }
-
-
-class SequenceFitting:
-    """One epoch of training and one pass of validation over cached sequences."""
-
-    def __init__(
-        self,
-        model: AnySequence,
-        section: SequenceParams,
-        device: torch.device,
-        train: list[LabelledSeries],
-        val: list[LabelledSeries],
-        seed: int,
-    ) -> None:
-        self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
-        self.seed, self.names = seed, stored_inputs(section.wanted)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
-        learns = any(True for _ in model.parameters())
-        self.epochs = section.epochs if learns else 0
-        self.optimizer = make_optimizer(
-            [(model if learns else _nothing(), section.learning_rate)], section.weight_decay, section.adam_eps
-        )
-        per_epoch = -(-len(train) // section.batch_series)
-        self.schedule = make_schedule(self.optimizer, per_epoch, section.epochs, section.warmup_epochs)
-
-    def trainer(self, checkpoint: Path, key: str) -> Trainer:
-        """Return what runs the epochs."""
-        return Trainer(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.seed,
-            self.epochs,
-            checkpoint,
-            key,
-            self.scaler,
-            last=min(self.section.average.epochs, max(1, self.epochs)),
-            save_every_s=SAVE_EVERY_S,
-        )
-
-    def train_epoch(self, epoch: int, position: Position) -> None:
-        """Pass over the training series from where the epoch stands."""
-        self.model.train()
-        section = self.section
-        shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)
-        batches = train_batches(self.train, self.names, section.batch_series, shuffle)
-        for batch in itertools.islice(batches, position.step, None):
-            if batch.labels.isnan().all():  # a crop may hold no known label
-                position.advance(0.0, 0.0)
-                continue
-            here = batch.to(self.device)
-            with autocast(self.device, section.precision):
-                logits = self.model(here.sources, here.lengths)
-            loss = weighted_bce(logits.float().flatten(0, 1), here.labels.flatten(0, 1))
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            step(self.model, self.optimizer, self.schedule, self.scaler, section.max_grad_norm)
-            position.advance(loss)
-
-    def validate(self) -> float:
-        """Return the weighted log loss on the validation slices."""
-        total, count = 0.0, 0
-        for logits, batch in predict_batches(self.model, self.val, self.device):
-            flat = batch.labels.flatten(0, 1)
-            total += float(weighted_bce_sum(logits.flatten(0, 1), flat))
-            count += int((~flat.isnan().any(dim=1)).sum())
-        return total / count
-
-
-def _nothing() -> torch.nn.Module:
-    """Return a module for an optimiser that has nothing to learn (the moving average)."""
-    return torch.nn.Linear(1, 1)

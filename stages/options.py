@@ -1,8 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they make of the options before the command."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +11,38 @@ import click
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that stand before the command."""
+
+    params_file: Path
+    params_named: bool
+    overrides: tuple[str, ...]
+    artifacts_root: Path
+
+    def params(self) -> Params:
+        """Read the parameters; only now, since validating them imports pydantic."""
+        from ichpipe.params.schema import load_params
+
+        return load_params(self.params_file, self.overrides, must_exist=self.params_named)
+
+    def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
+        """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
+        from ichpipe.common.run_lock import hold_lock
+
+        root = self.artifacts_root
+        return hold_lock(root / ".locks", what, [root / output for output in outputs], root / ".resume")
+
+    def artifacts(self) -> Artifacts:
+        """Return where the run's files lie."""
+        from ichpipe.common.artifacts import Artifacts
+
+        return Artifacts(self.artifacts_root)
 
 
 class Verdict(NamedTuple):
@@ -57,6 +90,6 @@ def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
     """Hold a folder that the user named against other processes of the same command; None holds nothing."""
     if folder is None:
         return nullcontext()
-    from ichpipe.common.run_lock import hold
+    from ichpipe.common.run_lock import hold_lock
 
-    return hold(folder, what)
+    return hold_lock(folder, what)

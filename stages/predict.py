@@ -18,10 +18,10 @@ from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, IchpipeError
 from ichpipe.common.files import atomic_path, digest_of_file, write_json
 from ichpipe.common.pseudonyms import read_pseudonyms
-from ichpipe.inference.findings import Provenance, as_document, extents, package_version
-from ichpipe.inference.findings_text import counted, refused_text, studies_text, wrapped
+from ichpipe.inference.findings import Provenance, build_document, extents, package_version
+from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
 from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
-from ichpipe.inference.inputs import take_in
+from ichpipe.inference.inputs import collect_inputs
 from ichpipe.inference.kaggle_submission import build_submission, read_sample
 from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, STUDY_COLUMNS, predict_slices, score_series
 from ichpipe.models.header import spacing_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.inference.findings import Extent
-    from ichpipe.inference.inputs import Intake
+    from ichpipe.inference.inputs import Inputs
     from ichpipe.params.schema import SelectionParams
     from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
@@ -94,7 +94,7 @@ def run(
     whole_archive = options.kaggle is not None  # a submission wants every slice
     one = not (options.all_series or whole_archive)
     selection, force = options.selection, options.force
-    intake = take_in(
+    intake = collect_inputs(
         paths,
         selection,
         workers,
@@ -132,7 +132,7 @@ def _provenance(model_dir: Path, calibration: Calibration | None, options: Optio
 
 
 def _collect(
-    intake: Intake, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
+    intake: Inputs, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
 ) -> Predicted:
     lost = intake.slices[~intake.slices["series_uid"].isin(slices["series_uid"])]
     reasons = undecodable.set_index("path")["reason"]
@@ -154,20 +154,20 @@ def _collect(
     )
 
 
-def _write_lists(found: Predicted, intake: Intake, out: Path) -> None:
+def _write_lists(found: Predicted, intake: Inputs, out: Path) -> None:
     _write_csv(found.rejected, out / "rejected.csv")
     _write_csv(found.refused, out / "refused.csv")
     _write_csv(intake.series, out / "series.csv")
 
 
-def _write_tables(found: Predicted, intake: Intake, out: Path, options: Options) -> None:
+def _write_tables(found: Predicted, intake: Inputs, out: Path, options: Options) -> None:
     more = [FORCED] if options.force else []
     _write_csv(found.slices[SLICE_COLUMNS + more], out / "slices.csv")
     _write_csv(found.studies[STUDY_COLUMNS + more], out / "studies.csv")
     write_json(out / "predictions.json", _document(found, intake))
 
 
-def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
+def _write_reports(found: Predicted, intake: Inputs, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
     from ichpipe.inference.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
 
@@ -193,12 +193,12 @@ def _write_reports(found: Predicted, intake: Intake, folder: Path) -> list[str]:
     return [f"{counted(written, 'DICOM report')} in {folder}, with the patient's identity"] if written else []
 
 
-def _document(found: Predicted, intake: Intake) -> dict[str, object]:
+def _document(found: Predicted, intake: Inputs) -> dict[str, object]:
     tables = found.studies, found.slices, found.where, intake.series
-    return as_document(*tables, found.refused, intake.forced, found.provenance)
+    return build_document(*tables, found.refused, intake.forced, found.provenance)
 
 
-def _as_json(found: Predicted, intake: Intake) -> str:
+def _as_json(found: Predicted, intake: Inputs) -> str:
     return json.dumps(_document(found, intake), indent=2, allow_nan=False)
 
 
@@ -214,20 +214,20 @@ def _nothing_left(found: Predicted, out: Path | None) -> str:
         return f"none of {len(found.rejected)} files is a usable CT slice; {why}"
     head = f"refused: {counted(len(found.refused), 'study', 'studies')}, and nothing else to predict"
     remedy = "--force predicts what has CT pixels all the same, and marks the result"
-    return "\n".join([head, *refused_text(found.refused), *wrapped(f"{remedy}; {why}")])
+    return "\n".join([head, *format_refused(found.refused), *wrapped(f"{remedy}; {why}")])
 
 
-def _as_text(found: Predicted, intake: Intake, out: Path | None, remarks: list[str]) -> str:
+def _as_text(found: Predicted, intake: Inputs, out: Path | None, remarks: list[str]) -> str:
     mark = partial(click.style, fg="red", bold=True)
     threshold = found.provenance.threshold
-    table = studies_text(found.studies, found.where, intake.series, intake.forced, threshold, mark)
+    table = format_studies(found.studies, found.where, intake.series, intake.forced, threshold, mark)
     lines = wrapped(f"positive from {threshold:g}; {found.provenance.calibration_said()}")
     usable = intake.series[intake.series["n_slices"] > 0]
     if passed_over := int((~usable["chosen"]).sum()):
         lines.append(f"{passed_over} series passed over for another one of their study{_see(out, 'series.csv')}")
     if len(found.refused):
         lines.append(f"refused: {counted(len(found.refused), 'study', 'studies')}{_see(out, 'refused.csv')}")
-        lines += refused_text(found.refused)
+        lines += format_refused(found.refused)
     if len(found.rejected):
         lines.append(f"{counted(len(found.rejected), 'file')} left out{_see(out, 'rejected.csv')}")
     return "\n".join([table, "", *lines, *(line for one in remarks for line in wrapped(one))])

@@ -10,10 +10,10 @@ import pandas as pd
 
 from ichpipe.common.errors import DataError
 from ichpipe.common.pseudonyms import read_pseudonyms
-from ichpipe.index import label_tables, slice_index, splits
-from ichpipe.index.chosen import choose
-from ichpipe.index.held_out import read_test_slices, test_table
+from ichpipe.index import index_writer, label_tables, splits
 from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import select_series
+from ichpipe.index.splits import read_test_slices, test_table_path
 
 if TYPE_CHECKING:
     from ichpipe.common.pseudonyms import Pseudonyms
@@ -33,21 +33,21 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
     labels = _labels(params, pseudonyms)
     test_slices = None
     if params.split == "stage1":
-        test_slices = read_test_slices(test_table(params))
+        test_slices = read_test_slices(test_table_path(params))
     scanned, rejected = scan([Path(params.dicom_dir)], workers, cache, pseudonyms=pseudonyms)
     if scanned.empty:
-        slice_index.write_rejected(out, rejected)
+        index_writer.write_rejected(out, rejected)
         raise DataError(_nothing_usable(params, rejected, out))
-    chosen = choose(scanned, rejected, params.selection, one_per_study=_one_per_study(params))
+    chosen = select_series(scanned, rejected, params.selection, one_per_study=_one_per_study(params))
     rejected = pd.concat([rejected, chosen.left_out]).sort_values("path", ignore_index=True)
     index, of_studies, matched = label_tables.join(chosen.slices, labels)
     index = splits.assign_splits(index, params, test_slices)
-    summary: dict[str, Any] = {"dataset": params.dataset, **slice_index.summarise(index, rejected)}
+    summary: dict[str, Any] = {"dataset": params.dataset, **index_writer.summarise(index, rejected)}
     summary["labels"] = (labels.report if labels else {}) | matched
     if test_slices is not None:
         summary["overlap"] = splits.overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
-    slice_index.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
+    index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
     _tell(index, chosen.series, summary)
 
 

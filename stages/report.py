@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.inference.explainer import Explainer
+    from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
     from ichpipe.report.blocks import Picture
     from ichpipe.report.cases import Case
@@ -103,7 +103,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu: str) -> list[Picture]:
     from ichpipe.common.device import choose_device
-    from ichpipe.inference.explainer import Explainer
+    from ichpipe.inference.heat_maps import Explainer
 
     explainer = Explainer(artifacts.finetuned, choose_device(gpu))
     paths = read_index(artifacts.index).set_index("sop_uid")["path"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ichpipe.stages.cli import Settings
+    from ichpipe.stages.options import Settings
 
 
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ichpipe.stages.cli import Settings
+    from ichpipe.stages.options import Settings
 
 
 @click.argument("predictions", type=click.Path(path_type=Path))

@@ -33,6 +33,9 @@ def pytest_collection_modifyitems(items):
     if marked and not _has_cuda():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if "run" in item.fixturenames:  # the fixture trains the whole recipe
+            item.add_marker(pytest.mark.slow)
     if not os.environ.get("ICHPIPE_REAL_DATA"):
         for item in items:
             if item.get_closest_marker("real_data"):

@@ -1,4 +1,4 @@
-"""Identifiers planted in DICOM files, and a search for them in everything that a command wrote or said."""
+"""Plants identifiers in DICOM files, and searches for them in everything that a command wrote or printed."""
 
 import base64
 import html
@@ -62,8 +62,8 @@ class Planter:
                  "EthnicGroup", "Occupation", "PatientTelephoneNumbers")  # fmt: skip
         if not every:
             return usual
-        known = {entry[4]: entry[0] for tag, entry in DicomDictionary.items() if tag >> 16 not in (0, 2, 4)}
-        return [name for name, vr in known.items() if vr in TEXT and name and name not in KEPT]
+        by_name = {entry[4]: entry[0] for tag, entry in DicomDictionary.items() if tag >> 16 not in (0, 2, 4)}
+        return [name for name, vr in by_name.items() if vr in TEXT and name and name not in KEPT]
 
     def _plant_deep(self, dataset):
         inner, outer = Dataset(), Dataset()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ichpipe.cache import layout
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.cache.writer import Work, update
@@ -70,7 +70,7 @@ def maker(journal=None, compute=features):
 def write(where, slices, client, *, made=None, make=None, known=None, **options):
     """Fill a generation; return how many rows were there before."""
     work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), known)
-    steps = list(update(Place.of(where), made or generation(), slices.rows, work, **options))
+    steps = list(update(StoreLocation(where), made or generation(), slices.rows, work, **options))
     assert sum(steps) == len(slices.rows)
     return steps[0]
 
@@ -116,7 +116,7 @@ def main(path, n_series, limit_bytes=0):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     slices = Slices([3] * n_series)
     work = Work(slices.inputs, maker(compute=slow_features), lambda: connect(1, None))
-    for _ in update(Place(path), generation(), slices.rows, work, on_wait=lambda: print("waiting", flush=True)):
+    for _ in update(StoreLocation(path), generation(), slices.rows, work, on_wait=lambda: print("waiting", flush=True)):
         print("wrote", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The Python interface: the same numbers as the command line and the store, lazily, with errors that say what to do."""
+"""The Python interface gives the numbers of the commands and the store, loads lazily, and errors name the remedy."""
 
 import subprocess
 import sys
@@ -79,7 +79,7 @@ def test_series_is_hu_in_order_with_its_places(held_out, volume):
     assert np.array_equal(volume.position_mm, rows["position_mm"])
     assert np.array_equal(volume.spacing_mm, rows["spacing_mm"])
     assert (np.diff(volume.position_mm) > 0).all()
-    assert all(np.array_equal(one, read_hu(path)) for one, path in zip(volume.hu, rows["path"], strict=True))
+    assert all(np.array_equal(image, read_hu(path)) for image, path in zip(volume.hu, rows["path"], strict=True))
     assert volume.study_uid == rows["study_uid"].iloc[0]
     assert volume.patient_id == rows["patient_id"].iloc[0]
 
@@ -87,11 +87,11 @@ def test_series_is_hu_in_order_with_its_places(held_out, volume):
 def test_file_names_and_instance_numbers_do_not_decide_the_order(write_ct):
     for name, number, z in (("a", 2, 30.0), ("b", 3, -10.0), ("c", 1, 10.0)):
         path = write_ct(f"series/{name}", number=number, z=z, PixelSpacing=[0.5, 0.25])
-    found = read_series(path.parent)
-    assert found.position_mm.tolist() == [-10.0, 10.0, 30.0]
-    assert found.spacing_mm.tolist() == [20.0, 20.0, 20.0]
-    assert found.hu[:, 0, 0].tolist() == [1003 - 1024, 1001 - 1024, 1002 - 1024]
-    assert found.pixel_mm == (0.5, 0.25)
+    result = read_series(path.parent)
+    assert result.position_mm.tolist() == [-10.0, 10.0, 30.0]
+    assert result.spacing_mm.tolist() == [20.0, 20.0, 20.0]
+    assert result.hu[:, 0, 0].tolist() == [1003 - 1024, 1001 - 1024, 1002 - 1024]
+    assert result.pixel_mm == (0.5, 0.25)
 
 
 def test_a_zip_archive_and_a_list_of_files_read_as_the_folder_does(held_out, volume, tmp_path):
@@ -122,16 +122,16 @@ def test_slices_of_different_size_are_refused_as_an_array(write_ct):
 def test_folder_predicts_as_the_command_does(run, model, held_out, tmp_path):
     folder = held_out[0]
     assert run("predict", folder, "--out", tmp_path, "--gpu", "cpu", "--uncalibrated").exit_code == 0
-    found = model.predict_folder(folder)
-    for name, table in (("slices", found.slices), ("studies", found.studies)):
+    result = model.predict_folder(folder)
+    for name, table in (("slices", result.slices), ("studies", result.studies)):
         written = pd.read_csv(tmp_path / f"{name}.csv", dtype={"patient_id": str, "study_uid": str, "series_uid": str})
         assert list(written.columns) == list(table.columns)
         rest = [column for column in written.columns if column not in (*PROBABILITIES, "position_mm")]
         pd.testing.assert_frame_equal(written[rest], table[rest].reset_index(drop=True), check_dtype=False)
         np.testing.assert_allclose(written[PROBABILITIES], table[PROBABILITIES], rtol=np.finfo(np.float32).eps)
-    assert found.classes == CLASSES
-    assert len(found.series) == 2
-    assert found.rejected.empty
+    assert result.classes == CLASSES
+    assert len(result.series) == 2
+    assert result.rejected.empty
 
 
 def test_calibration_beside_the_model_is_applied_as_the_command_does(branch, held_out, volume, tmp_path):
@@ -143,13 +143,13 @@ def test_calibration_beside_the_model_is_applied_as_the_command_does(branch, hel
     write_calibration(folder, Calibration(method="temperature", model_sha256=digest, temperature={"any": 3.0}))
     calibrated, plain = load_model(folder, gpu="cpu"), load_model(folder, gpu="cpu", calibrated=False)
     assert branch("predict", held_out[0], "--out", tmp_path, "--gpu", "cpu").exit_code == 0
-    found = calibrated.predict_folder(held_out[0])
+    result = calibrated.predict_folder(held_out[0])
     for name in ("slices", "studies"):
         written = pd.read_csv(tmp_path / f"{name}.csv")[PROBABILITIES]
-        np.testing.assert_allclose(written, getattr(found, name)[PROBABILITIES], rtol=np.finfo(np.float32).eps)
+        np.testing.assert_allclose(written, getattr(result, name)[PROBABILITIES], rtol=np.finfo(np.float32).eps)
     one, raw = calibrated.predict(volume), plain.predict(volume)
-    here = (found.slices["series_uid"] == volume.series_uid).to_numpy()
-    assert np.array_equal(one.slices, found.slices[PROBABILITIES].to_numpy()[here])
+    here = (result.slices["series_uid"] == volume.series_uid).to_numpy()
+    assert np.array_equal(one.slices, result.slices[PROBABILITIES].to_numpy()[here])
     assert np.array_equal(one.slices[:, 1:], raw.slices[:, 1:])
     assert not np.allclose(one.slices[:, 0], raw.slices[:, 0])
 
@@ -168,10 +168,10 @@ def test_array_predicts_as_the_folder_does(model, held_out, volume):
     by_volume = model.predict(volume)
     by_array = model.predict(volume.hu, volume.position_mm)
     floats = model.predict(volume.hu.astype(np.float32), list(volume.position_mm))
-    for found in (by_volume, by_array, floats):
-        assert np.array_equal(found.slices, slices)
-        assert np.array_equal(found.study, study)
-        assert found.classes == CLASSES
+    for result in (by_volume, by_array, floats):
+        assert np.array_equal(result.slices, slices)
+        assert np.array_equal(result.study, study)
+        assert result.classes == CLASSES
     assert np.array_equal(by_volume.study, slices.max(axis=0))
     moved = model.predict(volume.hu, volume.position_mm + 1000.0)
     np.testing.assert_allclose(moved.slices, slices, rtol=1e-5)
@@ -189,18 +189,18 @@ def test_one_spacing_serves_where_slices_are_even(model, volume):
 def test_embeddings_are_those_of_the_store(run, slice_cnn, held_out):
     store = open_store(run.artifacts / "embeddings.zarr", model=run.artifacts / "slice-cnn")
     folder, rows = held_out
-    found = slice_cnn.embed_folder(folder)
-    assert found.values.shape == (len(rows), store.embedding_dim)
-    assert found.values.dtype == np.float32
-    assert found.slices["sop_uid"].tolist() == rows["sop_uid"].tolist()
-    for one in read_studies(folder):
-        cached = store.series(one.series_uid)
-        assert cached.sop_uids == one.sop_uids
+    result = slice_cnn.embed_folder(folder)
+    assert result.values.shape == (len(rows), store.embedding_dim)
+    assert result.values.dtype == np.float32
+    assert result.slices["sop_uid"].tolist() == rows["sop_uid"].tolist()
+    for series in read_studies(folder):
+        cached = store.series(series.series_uid)
+        assert cached.sop_uids == series.sop_uids
         assert cached.embedding.dtype == np.float32
-        values = slice_cnn.embed(one)
+        values = slice_cnn.embed(series)
         np.testing.assert_allclose(values, cached.embedding, rtol=2**-10, atol=1e-5)  # kept as float16
-        here = (found.slices["series_uid"] == one.series_uid).to_numpy()
-        np.testing.assert_allclose(values, found.values[here], atol=1e-5)
+        rows = (result.slices["series_uid"] == series.series_uid).to_numpy()
+        np.testing.assert_allclose(values, result.values[rows], atol=1e-5)
         with pytest.raises(ValueError, match="read-only"):
             cached.embedding[0] = 0
 
@@ -209,7 +209,7 @@ def test_store_yields_every_series(run, index):
     store = open_store(run.artifacts / "embeddings.zarr")
     assert store.classes == CLASSES
     assert len(store) == len(index)
-    assert [uid for one in store for uid in one.sop_uids] == index["sop_uid"].tolist()
+    assert [uid for series in store for uid in series.sop_uids] == index["sop_uid"].tolist()
     assert store.series_uids == index["series_uid"].unique().tolist()
 
 
@@ -225,12 +225,9 @@ def test_undecodable_slices_are_rejected_and_the_rest_goes_on(model, volume, mon
         return read(path, size)
 
     monkeypatch.setattr(slice_dataset, "load_slice", broken)
-    for found, table in (
-        (model.predict_folder(volume.paths), "slices"),
-        (model.embed_folder(volume.paths), "slices"),
-    ):
-        assert len(getattr(found, table)) == len(volume) - 1
-        assert found.rejected.values.tolist() == [[volume.paths[1], f"{volume.paths[1]}: damaged"]]
+    for result in (model.predict_folder(volume.paths), model.embed_folder(volume.paths)):
+        assert len(result.slices) == len(volume) - 1
+        assert result.rejected.values.tolist() == [[volume.paths[1], f"{volume.paths[1]}: damaged"]]
 
 
 HU = np.zeros((3, 8, 8), np.int16)
@@ -283,6 +280,7 @@ def test_errors_name_what_is_there_and_what_to_do(run, slice_cnn, volume, held_o
             call()
 
 
+@pytest.mark.slow
 def test_a_store_of_two_networks_asks_which(branch):
     branch.params.write_text(
         branch.params.read_text().replace("backbone: resnet10t, epochs: 2", "backbone: resnet10t, epochs: 1")
@@ -298,10 +296,10 @@ def test_finding_reads_no_pixels_and_says_why(held_out, monkeypatch):
     from ichpipe.dicom import hounsfield
 
     monkeypatch.setattr(hounsfield, "read_hu", lambda _path: pytest.fail("pixels were read"))
-    found = find_slices(held_out[0])
-    assert found.slices["slice_index"].iloc[0] == 0
-    assert found.series["chosen"].all()
-    assert found.rejected.empty
+    result = find_slices(held_out[0])
+    assert result.slices["slice_index"].iloc[0] == 0
+    assert result.series["chosen"].all()
+    assert result.rejected.empty
 
 
 @pytest.mark.real_data
@@ -311,9 +309,9 @@ def test_real_series_with_a_tilted_gantry_and_uneven_spacing(real_data, tmp_path
     (archive,) = (real_data / "ge_headct_bsd").glob("*.tar.xz")
     with tarfile.open(archive) as packed:
         packed.extractall(tmp_path, filter="data")
-    found = read_series(tmp_path)
-    assert found.hu.shape == (28, 512, 512)
-    assert found.spacing_mm.min() == pytest.approx(1.08, abs=0.01)
-    assert found.spacing_mm.max() == pytest.approx(7.0, abs=0.01)
-    assert found.pixel_mm == pytest.approx((0.488, 0.488), abs=0.001)
-    assert -200 < np.median(found.hu[14, 200:300, 200:300]) < 100
+    result = read_series(tmp_path)
+    assert result.hu.shape == (28, 512, 512)
+    assert result.spacing_mm.min() == pytest.approx(1.08, abs=0.01)
+    assert result.spacing_mm.max() == pytest.approx(7.0, abs=0.01)
+    assert result.pixel_mm == pytest.approx((0.488, 0.488), abs=0.001)
+    assert -200 < np.median(result.hu[14, 200:300, 200:300]) < 100

@@ -14,7 +14,7 @@ from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.features.embedder import SliceEmbedder, SliceInput
 from ichpipe.features.generations import MIRROR, open_features
-from ichpipe.features.sequence_dataset import predict_rows, read_series
+from ichpipe.features.sequence_dataset import collect_series, predict_rows
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.sequence import MovingAverage, SequenceEnsemble
 from ichpipe.models.weights import load_end_to_end, load_sequence, load_slice_cnn
@@ -47,6 +47,7 @@ def opened(run, arm):
     return params, artifacts, index, open_features(params, artifacts, index, params.sequence[arm])
 
 
+@pytest.mark.slow
 def test_every_kind_is_trained_predicts_and_is_scored(armed):
     other = armed("evaluate")
     assert other.exit_code == 0, other.output
@@ -56,11 +57,12 @@ def test_every_kind_is_trained_predicts_and_is_scored(armed):
 
 
 @pytest.mark.parametrize("arm", ["transformer", "second", "seeds", "mirrored", "floor"])
+@pytest.mark.slow
 def test_what_is_predicted_is_what_the_model_file_gives(armed, arm):
     _, artifacts, index, features = opened(armed, arm)
     model = load_sequence(artifacts.sequence(arm))
     test = index[index["split"] == "test"].reset_index(drop=True)
-    wanted = predict_rows(model, read_series(features, test), len(test), torch.device("cpu"))
+    wanted = predict_rows(model, collect_series(features, test), len(test), torch.device("cpu"))
     assert armed("evaluate").exit_code == 0
     found = pd.read_parquet(armed.artifacts / "predictions" / f"sequence-{arm}.parquet")
     assert found["sop_uid"].tolist() == test["sop_uid"].tolist()
@@ -101,7 +103,7 @@ def test_mirrored_rows_are_the_mirror_images_embedded(armed):
     for split in ("train", "test"):
         rows = index[index["split"] == split]
         rows = rows[rows["series_uid"] == rows["series_uid"].iloc[0]]
-        (series,) = read_series(features, rows.reset_index(drop=True))
+        (series,) = collect_series(features, rows.reset_index(drop=True))
         cached = series.sources[-1].tensors(("embedding",))["embedding"].double().numpy()
         inputs = [SliceInput(*row) for row in rows[["path", "series_uid", "file_digest"]].itertuples(index=False)]
         wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 50, MIRROR)(inputs)
@@ -110,6 +112,7 @@ def test_mirrored_rows_are_the_mirror_images_embedded(armed):
         assert not np.allclose(cached, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_mirrored_from_the_cache_equals_mirrored_from_the_images(armed):
     _, artifacts, index, _ = opened(armed, "mirrored")
     assert armed("--set", "finetune.arm=mirrored", "--set", "finetune.learning_rate_cnn=1e-12", "--set",
@@ -141,6 +144,7 @@ def test_compare_prints_and_writes_the_table(armed):
     assert (folder / "arms.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_runs_of_other_patients_and_stores_are_told_apart(armed, run, tmp_path):
     other = run.fresh(tmp_path / "other")
     assert other("--set", "prepare.seed=5", "prepare").exit_code == 0
@@ -202,6 +206,7 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("stage", "absent"), [("evaluate", "torch"), ("compare", "torch"), ("fit_sequence", "timm")])
+@pytest.mark.slow
 def test_what_need_not_wait_does_not(stage, absent):
     code = f"import sys, ichpipe.stages.{stage}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

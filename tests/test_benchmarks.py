@@ -37,6 +37,7 @@ def small(name, folder, *words):
     return written["result"]
 
 
+@pytest.mark.slow
 def test_the_command_lists_every_script_and_passes_small_on(tmp_path, monkeypatch, capsys):
     command = load("__main__")
     assert {"store", "extract_unchanged", "kills", "prepare", "score", "feeding", "sequence", "end_to_end"} <= set(
@@ -72,6 +73,7 @@ def test_series_lengths_sum_up():
     assert (lengths.min(), lengths.max()) == (20, 60)
 
 
+@pytest.mark.soak
 def test_extract_unchanged(tmp_path):
     result = small("extract_unchanged", tmp_path)
     assert len(result["seconds"]) == 3
@@ -86,6 +88,7 @@ def test_prepare(tmp_path):
         assert result[name]["peak_mb"] > 0
 
 
+@pytest.mark.slow
 def test_score(tmp_path):
     result = small("score", tmp_path)
     assert len(result["seconds"]) == 4
@@ -101,6 +104,7 @@ def test_kills(tmp_path):
     assert result["chunk_files_identical"]
 
 
+@pytest.mark.soak
 def test_sequence(tmp_path):
     result = small("sequence", tmp_path)
     assert result["labels"]["linear_head_loss"] == pytest.approx(0.063, abs=0.002)
@@ -122,6 +126,7 @@ def test_simulated_neighbours_correlate_as_asked():
     assert abs(float((noise[1:, 0] * noise[:-1, -1]).mean())) < 0.1  # another study's neighbour is no neighbour
 
 
+@pytest.mark.soak
 def test_end_to_end(tmp_path):
     result = small("end_to_end", tmp_path)
     assert [one["slices"] for one in result["chunked"]] == [4, 12]
@@ -136,14 +141,14 @@ def test_feeding(tmp_path):
     assert all(value > 0 for value in found["slices_per_second"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_growth(tmp_path):
     sizes = small("growth", tmp_path)["sizes"]
     assert [(one["slices"], one["computed"]) for one in sizes] == [(100, 100), (400, 400), (2000, 200)]
     assert all(one["peak_mb"] > one["start_mb"] > 0 for one in sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_alternatives(tmp_path):
     result = small("alternatives", tmp_path)
     assert {"ichpipe", "npz", "memmap"} <= result["rounds"].keys()  # monai, where it is installed
@@ -181,6 +186,7 @@ def test_pictures_show_what_was_written(tmp_path):
     assert all(2_000 < file.stat().st_size < 100_000 for file in files)
 
 
+@pytest.mark.slow
 def test_extract(tmp_path):
     pytest.importorskip("gdcm")
     result = small("extract", tmp_path)

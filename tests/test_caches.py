@@ -16,8 +16,8 @@ from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator
 from ichpipe.features.embedder import SliceEmbedder, SliceInput, view_draw
-from ichpipe.features.generations import View, open_features, store_address, wanted_caches
-from ichpipe.features.sequence_dataset import Shuffle, _buffers, plain_batches, read_series, train_batches
+from ichpipe.features.generations import View, list_generations, open_features, store_address
+from ichpipe.features.sequence_dataset import Shuffle, _buffers, collect_series, plain_batches, train_batches
 from ichpipe.images import augmentation
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_sequence, load_slice_cnn
@@ -51,12 +51,13 @@ def slices_of(rows):
     return [SliceInput(*row) for row in rows[["path", "series_uid", "file_digest"]].itertuples(index=False)]
 
 
+@pytest.mark.slow
 def test_every_train_series_comes_from_the_network_that_never_saw_it(folded):
     _, artifacts, index, features = opened(folded)
     plain = load_slice_cnn(artifacts.slice_cnn)
     fold_cnns = {fold: load_slice_cnn(artifacts.fold_cnn(fold)) for fold in (0, 1)}
     for (_, split, fold), rows in index.groupby(["series_uid", "split", "fold"], sort=False):
-        (series,) = read_series(features, rows.reset_index(drop=True))
+        (series,) = collect_series(features, rows.reset_index(drop=True))
         cached = series.sources[0].tensors(("embedding",))["embedding"].double().numpy()
         cnn = fold_cnns[fold] if split == "train" else plain
         wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 50)(slices_of(rows))
@@ -66,7 +67,7 @@ def test_every_train_series_comes_from_the_network_that_never_saw_it(folded):
 
 def test_a_fold_s_generation_holds_no_patient_that_its_network_was_trained_on(folded):
     params, artifacts, index, _ = opened(folded)
-    caches = [cache for cache in wanted_caches(params, artifacts, index) if cache.fold is not None]
+    caches = [cache for cache in list_generations(params, artifacts, index) if cache.fold is not None]
     assert len(caches) == 6  # two folds, plain and two views
     for cache in caches:
         store = EmbeddingStore(store_address(params, artifacts), cache.identity())
@@ -79,7 +80,7 @@ def test_a_fold_s_generation_holds_no_patient_that_its_network_was_trained_on(fo
 def test_reading_a_fold_from_the_other_fold_s_generation_is_an_error(folded):
     params, artifacts, index, _ = opened(folded)
     zero, one = (
-        cache for cache in wanted_caches(params, artifacts, index) if cache.fold is not None and not cache.view
+        cache for cache in list_generations(params, artifacts, index) if cache.fold is not None and not cache.view
     )
     with pytest.raises(StoreError, match="series are missing"):
         EmbeddingStore(store_address(params, artifacts), zero.identity(), one.rows())
@@ -88,7 +89,7 @@ def test_reading_a_fold_from_the_other_fold_s_generation_is_an_error(folded):
 def test_an_arm_may_be_trained_in_fold_for_comparison(folded):
     _, _, index, features = opened(folded, extra=IN_FOLD)
     train = index[index["split"] == "train"].reset_index(drop=True)
-    for series in read_series(features, train):
+    for series in collect_series(features, train):
         assert series.sources[0].store is features.plain
 
 
@@ -101,7 +102,7 @@ def test_arms_that_read_other_generations_are_made_from_other_embeddings(folded)
 
 def test_a_view_is_one_change_per_series_and_recorded(folded):
     params, artifacts, index, _ = opened(folded)
-    cache = next(cache for cache in wanted_caches(params, artifacts, index) if cache.view)
+    cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
     root = zarr.open_group(store_address(params, artifacts), mode="r")
     (segment,) = [
         group
@@ -124,7 +125,7 @@ def test_a_view_is_one_change_per_series_and_recorded(folded):
 
 def test_a_view_s_rows_equal_the_augmented_slices_embedded_on_the_fly(folded):
     params, artifacts, index, _ = opened(folded)
-    cache = next(cache for cache in wanted_caches(params, artifacts, index) if cache.view)
+    cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
     store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
     rows = cache.index[cache.index["series_uid"] == cache.index["series_uid"].iloc[-1]]
     cnn = load_slice_cnn(cache.model_dir)
@@ -145,7 +146,7 @@ def test_no_augmentation_makes_a_view_equal_to_the_plain_slice():
 
 def test_training_draws_every_view_and_validation_only_the_plain_slices(folded):
     _, _, index, features = opened(folded)
-    train = read_series(features, index[index["split"] == "train"].reset_index(drop=True))
+    train = collect_series(features, index[index["split"] == "train"].reset_index(drop=True))
     drawn = []
 
     class Spy:
@@ -170,12 +171,12 @@ def test_training_draws_every_view_and_validation_only_the_plain_slices(folded):
 @pytest.mark.parametrize("within", [None, 8])
 def test_batches_are_the_same_from_a_map_and_read_through_zarr(folded, monkeypatch, within):
     _, _, index, features = opened(folded)
-    train = read_series(features, index[index["split"] == "train"].reset_index(drop=True))
+    train = collect_series(features, index[index["split"] == "train"].reset_index(drop=True))
     names, shuffle = ("embedding", "logits"), Shuffle(1, 1, within=within)
     mapped = list(train_batches(train, names, 3, shuffle))
     monkeypatch.setattr("ichpipe.cache.layout.is_plain", lambda _array: False)
     _, _, _, other = opened(folded)
-    fetched = read_series(other, index[index["split"] == "train"].reset_index(drop=True))
+    fetched = collect_series(other, index[index["split"] == "train"].reset_index(drop=True))
     for left, right in zip(mapped, train_batches(fetched, names, 3, shuffle), strict=True):
         assert set(left.sources) == {*names, "position_mm"}
         assert torch.equal(left.lengths, right.lengths)
@@ -216,6 +217,7 @@ def reduced(folded, tmp_path_factory):
 PCA = ("extract.pca=12", "sequence.paper.inputs=[pca, logits]")
 
 
+@pytest.mark.slow
 def test_components_are_those_of_the_train_slices_alone(reduced):
     _, _, index, features = opened(reduced, extra=PCA)
     train = index.loc[index["split"] == "train", "series_uid"].unique()
@@ -230,7 +232,7 @@ def test_components_are_those_of_the_train_slices_alone(reduced):
 
 def test_every_generation_has_its_rows_under_the_same_map(reduced):
     params, artifacts, index, features = opened(reduced, extra=PCA)
-    for cache in wanted_caches(params, artifacts, index):
+    for cache in list_generations(params, artifacts, index):
         store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
         for uid in store.series_uids:
             wanted = features.plain.principal_components.project(store.embedding(uid))
@@ -242,7 +244,7 @@ def test_a_model_of_components_needs_no_store(reduced):
     _, artifacts, index, features = opened(reduced, extra=PCA)
     model = load_sequence(artifacts.sequence("paper"))
     rows = index[index["split"] == "test"].reset_index(drop=True)
-    for series in read_series(features, rows)[:3]:
+    for series in collect_series(features, rows)[:3]:
         stored = next(plain_batches([series], model.spec.inputs, 1))
         raw = series.sources[0].tensors(("embedding", "logits"))
         with torch.inference_mode():
@@ -251,6 +253,7 @@ def test_a_model_of_components_needs_no_store(reduced):
         torch.testing.assert_close(left, right, atol=5e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_components_of_other_rows_are_refused_and_made_anew(reduced, tmp_path, capsys):
     own = reduced.copy(tmp_path / "own")
     data = tmp_path / "data"
@@ -267,6 +270,7 @@ def test_components_of_other_rows_are_refused_and_made_anew(reduced, tmp_path, c
     assert own(*options, "fit-sequence", "--arm", "paper").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_companion_is_found(reduced, tmp_path, capsys):
     own = reduced.copy(tmp_path / "own")
     store = own.artifacts / "embeddings.zarr"

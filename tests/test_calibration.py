@@ -145,7 +145,7 @@ def test_nothing_beside_the_model_is_none(folder):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "not whole JSON"),
+        ("{", "not complete JSON"),
         ('{"method": "platt", "model_sha256": "x"}', "method"),
         ('{"method": "none", "model_sha256": "x"}', "another model"),
         ('{"method": "none", "model_sha256": "x", "unknown": 1}', "unknown"),
@@ -158,6 +158,7 @@ def test_a_file_that_is_damaged_or_of_another_model_is_refused(folder, text, com
     assert "calibration.json" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_evaluate_fits_on_validation_alone_and_changes_no_other_score(run, tmp_path):
     table = pd.read_parquet(run.artifacts / "finetuned" / "predictions.parquet")
     val = table[table["split"] == "val"]

@@ -10,7 +10,7 @@ import cloudpickle
 import pytest
 import store_kit as kit
 
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.worker import ComputePlugin, Inputs, compute_chunk, numbers_of
 from ichpipe.cache.writer import Work, update
 from ichpipe.features.dask_client import connect
@@ -83,7 +83,7 @@ def test_a_chunk_that_is_there_is_not_computed_when_its_task_comes_again(tmp_pat
 
 def filling(path, slices, client):
     work = Work(slices.inputs, kit.maker(compute=slow_features), lambda: contextlib.nullcontext(client))
-    return update(Place.of(path), kit.generation(), slices.rows, work)
+    return update(StoreLocation(path), kit.generation(), slices.rows, work)
 
 
 def test_workers_of_one_machine_have_different_numbers():
@@ -106,7 +106,7 @@ def test_a_worker_builds_what_falls_to_its_number(name, address, number):
     assert built == [number]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_small_version_of_the_benchmark(tmp_path, bench):
     options = bench.BENCHMARK.parse(bench.__doc__, ["--small"])
     result = bench.BENCHMARK.run("cluster", tmp_path, options)["result"]

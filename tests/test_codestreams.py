@@ -295,13 +295,13 @@ class TestTrial:
         """The child is told to die as a codec does on a bad stream: at once, by SIGSEGV, or never to answer."""
         path = str(coded_file(write_ct, RLELossless))
         serve = (
-            "import os, signal, time; from ichpipe import ct, trial; read = hounsfield.read_hu\n"
+            "import os, signal, time; from ichpipe.dicom import decode_sandbox, hounsfield; read = hounsfield.read_hu\n"
             "def mad(path):\n"
             "    if path == 'crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
             "    if path == 'exit': os._exit(3)\n"
             "    if path == 'hang': time.sleep(600)\n"
             "    return read(path)\n"
-            "ct.read_hu = mad; decode_sandbox.serve()"
+            "hounsfield.read_hu = mad; decode_sandbox.serve()"
         )
         monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder(timeout_s=5) as decoder:
@@ -315,11 +315,11 @@ class TestTrial:
     def test_its_memory_is_bounded(self, write_ct, monkeypatch):
         path = str(coded_file(write_ct, RLELossless))
         serve = (
-            "from ichpipe import ct, trial\n"
+            "from ichpipe.dicom import decode_sandbox, hounsfield\n"
             "def greedy(path):\n"
             "    try: bytearray(8 * 2**30)\n"
             "    except MemoryError as error: raise hounsfield.UnreadableDicomError('no memory') from error\n"
-            "ct.read_hu = greedy; decode_sandbox.serve()"
+            "hounsfield.read_hu = greedy; decode_sandbox.serve()"
         )
         monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder() as decoder:
@@ -338,9 +338,10 @@ class TestTrial:
                 dataset.compress(RLELossless, generate_instance_uid=False)
                 dataset.save_as(path)
         serve = (
-            "import os, signal; from ichpipe import ct, trial; read = hounsfield.read_hu\n"
-            "ct.read_hu = lambda path: os.kill(os.getpid(), signal.SIGABRT) if path.endswith('b') else read(path)\n"
-            "trial.serve()"
+            "import os, signal; from ichpipe.dicom import decode_sandbox, hounsfield; read = hounsfield.read_hu\n"
+            "crash = lambda: os.kill(os.getpid(), signal.SIGABRT)\n"
+            "hounsfield.read_hu = lambda path: crash() if path.endswith('b') else read(path)\n"
+            "decode_sandbox.serve()"
         )
         monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         slices, rejected = scan([tmp_path / "in"])

@@ -11,9 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.report.figures_arms import arms_figure
-from ichpipe.scoring.arm_comparison import Arm, compare_arms
-from ichpipe.scoring.comparison_text import comparison_text
+from ichpipe.report.figures import arms_figure
+from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.heldout_predictions import LABELS
 from ichpipe.scoring.metrics import paired_difference, weighted_log_loss
 
@@ -97,6 +96,7 @@ def test_a_gain_within_the_spread_of_seeds_is_noise():
     assert row["verdict"] == "noise"
 
 
+@pytest.mark.slow
 def test_many_arms_that_are_the_same_are_seldom_called_different():
     wrong = 0
     for trial in range(20):

@@ -259,7 +259,8 @@ def test_styles_fetch_nothing(site):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name
     words = (site / "reference" / "python.html").read_text(encoding="utf-8")
     assert all(
-        f'id="ichpipe.{name}"' in words for name in ("volume.read_series", "api.Model.predict", "errors.DataError")
+        f'id="ichpipe.{name}"' in words
+        for name in ("index.volume.read_series", "api.Model.predict", "common.errors.DataError")
     )
 
 
@@ -295,3 +296,19 @@ def test_search_works_from_disk_with_the_network_off(site):
         page.locator(".md-search-result__item").first.wait_for(timeout=20_000)
         browser.close()
     assert not said
+
+
+def test_readme_is_one_page():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    assert max(len(line) for line in lines) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short_outside_tables_and_code(page):
+    code, wrong = False, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        code ^= line.lstrip().startswith("```")
+        if len(line) > 120 and not code and not line.startswith("|"):
+            wrong.append(number)
+    assert not wrong

@@ -73,7 +73,7 @@ def _only_names(node):
     if isinstance(node, ast.FunctionDef):
         return node.name in ("__getattr__", "__dir__")
     if isinstance(node, ast.Assign):
-        return node.targets[0].id in ("__all__", "_WHERE")
+        return node.targets[0].id in ("__all__", "_MODULES")
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
     return isinstance(node, ast.Expr | ast.ImportFrom)

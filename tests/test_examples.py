@@ -1,4 +1,4 @@
-"""The examples run as they stand, on a tiny phantom, without a warning; and they are short."""
+"""The examples run unchanged on a tiny phantom, without a warning, and are short."""
 
 import re
 import subprocess
@@ -25,6 +25,7 @@ def call(name, *arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_series_is_read_and_drawn(run, tmp_path):
     said = call("read_series.py", run.data / "dicom", "--out", "seen.png", cwd=tmp_path)
     assert re.search(r"\(\d+, 48, 48\), int16, -10\d\d to \d+ HU", said)
@@ -39,12 +40,13 @@ def test_embeddings_are_searched_and_probed(run, tmp_path):
     assert 0 <= float(re.search(r"AUC ([\d.]+)", said).group(1)) <= 1
 
 
+@pytest.mark.slow
 def test_own_data_are_predicted(run, index, tmp_path):
     said = call("predict_own.py", run.data / "dicom", "--model", run.artifacts / "finetuned", cwd=tmp_path)
     studies = pd.read_csv(tmp_path / "predictions" / "studies.csv")
     assert len(studies) == index["study_uid"].nunique()
     assert f"{len(studies)} studies, {len(index)} slices; 0 files left out" in said
-    assert "without places: say where the slices lie" in said
+    assert "without positions: say where the slices lie" in said
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -1,9 +1,14 @@
+"""Heat maps add up and lie on bleeds; contact sheets show the right slices and no identifier."""
+
 import copy
 import io
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from torch.nn import functional as F
 
@@ -12,9 +17,8 @@ from ichpipe.common.errors import WeightsError
 from ichpipe.features.embedder import classify_series
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.inference import heat_maps
-from ichpipe.inference.contact_sheet import choose_panels, contact_sheet, head_box, overlay
-from ichpipe.inference.explainer import Explainer
-from ichpipe.inference.heat_maps import HeatMaps, embed_series, target_layer
+from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet, head_box, overlay
+from ichpipe.inference.heat_maps import Explainer, HeatMaps, embed_series, target_layer
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
@@ -85,8 +89,8 @@ def test_directions_add_up_to_the_rise_of_the_logit(files, change, monkeypatch):
             own[at] = mean
             new.append(own)
         replaced.append(tuple(new))
-    without = heat_maps._score(model, replaced, series.position_mm[part])[at, column].detach()
-    assert rise == pytest.approx(float(series.logits(model)[row, column] - without), abs=1e-4)
+    without = replace(series, paths=series.paths[part], position_mm=series.position_mm[part], looks=replaced, stride=1)
+    assert rise == pytest.approx(float(series.logits(model)[row, column] - without.logits(model)[at, column]), abs=1e-4)
     assert abs(rise) > 1e-3
 
 
@@ -114,6 +118,7 @@ def test_one_step_from_near_is_the_gradient_of_one_graph_over_the_series(files, 
     ("backbone", "size_px"),
     [("resnet10t", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 224), ("swin_tiny_patch4_window7_224", 224)],
 )
+@pytest.mark.slow
 def test_maps_of_convolutions_and_transformers(files, backbone, size_px):
     model = small_model(backbone, size_px)
     maps = HeatMaps(model)(embedded(model, files), [3, 10], 0)
@@ -139,27 +144,24 @@ def test_map_has_enough_pixels_to_say_where():
 
 def test_backbone_without_maps_is_refused_by_name():
     cnn = small_model().cnn
+    _, to_maps = target_layer(cnn)
+    with pytest.raises(WeightsError, match=r"resnet10t.*no map"):
+        to_maps(torch.zeros(1, 50, 7))
     cnn.backbone.feature_info = []
     with pytest.raises(WeightsError, match="resnet10t"):
         target_layer(cnn)
-    with pytest.raises(WeightsError, match=r"resnet10t.*no map"):
-        heat_maps._to_maps(torch.zeros(1, 50, 7), 7, 0, "resnet10t")
 
 
-def test_mirrored_look_is_turned_back(files):
+def test_mirrored_look_is_turned_back(files, monkeypatch):
     """A model that averages over both looks gives the mirror image of the map for the mirror image."""
     model = small_model(mirrored=True)
     series = embedded(model, files)
     maps = HeatMaps(model)
     turned = embed_series(model, series.paths, series.position_mm.tolist(), CPU)
     turned.looks.reverse()
-    original = heat_maps.load_slices
     plain = maps(series, [8], 0)
-    try:
-        heat_maps.load_slices = lambda paths, size: original(paths, size).flip(-1)
-        mirrored = maps(turned, [8], 0)
-    finally:
-        heat_maps.load_slices = original
+    monkeypatch.setattr(heat_maps, "load_slices", lambda paths, size: load_slices(paths, size).flip(-1))
+    mirrored = maps(turned, [8], 0)
     assert np.allclose(plain[..., ::-1], mirrored, atol=1e-3)
 
 
@@ -240,7 +242,7 @@ def on_the_bleed(model, files, studies):
     return np.mean(hits), np.mean(energy), np.mean(chance), len(hits)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_heat_lies_on_the_bleed_and_a_randomised_network_loses_that(trained, files):
     """The pointing game (Zhang et al. 2018) against chance, and the sanity check of Adebayo et al. (2018)."""
     studies = [number for number in range(20) if make_study(3, number, SIZE).labels[:, 0].any()]
@@ -302,8 +304,6 @@ def test_sheet_of_any_length(count):
 
 
 def sheet_data(count, rows):
-    from ichpipe.inference.contact_sheet import SheetData
-
     rng = np.random.default_rng(0)
     return SheetData(
         hu=rng.integers(0, 80, (len(rows), 32, 32)).astype(np.int16),
@@ -321,6 +321,7 @@ def sheet_data(count, rows):
 # The command
 
 
+@pytest.mark.slow
 def test_command_writes_a_sheet_per_study_and_a_table(run, tmp_path):
     result = run("explain", run.data / "dicom", "--out", tmp_path / "out", "--gpu", "cpu", "--panels", 4)
     assert result.exit_code == 0, result.output
@@ -333,8 +334,6 @@ def test_command_writes_a_sheet_per_study_and_a_table(run, tmp_path):
 
 
 def test_probability_is_that_of_predict(run, tmp_path):
-    import pandas as pd
-
     assert (
         run("explain", run.data / "dicom", "--out", tmp_path / "e", "--class", "subdural", "--panels", 1).exit_code == 0
     )
@@ -351,37 +350,36 @@ def test_nothing_usable_is_one_error(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_sheet_shows_no_identifier(run):
-    """What the picture says is passed as text: number and millimetres alone."""
+@pytest.fixture(scope="module")
+def explained(run):
+    """An explainer, a study of the run's phantom, and the study embedded."""
     explainer = Explainer(run.artifacts / "finetuned", CPU)
     study = make_study(3, 0, 48)
     paths = [str(run.data / "dicom" / f"{uid}.dcm") for uid in study.sop_uids]
     series = explainer.embed(paths, [5.0 * row for row in range(len(paths))])
-    seen = []
-    from matplotlib.text import Text
-
-    original = Text.set_text
-    try:
-        Text.set_text = lambda self, text: (seen.append(str(text)), original(self, text))[1]
-        explainer.sheet(series, "Study 1", class_name="any", threshold=0.5, panels=4)
-    finally:
-        Text.set_text = original
-    said = " ".join(seen)
-    assert "Study 1" in said
-    assert not any(word in said for word in (study.patient_id, study.study_uid, study.series_uid, *study.sop_uids))
-    assert all(name in said for name in CLASSES)
+    return explainer, study, series
 
 
-def test_framed_slices_are_shown_before_others(run, monkeypatch):
-    """A labelled bleed that the model misses must be on the sheet of the miss."""
-    explainer = Explainer(run.artifacts / "finetuned", CPU)
-    study = make_study(3, 0, 48)
-    paths = [str(run.data / "dicom" / f"{uid}.dcm") for uid in study.sop_uids]
-    series = explainer.embed(paths, [5.0 * row for row in range(len(paths))])
-    probabilities, framed, shown = np.full((len(paths), 6), 0.1), np.zeros(len(paths), bool), []
+def test_sheet_shows_no_identifier(explained, monkeypatch):
+    """The picture's texts are a number and millimetres only."""
+    explainer, study, series = explained
+    texts, set_text = [], Text.set_text
+    monkeypatch.setattr(Text, "set_text", lambda self, text: (texts.append(str(text)), set_text(self, text))[1])
+    explainer.sheet(series, "Study 1", class_name="any", threshold=0.5, panels=4)
+    text = " ".join(texts)
+    assert "Study 1" in text
+    assert not any(word in text for word in (study.patient_id, study.study_uid, study.series_uid, *study.sop_uids))
+    assert all(name in text for name in CLASSES)
+
+
+def test_framed_slices_are_shown_before_others(explained, monkeypatch):
+    """A labelled bleed that the model misses must be on the sheet."""
+    explainer, _, series = explained
+    count = len(series.paths)
+    probabilities, framed, shown = np.full((count, 6), 0.1), np.zeros(count, bool), []
     framed[7] = True
     probabilities[7] = 0.0
-    monkeypatch.setattr("ichpipe.inference.explainer.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
+    monkeypatch.setattr("ichpipe.inference.heat_maps.contact_sheet", lambda data, *_: shown.append(data.rows) or b"")
     explainer.draw(series, probabilities=probabilities, panels=4, framed=framed, framed_means="x", title="")
     assert 7 in shown[0]
     assert len(shown[0]) == 4

@@ -74,6 +74,7 @@ def bundle(run, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_folder_is_enough_to_predict(run, bundle, tmp_path):
     alone = run(
         "--artifacts", tmp_path / "none", "predict", run.data / "dicom", "--model", bundle, "--out", tmp_path / "a"

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.writer import Work, update
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.features.dask_client import connect
 from ichpipe.features.embedder import MakeEmbedder, SliceEmbedder, SliceInput
-from ichpipe.features.generations import Cache, open_features
+from ichpipe.features.generations import GenerationSpec, open_features
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
@@ -109,6 +109,7 @@ def test_vanished_series_stay_where_asked(own):
     assert gone not in features_of(own).plain.series_uids
 
 
+@pytest.mark.slow
 def test_two_networks_share_a_store_and_prune_keeps_the_one_in_use(branch):
     before = features_of(branch).plain
     uid = before.series_uids[0]
@@ -156,6 +157,7 @@ def test_cache_info_says_what_is_there(run, index):
     assert "resnet10t" in text
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_named_refused_repaired_and_computed_again(branch, capsys):
     before = features_of(branch).plain
     store = branch.artifacts / "embeddings.zarr"
@@ -189,16 +191,17 @@ def test_a_store_that_is_not_there_is_one_message(run, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
 def test_cached_rows_equal_those_made_on_the_fly_for_every_kind_of_backbone(backbone, index, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "cnn", SliceCnn(spec_for(backbone, PAPER_WINDOWS, 64, 0.0)), {})
     few = index[index["series_uid"] == index["series_uid"].iloc[0]].head(6)
-    cache = Cache(tmp_path / "cnn", few)
+    cache = GenerationSpec(tmp_path / "cnn", few)
     slices = [SliceInput(*row) for row in few[["path", "series_uid", "file_digest"]].itertuples(index=False)]
     cnn = load_slice_cnn(tmp_path / "cnn")
     work = Work(slices, MakeEmbedder(tmp_path / "cnn", ("cpu",), 4), lambda: connect(1, None))
     generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, 100)
-    assert sum(update(Place(str(tmp_path / "store")), generation, cache.rows(), work)) == 6
+    assert sum(update(StoreLocation(str(tmp_path / "store")), generation, cache.rows(), work)) == 6
     cached = EmbeddingStore(tmp_path / "store", cache.identity(), cache.rows()).series(few["series_uid"].iloc[0])
     embedding, logits = SliceEmbedder(cnn, torch.device("cpu"), 4)(slices)
     np.testing.assert_allclose(cached.embedding.astype(np.float64), embedding, rtol=2.0**-11, atol=2.0**-25)
@@ -237,6 +240,7 @@ def test_cached_embeddings_equal_those_made_on_the_fly(run, index):
     np.testing.assert_allclose(cached.logit, logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_store_of_other_weights_is_refused_by_stage_two_and_replaced_by_extract(branch, capsys):
     assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
     message = branch.error(capsys, "fit-sequence")

@@ -17,7 +17,7 @@ from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.features import embedder, prefetch
 from ichpipe.features.embedder import SliceEmbedder, SliceInput, lane_batch
-from ichpipe.features.generations import Cache
+from ichpipe.features.generations import GenerationSpec
 from ichpipe.features.prefetch import Loader, usual_loaders
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
@@ -143,6 +143,7 @@ def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
 
 
 @pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.slow
 def test_a_loader_gives_all_slices_in_order_again_and_again(slices, count, monkeypatch):
     monkeypatch.setattr(prefetch, "PIECE_SLICES", 4)
     paths = [one.path for one in slices[:30]]
@@ -163,9 +164,10 @@ def test_a_loader_names_an_unreadable_file_without_a_traceback(slices, tmp_path)
     assert len(list(loader.batches([slices[0].path], 9, CPU))) == 1
 
 
+@pytest.mark.slow
 def test_bf16_is_another_generation_and_auto_is_the_one_of_before(cnn, slices, tmp_path):
     save_model(tmp_path, cnn, {})
-    plain, half = (Cache(tmp_path, pd.DataFrame(), precision=one) for one in ("auto", "bf16"))
+    plain, half = (GenerationSpec(tmp_path, pd.DataFrame(), precision=one) for one in ("auto", "bf16"))
     assert "precision" not in plain.identity()
     assert half.identity() == plain.identity() | {"precision": "bf16"}
     exact, _ = embed(cnn, slices)

@@ -15,7 +15,7 @@ import torch
 
 from ichpipe.common import files
 from ichpipe.common.errors import BusyError, OutputError
-from ichpipe.common.run_lock import hold
+from ichpipe.common.run_lock import hold_lock
 from ichpipe.stages import faults
 from ichpipe.training import slice_trainer
 
@@ -47,6 +47,7 @@ def disk():
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_nothing_half_written(branch, disk, capsys, stage):
     folder = branch.artifacts / OUTPUTS[stage]
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +62,7 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(branch, disk, capsy
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.slow
 def test_a_folder_that_can_only_be_read_is_named(branch, disk, capsys, stage):
     folder = branch.artifacts / OUTPUTS[stage]
     shutil.rmtree(folder, ignore_errors=True)
@@ -120,6 +122,7 @@ for name, write in writers.items():
 """
 
 
+@pytest.mark.slow
 def test_every_library_that_writes_is_understood(tmp_path):
     """No mount needed: no file of the process may grow beyond 100 bytes."""
     for name in ("text", "safetensors", "checkpoint", "table", "csv"):
@@ -179,7 +182,7 @@ def test_every_output_goes_through_one_door():
 # Workers and devices
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_dask_worker_that_vanishes_is_replaced(branch, tmp_path):
     """Killed in the midst of its work; the rest ends with the bytes of a run that had no such trouble."""
     line = ["--set", "extract.chunk_rows=20", "extract"]
@@ -222,6 +225,7 @@ def command_of(process):
     return Path(f"/proc/{process}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_is_one_message_and_the_checkpoint_stays(run, branch, capsys, monkeypatch):
     shutil.rmtree(branch.artifacts / "slice-cnn")
     train = slice_trainer.SliceFitting.train_epoch
@@ -286,8 +290,8 @@ def test_no_result_depends_on_the_clock():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ichpipe.common.run_lock import hold
-with hold(Path(sys.argv[1]), sys.argv[2]):
+from ichpipe.common.run_lock import hold_lock
+with hold_lock(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -317,7 +321,7 @@ def test_a_second_run_in_one_folder_is_refused_and_told_the_first(branch, holder
     assert f"kill {first.pid}" in told
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    with hold(branch.artifacts / ".locks", "finetune"):  # freed by the kernel, whatever file is left
+    with hold_lock(branch.artifacts / ".locks", "finetune"):  # freed by the kernel, whatever file is left
         pass
 
 
@@ -336,16 +340,16 @@ def test_processes_of_one_training_share_a_folder(tmp_path, holder, monkeypatch)
     """torchrun numbers them: the first one holds the folder for all."""
     holder(tmp_path, "fit-slices")
     monkeypatch.setenv("RANK", "1")
-    with hold(tmp_path, "fit-slices"):
+    with hold_lock(tmp_path, "fit-slices"):
         pass
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(BusyError), hold(tmp_path, "fit-slices"):
+    with pytest.raises(BusyError), hold_lock(tmp_path, "fit-slices"):
         pass
 
 
 def test_the_lock_is_free_after_an_error_and_leaves_no_number(tmp_path):
     for _ in range(2):
-        with pytest.raises(ValueError, match="mine"), hold(tmp_path, "prepare"):
+        with pytest.raises(ValueError, match="mine"), hold_lock(tmp_path, "prepare"):
             raise ValueError("mine")
     assert not list(tmp_path.glob("*.pid"))
 
@@ -354,7 +358,7 @@ def test_two_threads_of_one_program_are_two(tmp_path):
     held, go, told = threading.Event(), threading.Event(), []
 
     def first():
-        with hold(tmp_path, "x"):
+        with hold_lock(tmp_path, "x"):
             held.set()
             go.wait(10)
 
@@ -362,7 +366,7 @@ def test_two_threads_of_one_program_are_two(tmp_path):
     thread.start()
     held.wait(10)
     try:
-        with hold(tmp_path, "x"):
+        with hold_lock(tmp_path, "x"):
             pass
     except BusyError as error:
         told.append(str(error))
@@ -383,12 +387,12 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     for path in names + kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    with hold(tmp_path / ".locks", "fit-slices", [folder], resume):
+    with hold_lock(tmp_path / ".locks", "fit-slices", [folder], resume):
         assert [path.exists() for path in names] == [False] * 4
         assert all(path.exists() for path in kept)
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="nothing can be written in"), hold(tmp_path / "file", "prepare"):
+    with pytest.raises(OutputError, match="nothing can be written in"), hold_lock(tmp_path / "file", "prepare"):
         pass

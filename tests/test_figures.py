@@ -83,6 +83,7 @@ def test_same_input_gives_the_same_bytes_and_no_origin(name):
     assert 150 < image.height < 2500
 
 
+@pytest.mark.slow
 def test_numbers_reach_the_pictures():
     better = some_metrics()
     better["finetuned"] = one_score(0.08, 0.95)
@@ -96,6 +97,7 @@ def test_numbers_reach_the_pictures():
     assert other != study_sheet(hu, probabilities, labels, "t")
 
 
+@pytest.mark.slow
 def test_ladder_grows_by_a_rung_for_each_arm():
     heights = [pixels(ladder(some_metrics(arms))).shape[0] for arms in (("a",), ("a", "b"), ("a", "b", "c"))]
     assert heights[0] < heights[1] < heights[2]
@@ -109,6 +111,7 @@ def test_ladder_says_where_a_figure_has_no_value():
     assert ladder(metrics) != ladder(some_metrics())
 
 
+@pytest.mark.slow
 def test_more_positive_slices_more_frames():
     def frames(positive):
         hu, probabilities, labels = some_series(positive=positive)
@@ -133,6 +136,7 @@ def test_slices_are_shown_in_the_brain_window():
 
 
 @pytest.mark.parametrize("slices", [1, 2, 11, 41, 90])
+@pytest.mark.slow
 def test_series_of_any_length(slices):
     hu, probabilities, labels = some_series(slices, positive=(0,))
     assert pixels(study_sheet(hu, probabilities, labels, "t")).shape[0] < 1200

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator
 from ichpipe.features.generations import open_features
-from ichpipe.features.sequence_dataset import plain_batches, read_series
+from ichpipe.features.sequence_dataset import collect_series, plain_batches
 from ichpipe.images import augmentation
 from ichpipe.images.cutmix import Cut, draw_cut
 from ichpipe.images.slice_batch import Batch, sample
@@ -263,7 +263,7 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
             for rows in batch.members]  # fmt: skip
     cached = []
     for uid in uids:
-        (one,) = plain_batches(read_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1)
+        (one,) = plain_batches(collect_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1)
         loss = weighted_bce(fitting.model.sequence(one.sources, one.lengths)[0], one.labels[0])
         (loss / 3).backward()
         cached.append(float(loss.detach()))
@@ -338,6 +338,7 @@ def assert_same_weights(one, other):
         ),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(run, tmp_path, command, settings, model):
     one = finetuned(run, tmp_path / "one", *settings, command=command)
     two = finetuned(run, tmp_path / "two", *settings, command=command, processes=2)

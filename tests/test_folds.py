@@ -15,7 +15,8 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import MissingFileError, ParamsError, TrainingError, WeightsError
 from ichpipe.common.files import digest_of_file, read_json
 from ichpipe.images.slice_dataset import SliceDataset, load_slices
-from ichpipe.index.slice_index import read_index, write_outputs
+from ichpipe.index.index_writer import write_outputs
+from ichpipe.index.slice_index import read_index
 from ichpipe.models import fold_models
 from ichpipe.models.header import read_header
 from ichpipe.models.weights import load_slice_cnn
@@ -123,6 +124,7 @@ def bytes_of(artifacts):
     return {path.relative_to(artifacts.root): path.read_bytes() for path in found}
 
 
+@pytest.mark.slow
 def test_each_network_is_fed_every_train_slice_but_those_of_its_fold(spy, index):
     train = index[index["split"] == "train"]
     assert set(spy.fed) == {"slice-cnn", "fold-0", "fold-1", "fold-2"}
@@ -179,6 +181,7 @@ def test_the_header_says_what_was_left_out(run):
     assert read_header(run.fold_cnn(1)).made_from == {"index": index, "excluded_fold": "1", "folds": str(FOLDS)}
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_bytes_and_removes_folds_of_a_former_one(run, params, tmp_path):
     again = Artifacts(tmp_path / "again")
     shutil.copytree(run.root, again.root)
@@ -201,6 +204,7 @@ def test_without_folds_there_is_one_network_the_same_one_and_no_fold(run, fresh,
     assert fold_models.fold_models(fresh, plain(params), digest_of_file(fresh.index)) == {}
 
 
+@pytest.mark.slow
 def test_a_stage_interrupted_again_and_again_trains_no_epoch_twice(run, fresh, params):
     """DVC removes a stage's outputs before it runs it again: checkpoints alone must do."""
     trained = []

@@ -31,6 +31,7 @@ def fuzz(tmp_path, *rest):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_270_damaged_files_are_refused_or_read_as_the_reference_reads_them(tmp_path):
     result = fuzz(tmp_path, "--files", 270)
     assert result["findings"] == 0
@@ -60,14 +61,14 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, write_ct):
         reading = fuzz_reading.Reading(trial)
         assert reading.read(path)["outcome"] == "equal"
         with monkeypatch.context() as patch:
-            patch.setattr(fuzz_reading.ct, "read_hu", lambda one: read_hu(one) + 1)
+            patch.setattr(fuzz_reading.hounsfield, "read_hu", lambda one: read_hu(one) + 1)
             assert reading.read(path)["outcome"] == "unequal"
         with monkeypatch.context() as patch:
             patch.setattr(fuzz_reading, "read_header", lambda _: 1 / 0)
             assert reading.read(path)["outcome"] == "exception"
         with monkeypatch.context() as patch:
             patch.setattr(fuzz_reading, "read_header", refusing("two\nlines"))
-            patch.setattr(fuzz_reading.ct, "read_hu", refusing("again"))
+            patch.setattr(fuzz_reading.hounsfield, "read_hu", refusing("again"))
             assert reading.read(path)["outcome"] == "unclear message"
 
 

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.index import slice_index
 from ichpipe.index.label_tables import join, read_labels
-from ichpipe.index.rsna_labels import read_kaggle
+from ichpipe.index.rsna_labels import read_rsna_labels
 
 
 def make_index(sizes, patients=None):
@@ -62,16 +61,16 @@ def test_rsna_is_read_as_ever(tmp_path):
         for name in CLASSES
     ]
     path = write(tmp_path / "kaggle.csv", "ID,Label\n" + "\n".join(rows) + "\n")
-    values, report = read_kaggle(path)
+    values, report = read_rsna_labels(path)
     for dataset in ("rsna", "folder"):
         found = read_labels(dataset, path)
         pd.testing.assert_frame_equal(found.values, values)
-        assert (found.key, found.report) == ("sop_uid", report.as_dict())
+        assert (found.key, found.report) == ("sop_uid", report)
     index = make_index([2, 2])
     joined, table, counts = join(index, found)
-    expected, expected_counts = slice_index.join_labels(index, values)
-    pd.testing.assert_frame_equal(joined, expected)
-    assert counts == expected_counts
+    expected = values.reindex(index["sop_uid"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(joined[list(CLASSES)], expected)
+    assert counts == {"slices_without_label": 1, "labels_without_slice": 0}
     assert table["subdural"].tolist()[0] == 1.0
     assert np.isnan(table["subdural"][1])  # one slice of it has no label
 

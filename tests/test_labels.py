@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES, SUBTYPES
 from ichpipe.common.errors import DataError, MissingFileError
-from ichpipe.index.rsna_labels import read_kaggle
+from ichpipe.index.rsna_labels import read_rsna_labels
 
 KAGGLE_ORDER = (*SUBTYPES, "any")
 rows_of = st.lists(st.tuples(*[st.integers(0, 1)] * 5), min_size=1, max_size=20)
@@ -28,52 +28,52 @@ def lines(uid, subtypes, any_label=None):
 def test_any_table_comes_back_by_name_in_any_row_order(tmp_path, labels, seed):
     rows = [line for number, subtypes in enumerate(labels) for line in lines(f"ID_{number:09x}", subtypes)]
     np.random.default_rng(seed).shuffle(rows)
-    table, report = read_kaggle(write_table(tmp_path / "t.csv", rows))
+    table, report = read_rsna_labels(write_table(tmp_path / "t.csv", rows))
     assert list(table.columns) == list(CLASSES)
     assert (table.dtypes == np.float32).all()
     for number, subtypes in enumerate(labels):
         assert table.loc[f"ID_{number:09x}"].tolist() == [max(subtypes), *subtypes]
-    assert (report.rows, report.slices, report.duplicate_rows) == (6 * len(labels), len(labels), 0)
+    assert (report["rows"], report["slices"], report["duplicate_rows"]) == (6 * len(labels), len(labels), 0)
 
 
 def test_rows_that_repeat_are_counted_and_change_nothing(tmp_path):
     rows = lines("ID_a", [0, 1, 0, 0, 0]) + lines("ID_b", [0, 0, 0, 0, 0])
-    once, _ = read_kaggle(write_table(tmp_path / "once.csv", rows))
-    twice, report = read_kaggle(write_table(tmp_path / "twice.csv", rows + rows[:6]))
+    once, _ = read_rsna_labels(write_table(tmp_path / "once.csv", rows))
+    twice, report = read_rsna_labels(write_table(tmp_path / "twice.csv", rows + rows[:6]))
     assert once.equals(twice)
-    assert (report.duplicate_rows, report.contradictory_slices) == (6, 0)
+    assert (report["duplicate_rows"], report["contradictory_slices"]) == (6, 0)
 
 
 def test_a_slice_with_contradictory_rows_becomes_unknown_and_is_reported(tmp_path):
     rows = [*lines("ID_a", [0, 1, 0, 0, 0]), "ID_a_subdural,1", *lines("ID_b", [1, 0, 0, 0, 0])]
-    table, report = read_kaggle(write_table(tmp_path / "t.csv", rows))
+    table, report = read_rsna_labels(write_table(tmp_path / "t.csv", rows))
     assert table.loc["ID_a"].isna().all()
     assert table.loc["ID_b"].notna().all()
-    assert report.contradictory_sop_uids == ("ID_a",)
-    assert report.inconsistent_any_slices == 0
+    assert report["contradictory_sop_uids"] == ["ID_a"]
+    assert report["inconsistent_any_slices"] == 0
 
 
 @pytest.mark.parametrize(("subtypes", "any_label"), [([0, 1, 0, 0, 0], 0), ([0, 0, 0, 0, 0], 1)])
 def test_any_must_be_the_maximum_of_the_five(tmp_path, subtypes, any_label):
     rows = lines("ID_a", subtypes, any_label) + lines("ID_b", [0, 0, 0, 0, 1])
-    table, report = read_kaggle(write_table(tmp_path / "t.csv", rows))
+    table, report = read_rsna_labels(write_table(tmp_path / "t.csv", rows))
     assert table.loc["ID_a"].isna().all()
-    assert report.inconsistent_any_sop_uids == ("ID_a",)
+    assert report["inconsistent_any_sop_uids"] == ["ID_a"]
     assert table.loc["ID_b", "any"] == 1
 
 
 def test_absent_rows_leave_that_class_unknown(tmp_path):
     rows = [line for line in lines("ID_a", [0, 1, 0, 0, 0]) if "epidural" not in line]
-    table, report = read_kaggle(write_table(tmp_path / "t.csv", rows))
+    table, report = read_rsna_labels(write_table(tmp_path / "t.csv", rows))
     assert np.isnan(table.loc["ID_a", "epidural"])
     assert table.loc["ID_a"].drop("epidural").tolist() == [1, 1, 0, 0, 0]
-    assert report.incomplete_sop_uids == ("ID_a",)
+    assert report["incomplete_sop_uids"] == ["ID_a"]
 
 
 def test_byte_order_mark_line_ends_and_dotted_uids_pass(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"\xef\xbb\xbfID,Label\r\n" + "\r\n".join(lines("1.2.840.1", [0, 0, 0, 0, 1])).encode() + b"\r\n")
-    table, _ = read_kaggle(path)
+    table, _ = read_rsna_labels(path)
     assert table.loc["1.2.840.1"].tolist() == [1, 0, 0, 0, 0, 1]
 
 
@@ -92,7 +92,7 @@ def test_byte_order_mark_line_ends_and_dotted_uids_pass(tmp_path):
 def test_a_bad_row_is_an_error_that_names_file_and_line(tmp_path, row, complaint):
     path = write_table(tmp_path / "t.csv", [*lines("ID_b", [0] * 5), row])
     with pytest.raises(DataError, match=complaint) as caught:
-        read_kaggle(path)
+        read_rsna_labels(path)
     assert f"{path}, line 8" in str(caught.value)
 
 
@@ -100,21 +100,21 @@ def test_a_bad_row_is_an_error_that_names_file_and_line(tmp_path, row, complaint
 def test_other_columns_are_an_error_that_names_the_file(tmp_path, heading):
     row = ",".join(["ID_a_any", "0", "0"][: heading.count(",") + 1])
     with pytest.raises(DataError, match=r"t\.csv"):
-        read_kaggle(write_table(tmp_path / "t.csv", [row], heading))
+        read_rsna_labels(write_table(tmp_path / "t.csv", [row], heading))
 
 
 def test_an_empty_or_missing_table_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no rows"):
-        read_kaggle(write_table(tmp_path / "heading.csv", []))
+        read_rsna_labels(write_table(tmp_path / "heading.csv", []))
     (tmp_path / "empty.csv").touch()
     with pytest.raises(DataError, match=r"empty\.csv"):
-        read_kaggle(tmp_path / "empty.csv")
+        read_rsna_labels(tmp_path / "empty.csv")
     with pytest.raises(MissingFileError, match=r"absent\.csv"):
-        read_kaggle(tmp_path / "absent.csv")
+        read_rsna_labels(tmp_path / "absent.csv")
 
 
 @pytest.mark.real_data
 def test_real_rsna_labels(real_data):
-    table, report = read_kaggle(real_data / "rsna_real_slices" / "stage_2_train.csv")
-    assert (report.rows, report.slices, report.incomplete_slices) == (30, 5, 0)
+    table, report = read_rsna_labels(real_data / "rsna_real_slices" / "stage_2_train.csv")
+    assert (report["rows"], report["slices"], report["incomplete_slices"]) == (30, 5, 0)
     assert (table["any"] == table[list(SUBTYPES)].max(axis=1)).all()

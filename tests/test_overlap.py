@@ -29,6 +29,7 @@ def stage1(run, index, tmp_path_factory):
     return other.whole(), twice.index[0]
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_from_a_patient_who_is_scored(stage1):
     run, patient = stage1
     index = read_index(run.artifacts / "index/slices.parquet")

@@ -15,11 +15,11 @@ from scipy import ndimage
 from ichpipe.common.classes import CLASSES, SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.params.schema import PhantomParams
-from ichpipe.phantom import dataset, make_study, mimics, write_dataset
+from ichpipe.phantom import bleeds, dataset, make_study, write_dataset
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import MIN_AREA_MM2, MIN_SLICES, draw_lesion, slice_area_mm2, slice_of_voxel
 from ichpipe.phantom.geometry import draw_geometry
-from ichpipe.phantom.scanner import ENCODINGS, encode, field_of_view
+from ichpipe.phantom.scanner import ENCODINGS, Encoding, encode, field_of_view
 from ichpipe.phantom.study import patient_of
 from ichpipe.stages import phantom as phantom_stage
 
@@ -73,6 +73,7 @@ def test_a_study_does_not_depend_on_how_many_there_are(written: Path, tmp_path: 
     assert fewer.items() < more.items()
 
 
+@pytest.mark.slow
 def test_identifiers_are_unique_within_and_across_levels(studies: list[Study]) -> None:
     slices = [uid for study in studies for uid in study.sop_uids]
     others = [uid for study in studies for uid in (study.study_uid, study.series_uid)]
@@ -132,9 +133,9 @@ def test_a_study_without_bleeds_has_no_label(studies: list[Study]) -> None:
 
 @pytest.mark.parametrize("kind", SUBTYPES)
 def test_a_mimic_equals_one_slice_of_a_true_bleed(kind: str, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mimics, "LONGEST_SLICES", 1)  # the first source is taken, whatever its length
+    monkeypatch.setattr(bleeds, "LONGEST_SLICES", 1)  # the first source is taken, whatever its length
     source = draw_lesion(np.random.default_rng(4), anatomy, kind)
-    mimic = mimics.draw_mimic(np.random.default_rng(4), anatomy, kind, [])
+    mimic = bleeds.draw_mimic(np.random.default_rng(4), anatomy, kind, [])
     assert source is not None
     assert mimic is not None
     here = slice_of_voxel(anatomy) == mimic.slices[0]
@@ -198,6 +199,7 @@ def test_blood_is_bright_in_the_picture(studies: list[Study]) -> None:
 # Tissue
 
 
+@pytest.mark.slow
 def test_tissue_lies_in_its_range_of_hu() -> None:
     quiet = next(study for study in (make_study(1, i, 128) for i in range(60)) if not study.lesions)
     rng = np.random.default_rng([1, 0, 0])
@@ -225,22 +227,21 @@ def test_noise_is_a_few_hu_and_correlated(studies: list[Study]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_encoding_gives_back_the_hu(encoding: object) -> None:
-    chosen = ENCODINGS[ENCODINGS.index(encoding)]  # type: ignore[arg-type]
+def test_every_encoding_gives_back_the_hu(encoding: Encoding) -> None:
     hu = np.random.default_rng(0).integers(-1000, 3001, (2, 32, 32)).astype(np.int16)
-    stored = encode(hu, chosen)
-    assert stored.min() >= 0 or chosen.pixel_representation == 1
+    stored = encode(hu, encoding)
+    assert stored.min() >= 0 or encoding.pixel_representation == 1
     values = stored.astype(np.int64)
-    if chosen.wrapped:
+    if encoding.wrapped:
         assert stored.max() < 4096
         values = values + 1000  # the known repair of the 12-bit quirk
         values[values >= 4096] -= 4096
         assert np.array_equal(values - 1000, hu)
         return
-    seen = field_of_view(32) if chosen.padding is not None else np.ones((32, 32), dtype=bool)
-    low = hu[..., seen] if chosen.bits_stored == 16 else np.minimum(hu[..., seen], 4095 + chosen.intercept)
-    assert np.array_equal((values + chosen.intercept)[..., seen], low)
-    assert np.all(values[..., ~seen] == (chosen.padding if chosen.padding is not None else 0))
+    seen = field_of_view(32) if encoding.padding is not None else np.ones((32, 32), dtype=bool)
+    low = hu[..., seen] if encoding.bits_stored == 16 else np.minimum(hu[..., seen], 4095 + encoding.intercept)
+    assert np.array_equal((values + encoding.intercept)[..., seen], low)
+    assert np.all(values[..., ~seen] == (encoding.padding if encoding.padding is not None else 0))
 
 
 def test_many_studies_use_many_encodings(studies: list[Study]) -> None:
@@ -281,8 +282,8 @@ def test_the_table_is_kaggles(written: Path) -> None:
     rows = list(csv.reader(text.splitlines()))
     assert rows[0] == ["ID", "Label"]
     names = [name.rpartition("_")[2] for name, _ in rows[1:]]
-    wanted = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
-    assert names == wanted * (len(names) // 6)
+    order = ["epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"]
+    assert names == order * (len(names) // 6)
     table = {name: int(label) for name, label in rows[1:]}
     assert {name.rpartition("_")[0] for name in table} == {path.stem for path in (written / "dicom").iterdir()}
     for index in range(3):
@@ -350,7 +351,7 @@ def test_an_interrupted_run_never_looks_whole(tmp_path: Path, monkeypatch: pytes
     assert not any((tmp_path / "new").iterdir())
 
 
-@pytest.mark.parametrize(("studies_wanted", "size_px"), [(0, 64), (1, 16)])
-def test_nonsense_is_refused(studies_wanted: int, size_px: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_studies", "size_px"), [(0, 64), (1, 16)])
+def test_nonsense_is_refused(n_studies: int, size_px: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="studies >= 1"):
-        write_dataset(tmp_path, studies_wanted, size_px, 0)
+        write_dataset(tmp_path, n_studies, size_px, 0)

@@ -55,6 +55,7 @@ def test_every_model_is_scored_on_the_same_patients_and_none_of_them_is_trained_
     assert index.groupby("patient_id")["split"].nunique().max() == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_byte_identical_metrics(run, tmp_path):
     again = run.fresh(tmp_path / "two").whole()
     assert again.metrics() == run.metrics()
@@ -67,6 +68,7 @@ def test_a_store_made_again_gives_byte_identical_metrics(branch):
     assert branch.metrics() == before
 
 
+@pytest.mark.slow
 def test_models_of_another_split_are_not_scored(branch, capsys):
     """The patients held out now may be those that the models were trained on."""
     before = branch.metrics()
@@ -80,6 +82,7 @@ def test_models_of_another_split_are_not_scored(branch, capsys):
     assert branch.metrics() == before
 
 
+@pytest.mark.slow
 def test_a_sequence_model_of_other_embeddings_is_neither_joined_nor_scored(branch, capsys):
     assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
     branch.steps("extract")
@@ -94,6 +97,7 @@ def test_a_sequence_model_of_other_embeddings_is_neither_joined_nor_scored(branc
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, workers):
     other = run.fresh(tmp_path / "cut", tmp_path / "data")
     shutil.copytree(run.data, other.data)
@@ -108,7 +112,7 @@ def test_a_file_that_was_cut_since_prepare_is_named(run, tmp_path, capsys, worke
 def test_a_torn_history_is_named(branch, capsys):
     history = branch.artifacts / "slice-cnn" / "history.json"
     history.write_text(history.read_text()[:40])
-    assert f"{history} is not whole JSON" in branch.error(capsys, "evaluate")
+    assert f"{history} is not complete JSON" in branch.error(capsys, "evaluate")
 
 
 def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):
@@ -312,6 +316,7 @@ def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
     assert "none of 1 files" in run.error(capsys, "predict", tmp_path / "scans", "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run, index, tmp_path):
     small = [
         "--set",
@@ -357,6 +362,7 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     assert len(pd.read_parquet(root / "predictions" / "finetuned.parquet")) == len(index) - 1
 
 
+@pytest.mark.soak
 def test_cross_validation_out_of_fold_ends_with_its_scores(run, index, tmp_path):
     """Each fold's scores are of embeddings by the networks of that fold, which are others in every one."""
     small = ["prepare.folds=3", "fit-slices.folds=3", "fit-slices.epochs=1", "sequence.paper.epochs=1"]
@@ -369,6 +375,7 @@ def test_cross_validation_out_of_fold_ends_with_its_scores(run, index, tmp_path)
         assert sorted(pd.read_parquet(root / "predictions" / f"{name}.parquet")["sop_uid"]) == sorted(index["sop_uid"])
 
 
+@pytest.mark.slow
 def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
     slow = ["--set", "fit-slices.epochs=4"]
     whole, killed = run.fresh(tmp_path / "whole"), run.fresh(tmp_path / "killed")

@@ -63,6 +63,7 @@ def test_a_damaged_chunk_is_found_and_the_remedy_named(index, tmp_path, small_sh
 
 
 @pytest.mark.parametrize("command", ["fit-slices", "finetune"])
+@pytest.mark.slow
 def test_training_from_the_cache_gives_the_same_bytes(run, tmp_path, monkeypatch, command):
     monkeypatch.setattr("ichpipe.images.slice_dataset.HOLD_BYTES", 0)
     made = []

@@ -34,6 +34,7 @@ def table(folder, name):
     return pd.read_csv(folder / f"{name}.csv")
 
 
+@pytest.mark.slow
 def test_without_a_folder_the_table_is_printed_and_nothing_is_written(run, head, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = head("one")

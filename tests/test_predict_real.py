@@ -40,7 +40,7 @@ def test_the_report_of_a_ge_series_is_read_by_dcmtk_and_refers_to_its_slices(run
     assert {item.ReferencedSOPInstanceUID for item in evidence.ReferencedSOPSequence} == set(slices["sop_uid"])
     assert "Image Library" in report.to_json()
     assert len(report.content.get_image_measurement_groups()) == len(CLASSES)
-    source = next(pydicom.dcmread(one) for one in sorted(folder.rglob("*.dcm")))
+    source = next(pydicom.dcmread(file) for file in sorted(folder.rglob("*.dcm")))
     assert (report.PatientID, report.PatientName) == (source.PatientID, source.PatientName)
     if shutil.which("dsrdump"):
         done = subprocess.run(["dsrdump", str(path)], capture_output=True, text=True, check=False)
@@ -72,6 +72,6 @@ def test_of_the_odd_files_each_study_is_refused_with_a_reason(run, real_data, tm
     assert "refused: " in message
     refused = pd.read_csv(out / "refused.csv")
     assert refused["reason"].str.len().min() > 5
-    said = " ".join(refused["reason"])
-    assert "not a head: CHEST" in said
-    assert "RTPLAN" in said
+    reasons = " ".join(refused["reason"])
+    assert "not a head: CHEST" in reasons
+    assert "RTPLAN" in reasons

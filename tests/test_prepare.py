@@ -103,6 +103,7 @@ def cq500(tmp_path, write_series, monkeypatch):
     return PrepareParams(dataset="cq500", dicom_dir="data", labels="reads.csv", folds=2)
 
 
+@pytest.mark.slow
 def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path):
     prepare.run(cq500, tmp_path / "index")
     index = slice_index.read_index(tmp_path / "index/slices.parquet")
@@ -130,6 +131,7 @@ def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path)
     assert summary["labels"]["labels_without_study"] == 1
 
 
+@pytest.mark.slow
 def test_cq500_labels_are_of_studies(cq500, tmp_path):
     prepare.run(cq500, tmp_path / "index")
     index = slice_index.read_index(tmp_path / "index/slices.parquet")
@@ -142,6 +144,7 @@ def test_cq500_labels_are_of_studies(cq500, tmp_path):
     assert index["subdural"][~sick].eq(0).all()
 
 
+@pytest.mark.slow
 def test_choices_overrule_the_rules(cq500, tmp_path):
     (tmp_path / "choices.csv").write_text("series_uid\n1.2.3.2\n")
     selection = cq500.selection.model_copy(update={"choices": "choices.csv"})
@@ -149,6 +152,7 @@ def test_choices_overrule_the_rules(cq500, tmp_path):
     assert "1.2.3.2" in slice_index.read_index(tmp_path / "index/slices.parquet")["series_uid"].to_numpy()
 
 
+@pytest.mark.slow
 def test_a_damaged_archive_is_rejected_and_the_rest_goes_on(cq500, tmp_path):
     packed = tmp_path / "data/CQ500-CT-4.zip"
     packed.write_bytes(packed.read_bytes()[:-400])

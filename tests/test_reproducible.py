@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CODE = "from ichpipe.stages.cli import main; main()"
 WHERE = "import ichpipe, pathlib; print(pathlib.Path(ichpipe.__file__).parents[1])"
@@ -26,6 +28,7 @@ def clone(folder):
     return {**os.environ, "PYTHONPATH": str(site)}
 
 
+@pytest.mark.slow
 def test_two_fresh_clones_give_the_same_bytes(run, tmp_path):
     made = []
     for name in ("one", "two"):
@@ -57,6 +60,7 @@ def without_seconds(artifacts):
     return found
 
 
+@pytest.mark.slow
 def test_from_files_to_the_store_another_process_gives_the_same_bytes(run, tmp_path):
     """The other half: index, slice CNN and store, made anew from the DICOM files, with decoding and Dask processes."""
     other = run.fresh(tmp_path / "again")

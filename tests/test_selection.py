@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichpipe.common.errors import DataError
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import REJECTED
-from ichpipe.index.series_selection import FAULTS, choose_series, describe_series
+from ichpipe.index.series_selection import FAULTS, choose_series, describe_series, select_series
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 from ichpipe.params.schema import SelectionParams
 
@@ -72,6 +71,7 @@ def chosen_of(*parts, params=PARAMS, rejected=None, choices=None):
     studies=st.lists(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=4), min_size=1, max_size=4),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_one_series_a_study_whatever_the_order_of_rows(studies, seed):
     parts = [
         series(f"S{study}{number}{kind}", f"T{study}", **KINDS[kind])
@@ -88,6 +88,7 @@ def test_one_series_a_study_whatever_the_order_of_rows(studies, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(kinds=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_a_series_that_is_not_chosen_can_be_taken_away_or_added(kinds):
     parts = [series(f"S{number}", **KINDS[kind]) for number, kind in enumerate(kinds)]
     table = chosen_of(*parts)
@@ -101,6 +102,7 @@ def test_a_series_that_is_not_chosen_can_be_taken_away_or_added(kinds):
 
 @settings(deadline=None, max_examples=30)
 @given(kinds=st.lists(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3), min_size=2, max_size=3))
+@pytest.mark.slow
 def test_studies_do_not_touch_each_other(kinds):
     studies = [
         [series(f"S{study}{number}", f"T{study}", **KINDS[kind]) for number, kind in enumerate(names)]
@@ -146,6 +148,7 @@ def test_what_is_better_than_what(better, worse, reason):
         assert reason in table.loc[names[1], "reason"]
 
 
+@pytest.mark.slow
 def test_a_fault_alone_is_worse_than_none_and_the_list_orders_them():
     order = [
         "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "sizes", "turned", "agent though plain",
@@ -246,7 +249,7 @@ def test_a_series_is_one_row_whatever_its_refused_files_say():
     table = describe_series(series("A"), rejected).set_index("series_uid")
     assert table["study_uid"].to_dict() == {"A": "T1", "M": "T2", "N": ""}
     assert table["n_refused"].to_dict() == {"A": 2, "M": 2, "N": 1}
-    assert len(choose(series("A"), rejected, PARAMS, one_per_study=True).slices) == 30
+    assert len(select_series(series("A"), rejected, PARAMS, one_per_study=True).slices) == 30
 
 
 def test_nothing_usable_at_all():
@@ -271,7 +274,7 @@ def test_choices_overrule(tmp_path):
     path = tmp_path / "choices.csv"
     path.write_text("study_uid,series_uid\nT1,B\n")
     parts = pd.concat([series("A"), series("B", **KINDS["bone"]), series("C", "T2"), series("D", "T2", **KINDS["few"])])
-    found = choose(parts, no_rejected(), SelectionParams(choices=str(path)), one_per_study=True)
+    found = select_series(parts, no_rejected(), SelectionParams(choices=str(path)), one_per_study=True)
     table = found.series.set_index("series_uid")
     assert table.index[table["chosen"]].tolist() == ["B", "C"]
     assert table.loc["B", "reason"] == f"named in {path}"
@@ -295,22 +298,24 @@ def test_wrong_choices_are_named(tmp_path, text, complaint):
     path.write_text(text)
     rejected = no_rejected(("x", "a localizer", "T1", "L"))
     with pytest.raises(DataError, match=complaint):
-        choose(pd.concat([series("A"), series("B")]), rejected, SelectionParams(choices=str(path)), one_per_study=True)
+        select_series(
+            pd.concat([series("A"), series("B")]), rejected, SelectionParams(choices=str(path)), one_per_study=True
+        )
 
 
 def test_what_lies_below_the_head_is_left_out_and_the_rest_is_numbered_anew():
     long = series("A", count=100)
-    found = choose(long, no_rejected(), PARAMS, one_per_study=True)
+    found = select_series(long, no_rejected(), PARAMS, one_per_study=True)
     assert found.slices["position_mm"].tolist() == list(np.arange(49, 100) * 5.0)
     assert found.slices["slice_index"].tolist() == list(range(51))
     assert found.left_out["reason"].unique().tolist() == ["more than 250.0 mm below the topmost slice: no head"]
-    whole = choose(long, no_rejected(), SelectionParams(head_mm=None), one_per_study=True)
+    whole = select_series(long, no_rejected(), SelectionParams(head_mm=None), one_per_study=True)
     assert len(whole.slices) == 100
 
 
 def test_all_series_are_taken_where_that_is_asked_for():
     parts = pd.concat([series("A"), series("B", **KINDS["bone"])])
-    found = choose(parts, no_rejected(("x", "a localizer", "T1", "L")), PARAMS, one_per_study=False)
+    found = select_series(parts, no_rejected(("x", "a localizer", "T1", "L")), PARAMS, one_per_study=False)
     assert found.slices is parts
     assert found.series["chosen"].tolist() == [True, True, False]
     assert found.left_out.empty

@@ -13,6 +13,7 @@ VOCABULARY = {
 
 
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_nothing_but_the_vocabulary_leaves(texts):
     assert set(marks_of(*texts).split()) <= VOCABULARY
 

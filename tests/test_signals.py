@@ -180,7 +180,7 @@ def test_dask_workers_leave_ctrl_c_to_the_command(tmp_path):
     assert done.stdout == "[True, True] False\n"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_stages_ended_at_random_moments_go_on_to_the_same_bytes(tmp_path, monkeypatch):
     """A few here; benchmarks/stage_kills.py --kills 100 is the whole."""
     monkeypatch.syspath_prepend(FOLDER)

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, ParamsError
-from ichpipe.index.held_out import read_test_slices
-from ichpipe.index.held_out import test_table as table_of
-from ichpipe.index.splits import assign_splits, overlap
+from ichpipe.index.splits import assign_splits, overlap, read_test_slices
+from ichpipe.index.splits import test_table_path as table_of
 from ichpipe.params.schema import PrepareParams
 
 

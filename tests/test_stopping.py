@@ -9,10 +9,9 @@ import pytest
 
 KILLED = """
 import os, signal, sys
-from ichpipe.training import trainer
-from ichpipe.stages import fit_sequence
+from ichpipe.training import sequence_trainer, trainer
 from ichpipe.stages.cli import main
-trainer.SAVE_WITHIN_S = fit_sequence.SAVE_EVERY_S = 0.0
+trainer.SAVE_WITHIN_S = sequence_trainer.SAVE_EVERY_S = 0.0
 advance, steps = trainer.Position.advance, []
 def stop(position, *rest):
     advance(position, *rest)

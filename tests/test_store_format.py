@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ichpipe.cache import layout, maintenance
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION, differences, digest_rows, name_of
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import decode_uids, encode_digests, encode_uids
 from ichpipe.features.dask_client import connect
@@ -84,7 +84,7 @@ def test_a_store_of_format_2_is_read_for_ever():
         assert list(found.sop_uids) == wanted["sop_uids"]
         assert found.embedding.tolist() == wanted["embedding"]
         assert found.logit.tolist() == wanted["logit"]
-    assert maintenance.verify(Place(str(KEPT))) == []
+    assert maintenance.verify(StoreLocation(str(KEPT))) == []
 
 
 @pytest.mark.parametrize("which", ["fresh", "kept"])

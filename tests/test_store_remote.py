@@ -10,7 +10,7 @@ import store_kit as kit
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.location import Place
+from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.features.dask_client import connect
 
@@ -53,6 +53,7 @@ def address(request):
     return f"{root}/{uuid.uuid4().hex}/embeddings.zarr"
 
 
+@pytest.mark.slow
 def test_written_read_grown_and_pruned(address, client, tmp_path):
     kit.write(address, kit.Slices(), client)
     kit.assert_holds(address, kit.Slices())
@@ -63,13 +64,14 @@ def test_written_read_grown_and_pruned(address, client, tmp_path):
     kit.assert_holds(address, more)
     other = kit.generation(weights="bbb")
     kit.write(address, kit.Slices((2,)), client, made=other)
-    assert len(maintenance.info(Place(address))["generations"]) == 2
-    done = maintenance.prune(Place(address), lambda identity: identity["weights"] == "aaa")
+    assert len(maintenance.info(StoreLocation(address))["generations"]) == 2
+    done = maintenance.prune(StoreLocation(address), lambda identity: identity["weights"] == "aaa")
     assert done["generations_removed"] == [other.name]
     kit.assert_holds(address, more)
-    assert maintenance.verify(Place(address)) == []
+    assert maintenance.verify(StoreLocation(address)) == []
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     slices = kit.Slices([4] * 10)
     kit.write(address, slices, client)
@@ -77,13 +79,14 @@ def test_rows_that_do_not_fit_into_memory_are_fetched_again(address, client):
     for _ in range(2):
         for uid in store.series_uids:
             assert (store.series(uid).logit == slices.expected(uid)[1]).all()
-    assert len(store._held._chunks) == 1
+    assert len(store.fetched) == 1
 
 
+@pytest.mark.slow
 def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
     slices = kit.Slices([4] * 4)
     kit.write(address, slices, client)
-    place = Place(address)
+    place = StoreLocation(address)
     fs, root = fsspec.core.url_to_fs(address)
     file = next(name for name in place.files() if name.endswith("/embedding/c/2/0"))
     content = bytearray(fs.cat_file(f"{root}/{file}"))

@@ -56,7 +56,7 @@ def series(write_series):
     return [str(path) for path in paths], [f"1.2.3.1.{number}" for number in range(1, 6)]
 
 
-def found(uids, probability=0.9):
+def finding_of(uids, probability=0.9):
     return SeriesFinding(
         {**dict.fromkeys(CLASSES, 0.01), "any": probability, "subdural": 0.5},
         {**dict.fromkeys(CLASSES, ()), "any": uids[1:4], "subdural": uids[2:3]},
@@ -64,9 +64,9 @@ def found(uids, probability=0.9):
     )
 
 
-def made(paths, uids, tmp_path, algorithm=ALGORITHM, **changes):
+def written(paths, uids, tmp_path, algorithm=ALGORITHM, **changes):
     target = tmp_path / "report.dcm"
-    write_report(target, make_report(read_source(paths), found(uids, **changes), algorithm))
+    write_report(target, make_report(read_source(paths), finding_of(uids, **changes), algorithm))
     return target
 
 
@@ -78,7 +78,7 @@ def groups_of(path):
 
 def test_each_class_is_a_finding_with_probability_presence_site_and_images(series, tmp_path):
     paths, uids = series
-    report, groups = groups_of(made(paths, uids, tmp_path))
+    report, groups = groups_of(written(paths, uids, tmp_path))
     assert report.SOPClassUID == ENHANCED_SR
     assert list(groups) == list(CLASSES)
     for name, group in groups.items():
@@ -95,7 +95,7 @@ def test_each_class_is_a_finding_with_probability_presence_site_and_images(serie
 
 def test_measurements_refer_to_the_slices_that_show_it(series, tmp_path):
     paths, uids = series
-    _, groups = groups_of(made(paths, uids, tmp_path))
+    _, groups = groups_of(written(paths, uids, tmp_path))
 
     def images(name):
         (measured,) = groups[name].get_measurements()
@@ -108,18 +108,18 @@ def test_measurements_refer_to_the_slices_that_show_it(series, tmp_path):
 
 def test_all_slices_are_evidence_of_their_series(series, tmp_path):
     paths, uids = series
-    report, _ = groups_of(made(paths, uids, tmp_path))
+    report, _ = groups_of(written(paths, uids, tmp_path))
     (study,) = report.CurrentRequestedProcedureEvidenceSequence
-    (one,) = study.ReferencedSeriesSequence
-    assert (study.StudyInstanceUID, one.SeriesInstanceUID) == ("1.2.3.1.0.1", "1.2.3.1")
-    assert {item.ReferencedSOPInstanceUID for item in one.ReferencedSOPSequence} == set(uids)
+    (series_item,) = study.ReferencedSeriesSequence
+    assert (study.StudyInstanceUID, series_item.SeriesInstanceUID) == ("1.2.3.1.0.1", "1.2.3.1")
+    assert {item.ReferencedSOPInstanceUID for item in series_item.ReferencedSOPSequence} == set(uids)
 
 
 def test_the_image_library_is_there_where_headers_describe_the_images(series, write_series, tmp_path):
     paths, uids = series
-    assert "Image Library" in pydicom.dcmread(made(paths, uids, tmp_path)).to_json()
+    assert "Image Library" in pydicom.dcmread(written(paths, uids, tmp_path)).to_json()
     bare = [str(path) for path in write_series("bare", [0.0, 5.0, 10.0, 15.0, 20.0])]
-    report = pydicom.dcmread(made(bare, uids, tmp_path))
+    report = pydicom.dcmread(written(bare, uids, tmp_path))
     assert "Image Library" not in report.to_json()
     assert (
         len(report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 5
@@ -128,7 +128,7 @@ def test_the_image_library_is_there_where_headers_describe_the_images(series, wr
 
 def test_patient_and_study_are_those_of_the_source(series, tmp_path):
     paths, uids = series
-    report = pydicom.dcmread(made(paths, uids, tmp_path))
+    report = pydicom.dcmread(written(paths, uids, tmp_path))
     source = pydicom.dcmread(paths[0])
     for keyword in COPIED:
         assert report[keyword].value == source[keyword].value, keyword
@@ -138,7 +138,7 @@ def test_patient_and_study_are_those_of_the_source(series, tmp_path):
 
 def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
     paths, uids = series
-    report, _ = groups_of(made(paths, uids, tmp_path))
+    report, _ = groups_of(written(paths, uids, tmp_path))
     text = report.to_json()
     for word in ("ichpipe", "1.2.3", "ab" * 32, "calibrated: temperature", "at least 0.5", "not for diagnosis"):
         assert word in text
@@ -150,7 +150,7 @@ def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
 def test_what_was_forced_says_so(series, tmp_path):
     paths, uids = series
     forced = Algorithm("1.2.3", "ab" * 32, 0.5, "none", forced="not a head: CHEST")
-    text = pydicom.dcmread(made(paths, uids, tmp_path, forced)).to_json()
+    text = pydicom.dcmread(written(paths, uids, tmp_path, forced)).to_json()
     assert "Forced: the series was refused (not a head: CHEST)" in text
     assert "research, FORCED" in text
 
@@ -162,7 +162,7 @@ def test_names_in_other_alphabets_survive(series, tmp_path):
         dataset.SpecificCharacterSet = "ISO_IR 100"
         dataset.PatientName = "Müller^Jürgen"
         save_dicom(dataset, tmp_path / "scan" / path.rpartition("/")[2])
-    report = pydicom.dcmread(made(paths, uids, tmp_path))
+    report = pydicom.dcmread(written(paths, uids, tmp_path))
     assert str(report.PatientName) == "Müller^Jürgen"
 
 
@@ -185,7 +185,7 @@ def test_uids_that_are_none_are_refused(write_series):
 def test_dcmtk_reads_it_without_a_complaint(series, tmp_path):
     paths, uids = series
     done = subprocess.run(
-        ["dsrdump", "+Pc", str(made(paths, uids, tmp_path))], capture_output=True, text=True, check=False
+        ["dsrdump", "+Pc", str(written(paths, uids, tmp_path))], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
     assert done.stderr == ""

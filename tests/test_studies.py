@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, MissingFileError
-from ichpipe.index import slice_index
-from ichpipe.index.slice_order import DIRECTIONS, POSITION
+from ichpipe.index.label_tables import LabelTable, join
+from ichpipe.index.slice_index import read_index
+from ichpipe.index.slice_order import DIRECTIONS, POSITION, find_ties_and_gaps, order_series
+from ichpipe.index.splits import assign_splits
 from ichpipe.params.schema import PrepareParams
 
 
@@ -43,7 +45,7 @@ def test_order_is_along_the_normal_whatever_the_row_order(steps, tilt, sideways,
     in_plane = generator.uniform(-1, 1, (len(along), 1)) * sideways * direction[3:]
     frame = table_of(along[:, None] * normal + in_plane, [direction] * len(along))
     shuffled = frame.sample(frac=1, random_state=seed)
-    ordered, rejected = slice_index.order_series(shuffled)
+    ordered, rejected = order_series(shuffled)
     assert rejected.empty
     assert ordered["sop_uid"].tolist() == frame["sop_uid"].tolist()
     assert ordered["slice_index"].tolist() == list(range(len(along)))
@@ -54,40 +56,40 @@ def test_order_is_along_the_normal_whatever_the_row_order(steps, tilt, sideways,
 def test_axial_slices_ascend_to_the_head_even_if_the_image_is_upside_down():
     positions = [[0, 0, z] for z in (10, 0, 5)]
     for column_y in (1.0, -1.0):
-        ordered, _ = slice_index.order_series(table_of(positions, [[1.0, 0, 0, 0, column_y, 0]] * 3))
+        ordered, _ = order_series(table_of(positions, [[1.0, 0, 0, 0, column_y, 0]] * 3))
         assert ordered["position_mm"].tolist() == [0, 5, 10]
 
 
 def test_first_spacing_is_the_next_one_and_one_slice_has_none():
-    ordered, _ = slice_index.order_series(table_of([[0, 0, 0], [0, 0, 3], [0, 0, 10]], [tilted(0)] * 3))
+    ordered, _ = order_series(table_of([[0, 0, 0], [0, 0, 3], [0, 0, 10]], [tilted(0)] * 3))
     assert ordered["spacing_mm"].tolist() == [3, 3, 7]
-    single, _ = slice_index.order_series(table_of([[0, 0, 0]], [tilted(0)]))
+    single, _ = order_series(table_of([[0, 0, 0]], [tilted(0)]))
     assert single["spacing_mm"].isna().all()
 
 
 def test_ties_follow_instance_number_then_sop_uid():
     positions = [[0, 0, z] for z in (5, 5.0004, 5, 5, 0)]
-    ordered, _ = slice_index.order_series(table_of(positions, [tilted(0)] * 5, numbers=[3, 1, np.nan, 3, 9]))
+    ordered, _ = order_series(table_of(positions, [tilted(0)] * 5, numbers=[3, 1, np.nan, 3, 9]))
     assert ordered["sop_uid"].tolist() == ["S.004", "S.001", "S.000", "S.003", "S.002"]
     assert (ordered["spacing_mm"] >= 0).all()
-    assert slice_index.find_ties_and_gaps(ordered)[0].tolist() == [False, False, True, True, True]
+    assert find_ties_and_gaps(ordered)[0].tolist() == [False, False, True, True, True]
 
 
 def test_gaps_are_marked_and_cut_nothing():
-    ordered, _ = slice_index.order_series(table_of([[0, 0, z] for z in (0, 5, 10, 30, 35)], [tilted(0)] * 5))
+    ordered, _ = order_series(table_of([[0, 0, z] for z in (0, 5, 10, 30, 35)], [tilted(0)] * 5))
     assert ordered["slice_index"].tolist() == [0, 1, 2, 3, 4]
-    assert slice_index.find_ties_and_gaps(ordered)[1].tolist() == [False, False, False, True, False]
+    assert find_ties_and_gaps(ordered)[1].tolist() == [False, False, False, True, False]
 
 
 def test_a_change_from_thin_to_thick_slices_is_no_gap():
-    ordered, _ = slice_index.order_series(table_of([[0, 0, z] for z in (0, 2, 4, 4, 9, 14, 19)], [tilted(0)] * 7))
-    assert not slice_index.find_ties_and_gaps(ordered)[1].any()
+    ordered, _ = order_series(table_of([[0, 0, z] for z in (0, 2, 4, 4, 9, 14, 19)], [tilted(0)] * 7))
+    assert not find_ties_and_gaps(ordered)[1].any()
 
 
 def test_the_few_with_another_orientation_are_rejected():
     coronal = [1.0, 0, 0, 0, 0, -1.0]
     frame = table_of([[0, 0, z] for z in range(5)], [tilted(0), tilted(21), coronal, tilted(0), coronal])
-    ordered, rejected = slice_index.order_series(frame)
+    ordered, rejected = order_series(frame)
     assert rejected["path"].tolist() == ["S.002", "S.004"]
     assert ordered["slice_index"].tolist() == [0, 1, 2]
 
@@ -95,8 +97,8 @@ def test_the_few_with_another_orientation_are_rejected():
 def test_series_do_not_touch_each_other():
     first = table_of([[0, 0, z] for z in (3, 1, 2)], [tilted(0)] * 3, "A")
     second = table_of([[0, 0, z] for z in (9, 8)], [tilted(20)] * 2, "B")
-    alone = pd.concat([slice_index.order_series(part)[0] for part in (first, second)], ignore_index=True)
-    together, _ = slice_index.order_series(pd.concat([second, first]))
+    alone = pd.concat([order_series(part)[0] for part in (first, second)], ignore_index=True)
+    together, _ = order_series(pd.concat([second, first]))
     pd.testing.assert_frame_equal(together, alone)
 
 
@@ -123,7 +125,7 @@ def by_patient(index):
 )
 def test_no_patient_is_torn_and_every_wanted_group_has_one(count, seed, val, test, fold):
     params = PrepareParams(val_fraction=val, test_fraction=test, test_fold=fold, seed=seed)
-    result = slice_index.assign_splits(patients(count, seed), params)
+    result = assign_splits(patients(count, seed), params)
     assert (result.groupby("patient_id")[["split", "fold"]].nunique() == 1).all(axis=None)
     wanted = {"train"} | ({"val"} if val else set()) | ({"test"} if test or fold is not None else set())
     assert set(result["split"]) == wanted
@@ -134,14 +136,14 @@ def test_no_patient_is_torn_and_every_wanted_group_has_one(count, seed, val, tes
 
 def test_splits_depend_on_patients_and_seed_and_not_on_row_order():
     index, params = patients(80), PrepareParams(seed=3)
-    result = by_patient(slice_index.assign_splits(index, params))
-    assert result.equals(by_patient(slice_index.assign_splits(index.sample(frac=1, random_state=1), params)))
-    assert not result.equals(by_patient(slice_index.assign_splits(index, PrepareParams(seed=4))))
+    result = by_patient(assign_splits(index, params))
+    assert result.equals(by_patient(assign_splits(index.sample(frac=1, random_state=1), params)))
+    assert not result.equals(by_patient(assign_splits(index, PrepareParams(seed=4))))
 
 
 def test_sizes_and_rare_classes_are_spread_as_asked():
     index = patients(600)
-    result = slice_index.assign_splits(index, PrepareParams(val_fraction=0.15, test_fraction=0.25))
+    result = assign_splits(index, PrepareParams(val_fraction=0.15, test_fraction=0.25))
     shares = by_patient(result)["split"].value_counts(normalize=True)
     assert shares.to_dict() == pytest.approx({"train": 0.6, "test": 0.25, "val": 0.15}, abs=0.01)
     sick = result[result["epidural"] == 1].groupby("split")["patient_id"].nunique()
@@ -149,7 +151,7 @@ def test_sizes_and_rare_classes_are_spread_as_asked():
 
 
 def test_val_fraction_counts_in_all_patients_beside_a_test_fold():
-    result = slice_index.assign_splits(patients(200), PrepareParams(val_fraction=0.2, test_fold=1))
+    result = assign_splits(patients(200), PrepareParams(val_fraction=0.2, test_fold=1))
     assert by_patient(result)["split"].value_counts().to_dict() == pytest.approx(
         {"train": 120, "test": 40, "val": 40}, abs=3
     )
@@ -157,45 +159,45 @@ def test_val_fraction_counts_in_all_patients_beside_a_test_fold():
 
 def test_unknown_labels_are_split_too():
     index = patients(40).assign(**dict.fromkeys(CLASSES, np.nan))
-    assert by_patient(slice_index.assign_splits(index, PrepareParams()))["split"].nunique() == 3
+    assert by_patient(assign_splits(index, PrepareParams()))["split"].nunique() == 3
 
 
 def test_too_few_patients_are_all_the_test_set():
     for count in (1, 2):
-        result = slice_index.assign_splits(patients(count), PrepareParams(folds=5))
+        result = assign_splits(patients(count), PrepareParams(folds=5))
         assert set(result["split"]) == {"test"}
         assert set(result["fold"]) == set(range(count))
-    assert slice_index.assign_splits(patients(3), PrepareParams(folds=5))["split"].nunique() == 3
+    assert assign_splits(patients(3), PrepareParams(folds=5))["split"].nunique() == 3
 
 
 @pytest.mark.parametrize("asked", [{"test_fold": 0}, {"split": "patient-kfold"}])
 def test_too_few_patients_for_folds_that_are_asked_for_name_the_parameter(asked):
     with pytest.raises(DataError, match=r"prepare\.folds"):
-        slice_index.assign_splits(patients(4), PrepareParams(folds=5, **asked))
+        assign_splits(patients(4), PrepareParams(folds=5, **asked))
     with pytest.raises(DataError, match=r"prepare\.val_fraction"):
-        slice_index.assign_splits(patients(2), PrepareParams(folds=2, **asked))
+        assign_splits(patients(2), PrepareParams(folds=2, **asked))
 
 
 def test_labels_are_joined_by_uid():
-    index = pd.DataFrame({"sop_uid": ["c", "a", "b"]})
+    index = pd.DataFrame({"sop_uid": ["c", "a", "b"]}).assign(study_uid="T", series_uid="S", patient_id="P")
     labels = pd.DataFrame(np.eye(3, 6, dtype=np.float32), index=["a", "b", "x"], columns=list(CLASSES))
-    joined, counts = slice_index.join_labels(index, labels)
+    joined, _, counts = join(index, LabelTable("sop_uid", labels, {}))
     assert joined.loc[0, list(CLASSES)].isna().all()
     assert joined.loc[1, list(CLASSES)].tolist() == [1, 0, 0, 0, 0, 0]
     assert counts == {"slices_without_label": 1, "labels_without_slice": 1}
     with pytest.raises(DataError, match=r"prepare\.labels"):
-        slice_index.join_labels(index, labels.set_axis(["u", "v", "w"]))
+        join(index, LabelTable("sop_uid", labels.set_axis(["u", "v", "w"]), {}))
 
 
 def test_read_index_refuses_what_is_no_index(tmp_path):
     with pytest.raises(MissingFileError, match="prepare"):
-        slice_index.read_index(tmp_path / "absent.parquet")
+        read_index(tmp_path / "absent.parquet")
     (tmp_path / "text.parquet").write_text("x")
     with pytest.raises(DataError, match="Parquet"):
-        slice_index.read_index(tmp_path / "text.parquet")
+        read_index(tmp_path / "text.parquet")
     pd.DataFrame({"sop_uid": ["a"]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(DataError, match="series_uid"):
-        slice_index.read_index(tmp_path / "other.parquet")
+        read_index(tmp_path / "other.parquet")
 
 
 @pytest.mark.real_data
@@ -205,15 +207,15 @@ def test_real_rsna_headers_are_ordered_whole_and_the_same_from_any_order(real_da
     names |= {f"ImagePositionPatient_{i}": name for i, name in enumerate(POSITION, 1)}
     names |= {f"ImageOrientationPatient_{i}": name for i, name in enumerate(DIRECTIONS, 1)}
     frame = raw[list(names)].rename(columns=names).assign(instance_number=np.nan, path=raw["SOPInstanceUID"])
-    ordered, rejected = slice_index.order_series(frame)
-    again, _ = slice_index.order_series(frame.sample(frac=1, random_state=0))
+    ordered, rejected = order_series(frame)
+    again, _ = order_series(frame.sample(frac=1, random_state=0))
     pd.testing.assert_frame_equal(ordered[list(again.columns)], again)
     assert rejected.empty
     assert len(ordered) == len(frame) == 78_545
     assert ordered["series_uid"].nunique() == 2_214
     assert (ordered.groupby("series_uid")["position_z"].diff() == 0).sum() == 212  # neighbours that share a z
     assert (ordered.groupby("series_uid")["position_mm"].diff().dropna() > -1e-3).all()
-    tie, gap = slice_index.find_ties_and_gaps(ordered)
+    tie, gap = find_ties_and_gaps(ordered)
     assert tie.sum() == 266  # along the normal: the 212 and 54 within 0.001 mm
     step_z = ordered.groupby("series_uid")["position_z"].diff()
     widest = step_z.idxmax()

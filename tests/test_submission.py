@@ -1,4 +1,4 @@
-"""The competition's format, and nothing filled in silence."""
+"""The competition's format; a missing prediction is an error unless a value is given for it."""
 
 import json
 
@@ -43,25 +43,25 @@ def test_rows_are_those_of_the_sample_in_its_order(tmp_path_factory, count, seed
     names = [f"{uid}_{name}" for uid in slices["sop_uid"] for name in ORDER]
     shuffled = list(np.random.default_rng(seed).permutation(names))
     sample = write_sample(tmp_path_factory.mktemp("sample") / "s.csv", shuffled)
-    found = build_submission(slices, NOTHING, sample)
-    assert found.table["ID"].tolist() == shuffled
-    assert not found.remarks
-    values = value_of(found)
+    submission = build_submission(slices, NOTHING, sample)
+    assert submission.table["ID"].tolist() == shuffled
+    assert not submission.remarks
+    values = value_of(submission)
     for row in slices.to_dict("records"):
         for name in CLASSES:
             assert values[f"{row['sop_uid']}_{name}"] == pytest.approx(row[name], abs=1e-9)
 
 
 def test_without_a_sample_slices_are_sorted_and_classes_in_the_order_of_the_competition():
-    found = build_submission(predictions(3).iloc[::-1], NOTHING)
-    assert found.table["ID"].tolist()[:7] == [
+    submission = build_submission(predictions(3).iloc[::-1], NOTHING)
+    assert submission.table["ID"].tolist()[:7] == [
         *(f"ID_000000000_{name}" for name in (
             "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"
         )),
         "ID_000000001_epidural",
     ]  # fmt: skip
-    assert list(found.table.columns) == ["ID", "Label"]
-    assert found.table["Label"].str.fullmatch(r"[01]\.\d{9}").all()
+    assert list(submission.table.columns) == ["ID", "Label"]
+    assert submission.table["Label"].str.fullmatch(r"[01]\.\d{9}").all()
 
 
 def test_certainty_is_kept_within_what_nine_decimals_can_say():
@@ -84,24 +84,24 @@ def test_a_slice_without_prediction_is_an_error_that_says_why(tmp_path):
     )
     with pytest.raises(DataError, match=message):
         build_submission(predictions(1), CORRUPT, sample)
-    found = build_submission(predictions(1), CORRUPT, sample, 0.25)
-    assert value_of(found)[names[1:]].tolist() == [0.25, 0.25]
-    assert "written as 0.25" in found.remarks[0]
+    submission = build_submission(predictions(1), CORRUPT, sample, 0.25)
+    assert value_of(submission)[names[1:]].tolist() == [0.25, 0.25]
+    assert "written as 0.25" in submission.remarks[0]
 
 
 def test_without_a_sample_a_rejected_file_named_like_a_slice_is_missed():
     with pytest.raises(DataError, match="1 slices of the submission have no prediction: ID_6431af929"):
         build_submission(predictions(2), CORRUPT)
-    found = build_submission(predictions(2), CORRUPT, missing=0.5)
-    assert len(found.table) == 18
-    assert (value_of(found).filter(like="6431af929") == 0.5).all()
+    submission = build_submission(predictions(2), CORRUPT, missing=0.5)
+    assert len(submission.table) == 18
+    assert (value_of(submission).filter(like="6431af929") == 0.5).all()
 
 
 def test_slices_that_the_sample_does_not_name_are_counted(tmp_path):
     sample = write_sample(tmp_path / "s.csv", ["ID_000000001_any"])
-    found = build_submission(predictions(5), NOTHING, sample)
-    assert len(found.table) == 1
-    assert "4 predicted slices are not in" in found.remarks[0]
+    submission = build_submission(predictions(5), NOTHING, sample)
+    assert len(submission.table) == 1
+    assert "4 predicted slices are not in" in submission.remarks[0]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_slices_that_the_sample_does_not_name_are_counted(tmp_path):
     [
         ("ID,Label\nID_1_any,0.5\nID_1_bone,0.5\n", "line 3: ID is not <SOPInstanceUID>_<class>"),
         ("ID,Label\nany,0.5\n", "line 2: ID is not"),
-        ("ID,Label\nID_1_any,0.5\nID_2_any,0.5\nID_1_any,0.5\n", "line 4: ID stands there twice"),
+        ("ID,Label\nID_1_any,0.5\nID_2_any,0.5\nID_1_any,0.5\n", "line 4: ID appears twice"),
         ("name,Label\nID_1_any,0.5\n", "must have the columns ID,Label"),
         ("ID,Probability\nID_1_any,0.5\n", "must have the columns ID,Label"),
     ],
@@ -120,7 +120,7 @@ def test_a_wrong_sample_is_named(tmp_path, text, complaint):
         read_sample(tmp_path / "s.csv")
 
 
-def test_a_wrong_sample_is_found_before_anything_is_predicted(tmp_path):
+def test_a_wrong_sample_is_an_error_before_anything_is_predicted(tmp_path):
     (tmp_path / "s.csv").write_text("ID,Label\nID_1_bone,0.5\n")
     options = predict.Options(SelectionParams(), kaggle=tmp_path / "k.csv", sample=tmp_path / "s.csv")
     with pytest.raises(DataError, match="line 2: ID is not"):  # not: there is no model
@@ -136,9 +136,9 @@ def test_a_prediction_that_is_not_a_number_is_none(tmp_path, with_sample, value)
     message = r"1 slices of the submission have no prediction: ID_000000001 \(its prediction is not a number\)"
     with pytest.raises(DataError, match=message):
         build_submission(slices, NOTHING, sample)
-    found = build_submission(slices, NOTHING, sample, 0.25)
-    assert "written as 0.25" in found.remarks[0]
-    values = value_of(found)
+    submission = build_submission(slices, NOTHING, sample, 0.25)
+    assert "written as 0.25" in submission.remarks[0]
+    values = value_of(submission)
     assert (values.filter(like="ID_000000001") == 0.25).all()
     assert values["ID_000000002_any"] == pytest.approx(slices.loc[2, "any"], abs=1e-9)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import ichpipe.params
+import ichpipe.params.schema
 from ichpipe.stages.cli import cli
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _kind(schema: dict[str, Any]) -> str:
 
 def _comments() -> dict[tuple[str, str], str]:
     """Return what stands behind each field of params.py, by class and field."""
-    source = inspect.getsource(ichpipe.params)
+    source = inspect.getsource(ichpipe.params.schema)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     return {

@@ -1,8 +1,7 @@
-"""Where each stage writes and the next one reads: one place for every path of a run."""
+"""The path of every file that a run writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,78 +15,33 @@ FOLDS_FILE = "folds.json"
 CALIBRATION_FILE = "calibration.json"
 
 
-@dataclass(frozen=True)
 class Artifacts:
-    """Paths below one artifacts folder (``artifacts/`` unless the user says otherwise)."""
+    """Paths below one artifacts folder (``artifacts/`` by default)."""
 
-    root: Path
-
-    @property
-    def index_dir(self) -> Path:
-        """Folder of slices.parquet, rejected.csv and summary.json."""
-        return self.root / "index"
-
-    @property
-    def index(self) -> Path:
-        """One row a slice."""
-        return self.index_dir / "slices.parquet"
-
-    @property
-    def slice_cnn(self) -> Path:
-        """Folder of the slice CNN."""
-        return self.root / "slice-cnn"
-
-    @property
-    def fold_cnns(self) -> Path:
-        """Folder of the slice CNNs that each left out one fold of the train patients, and of folds.json.
-
-        Always there, as DVC wants of an output; nothing in it depends on wall time, as `extract` wants of an input.
-        """
-        return self.slice_cnn / "folds"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.index_dir = root / "index"  # slices.parquet, rejected.csv, summary.json
+        self.index = self.index_dir / "slices.parquet"
+        self.slice_cnn = root / "slice-cnn"
+        # The slice CNNs that each left out one fold of the train patients, and folds.json. DVC wants the folder in
+        # every run. Nothing in it depends on the time of day, since `extract` reads it.
+        self.fold_cnns = self.slice_cnn / "folds"
+        self.embeddings = root / "embeddings.zarr"
+        self.arms = root / "sequence"  # a folder for each sequence model
+        self.comparison = root / "compare"
+        self.finetuned = root / "finetuned"
+        self.metrics = root / "metrics" / "evaluate.json"
+        self.plots = root / "plots"  # JSON for DVC, and PNG
+        self.predictions = root / "predictions"  # held-out predictions, a parquet file for each model
 
     def fold_cnn(self, fold: int) -> Path:
-        """Folder of the slice CNN that never saw fold number ``fold``."""
+        """Return the folder of the slice CNN that was not trained on ``fold``."""
         return self.fold_cnns / f"fold-{fold}"
 
-    @property
-    def embeddings(self) -> Path:
-        """The embedding store."""
-        return self.root / "embeddings.zarr"
-
-    @property
-    def arms(self) -> Path:
-        """Folder of all sequence models."""
-        return self.root / "sequence"
-
     def sequence(self, arm: str) -> Path:
-        """Folder of one sequence model."""
+        """Return the folder of one sequence model."""
         return self.arms / arm
 
-    @property
-    def comparison(self) -> Path:
-        """Folder of the table of arms."""
-        return self.root / "compare"
-
-    @property
-    def finetuned(self) -> Path:
-        """Folder of the end-to-end model."""
-        return self.root / "finetuned"
-
-    @property
-    def metrics(self) -> Path:
-        """Scores of all models on the held-out patients."""
-        return self.root / "metrics" / "evaluate.json"
-
-    @property
-    def plots(self) -> Path:
-        """Folder of plot data (JSON, for DVC) and pictures (PNG)."""
-        return self.root / "plots"
-
-    @property
-    def predictions(self) -> Path:
-        """Folder of held-out predictions, one parquet a model."""
-        return self.root / "predictions"
-
     def resume(self, stage: str) -> Path:
-        """What an interrupted stage left to go on from; never read by another stage."""
+        """Return the folder from which an interrupted stage resumes; no other stage reads it."""
         return self.root / ".resume" / stage

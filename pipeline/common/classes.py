@@ -1,4 +1,4 @@
-"""The six classes of RSNA 2019 in the one order used everywhere: in tables, logits and metrics."""
+"""The six classes of RSNA 2019, in the order of tables, logits and metrics."""
 
 from __future__ import annotations
 

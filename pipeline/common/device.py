@@ -1,4 +1,4 @@
-"""Which device runs a stage, and in which precision."""
+"""Devices, mixed precision and random seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def choose_devices(gpu: str) -> list[torch.device]:
-    """Turn ``auto``, ``cpu``, ``0`` or ``0,1`` into devices; a GPU that is not there is an error."""
+    """Turn ``auto``, ``cpu``, ``0`` or ``0,1`` into devices; an absent GPU is an error."""
     text = gpu.strip().lower()
     available = torch.cuda.device_count() if text != "cpu" else 0
     if text == "cpu" or (text == "auto" and available == 0):
@@ -27,17 +27,17 @@ def choose_devices(gpu: str) -> list[torch.device]:
         raise IchpipeError(f"--gpu {gpu!r}: write auto, cpu, a number, or numbers with commas (0,1)")
     missing = [number for number in numbers if int(number) >= available]
     if missing:
-        raise IchpipeError(f"--gpu {gpu}: no GPU {missing[0]} here ({available} found); use --gpu cpu or auto")
+        raise IchpipeError(f"--gpu {gpu}: no GPU {missing[0]} ({available} found); use --gpu cpu or auto")
     return [torch.device("cuda", int(number)) for number in numbers]
 
 
 def choose_device(gpu: str) -> torch.device:
-    """Return the first of `choose_devices`, for a stage that uses one."""
+    """Return the first device of `choose_devices`."""
     return choose_devices(gpu)[0]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return the mixed-precision context: ``auto`` is fp16 on a GPU (the paper's) and fp32 on a CPU."""
+    """Return the mixed-precision context: ``auto`` is fp16 on a GPU (as in the paper) and fp32 on a CPU."""
     if precision == "fp32" or (precision == "auto" and device.type == "cpu"):
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -45,7 +45,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def needs_scaling(device: torch.device, precision: str) -> bool:
-    """Say whether gradients would underflow without a loss scale (fp16 only)."""
+    """Say whether gradients need a loss scale: they underflow in fp16."""
     return precision == "fp16" or (precision == "auto" and device.type == "cuda")
 
 
@@ -56,5 +56,5 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 
 
 def generator(seed: int, *parts: int | str) -> torch.Generator:
-    """Return a CPU random generator for one purpose; draws are the same on every device."""
+    """Return a CPU random generator for one purpose; its numbers are the same on every device."""
     return torch.Generator().manual_seed(derive_seed(seed, *parts))

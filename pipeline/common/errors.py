@@ -1,7 +1,7 @@
-"""The project's errors. Library code raises them; only the command line prints and exits.
+"""The errors that library code raises; only the command line prints them and exits.
 
-Each child is also the builtin that a caller would catch. A message says what was sought, where,
-what is there instead, and what to do. It never holds a patient's name or birth date.
+Each class is also the builtin exception that a caller would catch. A message says what is wrong, where, and what to
+do. It never contains a patient's name or birth date.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class IchpipeError(Exception):
-    """Base of every error that a user's input, data or machine can cause."""
+    """Base of all errors that a user's input, data or machine can cause."""
 
 
 class ParamsError(IchpipeError, ValueError):
-    """A parameter file or a ``--set`` holds an unknown key or a value out of range."""
+    """A parameter file or a ``--set`` has an unknown key or a value out of range."""
 
 
 class MissingFileError(IchpipeError, FileNotFoundError):
-    """An input that an earlier stage should have written, or the user should have named, is absent."""
+    """An input file does not exist."""
 
 
 class OutputError(IchpipeError, OSError):
-    """A file can't be written: the disk is full, or the folder takes none."""
+    """A file can't be written: the disk is full, or the folder is not writable."""
 
 
 class BusyError(IchpipeError, RuntimeError):
@@ -34,28 +34,28 @@ class BusyError(IchpipeError, RuntimeError):
 
 
 class DataError(IchpipeError, ValueError):
-    """A table or a set of DICOM files can't be used as it stands."""
+    """A table or a set of DICOM files can't be used."""
 
 
 class UnreadableDicomError(DataError):
-    """One file is no DICOM slice that can be used; the message is the reason for ``rejected.csv``."""
+    """A file is no usable DICOM slice; the message is the reason in ``rejected.csv``."""
 
-    series: tuple[str, str] = ("", "")  # StudyInstanceUID and SeriesInstanceUID of the file, where they could be read
+    series: tuple[str, str] = ("", "")  # StudyInstanceUID and SeriesInstanceUID if they are readable
 
 
 class WeightsError(IchpipeError, ValueError):
-    """A weights file can't be read, or belongs to another model."""
+    """A weights file is not readable, or belongs to another model."""
 
 
 class StoreUnusableError(IchpipeError, RuntimeError):
-    """The embedding store is absent, damaged, or made by another network than the one asked for."""
+    """The embedding store is absent or damaged, or holds embeddings of another network."""
 
 
 class TrainingError(IchpipeError, RuntimeError):
-    """Training can't start or can't go on (nothing to learn from, loss not finite)."""
+    """Training can't start or continue (no labelled slices, loss not finite)."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean …?)`` with the word of ``known`` that is nearest, or nothing where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """Return `` (did you mean …?)`` with the word of ``known`` most like ``word``, or an empty text."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -1,4 +1,4 @@
-"""Writing that never leaves a half-written file under the final name, and hashes of what was written."""
+"""Files that are written whole or not at all, and digests of files and values."""
 
 from __future__ import annotations
 
@@ -18,39 +18,47 @@ if TYPE_CHECKING:
 
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Error numbers of the operating system that mean: no more bytes here (disk, quota, size limit)."""
+"""Error numbers for a full disk, an exhausted quota and a size limit."""
 
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
-_OTHER_WORDS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
-_TORCH: Final = ("PytorchStreamWriter", "inline_container.cc")
-"""How libraries that write through C++ or Rust say it: their exceptions carry no error number, torch's not even why."""
+# Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
+_FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
+_TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; on success it is synced and renamed over it.
+    """Yield a temporary path beside ``target``; on success sync it and rename it over ``target``.
 
-    A reader therefore sees the old file or the whole new one, also after a power cut. On an exception nothing remains.
-    A disk that is full or a folder that takes no files is an OutputError that names the folder.
+    A reader sees the old file or the whole new one, also after a power cut. After an exception no file remains.
+    Raises OutputError that names the folder if the disk is full or the folder is not writable.
     """
-    temporary = _temporary(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        if error.errno not in FULL | _REFUSED:
+            raise
+        raise _output_error(target, error.strerror or str(error)) from error
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o644)
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
-    except Exception as error:
-        why = _why_not_written(error)
-        if why is None:
+    except Exception as error:  # libraries raise errors of their own where the disk is full
+        cause = _disk_error(error)
+        if cause is None:
             raise
-        raise _output_error(target, why) from error
+        raise _output_error(target, cause) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Ask the operating system to put a file's bytes, or a folder's names, on the disk now."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -60,72 +68,60 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(target: Path) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        if error.errno not in FULL | _REFUSED:
-            raise
-        raise _output_error(target, error.strerror or str(error)) from error
-    os.close(descriptor)
-    return Path(name)
-
-
-def _why_not_written(error: Exception) -> str | None:
-    """Return what the operating system said where the disk is why; None for an error of another kind."""
-    if isinstance(error, OutputError):  # of a file within
+def _disk_error(error: Exception) -> str | None:
+    """Return the operating system's text if the disk caused the error, else None."""
+    if isinstance(error, OutputError):  # of a file that was written in the block
         return None
     if isinstance(error, OSError) and error.errno is not None:
+        # An error of replace() has two file names; one with a single name may come from a file that the block reads.
         own = error.errno in FULL or error.errno == errno.EROFS or (error.errno in _REFUSED and error.filename2)
         return error.strerror if own else None
-    text = str(error)
-    if any(word in text for word in _TORCH):
+    if any(text in str(error) for text in _TORCH_TEXTS):
         return "torch could not write all of it: is the disk full?"
-    return next((word for word in _OTHER_WORDS if word in text), None)
+    return next((text for text in _FULL_TEXTS if text in str(error)), None)
 
 
-def _output_error(target: Path, why: str) -> OutputError:
+def _output_error(target: Path, cause: str) -> OutputError:
     return OutputError(
-        f"{target} can't be written ({why}); make room in the folder {target.parent}, or let it be written to, or name "
-        "another one, then run the same command again: what was finished is kept"
+        f"{target} can't be written ({cause}); free disk space in {target.parent}, make the folder writable, or name "
+        "another one; then run the same command again: finished parts are kept"
     )
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; NaN and infinity are refused."""
+    """Write ``value`` as indented JSON; NaN and infinity are refused."""
     write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON that a stage wrote; a missing or torn file is an error that names it."""
+    """Read JSON that a stage wrote; an error names a missing or incomplete file."""
     require_file(path, "run the stage that writes it (see dvc.yaml)")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DataError(f"{path} is not whole JSON ({error}); run the stage that writes it (see dvc.yaml)") from error
+        raise DataError(f"{path} is not complete JSON ({error}); run the stage that writes it") from error
 
 
 def require_file(path: Path, remedy: str) -> Path:
-    """Return ``path`` if it exists, else raise an error that names it and the remedy."""
+    """Return ``path`` if it exists, else raise MissingFileError with the remedy."""
     if not path.exists():
         raise MissingFileError(f"{path} does not exist; {remedy}")
     return path
 
 
 def digest_of(value: Any) -> str:
-    """Hash a JSON-like value by its canonical text. 64 hexadecimal digits (SHA-256)."""
+    """Return the SHA-256 of a JSON-like value's canonical text, as 64 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
-    """Hash a file's bytes. 64 hexadecimal digits (SHA-256)."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Processes that work for this one: they end when it ends, however it ends, and leave interrupts to it."""
+"""Worker processes that exit with their parent and leave Ctrl-C to it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield ``workers`` processes, started anew; where the block ends with an exception they are ended, not waited for.
+    """Yield a pool of ``workers`` new processes; an exception in the block terminates them at once.
 
-    Not forked: this process has threads (pyarrow's, torch's), and a fork may inherit their locks.
+    Processes are spawned, not forked: pyarrow and torch run threads here, and a fork may inherit their locks.
     """
-    anew = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=anew, initializer=follow_the_parent) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_the_parent) as pool:
         try:
             with interrupts_stay_here():
                 for _ in range(workers):  # each task starts a process as long as none is idle
@@ -35,14 +35,14 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def interrupts_stay_here() -> Iterator[None]:
-    """Let processes and threads that are started in the block never see Ctrl-C: a terminal sends it to all of them.
+    """Hide Ctrl-C from processes and threads that start in the block; a terminal sends it to all of them.
 
-    A child that is still importing would print a traceback of its own. One that comes meanwhile is kept for afterwards.
+    A child that is still importing would print its own traceback. An interrupt in the block arrives after it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # when it starts, it unblocks what was blocked here
+    resource_tracker.ensure_running()  # its start unblocks the signals that are blocked here
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -51,23 +51,22 @@ def interrupts_stay_here() -> Iterator[None]:
 
 
 def end_children() -> None:
-    """End what `multiprocessing` started here: decoding processes, workers of a pool."""
+    """Terminate the processes that `multiprocessing` started here."""
     for child in multiprocessing.active_children():
         child.terminate()
 
 
 def follow_the_parent(_number: int = 0) -> None:
-    """End this process when its parent is gone: a parent that was killed (SIGKILL) can't end it itself.
+    """Exit this process when its parent has gone; a parent that was killed (SIGKILL) can't terminate it.
 
-    A child may still be importing when that happens. PyTorch's own watch begins later, and takes whoever has adopted
-    the child for its parent.
+    PyTorch's own watch starts only after the imports, and mistakes an adopting process for the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
+    def exit_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
-def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

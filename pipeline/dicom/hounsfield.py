@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from ichpipe.common.constants import MIN_HU as AIR_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import decode
 from ichpipe.dicom.dataset import EXPLICIT_BIG, PixelFacts, require_stream, stored_type
@@ -24,9 +25,6 @@ __all__ = [
     "read_hu",
     "stored_to_hu",
 ]
-
-AIR_HU: Final = -1024
-"""Lowest value that leaves this module, HU; padding becomes this."""
 
 MAX_HU: Final = 32767
 

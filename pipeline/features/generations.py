@@ -51,7 +51,7 @@ MIRROR = View(0, 0, STILL.model_copy(update={"flip_probability": 1.0}))
 
 
 @dataclass(frozen=True)
-class Cache:
+class GenerationSpec:
     """One generation: a network, a view or none, and the slices that go through."""
 
     model_dir: Path
@@ -120,13 +120,13 @@ def store_address(params: Params, artifacts: Artifacts) -> str:
     return params.extract.store or str(artifacts.embeddings)
 
 
-def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
+def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[GenerationSpec]:
     """Return all generations that ``extract`` fills: all slices plain, then train slices by fold and by view.
 
     With ``extract.mirror`` every slice mirrored, too, by the network that embeds it plain for stage two.
     """
     precision = params.extract.precision
-    plain = Cache(artifacts.slice_cnn, index, precision=precision)
+    plain = GenerationSpec(artifacts.slice_cnn, index, precision=precision)
     by_fold = _out_of_fold(params, artifacts, index)
     train = by_fold or [replace(plain, index=index[index["split"] == "train"])]
     views = [replace(cache, view=view) for view in _views(params, params.extract.views.count) for cache in train]
@@ -134,7 +134,7 @@ def wanted_caches(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> 
     return [cache for cache in (plain, *by_fold, *views, *mirrors) if len(cache.index)]
 
 
-def _mirrored(plain: Cache, by_fold: list[Cache]) -> list[Cache]:
+def _mirrored(plain: GenerationSpec, by_fold: list[GenerationSpec]) -> list[GenerationSpec]:
     rest = plain.index[plain.index["split"] != "train"] if by_fold else plain.index
     return [
         replace(cache, index=index, view=MIRROR)
@@ -142,12 +142,14 @@ def _mirrored(plain: Cache, by_fold: list[Cache]) -> list[Cache]:
     ]
 
 
-def _out_of_fold(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[Cache]:
+def _out_of_fold(params: Params, artifacts: Artifacts, index: pd.DataFrame) -> list[GenerationSpec]:
     if not params.fit_slices.folds:
         return []
     models = fold_models(artifacts, params, digest_of_file(artifacts.index))
     precision = params.extract.precision
-    return [Cache(folder, rows_of_fold(index, fold), fold, precision=precision) for fold, folder in models.items()]
+    return [
+        GenerationSpec(folder, rows_of_fold(index, fold), fold, precision=precision) for fold, folder in models.items()
+    ]
 
 
 def _views(params: Params, count: int) -> list[View]:
@@ -189,7 +191,7 @@ def open_features(
     """
     address = store_address(params, artifacts)
 
-    def opened(cache: Cache) -> EmbeddingStore:
+    def opened(cache: GenerationSpec) -> EmbeddingStore:
         return EmbeddingStore(address, cache.identity(), cache.rows())
 
     caches = list(arm_caches(params, artifacts, index, section))
@@ -211,7 +213,7 @@ def made_by(params: Params, artifacts: Artifacts, index: pd.DataFrame, section: 
 
 def arm_caches(
     params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
-) -> Iterator[Cache]:
+) -> Iterator[GenerationSpec]:
     """Yield the generations that an arm reads; ParamsError where it asks for views that are not extracted."""
     if section is not None and "pca" in section.wanted and params.extract.pca is None:
         raise ParamsError("an arm has the input pca, but extract.pca is null; set it to a number of components")
@@ -228,7 +230,7 @@ def arm_caches(
             "an arm asks for views with out_of_fold: false, but where fit-slices.folds is set views are extracted by "
             "the networks of the folds alone; set views to 0 and average.mirrored to false, or out_of_fold to true"
         )
-    for cache in wanted_caches(params, artifacts, index):
+    for cache in list_generations(params, artifacts, index):
         if cache.view == MIRROR:
             wanted = mirrored
         else:
@@ -239,7 +241,7 @@ def arm_caches(
 
 
 def _made_by(
-    params: Params, index: pd.DataFrame, caches: list[Cache], section: SequenceParams | None
+    params: Params, index: pd.DataFrame, caches: list[GenerationSpec], section: SequenceParams | None
 ) -> dict[str, Any]:
     names = ("series_uid", "sop_uid", "file_digest")
     rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))

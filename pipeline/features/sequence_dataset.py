@@ -92,7 +92,7 @@ class Batch:
         return Batch(moved, self.labels.to(device), self.lengths)
 
 
-def read_series(features: Features, index: pd.DataFrame) -> list[LabelledSeries]:
+def collect_series(features: Features, index: pd.DataFrame) -> list[LabelledSeries]:
     """Join the cache with the index by UID; nothing is read yet.
 
     ``index`` holds the wanted series (any subset of the whole), rows ordered by slice_index within each; opening
@@ -110,7 +110,7 @@ def read_series(features: Features, index: pd.DataFrame) -> list[LabelledSeries]
     return found
 
 
-def hold_on(device: torch.device, series: list[LabelledSeries], names: tuple[str, ...]) -> list[LabelledSeries]:
+def load_to_device(device: torch.device, series: list[LabelledSeries], names: tuple[str, ...]) -> list[LabelledSeries]:
     """Copy all features to a GPU if they take at most half of its free memory; else return the series as they are.
 
     On a CPU nothing is gained: the store is mapped, and the system keeps it in memory as far as there is room.

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ichpipe.common.constants import AIR_HU
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ichpipe.params.schema import AugmentParams
 
-AIR_HU = -1000.0
 NODES = 5  # of the warp, along each side
 
 
@@ -44,7 +45,7 @@ class AugmentDraw:
 
     def _each(self, change: Callable[[str], Tensor]) -> AugmentDraw:
         changed: dict[str, Any] = {
-            one.name: None if getattr(self, one.name) is None else change(one.name) for one in fields(self)
+            item.name: None if getattr(self, item.name) is None else change(item.name) for item in fields(self)
         }
         return AugmentDraw(**changed)
 

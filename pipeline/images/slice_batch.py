@@ -1,4 +1,4 @@
-"""What one batch of training images is: which slices, what is done to each, and which of them this process takes."""
+"""A batch of training images: its slices, their augmentation, and the share of this process."""
 
 from __future__ import annotations
 

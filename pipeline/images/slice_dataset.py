@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ichpipe.common.constants import MIN_HU as AIR_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ichpipe.images.pixel_cache import PixelCache
 
-AIR_HU = -1024
 HOLD_BYTES = 2**30
 """A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
 
@@ -67,11 +66,18 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
+class PixelSource(Protocol):
+    """Gives decoded slices by the path of their file, as `PixelCache` does."""
+
+    def read(self, path: str) -> Tensor:
+        """Return int16 HU (1, size, size)."""
+
+
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelSource | None = None
     ) -> None:
         self.paths, self.pixels = list(paths), pixels
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))

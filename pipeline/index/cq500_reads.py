@@ -1,4 +1,4 @@
-"""CQ500's names of scans and its three readers' findings (Chilamkurthy et al., Lancet 2018, 392, 2388-2396)."""
+"""CQ500's scan names and its three readers' findings (Chilamkurthy et al., Lancet 2018, 392, 2388-2396)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.user_tables import read_table
 
 if TYPE_CHECKING:
@@ -22,16 +23,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 READERS: Final = ("R1", "R2", "R3")
-
-FINDINGS: Final = {
-    "any": "ICH",
-    "epidural": "EDH",
-    "intraparenchymal": "IPH",
-    "intraventricular": "IVH",
-    "subarachnoid": "SAH",
-    "subdural": "SDH",
-}
-"""What CQ500 calls each of CLASSES; of its 14 findings these six are haemorrhages."""
+FINDINGS: Final = ABBREVIATIONS
+"""CQ500's name of each class; six of its 14 findings are haemorrhages."""
 
 _NAME: Final = re.compile(r"CQ500[\W_]*CT[\W_]*(\d+)", re.IGNORECASE)
 
@@ -46,40 +39,37 @@ class ScanTable:
 
 
 def scan_number(text: str) -> int | None:
-    """Return N of ``CQ500-CT-N``, ``CQ500CTN CQ500CTN`` or a path with such a folder; None where there is none.
-
-    Two different numbers in one text are no name of a scan either.
-    """
+    """Return N of ``CQ500-CT-N``, ``CQ500CTN CQ500CTN`` or a path with such a folder; None for none or several N."""
     numbers = {int(digits) for digits in _NAME.findall(text)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def scan_numbers(texts: pd.Series) -> Floats:
-    """Return the numbers (rows,) of scans by name, NaN where the text names none."""
+    """Return the scan number of each text (rows,), NaN where `scan_number` returns None."""
     return np.array([np.nan if (number := scan_number(text)) is None else number for text in texts], dtype=np.float64)
 
 
 def scan_name(number: int) -> str:
-    """Return the name as ``reads.csv`` spells it."""
+    """Return the name in the spelling of ``reads.csv``."""
     return f"CQ500-CT-{number}"
 
 
 def read_majority(path: Path) -> ScanTable:
     """Read ``reads.csv``: 1 where at least two of the three readers saw the finding, else 0.
 
-    Columns ``name`` and ``R1:ICH`` to ``R3:SAH``. Raises DataError that names file and line: a read other than 0 or
-    1, a name that is no scan of CQ500, two rows of one scan that differ. The report counts scans with ICH and none of
-    the five kinds (some bleeds have no kind), and those with a kind and no ICH.
+    Columns ``name`` and ``R1:ICH`` to ``R3:SAH``. Raises DataError that names file and line: a read other than 0 or 1,
+    a name that is no scan of CQ500, two different rows of one scan. The report counts scans with ICH and none of the
+    five kinds (some bleeds have no kind), and scans with a kind and no ICH.
     """
     table = read_table(path, "label")
-    wanted = [f"{reader}:{finding}" for reader in READERS for finding in FINDINGS.values()]
-    absent = [name for name in ("name", *wanted) if name not in table.names]
+    columns = [f"{reader}:{finding}" for reader in READERS for finding in FINDINGS.values()]
+    absent = [name for name in ("name", *columns) if name not in table.names]
     if absent:
         raise table.error(f"is no reads.csv of CQ500: it lacks {', '.join(absent[:6])}")
-    values = {name: table.numbers(name) for name in wanted}
-    for name, column in values.items():
-        table.refuse(~np.isin(column, (0.0, 1.0)), f"column {name} is neither 0 nor 1", column)
-    votes = [sum(values[f"{reader}:{finding}"] for reader in READERS) for finding in FINDINGS.values()]
+    reads = {name: table.numbers(name) for name in columns}
+    for name, values in reads.items():
+        table.refuse(~np.isin(values, (0.0, 1.0)), f"column {name} is neither 0 nor 1", values)
+    votes = [sum(reads[f"{reader}:{finding}"] for reader in READERS) for finding in FINDINGS.values()]
     names = table.text("name").to_pandas()
     numbers = scan_numbers(names)
     table.refuse(np.isnan(numbers), "column name is no scan of CQ500", names)
@@ -96,18 +86,18 @@ def read_majority(path: Path) -> ScanTable:
 
 
 def one_row_each(table: Table, values: NDArray[Any], numbers: Floats) -> pd.DataFrame:
-    """Index values (rows, 6) by scan, sorted by number; rows whose number (rows,) is NaN and repeated rows are dropped.
+    """Index values (rows, 6) by scan, sorted by number; drop repeated rows and rows whose number (rows,) is NaN.
 
     Raises DataError where two rows of one scan differ.
     """
     rows = np.flatnonzero(~np.isnan(numbers))
-    unique, first, place = np.unique(numbers[rows], return_index=True, return_inverse=True)
+    unique, first, codes = np.unique(numbers[rows], return_index=True, return_inverse=True)
     index = pd.Index([scan_name(int(number)) for number in unique])
     kept = values[rows[first]]
     differ = np.zeros(len(values), dtype=np.bool_)
-    differ[rows] = (values[rows] != kept[place]).any(axis=1)
+    differ[rows] = (values[rows] != kept[codes]).any(axis=1)
     names = np.full(len(values), "", dtype=object)
-    names[rows] = index.to_numpy()[place]
+    names[rows] = index.to_numpy()[codes]
     remedy = "keep one of them" + (", or pool them with --pool max" if table.role == "prediction" else "")
     table.refuse(differ, f"contradicts another row of the same scan; {remedy}", names)
     return pd.DataFrame(kept.astype(np.float64), index=index, columns=list(CLASSES))

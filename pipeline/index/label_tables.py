@@ -1,8 +1,8 @@
-"""Labels in every form that ``prepare`` takes, joined to the index by identifier: of slices, or of whole studies.
+"""Label tables of every format that ``prepare`` reads, joined to the index by identifier.
 
-A study that has no bleed of a kind has none on any slice: 0 there. A study that has one does not say on which slices:
-unknown there. So what learns from slices, or is scored on them, sees only what is known; the labels of studies stand
-in a table of their own.
+A table labels slices or whole studies. A study without a kind of bleed has none on any slice: these get 0. A study with
+one does not say on which slices: these labels stay unknown. So training and scores of slices use known labels only.
+The labels of studies have a table of their own.
 """
 
 from __future__ import annotations
@@ -17,20 +17,15 @@ import pyarrow.compute as pc
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
+from ichpipe.common.files import require_file
 from ichpipe.common.user_tables import read_table
 from ichpipe.index.cq500_reads import read_majority, scan_name, scan_number
-from ichpipe.index.rsna_labels import inconsistent_any, read_kaggle
-from ichpipe.index.slice_index import join_labels
+from ichpipe.index.rsna_labels import LONG_COLUMNS, first_names, read_rsna_labels, resolve_labels
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from ichpipe.common.pseudonyms import Pseudonyms
-    from ichpipe.common.user_tables import Table
-
-    Floats = NDArray[np.float64]
 
 KEYS: Final = {
     "sop_uid": ("sop_uid", "SOPInstanceUID", "ID"),
@@ -38,11 +33,10 @@ KEYS: Final = {
     "study_uid": ("study_uid", "StudyInstanceUID"),
     "patient_id": ("patient_id", "PatientID"),
 }
-"""What a row of a label table may name, from narrow to wide, and what the column may be called; the first counts."""
+"""Identifiers of a row, from narrow to wide, and their column names; the first match counts."""
 
 SCAN: Final = "scan"  # key of CQ500's reads: the number in PatientID or in the name of a folder
 STUDY_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", *CLASSES]
-_EXAMPLES: Final = 10
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class LabelTable:
         return self.key == "sop_uid"
 
     def hidden(self, pseudonyms: Pseudonyms | None) -> LabelTable:
-        """Return the table with each PatientID replaced by its pseudonym, where it names patients at all."""
+        """Replace each PatientID by its pseudonym."""
         if pseudonyms is None or self.key != "patient_id":
             return self
         names = {key: pseudonyms.of(value) for key, value in self.report.items() if key.endswith("_names")}
@@ -72,132 +66,101 @@ def read_labels(dataset: str, path: Path) -> LabelTable:
 
     Raises MissingFileError, or DataError that names file and line.
     """
+    require_file(path, "name the label table with prepare.labels, or null for none")
     if dataset == "rsna":
-        values, report = read_kaggle(path)
-        return LabelTable("sop_uid", values, report.as_dict())
+        return LabelTable("sop_uid", *read_rsna_labels(path))
     if dataset == "cq500":
-        found = read_majority(path)
-        return LabelTable(SCAN, found.values.astype(np.float32), found.report)
+        majority = read_majority(path)
+        return LabelTable(SCAN, majority.values.astype(np.float32), majority.report)
     return _read_simple(path)
 
 
 def _read_simple(path: Path) -> LabelTable:
-    """Read a table with one identifier a row and any of the six classes: 0, 1, or empty for unknown."""
+    """Read a table with an identifier in each row and any of the six classes: 0, 1, or empty for unknown."""
     table = read_table(path, "label")
-    if sorted(table.names) == ["ID", "Label"]:
-        values, report = read_kaggle(path)
-        return LabelTable("sop_uid", values, report.as_dict())
-    key, column = _key_column(table)
-    present = [name for name in CLASSES if name in table.names]
-    if not present:
+    if sorted(table.names) == LONG_COLUMNS:
+        return LabelTable("sop_uid", *read_rsna_labels(path))
+    columns = [(key, column) for key, names in KEYS.items() for column in names if column in table.names]
+    if not columns:
+        known = ", ".join(names[0] for names in KEYS.values())
+        raise table.error(f"names no slice, series, study or patient: it needs one column of {known}")
+    if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
-    cells = np.full((len(table.content), len(CLASSES)), np.nan)
-    for name in present:
-        cells[:, CLASSES.index(name)] = _cells(table, name)
-    return _resolve(key, pd.Index(table.text(column).to_pandas()), cells, str(path))
-
-
-def _key_column(table: Table) -> tuple[str, str]:
-    for key, columns in KEYS.items():
-        for column in columns:
-            if column in table.names:
-                return key, column
-    known = ", ".join(columns[0] for columns in KEYS.values())
-    raise table.error(f"names no slice, series, study or patient: it needs one column of {known}")
-
-
-def _cells(table: Table, name: str) -> Floats:
-    """Return a column (rows,) of 0, 1 and NaN; an empty cell is NaN, in CSV too."""
-    column = table.content[name].combine_chunks()
-    if pa.types.is_string(column.type):
-        text = pc.utf8_trim_whitespace(column)
-        column = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
-    shown = column.to_pandas()
-    values: Floats = pd.to_numeric(shown.astype(object), errors="coerce").to_numpy(np.float64)
-    wrong = ~np.isin(values, (0.0, 1.0)) & shown.notna().to_numpy()
-    table.refuse(wrong, f"column {name} is neither 0, 1 nor empty", shown)
-    return values
-
-
-def _resolve(key: str, names: pd.Index, cells: Floats, path: str) -> LabelTable:
-    """Put rows of one identifier together; where they contradict each other, nothing of it is believed."""
+    (key, column), *_ = columns
+    names = pd.Index(table.text(column).to_pandas())
     codes, unique = pd.factorize(names, sort=True)
-    ones, zeros = (_counts(codes, cells == value, len(unique)) for value in (1.0, 0.0))
-    contradictory: NDArray[np.bool_] = np.asarray(((ones > 0) & (zeros > 0)).any(axis=1))
-    values = np.where(ones > 0, 1.0, np.where(zeros > 0, 0.0, np.nan))
-    values[:, 0] = _any_of(values)
-    odd: NDArray[np.bool_] = np.asarray(inconsistent_any(~np.isnan(values), values == 1.0) & ~contradictory)
-    values[contradictory | odd] = np.nan
-    frame = pd.DataFrame(values.astype(np.float32), index=pd.Index(unique, name=key), columns=list(CLASSES))
-    report = {"file": path, "key": key, "rows": len(names), "names": len(unique)}
+    zeros, ones = (np.zeros((len(unique), len(CLASSES)), dtype=np.int64) for _ in range(2))
+    for number, name in enumerate(CLASSES):
+        if name not in table.names:
+            continue
+        cells = table.content[name].combine_chunks()
+        if pa.types.is_string(cells.type):  # CSV: an empty cell is unknown
+            text = pc.utf8_trim_whitespace(cells)
+            cells = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+        shown = cells.to_pandas()
+        values = pd.to_numeric(shown.astype(object), errors="coerce").to_numpy(np.float64)
+        wrong = ~np.isin(values, (0.0, 1.0)) & shown.notna().to_numpy()
+        table.refuse(wrong, f"column {name} is neither 0, 1 nor empty", shown)
+        for counts, label in ((zeros, 0.0), (ones, 1.0)):
+            counts[:, number] = np.bincount(codes[values == label], minlength=len(unique))
+    labels, contradictory, odd_any = resolve_labels(zeros, ones, derive_any=True)
+    frame = pd.DataFrame(labels.astype(np.float32), index=pd.Index(unique, name=key), columns=list(CLASSES))
+    report: dict[str, Any] = {"file": str(path), "key": key, "rows": len(names), "names": len(unique)}
     report["duplicate_rows"] = len(names) - len(unique)
-    return LabelTable(
-        key, frame, report | _told("contradictory", unique[contradictory]) | _told("inconsistent_any", unique[odd])
-    )
-
-
-def _counts(codes: NDArray[np.intp], marked: NDArray[np.bool_], size: int) -> NDArray[np.int64]:
-    columns = [np.bincount(codes[column], minlength=size) for column in marked.T]
-    return np.stack(columns, axis=1)
-
-
-def _any_of(values: Floats) -> Floats:
-    """Fill ``any`` where the table leaves it out: 1 with a known bleed, 0 where all five kinds are known absent."""
-    kinds = values[:, 1:]
-    derived = np.where((kinds == 1.0).any(axis=1), 1.0, np.where((kinds == 0.0).all(axis=1), 0.0, np.nan))
-    return np.where(np.isnan(values[:, 0]), derived, values[:, 0])
-
-
-def _told(what: str, names: pd.Index) -> dict[str, Any]:
-    return {what: len(names), f"{what}_names": [str(name) for name in names[:_EXAMPLES]]}
+    for kind, marked in (("contradictory", contradictory), ("inconsistent_any", odd_any)):
+        report |= {kind: int(marked.sum()), f"{kind}_names": first_names(unique[marked])}
+    return LabelTable(key, frame, report)
 
 
 def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
-    """Add the six columns of CLASSES to the index, and make the table of studies: a row a series, STUDY_COLUMNS.
+    """Add the six columns of CLASSES to the index by identifier, and make the table of studies.
 
-    Returns index, studies and what did not match, counted. Raises DataError where nothing matches.
+    Returns the index (float32 labels, NaN where unknown), a row of STUDY_COLUMNS for each series, and counts of rows
+    without a match. Raises DataError if nothing matches: the table belongs to other images.
     """
-    if labels is None or labels.of_slices:
-        joined, counts = join_labels(index, None if labels is None else labels.values)
-        return joined, _studies(joined, joined[list(CLASSES)]), counts
+    if labels is None:
+        joined = index.assign(**dict.fromkeys(CLASSES, np.float32(np.nan)))
+        return joined, _reduce_to_series(joined, joined[list(CLASSES)]), {}
     names = _names(index, labels.key)
-    known = names.isin(labels.values.index)
-    if not known.any():
+    matched = names.isin(labels.values.index)
+    if not matched.any():
+        what = f"{len(index)} slices" if labels.of_slices else f"{index['study_uid'].nunique()} studies"
         raise DataError(
-            f"none of {index['study_uid'].nunique()} studies is in the label table (first {labels.key}: "
-            f"{names.iloc[0]!r}, first in the table: {labels.values.index[0]!r}); check prepare.labels and "
-            "prepare.dicom_dir"
+            f"none of {what} is in the label table (first {labels.key}: {names.iloc[0]!r}, first in the table: "
+            f"{labels.values.index[0]!r}); check prepare.labels and prepare.dicom_dir"
         )
-    of_study = labels.values.reindex(names).set_axis(index.index)
-    of_slice = of_study.where(of_study == 0.0)
+    values = labels.values[list(CLASSES)].reindex(names).set_axis(index.index)
+    of_slice = values if labels.of_slices else values.where(values == 0.0)
     joined = index.assign(**{name: of_slice[name].astype(np.float32) for name in CLASSES})
-    counts = {
-        "studies_without_label": int(index.loc[~known, "study_uid"].nunique()),
-        "labels_without_study": int((~labels.values.index.isin(names)).sum()),
-    }
-    return joined, _studies(joined, of_study), counts
+    if labels.of_slices:
+        unmatched = len(labels.values) - int(matched.sum())
+        counts = {"slices_without_label": int((~matched).sum()), "labels_without_slice": unmatched}
+    else:
+        counts = {
+            "studies_without_label": int(index.loc[~matched, "study_uid"].nunique()),
+            "labels_without_study": int((~labels.values.index.isin(names)).sum()),
+        }
+    return joined, _reduce_to_series(joined, values), counts
 
 
 def _names(index: pd.DataFrame, key: str) -> pd.Series:
-    """Return what ``key`` is called on each row (n,); for CQ500 the scan, from PatientID or else from the path."""
+    """Return the identifier of each row (n,); for CQ500 the scan that PatientID names, or else the path."""
     if key != SCAN:
         return index[key]
-    texts = index["patient_id"].drop_duplicates()
-    by_patient = {text: scan_number(text) for text in texts}
+    by_patient = {patient: scan_number(patient) for patient in index["patient_id"].drop_duplicates()}
     numbers = [
-        found if (found := by_patient[patient]) is not None else scan_number(path)
+        number if (number := by_patient[patient]) is not None else scan_number(path)
         for patient, path in zip(index["patient_id"], index["path"], strict=True)
     ]
-    names = ["" if number is None else scan_name(number) for number in numbers]
-    return pd.Series(names, index=index.index)
+    return pd.Series(["" if number is None else scan_name(number) for number in numbers], index=index.index)
 
 
-def _studies(index: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+def _reduce_to_series(index: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
     """Reduce to one row a series: 1 if any row says 1, 0 if all say 0, else unknown."""
     keys = ["study_uid", "series_uid"]
     rows = index[[*keys, "patient_id"]].assign(**{name: values[name] for name in CLASSES})
     groups = rows.groupby(keys, sort=True)
-    highest = groups[list(CLASSES)].max()  # of what is known
+    highest = groups[list(CLASSES)].max()  # of the known labels
     unknown = rows[list(CLASSES)].isna().groupby([rows[key] for key in keys]).any()
     labels = highest.where((highest == 1.0) | ~unknown).astype(np.float32)
     table = groups.agg(patient_id=("patient_id", "first"), n_slices=("patient_id", "size")).join(labels)

@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ichpipe.common.constants import TIE_MM
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import Counter
@@ -20,7 +21,7 @@ from ichpipe.dicom.dataset import UNCOMPRESSED
 from ichpipe.dicom.decode_sandbox import TrialDecoder
 from ichpipe.dicom.slice_header import SliceHeader, read_header
 from ichpipe.index.header_cache import HeaderCache
-from ichpipe.index.slice_order import DIRECTIONS, POSITION, TIE_MM, order_series
+from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

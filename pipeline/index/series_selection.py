@@ -9,20 +9,21 @@ neither the order of files nor a further, worse series changes the choice.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
+from ichpipe.common.constants import TIE_MM
 from ichpipe.common.user_tables import read_table
 from ichpipe.dicom.series_description import kernel_kind
-from ichpipe.index.slice_order import DIRECTIONS, TIE_MM
+from ichpipe.index.slice_order import DIRECTIONS, order_series
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from ichpipe.params.schema import SelectionParams
@@ -163,7 +164,7 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
 
 def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: dict[str, str]) -> list[tuple[bool, str]]:
     """Return whether each series of one study is chosen, and why or why not."""
-    faults = [faults_of(row, params) for row in rows]
+    faults = [find_faults(row, params) for row in rows]
     ranked = sorted(range(len(rows)), key=lambda number: _rank(rows[number], faults[number], params))
     best = ranked[0]
     named = choices.get(str(rows[best]["study_uid"]))
@@ -176,7 +177,7 @@ def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: di
     return [(usable and number == best, reason) for number, reason in enumerate(reasons)]
 
 
-def faults_of(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
+def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     """Return the faults of a series, a row of ``describe_series``, as keys of FAULTS with the words for each."""
     if not row["n_slices"]:
         return {"unusable": row["refused_because"] or "no usable slice"}
@@ -311,3 +312,47 @@ def head_slices(slices: pd.DataFrame, head_mm: float | None) -> pd.Series:
     top = slices.groupby("series_uid")["position_mm"].transform("max")
     near: pd.Series = (top - slices["position_mm"] <= head_mm) | ~axial(slices)
     return near
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The result of ``choose``; every input slice is in ``slices`` or in ``left_out``."""
+
+    slices: pd.DataFrame  # as ``scan`` returns them
+    series: pd.DataFrame  # one row a series: its facts, ``chosen``, ``reason``
+    left_out: pd.DataFrame  # path, reason, study_uid, series_uid
+
+
+def select_series(
+    slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams, *, one_per_study: bool
+) -> Selection:
+    """Choose series by the rules of ``selection``; ``slices`` and ``rejected`` are those of ``scan``.
+
+    Without ``one_per_study`` every series with a usable slice is chosen whole.
+    """
+    series = describe_series(slices, rejected)
+    if not one_per_study:
+        usable = series["n_slices"] > 0
+        every = series.assign(
+            chosen=usable, reason=usable.map({True: "every series is used", False: "no usable slice"})
+        )
+        return Selection(slices, every, rejected.iloc[:0])
+    choices = read_choices(Path(params.choices), series) if params.choices else None
+    series = choose_series(series, params, choices)
+    reason = slices["series_uid"].map(series.set_index("series_uid")["reason"])
+    not_chosen = ~slices["series_uid"].isin(series.loc[series["chosen"], "series_uid"])
+    below = ~not_chosen & ~head_slices(slices, params.head_mm)
+    kept = slices[~not_chosen & ~below]
+    if below.any():  # numbers and distances of what is left
+        kept, _ = order_series(kept.drop(columns=["slice_index", "position_mm", "spacing_mm"]))
+    parts = [
+        _left_out(slices[not_chosen], "series not chosen: " + reason[not_chosen]),
+        _left_out(slices[below], f"more than {params.head_mm} mm below the topmost slice: no head"),
+    ]
+    return Selection(kept.reset_index(drop=True), series, pd.concat(parts, ignore_index=True))
+
+
+def _left_out(slices: pd.DataFrame, reason: pd.Series | str) -> pd.DataFrame:
+    return slices[["path", "study_uid", "series_uid"]].assign(reason=reason)[
+        ["path", "reason", "study_uid", "series_uid"]
+    ]

@@ -1,52 +1,57 @@
-"""Thin series made comparable with thick ones: the maximum over 250 noisy slices is higher than that over 30."""
+"""Smoothing and strides that make thin series comparable with thick ones.
+
+The maximum over 250 noisy slices is higher than the maximum over 30.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe.index.slice_order import TIE_MM
+from ichpipe.common.constants import THICK_SLICE_MM, TIE_MM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
-WINDOW_MM: Final = 5.0
-"""Thickness of the slices of most head scans, and of RSNA 2019's, on which models are trained."""
 
+def smooth_thin(values: Floats, position_mm: Floats, window_mm: float = THICK_SLICE_MM) -> Floats:
+    """Average the probabilities (n, k) of a thin series over ``window_mm`` along the normal; keep those of others.
 
-def smooth_thin(values: Floats, position_mm: Floats, window_mm: float = WINDOW_MM) -> Floats:
-    """Average the probabilities (n, k) of a thin series over ``window_mm`` along the normal; others stay as they are.
-
-    A series is thin where the median step between its places (``position_mm``, (n,)) is below half the window. Each
-    slice gets the mean over the places in the window around it; slices at one place count once, as their mean. A
-    window that would reach past an end of the series, or into a step of half a window or more, is moved inside, so
-    that a lone slice at an end weighs no more than one in the middle; where a stretch between such ends is shorter
-    than the window, its mean stands throughout, and a slice alone in its stretch keeps its own value. A thick slice
-    cut into three or more equal thin ones thus leaves the maximum over the series as it was.
+    A series is thin if the median step between its positions (``position_mm``, (n,)) is below half the window. Each
+    slice gets the mean over the positions in the window around it. Slices at one position count once, as their mean.
+    A window moves inside where it would reach past an end of the series or into a step of half a window or more. So a
+    lone slice at an end weighs no more than one in the middle. A stretch shorter than the window gets its mean.
+    The maximum over a series does not change when a thick slice is cut into three or more equal thin ones.
     """
-    slot = _places(position_mm)
+    order = np.argsort(position_mm, kind="stable")  # slices closer than TIE_MM to the next share a position
+    slot = np.empty(len(order), dtype=np.intp)
+    slot[order] = np.cumsum(np.diff(position_mm[order], prepend=position_mm[order[:1]]) >= TIE_MM)
     sizes = np.bincount(slot)
-    places = np.bincount(slot, weights=position_mm) / sizes
-    step = np.median(np.diff(places)) if len(places) > 1 else np.inf
+    positions = np.bincount(slot, weights=position_mm) / sizes
+    step = np.median(np.diff(positions)) if len(positions) > 1 else np.inf
     if step >= window_mm / 2 - TIE_MM:
         return values
-    start, stop = _windows(places, float(step), window_mm)
-    means = np.zeros((len(places), values.shape[1]))
+    ends = np.flatnonzero(np.diff(positions) >= window_mm / 2 - TIE_MM) + 1
+    stretches = pairwise([0, *ends.tolist(), len(positions)])
+    parts = [first + _windows(positions[first:last], float(step), window_mm) for first, last in stretches]
+    start, stop = np.concatenate(parts, axis=1)
+    means = np.zeros((len(positions), values.shape[1]))
     np.add.at(means, slot, values)
     below = np.vstack([np.zeros(values.shape[1]), np.cumsum(means / sizes[:, None], axis=0)])
     smooth: Floats = np.clip((below[stop] - below[start]) / (stop - start)[:, None], 0.0, 1.0)[slot]
     return smooth
 
 
-def stride_of(position_mm: Floats, spacing_mm: float = WINDOW_MM) -> int:
-    """Return in how many interleaved parts a series has about ``spacing_mm`` between slices; positions (n,) in order.
+def stride_of(position_mm: Floats, spacing_mm: float = THICK_SLICE_MM) -> int:
+    """Return into how many interleaved parts a series splits so that a part has about ``spacing_mm`` between slices.
 
-    1 where the median step is half of that or more. A sequence model that was trained on slices 5 mm apart takes
-    what lies 0.6 mm apart for a longer head: it is shown every eighth slice, eight times.
+    ``position_mm`` (n,) is in order. Returns 1 where the median step is half of ``spacing_mm`` or more. A sequence
+    model that was trained on slices 5 mm apart sees a longer head in slices 0.6 mm apart. It gets every eighth slice,
+    eight times.
     """
     steps = np.diff(position_mm)
     steps = steps[steps >= TIE_MM]
@@ -55,33 +60,16 @@ def stride_of(position_mm: Floats, spacing_mm: float = WINDOW_MM) -> int:
     return round(spacing_mm / step)
 
 
-def _places(position_mm: Floats) -> NDArray[np.intp]:
-    """Number the places (n,) from the lowest; slices closer than TIE_MM to the next one share a number."""
-    order = np.argsort(position_mm, kind="stable")
-    slot = np.empty(len(order), dtype=np.intp)
-    slot[order] = np.cumsum(np.diff(position_mm[order], prepend=position_mm[order[:1]]) >= TIE_MM)
-    return slot
-
-
-def _windows(places: Floats, step: float, window_mm: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the first place of each place's window, and the one after its last."""
-    ends = np.flatnonzero(np.diff(places) >= window_mm / 2 - TIE_MM) + 1
-    bounds = [0, *ends.tolist(), len(places)]
-    parts = [first + _windows_of_stretch(places[first:last], step, window_mm) for first, last in pairwise(bounds)]
-    start, stop = np.concatenate(parts, axis=1)
-    return start, stop
-
-
-def _windows_of_stretch(places: Floats, step: float, window_mm: float) -> NDArray[np.intp]:
-    """Return the windows of places without a wide step between them, as rows start and stop (2, places)."""
-    # Half open, and a tenth of a step low: an even number of thin slices to a window has places at both its ends, and
-    # positions rounded in the header must not decide which one counts. At a tenth no usual step is near an end.
-    low, high = places - window_mm / 2 - step / 10, places + window_mm / 2 - step / 10
-    own = np.arange(len(places))
-    # Whole: the places that would come before the first and after the last are outside.
-    whole = np.flatnonzero((places[0] - step < low) & (places[-1] + step >= high))
+def _windows(positions: Floats, step: float, window_mm: float) -> NDArray[np.intp]:
+    """Return the window of each position of a stretch without a wide step, as rows start and stop (2, positions)."""
+    # Half open, and shifted down by a tenth of a step. Else an even number of thin slices a window has positions at
+    # both ends, and rounding in the header decides which one counts. No usual step puts a position at a tenth.
+    low, high = positions - window_mm / 2 - step / 10, positions + window_mm / 2 - step / 10
+    own = np.arange(len(positions))
+    # A window is whole if the positions before the first and after the last one would lie outside.
+    whole = np.flatnonzero((positions[0] - step < low) & (positions[-1] + step >= high))
     if not whole.size:
-        return np.stack([np.zeros_like(own), np.full_like(own, len(places))])
+        return np.stack([np.zeros_like(own), np.full_like(own, len(positions))])
     nearest = np.clip(own, whole[0], whole[-1])
-    start, stop = np.searchsorted(places, low)[nearest], np.searchsorted(places, high)[nearest]
-    return np.stack([np.minimum(start, own), np.maximum(stop, own + 1)])  # uneven steps: its own place is always in
+    start, stop = np.searchsorted(positions, low)[nearest], np.searchsorted(positions, high)[nearest]
+    return np.stack([np.minimum(start, own), np.maximum(stop, own + 1)])  # with its own position, at uneven steps too

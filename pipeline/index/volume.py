@@ -16,8 +16,8 @@ from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
 from ichpipe.dicom.elements import elements_of, tags
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.index.chosen import choose
 from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import select_series
 from ichpipe.params.schema import SelectionParams
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def find_slices(
     Raises MissingFileError for a path that is not there, DataError where not one slice is usable.
     """
     scanned, rejected = scan(listed(paths), workers)
-    chosen = choose(scanned, rejected, selection or SelectionParams(), one_per_study=not all_series)
+    chosen = select_series(scanned, rejected, selection or SelectionParams(), one_per_study=not all_series)
     left_out = pd.concat([rejected, chosen.left_out], ignore_index=True)[["path", "reason"]]
     if chosen.slices.empty:
         raise DataError(f"{_named(paths)}: none of {len(left_out)} files is a usable CT slice{_first(left_out)}")

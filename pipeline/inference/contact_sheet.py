@@ -1,6 +1,6 @@
-"""One study on one picture: chosen slices in the brain window, the heat map on each, P along the head.
+"""Contact sheet of one study: chosen slices in the brain window with their heat maps, and P along the head.
 
-Nothing in the picture says whose it is: slices are named by number and millimetres.
+The picture holds no identifier: slices have a number and a position in mm.
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ if TYPE_CHECKING:
 COLUMNS: Final = 6
 WIDTH_IN: Final = 11.0
 HEAT: Final = "inferno"
-SKIN_HU: Final = -300
-"""More than this is head or holder, less is air."""
-
+SKIN_HU: Final = -300  # above: head or headrest; below: air
+STRONGEST: Final = 0.65  # opacity of the heat map where heat and probability are 1
 NOTE: Final = (
     "Under each slice the same slice with its heat map: which places raise P above the mean of the series. "
     "Stronger colour, higher P.\nA heat map is no outline of a bleed, and shows the model's reasons, right or wrong."
 )
 
-STRONGEST: Final = 0.65
-"""Opacity of the heat map where it is 1 and the slice's probability is 1."""
-
 
 @dataclass(frozen=True)
 class SheetData:
-    """What a sheet shows of a series of T slices, k of which have a panel."""
+    """Content of a sheet: a series of T slices, k of which have a panel."""
 
     hu: NDArray[np.int16]  # (k, S, S)
     heat: NDArray[np.float32] | None  # (k, S, S), 0 to 1; None: plain slices
-    rows: NDArray[np.intp]  # (k,) which of the T slices these are
+    rows: NDArray[np.intp]  # (k,) rows of the slices with a panel, 0 to T - 1
     position_mm: Floats  # (T,)
     probabilities: Floats  # (T, 6), in the order of CLASSES
     framed: NDArray[np.bool_]  # (T,)
@@ -55,47 +51,40 @@ class SheetData:
 
 
 def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDArray[np.intp]:
-    """Choose at most ``panels`` of the slices (T,): equal stretches in mm, and of each the slice with the highest P.
+    """Choose at most ``panels`` of the slices (T,): of equal stretches in mm, the slice with the highest P, in order.
 
-    A series with no more slices than panels is shown whole. Slices come in order.
+    A series with no more slices than panels is shown whole.
     """
     count = len(probability)
     if count <= panels:
         return np.arange(count)
     low, high = float(position_mm.min()), float(position_mm.max())
-    span = max(high - low, 1e-6)
-    stretch = np.minimum(((position_mm - low) / span * panels).astype(int), panels - 1)
-    best = [np.flatnonzero(stretch == number) for number in range(panels)]
-    return np.array(sorted(rows[np.argmax(probability[rows])] for rows in best if rows.size), dtype=np.intp)
+    stretch = np.minimum(((position_mm - low) / max(high - low, 1e-6) * panels).astype(int), panels - 1)
+    members = [np.flatnonzero(stretch == number) for number in range(panels)]
+    return np.array(sorted(rows[np.argmax(probability[rows])] for rows in members if rows.size), dtype=np.intp)
 
 
 def contact_sheet(data: SheetData, columns: int = COLUMNS, width_in: float = WIDTH_IN) -> bytes:
     """Draw the sheet as PNG, 100 pixels an inch: each slice plain, and beneath it the same under its heat map."""
-    rows, width = -(-len(data.rows) // columns), width_in
-    box = head_box(data.hu)
-    shape = data.hu[0][box].shape
-    height_of_panel = width / columns * shape[0] / shape[1] * (2.0 if data.heat is not None else 1.0) + 0.3
-    tiles_high, below_high = (0.5 if data.title else 0.1) + rows * height_of_panel, 2.9
-    figure = Figure(figsize=(width, tiles_high + below_high), layout="constrained", facecolor="white")
-    sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[tiles_high, below_high]).flat
+    rows, box = -(-len(data.rows) // columns), head_box(data.hu)
+    height, width = data.hu[0][box].shape
+    panel_in = width_in / columns * height / width * (2.0 if data.heat is not None else 1.0) + 0.3
+    tiles_in, below_in = (0.5 if data.title else 0.1) + rows * panel_in, 2.9
+    figure = Figure(figsize=(width_in, tiles_in + below_in), layout="constrained", facecolor="white")
+    sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[tiles_in, below_in]).flat
     if data.title:
         sheet.suptitle(data.title, fontsize=12)
     grid = sheet.subplots(rows, columns, squeeze=False)
     sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, axes in enumerate(grid.flat[: len(data.rows)]):
-        _panel(axes, data, number, box)
-    _curve(below.subplots(), data)
+    for number, axes in enumerate(grid.flat):
+        if number < len(data.rows):
+            _draw_panel(axes, data, number, box)
+        else:
+            axes.set_axis_off()
+    _draw_curve(below.subplots(), data)
     if data.heat is not None and data.note:
         below.supxlabel(data.note, fontsize=8.5, color="0.3")
     return to_png(figure)
-
-
-def brain_window(hu: NDArray[np.int16]) -> Floats:
-    """Map HU to grey, 0 to 1, in the brain window (level 40, width 80)."""
-    level, width = BRAIN_WINDOW
-    return np.clip((hu.astype(np.float64) - (level - width / 2)) / width, 0.0, 1.0)
 
 
 def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floats:
@@ -107,53 +96,51 @@ def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floa
 
 
 def head_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:
-    """Return the rows and columns that hold the heads of slices (k, S, S), with a margin; all where there is none."""
+    """Return the rows and columns that hold the heads of slices (k, S, S), with a margin; all if there is no head."""
     inside = np.any(hu > SKIN_HU, axis=0)
     if not inside.any():
         return slice(None), slice(None)
     margin = max(1, hu.shape[1] // 40)
-    ends = [(np.flatnonzero(line)[0], np.flatnonzero(line)[-1]) for line in (inside.any(axis=1), inside.any(axis=0))]
-    rows, columns = (slice(max(0, int(a) - margin), int(b) + margin + 1) for a, b in ends)
+    ends = [np.flatnonzero(line)[[0, -1]].tolist() for line in (inside.any(axis=1), inside.any(axis=0))]
+    rows, columns = (slice(max(0, first - margin), last + margin + 1) for first, last in ends)
     return rows, columns
 
 
-def _panel(axes: Axes, data: SheetData, number: int, box: tuple[slice, slice]) -> None:
+def _draw_panel(axes: Axes, data: SheetData, number: int, box: tuple[slice, slice]) -> None:
     row = int(data.rows[number])
-    column = CLASSES.index(data.class_name)
-    probability = float(data.probabilities[row, column])
-    grey = brain_window(data.hu[number])
+    probability, framed = float(data.probabilities[row, CLASSES.index(data.class_name)]), bool(data.framed[row])
+    level, width = BRAIN_WINDOW
+    grey = np.clip((data.hu[number].astype(np.float64) - (level - width / 2)) / width, 0.0, 1.0)
     picture = np.repeat(grey[..., None], 3, axis=2)[box]
     if data.heat is not None:
         picture = np.concatenate([picture, overlay(grey, data.heat[number], probability)[box]])
-    axes.set_axis_on()
     axes.imshow(picture, vmin=0, vmax=1, interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
-    framed = bool(data.framed[row])
     label = f"{row} · {data.position_mm[row]:.0f} mm · P {probability:.2f}"
     axes.set_xlabel(label, fontsize=9, labelpad=2, color="#B34700" if framed else "black")
     for spine in axes.spines.values():
         spine.set(visible=framed, edgecolor=POSITIVE, linewidth=3)
 
 
-def _curve(axes: Axes, data: SheetData) -> None:
-    """Draw P by position: the class that is explained bold, the others thin."""
+def _draw_curve(axes: Axes, data: SheetData) -> None:
+    """Draw P by position: a bold line for the explained class, thin ones for the others."""
     order = np.argsort(data.position_mm, kind="stable")
-    place = data.position_mm[order]
-    steps = np.diff(place) if len(place) > 1 else np.array([5.0])
-    edges = place + 0.5 * np.append(steps, steps[-1])[: len(place)]
+    position_mm = data.position_mm[order]
+    steps = np.diff(position_mm) if len(position_mm) > 1 else np.array([5.0])
+    edges = position_mm + 0.5 * np.append(steps, steps[-1])[: len(position_mm)]
     for row in np.flatnonzero(data.framed[order]):
-        start = edges[row - 1] if row else 2 * place[0] - edges[0]
+        start = edges[row - 1] if row else 2 * position_mm[0] - edges[0]
         axes.axvspan(start, edges[row], color=POSITIVE, alpha=0.18, linewidth=0)
+    marker = "." if len(position_mm) < 80 else None
     for number, name in enumerate(CLASSES):
-        bold = name == data.class_name
-        values = data.probabilities[order, number]
-        style: dict[str, Any] = {"color": "black" if bold else PALETTE[number % len(PALETTE)]}
-        style |= {"linewidth": 2.4, "zorder": 3} if bold else {"linewidth": 1.1, "alpha": 0.9}
-        axes.plot(place, values, label=name, marker="." if len(place) < 80 else None, markersize=4, **style)
+        style: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "linewidth": 1.1, "alpha": 0.9}
+        if name == data.class_name:
+            style = {"color": "black", "linewidth": 2.4, "zorder": 3}
+        axes.plot(position_mm, data.probabilities[order, number], label=name, marker=marker, markersize=4, **style)
     if data.threshold is not None:
         axes.axhline(data.threshold, color="0.4", linewidth=1, linestyle="--")
-    shown = np.full(len(data.rows), -0.045)
-    axes.plot(data.position_mm[data.rows], shown, "|", color="0.3", markersize=6, clip_on=False)
+    ticks = np.full(len(data.rows), -0.045)
+    axes.plot(data.position_mm[data.rows], ticks, "|", color="0.3", markersize=6, clip_on=False)
     handles, names = axes.get_legend_handles_labels()
     handles.append(Line2D([], [], color=POSITIVE, alpha=0.3, linewidth=8))
     names.append(data.framed_means)

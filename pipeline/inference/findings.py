@@ -1,4 +1,4 @@
-"""What was predicted, to hand on: where each class was found along the head, and all of it as one document."""
+"""Findings of `predict`: where along the head each class is positive, and the document predictions.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.scoring.model_ladder import smooth_series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import pandas as pd
 
@@ -23,17 +23,17 @@ DIGITS: Final = 9
 
 @dataclass(frozen=True)
 class Extent:
-    """Where one class was found in one series."""
+    """The slices of one series in which one class is positive."""
 
     sop_uids: tuple[str, ...]  # slices at or above the threshold, in order
-    first_mm: float | None  # place along the slice normal of the first of them, from the feet up; None without any
+    first_mm: float | None  # lowest position of these along the slice normal, from the feet up; None without any
     last_mm: float | None
     highest: str  # SOPInstanceUID of the slice with the largest probability
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made the predictions, and by which rules."""
+    """The model and the rules that made the predictions."""
 
     model_sha256: str
     calibration: str  # none, temperature, isotonic, absent (nothing beside the model) or left out (by request)
@@ -43,17 +43,17 @@ class Provenance:
 
     def calibration_said(self) -> str:
         """Return how probabilities were calibrated, in words."""
-        said = {
+        texts = {
             "absent": "not calibrated: no calibration.json beside the model (ichpipe evaluate writes it)",
             "left out": "not calibrated, as asked",
             "none": "not calibrated (evaluate.calibration: none)",
         }
-        if self.calibration in said:
-            return said[self.calibration]
+        if self.calibration in texts:
+            return texts[self.calibration]
         if not self.calibrated:
             return f"not calibrated: too few validation patients for {self.calibration} (calibration.json)"
-        which = "" if len(self.calibrated) == len(CLASSES) else f" of {', '.join(self.calibrated)}"
-        return f"calibrated: {self.calibration}{which}"
+        classes = "" if len(self.calibrated) == len(CLASSES) else f" of {', '.join(self.calibrated)}"
+        return f"calibrated: {self.calibration}{classes}"
 
 
 def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Extent]]:
@@ -63,23 +63,20 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
     order. A slice counts from ``threshold`` on. Thin series are averaged along z first, as for the study's score.
     """
     values = smooth_series(slices)
-    places, uids = slices["position_mm"].to_numpy(np.float64), slices["sop_uid"].to_numpy(object)
-    return {
-        str(series): {
-            name: _extent(column, places[rows], uids[rows], threshold)
-            for name, column in zip(CLASSES, values[rows].T, strict=True)
-        }
-        for series, rows in slices.groupby("series_uid", sort=False).indices.items()
-    }
+    position_mm, uids = slices["position_mm"].to_numpy(np.float64), slices["sop_uid"].to_numpy(object)
+    by_series: dict[str, dict[str, Extent]] = {}
+    for series_uid, indices in slices.groupby("series_uid", sort=False).indices.items():
+        rows = np.asarray(indices, dtype=np.intp)
+        by_class = by_series[str(series_uid)] = {}
+        for name, column in zip(CLASSES, values[rows].T, strict=True):
+            positive = rows[column >= threshold]
+            mm = position_mm[positive]
+            first, last = (float(mm.min()), float(mm.max())) if mm.size else (None, None)
+            by_class[name] = Extent(tuple(map(str, uids[positive])), first, last, str(uids[rows[np.argmax(column)]]))
+    return by_series
 
 
-def _extent(values: Any, places: Any, uids: Any, threshold: float) -> Extent:
-    found = np.flatnonzero(values >= threshold)
-    first, last = (float(places[found].min()), float(places[found].max())) if len(found) else (None, None)
-    return Extent(tuple(map(str, uids[found])), first, last, str(uids[int(np.argmax(values))]))
-
-
-def as_document(
+def build_document(
     studies: pd.DataFrame,
     slices: pd.DataFrame,
     where: Mapping[str, Mapping[str, Extent]],
@@ -90,7 +87,7 @@ def as_document(
 ) -> dict[str, Any]:
     """Return everything as JSON-like data, as docs/predict.md lists it. No date: same input, same document."""
     reasons = series.set_index("series_uid")["reason"]
-    rows = {str(uid): part for uid, part in slices.groupby("series_uid", sort=False)}
+    parts = {str(uid): part for uid, part in slices.groupby("series_uid", sort=False)}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -101,10 +98,25 @@ def as_document(
         "study_score": provenance.study_score,
         "forced": bool(forced),
         "studies": [
-            _study(row, rows[row["series_uid"]], where[row["series_uid"]], str(reasons[row["series_uid"]]), forced)
-            for row in _records(studies)
+            {
+                **{name: row[name] for name in ("patient_id", "study_uid", "series_uid")},
+                "series_reason": str(reasons[row["series_uid"]]),
+                "n_slices": int(row["n_slices"]),
+                "forced": row["series_uid"] in forced,
+                "forced_despite": forced.get(row["series_uid"]),
+                "findings": {name: _finding(row[name], extent) for name, extent in where[row["series_uid"]].items()},
+                "slices": [
+                    {
+                        "sop_uid": item["sop_uid"],
+                        "slice_index": int(item["slice_index"]),
+                        **{name: _rounded(item[name]) for name in ("position_mm", *CLASSES)},
+                    }
+                    for item in parts[row["series_uid"]].to_dict("records")
+                ],
+            }
+            for row in studies.to_dict("records")
         ],
-        "refused": _records(refused),
+        "refused": refused.to_dict("records"),
     }
 
 
@@ -116,37 +128,12 @@ def package_version() -> str:
         return "unknown"
 
 
-def _study(
-    row: dict[str, Any], slices: pd.DataFrame, where: Mapping[str, Extent], reason: str, forced: Mapping[str, str]
-) -> dict[str, Any]:
-    uid = row["series_uid"]
+def _finding(probability: float, extent: Extent) -> dict[str, float | None]:
+    first, last = (None if mm is None else _rounded(mm) for mm in (extent.first_mm, extent.last_mm))
     return {
-        **{name: row[name] for name in ("patient_id", "study_uid", "series_uid")},
-        "series_reason": reason,
-        "n_slices": int(row["n_slices"]),
-        "forced": uid in forced,
-        "forced_despite": forced.get(uid),
-        "findings": {name: {"probability": _short(row[name]), **_place(where[name])} for name in CLASSES},
-        "slices": [
-            {
-                "sop_uid": one["sop_uid"],
-                "slice_index": int(one["slice_index"]),
-                "position_mm": _short(one["position_mm"]),
-                **{name: _short(one[name]) for name in CLASSES},
-            }
-            for one in _records(slices)
-        ],
-    }
+        "probability": _rounded(probability), "first_mm": first, "last_mm": last, "n_slices": len(extent.sop_uids)
+    }  # fmt: skip
 
 
-def _place(found: Extent) -> dict[str, Any]:
-    first, last = (None if one is None else _short(one) for one in (found.first_mm, found.last_mm))
-    return {"first_mm": first, "last_mm": last, "n_slices": len(found.sop_uids)}
-
-
-def _records(table: pd.DataFrame) -> Sequence[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")

@@ -1,17 +1,16 @@
-"""What a model of head CT is not asked about: another modality or part of the body, localizers, contrast, too little.
+"""Rejects series that are not plain head CT: other modality or body part, localizer, contrast, too few slices.
 
-A network gives a number for anything. Judged here is what the header says, and how much of a head there is; what the
-pixels show is not.
+A network gives a probability for any image. The check reads headers and measures the extent, but not the pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from ichpipe.index.series_selection import axial, faults_of
+from ichpipe.index.series_selection import axial, find_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,63 +18,50 @@ if TYPE_CHECKING:
     from ichpipe.params.schema import SelectionParams
 
 REFUSED_FOR: Final = ("unusable", "not a head", "other examination", "too little", "contrast", "turned")
-"""Keys of ``selection.FAULTS``. Other faults (bone kernel, loss, thin reformats) are of a head CT all the same."""
+"""Keys of the faults that refuse a series. With other faults (bone kernel, loss, thin) it is still a head CT."""
 
 NOT_AXIAL: Final = "coronal or sagittal slices; the models know axial ones"
 REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "reason"]
-_DESCRIBED: Final = ["patient_id", "study_uid", "series_uid", "n_slices"]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What ``judge`` decided of the series that stand for their studies."""
+class HeadCtCheck:
+    """Result of ``judge``."""
 
-    slices: pd.DataFrame  # of the series that are predicted
-    refused: pd.DataFrame  # REFUSED_COLUMNS: series that are not, or studies without any usable one
-    forced: dict[str, str]  # series that are predicted although there is a reason not to, and the reason
+    slices: pd.DataFrame  # of the series to predict
+    refused: pd.DataFrame  # REFUSED_COLUMNS: refused series, and studies without a usable one
+    forced: dict[str, str]  # by UID: why a series that is predicted by force would have been refused
 
 
-def judge(
+def check_head_ct(
     slices: pd.DataFrame,
     series: pd.DataFrame,
     params: SelectionParams,
     overruled: Mapping[str, str] | None = None,
     *,
     force: bool = False,
-) -> Judged:
-    """Judge the chosen series; ``slices`` and ``series`` are those of ``chosen.choose``.
+) -> HeadCtCheck:
+    """Check the chosen series; ``slices`` and ``series`` are those of ``choose``.
 
-    ``overruled`` names series that were read only by force, and why they would not have been. A series without a
-    usable slice is refused even by force. Series that were passed over are not listed: another one stands for them.
+    ``overruled`` gives the reason, by UID, of series that were read only by force. A series without a usable slice is
+    refused even by force. Series that were passed over are not listed: another one stands for their study.
     """
-    known = dict(overruled or {})
-    level = dict(zip(slices["series_uid"], axial(slices), strict=True))
-    rows = [{str(key): value for key, value in row.items()} for row in _candidates(series).to_dict("records")]
-    reasons = {str(row["series_uid"]): _why_not(row, params, level, known) for row in rows}
-    unusable = {str(row["series_uid"]) for row in rows if not row["n_slices"]}
-    stopped = {uid for uid, reason in reasons.items() if reason and (uid in unusable or not force)}
-    refused = pd.DataFrame(
-        [{**{name: row[name] for name in _DESCRIBED}, "reason": reasons[row["series_uid"]]} for row in rows
-         if row["series_uid"] in stopped],
-        columns=REFUSED_COLUMNS,
-    )  # fmt: skip
-    forced = {uid: reason for uid, reason in reasons.items() if reason and uid not in stopped}
-    return Judged(slices[~slices["series_uid"].isin(stopped)].reset_index(drop=True), refused, forced)
-
-
-def _candidates(series: pd.DataFrame) -> pd.DataFrame:
-    """Return the chosen series, and of a study without one the series whose refusal says most: the largest."""
-    served = set(series.loc[series["chosen"], "study_uid"])
-    rest = series[~series["study_uid"].isin(served)].sort_values(["study_uid", "n_refused"], ascending=[True, False])
-    return pd.concat([series[series["chosen"]], rest.drop_duplicates("study_uid")]).sort_index()
-
-
-def _why_not(
-    row: dict[str, Any], params: SelectionParams, level: Mapping[str, Any], overruled: Mapping[str, str]
-) -> str:
-    uid, faults = str(row["series_uid"]), faults_of(row, params)
-    reasons = [overruled[uid]] if uid in overruled else []
-    reasons += [faults[name] for name in REFUSED_FOR if name in faults]
-    if not level.get(uid, True):
-        reasons.append(NOT_AXIAL)
-    return "; ".join(reasons)
+    is_axial = dict(zip(slices["series_uid"], axial(slices), strict=True))
+    # Of a study without a chosen series, the largest one gives the most useful reason.
+    chosen = series["chosen"]
+    rest = series[~series["study_uid"].isin(series.loc[chosen, "study_uid"])]
+    rest = rest.sort_values(["study_uid", "n_refused"], ascending=[True, False]).drop_duplicates("study_uid")
+    candidates = pd.concat([series[chosen], rest]).sort_index().to_dict("records")
+    refused, forced = [], {}
+    for row in candidates:
+        uid = str(row["series_uid"])
+        faults = find_faults({str(key): value for key, value in row.items()}, params)
+        reasons = [overruled[uid]] if overruled and uid in overruled else []
+        reasons += [faults[name] for name in REFUSED_FOR if name in faults]
+        reasons += [] if is_axial.get(uid, True) else [NOT_AXIAL]
+        if reasons and force and row["n_slices"]:
+            forced[uid] = "; ".join(reasons)
+        elif reasons:
+            refused.append({**row, "reason": "; ".join(reasons)})
+    table = pd.DataFrame(refused, columns=REFUSED_COLUMNS)
+    return HeadCtCheck(slices[~slices["series_uid"].isin(table["series_uid"])].reset_index(drop=True), table, forced)

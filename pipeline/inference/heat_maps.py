@@ -1,14 +1,14 @@
-"""Where the model looked: heat maps of the fine-tuned network's score of a slice.
+"""Heat maps of the fine-tuned network's score of a slice, and contact sheets that show them.
 
-The score explained is the logit of the whole CNN-LSTM for that slice, as a function of that slice's own image; the
-embeddings of its neighbours are held fixed. Two steps, which need a few slices' images at a time:
+A map explains the logit of the whole network, CNN and sequence model, as a function of one slice's image. The
+embeddings of the neighbours stay fixed. There are two steps, and only a few images are in memory at a time:
 
-1. Through the sequence model, gradients of the logit with respect to the slice's embedding, averaged on the way from
-   the mean embedding of its series to its own (integrated gradients, Sundararajan et al., ICML 2017): the direction
-   that says by which features the slice stands out. One gradient at the end of the way localises less well.
-2. Through the CNN, LayerCAM (Jiang et al., IEEE TIP 2021) of the output along that direction.
+1. Through the sequence model: integrated gradients (Sundararajan et al., ICML 2017) of the logit with respect to the
+   slice's embedding, from the mean embedding of its series to its own. They tell which features make the slice stand
+   out. A single gradient at the slice's own embedding localises less well.
+2. Through the CNN: LayerCAM (Jiang et al., IEEE TIP 2021) of the output along that direction.
 
-What was measured on the phantom, and why not the slice CNN's own head, stands in docs/report.md.
+docs/report.md has the measurements on the phantom, and why the slice CNN's own head is not explained instead.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ import torch
 from pytorch_grad_cam import LayerCAM
 from torch import Tensor, nn
 
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import WeightsError
+from ichpipe.features.embedder import to_probabilities
 from ichpipe.images.slice_dataset import load_readable, load_slices
+from ichpipe.index.thin_slices import stride_of
+from ichpipe.inference.contact_sheet import COLUMNS, WIDTH_IN, SheetData, choose_panels, contact_sheet
+from ichpipe.models.header import spacing_of
 from ichpipe.models.sequence import mean_logits
+from ichpipe.models.weights import load_end_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -38,59 +45,60 @@ Look = tuple[Tensor, Tensor]
 """Embeddings (T, D) and slice-CNN logits (T, 6) of one series, of its images or of their mirror images."""
 
 MAP_SIDE: Final = 12
-"""A map has at least so many pixels a side, where the backbone has such a stage: at 4 x 4 nothing is localised."""
+"""Smallest side of a map in pixels, where the backbone has such a stage: a map of 4 x 4 localises nothing."""
 
 STEPS: Final = 8
-"""Points of the way from the mean embedding to the slice's own (midpoint rule)."""
+"""Points of the path from the mean embedding to the slice's own (midpoint rule)."""
 
 CHUNK_SLICES: Final = 16
 
 
 @dataclass(frozen=True)
 class EmbeddedSeries:
-    """One series as the sequence model sees it: no image is held."""
+    """One series as the sequence model sees it; holds no image."""
 
     paths: list[str]  # readable files in order
     position_mm: Tensor  # (T,)
     looks: list[Look]
-    stride: int  # the sequence model sees every so-many-th slice (``ichpipe.index.thin_slices.stride_of``)
-    bad: list[tuple[str, str]]  # path and reason of what can't be decoded
+    stride: int  # the sequence model sees every stride-th slice (``ichpipe.index.thin_slices.stride_of``)
+    bad: list[tuple[str, str]]  # path and reason of files that can't be decoded
 
     @torch.no_grad()
     def logits(self, model: EndToEnd) -> Tensor:
-        """Return the model's logits (T, 6), as ``ichpipe predict`` gives them."""
-        found = torch.empty(len(self.paths), len(model.cnn.spec.classes))
-        for first in range(min(self.stride, len(found))):
+        """Return the model's logits (T, 6), as ``ichpipe predict`` computes them."""
+        logits = torch.empty(len(self.paths), len(model.cnn.spec.classes))
+        for first in range(min(self.stride, len(logits))):
             part = slice(first, None, self.stride)
-            found[part] = _score(model, [(e[part], c[part]) for e, c in self.looks], self.position_mm[part]).cpu()
-        return found
+            logits[part] = _score(model, [(e[part], c[part]) for e, c in self.looks], self.position_mm[part]).cpu()
+        return logits
 
     def directions(self, model: EndToEnd, row: int, class_index: int) -> list[Look]:
-        """Return by which features one slice's logit rises from the series' mean: (D,) and (6,), per look.
+        """Return the integrated gradients of one slice's logit, (D,) and (6,) for each look.
 
-        Summed over looks and features, direction times (own - mean) is the logit minus that of the slice with the
-        mean in its place, up to the steps of the integral.
+        Direction times (own - mean), summed over looks and features, is the logit minus the logit of the same series
+        with the mean in the slice's place, except for the error of the integration.
         """
         part, at = slice(row % self.stride, None, self.stride), row // self.stride
-        values = [values[part] for look in self.looks for values in look]
-        total = [torch.zeros_like(one[at]) for one in values]
+        inputs = [values[part] for look in self.looks for values in look]
+        total = [torch.zeros_like(values[at]) for values in inputs]
         for step in range(STEPS):
-            own = [torch.lerp(one.mean(0), one[at], (step + 0.5) / STEPS).requires_grad_() for one in values]
+            own = [torch.lerp(values.mean(0), values[at], (step + 0.5) / STEPS).requires_grad_() for values in inputs]
             with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN: no backward in evaluation
                 replaced = [
-                    torch.cat([one[:at], new[None], one[at + 1 :]]) for one, new in zip(values, own, strict=True)
+                    torch.cat([values[:at], new[None], values[at + 1 :]])
+                    for values, new in zip(inputs, own, strict=True)
                 ]
-                logits = _score(model, list(_pairs(replaced)), self.position_mm[part])
-                found = torch.autograd.grad(logits[at, class_index], own, allow_unused=True)
-            total = [whole if grad is None else whole + grad / STEPS for whole, grad in zip(total, found, strict=True)]
-        return list(_pairs(total))
+                logits = _score(model, _pairs(replaced), self.position_mm[part])
+                grads = torch.autograd.grad(logits[at, class_index], own, allow_unused=True)
+            total = [whole if grad is None else whole + grad / STEPS for whole, grad in zip(total, grads, strict=True)]
+        return _pairs(total)
 
 
 @torch.no_grad()
 def embed_series(
     model: EndToEnd, paths: Sequence[str], position_mm: Sequence[float], device: torch.device, stride: int = 1
 ) -> EmbeddedSeries:
-    """Embed a series' files, given in anatomical order; images of CHUNK_SLICES slices are held at a time."""
+    """Embed a series' files, given in anatomical order; at most CHUNK_SLICES images are in memory."""
     model.eval()
     parts: list[list[Look]] = []
     bad: list[tuple[str, str]] = []
@@ -98,46 +106,45 @@ def embed_series(
         hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.size_px)
         bad += unreadable
         if len(hu):
-            parts.append([_floats(model.cnn(look)) for look in _looks(model, hu.to(device))])
+            outputs = map(model.cnn, _with_mirror_image(model, hu.to(device)))
+            parts.append([(embedding.float(), logits.float()) for embedding, logits in outputs])
     unread = {path for path, _ in bad}
-    readable = [(path, at) for path, at in zip(paths, position_mm, strict=True) if path not in unread]
+    readable = [(path, mm) for path, mm in zip(paths, position_mm, strict=True) if path not in unread]
     looks = [(torch.cat([e for e, _ in look]), torch.cat([c for _, c in look])) for look in zip(*parts, strict=True)]
-    places = torch.tensor([at for _, at in readable], dtype=torch.float64)
-    return EmbeddedSeries([path for path, _ in readable], places, looks, stride, bad)
+    positions = torch.tensor([mm for _, mm in readable], dtype=torch.float64)
+    return EmbeddedSeries([path for path, _ in readable], positions, looks, stride, bad)
 
 
 class HeatMaps:
-    """Makes heat maps of chosen slices of an embedded series, by LayerCAM (Jiang et al., IEEE TIP 2021)."""
+    """Makes heat maps of chosen slices of an embedded series."""
 
     def __init__(self, model: EndToEnd) -> None:
         self.model = model.eval()
         layer, to_map = target_layer(model.cnn)
-        self._cam = LayerCAM(_Joint(model.cnn), [layer], to_map)
+        self._cam = LayerCAM(_OneOutput(model.cnn), [layer], to_map)
 
     def __call__(self, series: EmbeddedSeries, rows: Sequence[int], class_index: int) -> NDArray[np.float32]:
-        """Return maps (len(rows), size, size), 0 … 1, each scaled to its own range; 0 throughout where nothing speaks
-        for the class.
-        """
-        starts = range(0, len(rows), CHUNK_SLICES)
-        parts = [self._chunk(series, rows[at : at + CHUNK_SLICES], class_index) for at in starts]
+        """Return maps (len(rows), size, size), each scaled to 0 … 1; all 0 where nothing speaks for the class."""
         size = self.model.cnn.spec.size_px
-        return np.concatenate(parts) if parts else np.zeros((0, size, size), np.float32)
+        chunks = [np.zeros((0, size, size), np.float32)]
+        for start in range(0, len(rows), CHUNK_SLICES):
+            chunk = rows[start : start + CHUNK_SLICES]
+            directions = [series.directions(self.model, row, class_index) for row in chunk]
+            hu = load_slices([series.paths[row] for row in chunk], size).to(series.looks[0][0].device)
+            maps = []
+            for number, images in enumerate(_with_mirror_image(self.model, hu)):
+                # The gradient of the output's component along a direction is the direction: the chain rule.
+                along = [torch.cat(direction[number]) for direction in directions]
+                with torch.enable_grad():
+                    heat = self._cam(images, [lambda output, to=to: output @ to for to in along])
+                maps.append(heat[..., ::-1] if number else heat)
+            self._cam.model.zero_grad(set_to_none=True)
+            chunks.append(np.asarray(np.mean(maps, axis=0), dtype=np.float32))
+        return np.concatenate(chunks)
 
-    def _chunk(self, series: EmbeddedSeries, rows: Sequence[int], class_index: int) -> NDArray[np.float32]:
-        directions = [series.directions(self.model, row, class_index) for row in rows]
-        hu = load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)
-        maps = []
-        for number, look in enumerate(_looks(self.model, hu.to(series.looks[0][0].device))):
-            targets = [_Along(torch.cat(direction[number])) for direction in directions]
-            with torch.enable_grad():
-                found = self._cam(look, targets)
-            maps.append(found[..., ::-1] if number else found)  # the second look is the mirror image
-        self._cam.model.zero_grad(set_to_none=True)
-        return np.asarray(np.mean(maps, axis=0), dtype=np.float32)
 
-
-class _Joint(nn.Module):
-    """HU (N, 1, S, S) to embedding and logits side by side (N, D + 6): one output for the library to follow."""
+class _OneOutput(nn.Module):
+    """HU (N, 1, S, S) to embedding and logits side by side (N, D + 6), since LayerCAM follows one output."""
 
     def __init__(self, cnn: SliceCnn) -> None:
         super().__init__()
@@ -147,71 +154,114 @@ class _Joint(nn.Module):
         return torch.cat(self.cnn(hu), dim=1)
 
 
-@dataclass(frozen=True)
-class _Along:
-    """The output's component along a direction: its gradient is the direction, which is the chain rule."""
-
-    direction: Tensor
-
-    def __call__(self, output: Tensor) -> Tensor:
-        return output @ self.direction
-
-
 def target_layer(cnn: SliceCnn) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Return the layer to explain, and what turns its output into maps (N, C, h, w).
+    """Return the layer to explain, and a function that turns its output into maps (N, C, h, w).
 
-    By timm's ``feature_info`` the last stage whose maps are MAP_SIDE pixels a side or more; of a transformer without
-    stages the input of the last block, since after it patches that are not pooled have no gradient. Raises
-    WeightsError, naming the backbone, where there is neither.
+    The layer is the last stage of timm's ``feature_info`` with maps of MAP_SIDE pixels a side or more. For a
+    transformer without stages it is the input of the last block, because patches that are not pooled have no gradient
+    after it. Raises WeightsError, which names the backbone, where there is neither.
     """
     backbone: Any = cnn.backbone
-    name, stages = cnn.spec.backbone, _stages(cnn.backbone)
+    name = cnn.spec.backbone
+    info = getattr(backbone, "feature_info", None) or []
+    modules = dict(backbone.named_modules())
+    stages = [stage for stage in (info if isinstance(info, list) else info.info) if stage["module"] in modules]
     if not stages:
-        raise WeightsError(f"{name}: timm does not say which of its layers hold maps, so there is no heat map of it")
-    fine = [stage for stage in stages if cnn.spec.size_px // stage[1] >= MAP_SIDE] or stages[:1]
-    module, _, channels = fine[-1]
-    layer = backbone.get_submodule(module)
-    if len(stages) > 1 and len({step for _, step, _ in stages}) == 1:  # one resolution throughout
+        raise WeightsError(f"{name}: timm names no layer with feature maps, so heat maps are not available")
+    fine = [stage for stage in stages if cnn.spec.size_px // int(stage["reduction"]) >= MAP_SIDE] or stages[:1]
+    layer, channels = modules[fine[-1]["module"]], int(fine[-1]["num_chs"])
+    if len(stages) > 1 and len({stage["reduction"] for stage in stages}) == 1:  # one resolution throughout
         layer = getattr(layer, "norm1", None)
         if layer is None:
-            raise WeightsError(f"{name}: its blocks have no norm1 to take heat maps from; no heat map of it")
+            raise WeightsError(f"{name}: its blocks have no layer norm1, so heat maps are not available")
     prefix = int(getattr(backbone, "num_prefix_tokens", 0) or 0)
-    return layer, lambda output: _to_maps(output, channels, prefix, name)
+
+    def to_maps(output: Tensor) -> Tensor:
+        if output.ndim == 4 and output.shape[1] == channels:
+            return output
+        if output.ndim == 4 and output.shape[-1] == channels:
+            return output.permute(0, 3, 1, 2)
+        if output.ndim == 3 and output.shape[-1] == channels:  # tokens (N, prefix + h w, C)
+            side = math.isqrt(output.shape[1] - prefix)
+            if side * side == output.shape[1] - prefix:
+                return output[:, prefix:].transpose(1, 2).reshape(len(output), channels, side, side)
+        shape = tuple(output.shape[1:])
+        raise WeightsError(f"{name}: its layers give {shape}, which is no map; use another fit-slices.backbone")
+
+    return layer, to_maps
 
 
-def _stages(backbone: Any) -> list[tuple[str, int, int]]:
-    """Name, reduction and channels of each stage that timm names and that is there."""
-    info = getattr(backbone, "feature_info", None) or []
-    rows = info if isinstance(info, list) else info.info
-    there = dict(backbone.named_modules())
-    return [(r["module"], int(r["reduction"]), int(r["num_chs"])) for r in rows if r["module"] in there]
+class Explainer:
+    """Makes contact sheets of series with one model."""
+
+    def __init__(self, model_dir: Path, device: torch.device) -> None:
+        self.model = load_end_to_end(model_dir).to(device)
+        self.device, self.spacing_mm = device, spacing_of(model_dir)
+        self.heat_maps = HeatMaps(self.model)
+
+    def embed(self, paths: Sequence[str], position_mm: Sequence[float]) -> EmbeddedSeries:
+        """Embed a series as ``predict`` does: the sequence model sees a thin one as interleaved parts."""
+        stride = stride_of(np.asarray(position_mm, dtype=np.float64), self.spacing_mm)
+        return embed_series(self.model, paths, position_mm, self.device, stride)
+
+    def sheet(
+        self, series: EmbeddedSeries, title: str, *, class_name: str, threshold: float, panels: int
+    ) -> tuple[bytes, NDArray[np.float64]]:
+        """Return the picture and the probabilities (T, 6); slices at the threshold or above have a frame."""
+        probabilities = to_probabilities(series.logits(self.model))
+        own = probabilities[:, CLASSES.index(class_name)]
+        highest = int(np.argmax(own))
+        picture = self.draw(
+            series,
+            probabilities=probabilities,
+            title=f"{title}: P({class_name}) up to {own[highest]:.2f}, at {series.position_mm[highest]:.0f} mm",
+            framed=own >= threshold,
+            framed_means=f"P({class_name}) ≥ {threshold:g}",
+            panels=panels,
+            class_name=class_name,
+            threshold=threshold,
+        )
+        return picture, probabilities
+
+    def draw(
+        self,
+        series: EmbeddedSeries,
+        *,
+        probabilities: NDArray[np.float64],
+        panels: int,
+        columns: int = COLUMNS,
+        width_in: float = WIDTH_IN,
+        framed: NDArray[np.bool_],
+        class_name: str = "any",
+        **texts: Any,
+    ) -> bytes:
+        """Choose slices, make their heat maps and draw; ``texts`` are further fields of SheetData.
+
+        Each stretch of the head shows a framed slice, if it has one, and the slice with the highest P among those.
+        """
+        position_mm, column = series.position_mm.numpy(), CLASSES.index(class_name)
+        rows = choose_panels(probabilities[:, column] + framed, position_mm, panels)
+        data = SheetData(
+            hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)[:, 0].numpy(),
+            heat=self.heat_maps(series, rows.tolist(), column),
+            rows=rows,
+            position_mm=position_mm,
+            probabilities=probabilities,
+            framed=framed,
+            class_name=class_name,
+            **texts,
+        )
+        return contact_sheet(data, columns, width_in)
 
 
-def _to_maps(output: Tensor, channels: int, prefix: int, name: str) -> Tensor:
-    """Turn (N, C, h, w), (N, h, w, C) or tokens (N, prefix + h w, C) into (N, C, h, w)."""
-    if output.ndim == 4 and output.shape[1] == channels:
-        return output
-    if output.ndim == 4 and output.shape[-1] == channels:
-        return output.permute(0, 3, 1, 2)
-    if output.ndim == 3 and output.shape[-1] == channels:
-        side = math.isqrt(output.shape[1] - prefix)
-        if side * side == output.shape[1] - prefix:
-            return output[:, prefix:].transpose(1, 2).reshape(len(output), channels, side, side)
-    raise WeightsError(f"{name}: its layers give {tuple(output.shape[1:])}, which is no map; take another backbone")
-
-
-def _pairs(flat: list[Tensor]) -> Iterator[Look]:
-    yield from zip(flat[0::2], flat[1::2], strict=True)
+def _pairs(flat: list[Tensor]) -> list[Look]:
+    return list(zip(flat[0::2], flat[1::2], strict=True))
 
 
 def _score(model: EndToEnd, looks: Sequence[Look], position_mm: Tensor) -> Tensor:
-    found = [model.sequence.one_series(embedding, cnn_logits, position_mm) for embedding, cnn_logits in looks]
-    return (mean_logits(torch.stack(found)) if len(found) > 1 else found[0]).float()
+    logits = [model.sequence.one_series(embedding, cnn_logits, position_mm) for embedding, cnn_logits in looks]
+    return (mean_logits(torch.stack(logits)) if len(logits) > 1 else logits[0]).float()
 
 
-def _looks(model: EndToEnd, hu: Tensor) -> list[Tensor]:
+def _with_mirror_image(model: EndToEnd, hu: Tensor) -> list[Tensor]:
     return [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
-
-
-def _floats(pair: Look) -> Look:
-    return pair[0].float(), pair[1].float()

@@ -1,4 +1,4 @@
-"""The RSNA 2019 submission: ``ID,Label``, six rows a slice. A slice without a prediction is never filled in silence."""
+"""The RSNA 2019 submission: ``ID,Label``, six rows a slice; a missing prediction is an error or filled on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORDER: Final = (*SUBTYPES, "any")
 """The competition's order of classes; this project's has ``any`` first."""
 
 DECIMALS: Final = 9
-"""A probability of 1e-8 written with six decimals is 0, which the metric takes for 1e-15: 16 nats more if wrong."""
+"""With six decimals 1e-8 is written as 0, which the metric reads as 1e-15: 16 nats more where it is wrong."""
 
 _RSNA_NAME: Final = re.compile(r"ID_[0-9a-f]{9}")
 _NAMED: Final = 3  # slices that a message quotes
@@ -31,7 +31,7 @@ _NAMED: Final = 3  # slices that a message quotes
 
 @dataclass(frozen=True)
 class Submission:
-    """The table, and what a user must be told about it."""
+    """The table, and remarks about it for the user."""
 
     table: pd.DataFrame  # ID, Label (text)
     remarks: list[str]
@@ -47,76 +47,57 @@ class Sample:
     columns: NDArray[np.intp]  # (rows,) numbers into ORDER
 
 
+def read_sample(path: Path) -> Sample:
+    """Read the competition's ``…sample_submission.csv``. Raises MissingFileError, or DataError that names the line."""
+    table = read_table(path, "sample submission")
+    if not {"ID", "Label"} <= set(table.names):
+        raise table.error("must have the columns ID,Label")
+    ids = pd.Series(table.text("ID").to_pandas())
+    parts = ids.str.rpartition("_")
+    columns = pd.Index(ORDER).get_indexer(pd.Index(parts[2]))
+    malformed = (columns < 0) | (parts[0] == "").to_numpy()
+    table.refuse(malformed, f"ID is not <SOPInstanceUID>_<class> ({', '.join(ORDER)})", ids)
+    table.refuse(ids.duplicated().to_numpy(), "ID appears twice", ids)
+    rows, uids = pd.factorize(parts[0])
+    return Sample(path, pd.Index(uids), rows, columns)
+
+
 def build_submission(
     slices: pd.DataFrame, rejected: pd.DataFrame, sample: Sample | None = None, missing: float | None = None
 ) -> Submission:
-    """Lay out predictions as the competition wants them.
+    """Lay out predictions in the competition's format.
 
     ``slices`` has ``sop_uid`` and the columns of CLASSES (probabilities), ``rejected`` ``path, reason``. With
-    ``sample`` rows and their order are the sample's. Else they are the slices, sorted, and every rejected file that is
-    named like a slice, ``<UID>.dcm``. Probabilities are written with nine decimals, from 1e-9 to 1 - 1e-9. A slice
-    without a prediction, or with one that is not a number (fp16 can overflow), is a DataError, or gets ``missing``
-    (0 to 1) six times.
+    ``sample`` rows and their order are the sample's. Without it they are the slices, sorted, and every rejected file
+    with the name of a slice, ``<UID>.dcm``. Probabilities have nine decimals, from 1e-9 to 1 - 1e-9. Slices without a
+    finite prediction (fp16 can overflow) get ``missing`` (0 to 1) six times; without ``missing`` they are a DataError.
     """
     predicted = slices.set_index("sop_uid")[list(ORDER)]
-    usable = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
-    values = predicted[usable]
-    reasons = _rejected_slices(rejected) | dict.fromkeys(predicted.index[~usable], "its prediction is not a number")
+    finite = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
+    values, reasons = predicted[finite], dict.fromkeys(predicted.index[~finite], "its prediction is not a number")
+    for name, reason in zip(rejected["path"].map(PurePath), rejected["reason"], strict=True):
+        slice_like = name.suffix.lower() == ".dcm" or _RSNA_NAME.fullmatch(name.stem)
+        if slice_like and not reason.startswith("duplicate: a copy"):  # the slice itself was read
+            reasons.setdefault(name.stem, reason)
     remarks = []
     if sample is None:
         uids = pd.Index(sorted({*values.index, *reasons}))
-        rows = np.repeat(np.arange(len(uids)), len(ORDER))
-        columns = np.tile(np.arange(len(ORDER)), len(uids))
+        rows, columns = np.divmod(np.arange(len(uids) * len(ORDER)), len(ORDER))
     else:
         uids, rows, columns = sample.uids, sample.rows, sample.columns
         if extra := int((~predicted.index.isin(uids)).sum()):
             remarks.append(f"{extra} predicted slices are not in {sample.path} and are left out of the submission")
     absent = uids[~uids.isin(values.index)]
     if len(absent):
-        remarks.append(_about(absent, reasons, missing))
-    found = np.array(values.reindex(uids), dtype=np.float64)
-    if missing is not None:
-        found[np.isnan(found)] = missing
-    label = np.clip(found[rows, columns], 10.0**-DECIMALS, 1.0 - 10.0**-DECIMALS)
-    names = uids.to_numpy(object)[rows] + "_" + np.array(ORDER, dtype=object)[columns]
-    return Submission(pd.DataFrame({"ID": names, "Label": [f"{value:.{DECIMALS}f}" for value in label]}), remarks)
-
-
-def _rejected_slices(rejected: pd.DataFrame) -> dict[str, str]:
-    """Return the reason by SOPInstanceUID of rejected files that are named as Kaggle names slices: ``<UID>.dcm``.
-
-    A copy of a file that was used is none of them.
-    """
-    found: dict[str, str] = {}
-    for path, reason in zip(rejected["path"], rejected["reason"], strict=True):
-        name = PurePath(path)
-        slice_like = name.suffix.lower() == ".dcm" or _RSNA_NAME.fullmatch(name.stem)
-        if slice_like and not reason.startswith("duplicate: a copy"):
-            found.setdefault(name.stem, reason)
-    return found
-
-
-def read_sample(path: Path) -> Sample:
-    """Read the competition's ``…sample_submission.csv``. Raises MissingFileError, or DataError that names the line."""
-    table = read_table(path, "sample submission")
-    if not {"ID", "Label"} <= set(table.names):
-        raise table.error("must have the columns ID,Label")
-    names = pd.Series(table.text("ID").to_pandas())
-    parts = names.str.rpartition("_")
-    columns = pd.Index(ORDER).get_indexer(pd.Index(parts[2]))
-    table.refuse(
-        (columns < 0) | (parts[0] == "").to_numpy(), f"ID is not <SOPInstanceUID>_<class> ({', '.join(ORDER)})", names
-    )
-    table.refuse(names.duplicated().to_numpy(), "ID stands there twice", names)
-    rows, uids = pd.factorize(parts[0])
-    return Sample(path, pd.Index(uids), rows, columns)
-
-
-def _about(absent: pd.Index, reasons: dict[str, str], missing: float | None) -> str:
-    """Say which slices have no prediction and why; raise that where nothing is to be filled in."""
-    shown = [f"{uid} ({reasons.get(uid, 'no such file')})" for uid in absent[:_NAMED]]
-    more = ", …" if len(absent) > _NAMED else ""
-    what = f"{len(absent)} slices of the submission have no prediction: {', '.join(shown)}{more}"
-    if missing is None:
-        raise DataError(f"{what}; add the files, or fill them by --missing 0.5. slices.csv and studies.csv are written")
-    return f"{what}; written as {missing}"
+        quoted = ", ".join(f"{uid} ({reasons.get(uid, 'no such file')})" for uid in absent[:_NAMED])
+        text = f"{len(absent)} slices of the submission have no prediction: {quoted}"
+        text += ", …" if len(absent) > _NAMED else ""
+        if missing is None:
+            raise DataError(
+                f"{text}; add the files, or fill them by --missing 0.5. slices.csv and studies.csv are written"
+            )
+        remarks.append(f"{text}; written as {missing}")
+    filled = values.reindex(uids, fill_value=missing).to_numpy(np.float64)
+    labels = np.clip(filled[rows, columns], 10.0**-DECIMALS, 1.0 - 10.0**-DECIMALS)
+    ids = uids.to_numpy(object)[rows] + "_" + np.array(ORDER, dtype=object)[columns]
+    return Submission(pd.DataFrame({"ID": ids, "Label": [f"{label:.{DECIMALS}f}" for label in labels]}), remarks)

@@ -1,4 +1,4 @@
-"""From an index of slices to tables of probabilities, by the fine-tuned model."""
+"""Predicts an index of slices with the fine-tuned model: tables of probabilities."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def predict_slices(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predict every series of ``index``, slices ordered: its readable rows with six probabilities (float64), 0 to 1.
 
-    ``spacing_mm`` is that of the slices on which the model was trained (``models.header.spacing_of``); without
-    ``calibration`` probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded,
-    or whose prediction is not a number.
+    ``spacing_mm`` is the slice distance of the training data (``models.header.spacing_of``). Without ``calibration``
+    probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded, or whose
+    prediction is not a number.
     """
     parts, rejected = [index.iloc[:0].assign(**dict.fromkeys(CLASSES, np.nan))], []
     counter = Counter("predict", len(index), "slice")
     for _, group in index.groupby("series_uid", sort=False):
-        places = group["position_mm"].to_numpy(np.float64)
-        stride = stride_of(places, spacing_mm)
-        logits, bad = classify_series(model, group["path"].tolist(), places.tolist(), device, stride=stride)
-        readable = group[~group["path"].isin([path for path, _ in bad])].reset_index(drop=True)
+        position_mm = group["position_mm"].to_numpy(np.float64)
+        stride = stride_of(position_mm, spacing_mm)
+        logits, bad = classify_series(model, group["path"].tolist(), position_mm.tolist(), device, stride=stride)
+        readable = group[~group["path"].isin([path for path, _ in bad])]
         values = to_probabilities(logits)
-        odd = np.flatnonzero(~np.isfinite(values).all(axis=1))  # fp16 can overflow
-        rejected += bad + [(path, "its prediction is not a number") for path in readable["path"].iloc[odd]]
-        sound = np.delete(values, odd, axis=0)
-        table = pd.DataFrame(calibration.apply(sound) if calibration else sound, columns=list(CLASSES))
-        rest = readable.drop(index=list(odd)).reset_index(drop=True).drop(columns=list(CLASSES), errors="ignore")
-        parts.append(pd.concat([rest, table], axis=1))
+        finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
+        rejected += bad + [
+            (path, "its prediction is not a number") for path in readable["path"].iloc[np.flatnonzero(~finite)]
+        ]
+        values = calibration.apply(values[finite]) if calibration else values[finite]
+        parts.append(readable[finite].assign(**dict(zip(CLASSES, values.T, strict=True))))
         counter.add(len(group))
     counter.close()
     filled = [part for part in parts if len(part)]

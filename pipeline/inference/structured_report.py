@@ -1,11 +1,11 @@
-"""A DICOM Structured Report of one series: what was found where, by what, as a PACS stores it.
+"""Writes the findings of one series as a DICOM Structured Report for a PACS.
 
-Enhanced SR (PS3.3 A.35.2), content by template TID 1500, Measurement Report (PS3.16). One group of TID 1501 a class:
-finding, site, probability with its source images, present or absent. **The one output that carries the patient's
-identity**, copied from the source images, since a PACS files by it; nothing of it goes anywhere else.
+Enhanced SR (PS3.3 A.35.2), content by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID
+1501: finding, site, probability with its source images, present or absent. **This is the one output with the patient's
+identity.** It is copied from the source images, because a PACS files by it, and goes nowhere else.
 
-Codes are SNOMED CT (SCT) and DICOM (DCM): as far as they go from DICOM's own dictionary (pydicom.sr.codedict). A
-haemorrhage of the ventricles has no code there: it is written as SNOMED CT defines it, by morphology and site.
+Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's own dictionary (pydicom.sr.codedict) where it has them. It has
+none for a haemorrhage of the ventricles: that is written as SNOMED CT defines it, by morphology and site.
 """
 
 from __future__ import annotations
@@ -50,11 +50,6 @@ SITES: Final = {
     "subarachnoid": codes.SCT.CranialSubarachnoidSpace,
     "subdural": codes.SCT.Intracranial,
 }
-PROBABILITY: Final = codes.DCM.Probability
-PRESENCE: Final = codes.DCM.PresenceOfProperty
-PRESENT: Final = codes.SCT.Present
-ABSENT: Final = codes.SCT.Absent
-PERCENT: Final = codes.UCUM.Percent
 NOT_FOR_DIAGNOSIS: Final = "Research software, not a medical device: not for diagnosis."
 SERIES_NUMBER: Final = 9901
 
@@ -75,27 +70,18 @@ _OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "Is
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What made the prediction; all of it is written into each group."""
+    """The software and model that made the prediction; each group repeats it."""
 
     version: str
     model_sha256: str
     threshold: float  # a probability of at least this is called present
     calibration: str  # how probabilities were calibrated, in words
-    forced: str = ""  # why the series would have been refused; empty: it would not
-
-    def parameters(self) -> list[str]:
-        """Return what is worth knowing beside name and version, a text each."""
-        said = [
-            f"model SHA-256 {self.model_sha256}",
-            f"present: probability of at least {self.threshold:g}",
-            self.calibration,
-        ]
-        return [*said, f"forced, although refused: {self.forced}"] if self.forced else said
+    forced: str = ""  # why the series would have been refused without --force; empty: it is plain head CT
 
 
 @dataclass(frozen=True)
 class SeriesFinding:
-    """What was predicted of one series."""
+    """The predictions for one series."""
 
     probability: Mapping[str, float]  # of the study, by class, 0 to 1
     positive: Mapping[str, Sequence[str]]  # SOPInstanceUIDs of the slices that show it, by class; may be empty
@@ -108,7 +94,7 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
         sources: list[Dataset] = []
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
-            _leave_out_other_words(source)
+            _remove_other_text(source)
             for keyword in _EMPTY:
                 if keyword not in source:
                     setattr(source, keyword, "")
@@ -116,10 +102,10 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
     return sources
 
 
-def _leave_out_other_words(source: Dataset) -> None:
-    """Remove all text that the report need not repeat; the library would copy names of physicians and the like."""
+def _remove_other_text(source: Dataset) -> None:
+    """Remove all text that the report need not repeat: highdicom would copy names of physicians and the like."""
     needed = {*_EMPTY, *_COPIED, *_KEPT_CODES}
-    for tag in list(source.keys()):  # as parsed: a value that can't be converted must not stop this
+    for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
         kind = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
         if kind in _WORDS and keyword_for_tag(tag) not in needed:
             del source[tag]
@@ -130,7 +116,7 @@ def _leave_out_other_words(source: Dataset) -> None:
 
 
 def require_reportable(sources: Sequence[Dataset]) -> None:
-    """Raise DataError where a UID is none, as in RSNA's files (``ID_…``): no PACS would take the report."""
+    """Raise DataError where a UID is not valid, as in RSNA's files (``ID_…``): a PACS rejects such a report."""
     for source in sources:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
             with quiet_pydicom():
@@ -142,36 +128,17 @@ def require_reportable(sources: Sequence[Dataset]) -> None:
 def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
     """Return the report of one series; ``sources`` are the headers of all its images.
 
-    Each measurement refers to the slices that show the finding; where none does, to the one that shows it most, whose
-    probability it is. All slices are listed as evidence, and in the image library (TID 1600) where their headers have
-    what that describes. Raises DataError where the source can't be referred to.
+    Each measurement refers to the slices that show the finding, or else to the one with the highest probability. All
+    slices are listed as evidence, and in the image library (TID 1600) where their headers have its attributes. Raises
+    DataError where the report can't refer to the source.
     """
     require_reportable(sources)
     try:
         with quiet_pydicom():
-            return _made(sources, finding, algorithm)
+            return _make_document(sources, finding, algorithm)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
-        why = f"a header has what a report can't repeat ({type(error).__name__})"
-        raise DataError(why) from None
-
-
-def _made(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
-    by_uid = {str(source.SOPInstanceUID): source for source in sources}
-    groups = [_group(name, by_uid, finding, algorithm) for name in CLASSES]
-    device = hd.sr.DeviceObserverIdentifyingAttributes(
-        uid=_device_uid(algorithm), name="ichpipe", manufacturer_name="ichpipe", model_name="ichpipe",
-        serial_number=algorithm.model_sha256,
-    )  # fmt: skip
-    content = hd.sr.MeasurementReport(
-        observation_context=hd.sr.ObservationContext(
-            observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
-        ),
-        procedure_reported=codes.SCT.ComputedTomographyOfHead,
-        imaging_measurements=groups,
-        title=codes.DCM.ImagingMeasurementReport,
-        referenced_images=sources if all(map(_describes_itself, sources)) else None,
-    )
-    return _document(sources, content, algorithm)
+        reason = f"a header has what a report can't repeat ({type(error).__name__})"
+        raise DataError(reason) from None
 
 
 def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
@@ -180,11 +147,28 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
         report.save_as(temporary, enforce_file_format=True)
 
 
-def _describes_itself(source: Dataset) -> bool:
-    return source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
-
-
-def _document(sources: Sequence[Dataset], content: Any, algorithm: Algorithm) -> hd.sr.EnhancedSR:
+def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
+    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=f"2.25.{int(algorithm.model_sha256[:32], 16)}",  # one UID for one model (PS3.5 B.2)
+        name="ichpipe",
+        manufacturer_name="ichpipe",
+        model_name="ichpipe",
+        serial_number=algorithm.model_sha256,
+    )
+    in_library = all(
+        source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
+        for source in sources
+    )
+    content = hd.sr.MeasurementReport(
+        observation_context=hd.sr.ObservationContext(
+            observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
+        ),
+        procedure_reported=codes.SCT.ComputedTomographyOfHead,
+        imaging_measurements=[_make_group(name, by_uid, finding, algorithm) for name in CLASSES],
+        title=codes.DCM.ImagingMeasurementReport,
+        referenced_images=sources if in_library else None,
+    )
     mark = ", FORCED" if algorithm.forced else ""
     report = hd.sr.EnhancedSR(
         evidence=sources,
@@ -208,33 +192,34 @@ def _document(sources: Sequence[Dataset], content: Any, algorithm: Algorithm) ->
     return report
 
 
-def _group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding, algorithm: Algorithm) -> Any:
+def _make_group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding, algorithm: Algorithm) -> Any:
     """Return one class as a group of TID 1501."""
-    shown = list(finding.positive[name]) or ([finding.highest[name]] if name in finding.highest else [])
-    images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in shown]
+    uids = list(finding.positive[name]) or ([finding.highest[name]] if name in finding.highest else [])
+    images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
     value = finding.probability[name]
-    present = value >= algorithm.threshold
+    percent = float(f"{100 * value:.6g}")
+    presence = codes.SCT.Present if value >= algorithm.threshold else codes.SCT.Absent
+    parameters = [
+        f"model SHA-256 {algorithm.model_sha256}",
+        f"present: probability of at least {algorithm.threshold:g}",
+        algorithm.calibration,
+    ]
+    comment = NOT_FOR_DIAGNOSIS
+    if algorithm.forced:
+        parameters.append(f"forced, although refused: {algorithm.forced}")
+        comment += f" Forced: the series was refused ({algorithm.forced})."
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
         finding_type=FINDINGS[name],
         finding_sites=[hd.sr.FindingSite(SITES[name])],
         algorithm_id=hd.sr.AlgorithmIdentification(
-            "ichpipe", algorithm.version, parameters=algorithm.parameters(), manufacturer="ichpipe"
+            "ichpipe", algorithm.version, parameters=parameters, manufacturer="ichpipe"
         ),
         measurements=[
-            hd.sr.Measurement(PROBABILITY, float(f"{100 * value:.6g}"), PERCENT, referenced_images=images or None)
+            hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images or None)
         ],
-        qualitative_evaluations=[hd.sr.QualitativeEvaluation(PRESENCE, PRESENT if present else ABSENT)],
+        qualitative_evaluations=[hd.sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, presence)],
     )
-    group[0].ContentSequence.append(_comment(algorithm))
+    contains = hd.sr.RelationshipTypeValues.CONTAINS
+    group[0].ContentSequence.append(hd.sr.TextContentItem(codes.DCM.Comment, comment, contains))
     return group
-
-
-def _comment(algorithm: Algorithm) -> hd.sr.TextContentItem:
-    forced = f" Forced: the series was refused ({algorithm.forced})." if algorithm.forced else ""
-    return hd.sr.TextContentItem(codes.DCM.Comment, NOT_FOR_DIAGNOSIS + forced, hd.sr.RelationshipTypeValues.CONTAINS)
-
-
-def _device_uid(algorithm: Algorithm) -> str:
-    """Return one UID for one model: 2.25 and 128 bits of its digest (PS3.5 B.2)."""
-    return f"2.25.{int(algorithm.model_sha256[:32], 16)}"

@@ -1,7 +1,7 @@
-"""How a slice learns from its neighbours: recurrence, attention or convolution over one series.
+"""Context layers of the sequence models: recurrence, attention or convolution over the slices of a series.
 
-Each maps features (B, T, F), lengths (B,) and positions (B, T) in mm to (B, T, ``width``); what stands in the padding
-never changes what comes out for a slice.
+Each maps features (B, T, F), lengths (B,) and positions (B, T) in mm to (B, T, ``width``). Padding never changes
+the output of a slice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHORTEST_MM, LONGEST_MM = 20.0, 800.0
 
 
 def build_context(spec: SequenceSpec) -> nn.Module:
-    """Build what ``spec.cell`` names; each has ``width``."""
+    """Build the context layer that ``spec.cell`` names."""
     if spec.cell == "transformer":
         return Attention(spec)
     if spec.cell == "conv":
@@ -77,9 +77,9 @@ class Attention(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor, position_mm: Tensor) -> Tensor:
         """See the module."""
-        there = inside(lengths.to(features.device), features.shape[1])
+        mask = inside(lengths.to(features.device), features.shape[1])
         tokens = self.project(features) + encode_position(position_mm, lengths.to(features.device), self.width)
-        hidden: Tensor = self.encoder(tokens, src_key_padding_mask=~there)
+        hidden: Tensor = self.encoder(tokens, src_key_padding_mask=~mask)
         return hidden
 
 
@@ -89,10 +89,10 @@ def encode_position(position_mm: Tensor, lengths: Tensor, width: int) -> Tensor:
     Wavelengths rise in a geometric series from 20 to 800 mm (Vaswani et al. 2017, with millimetres for numbers).
     """
     low, high = extent(position_mm, lengths)
-    place = position_mm.float() - (low + high) / 2  # (B, T)
+    offset_mm = position_mm.float() - (low + high) / 2  # (B, T)
     count = (width + 1) // 2
-    rates = torch.linspace(math.log(SHORTEST_MM), math.log(LONGEST_MM), count, device=place.device).neg().exp()
-    angle = place.unsqueeze(-1) * rates * 2 * math.pi
+    rates = torch.linspace(math.log(SHORTEST_MM), math.log(LONGEST_MM), count, device=offset_mm.device).neg().exp()
+    angle = offset_mm.unsqueeze(-1) * rates * 2 * math.pi
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
@@ -111,19 +111,19 @@ class Convolution(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor, _position_mm: Tensor) -> Tensor:
         """See the module."""
-        there = inside(lengths.to(features.device), features.shape[1]).unsqueeze(-1)
+        mask = inside(lengths.to(features.device), features.shape[1]).unsqueeze(-1)
         hidden: Tensor = self.project(features)
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            seen = norm(hidden) * there
-            hidden = hidden + self.dropout(F.relu(layer(seen.transpose(1, 2)).transpose(1, 2)))
+            normed = norm(hidden) * mask
+            hidden = hidden + self.dropout(F.relu(layer(normed.transpose(1, 2)).transpose(1, 2)))
         return hidden
 
 
 def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
-    """Average values (B, T, C) over ``kernel`` neighbouring slices; at an end over those that are there."""
-    there = inside(lengths.to(values.device), values.shape[1])[:, None].to(values.dtype)  # (B, 1, T)
-    summed = F.avg_pool1d(values.transpose(1, 2) * there, kernel, stride=1, padding=kernel // 2)
-    share = F.avg_pool1d(there, kernel, stride=1, padding=kernel // 2).clamp(min=1 / (2 * kernel))
+    """Average values (B, T, C) over ``kernel`` neighbouring slices; at an end over those that exist."""
+    mask = inside(lengths.to(values.device), values.shape[1])[:, None].to(values.dtype)  # (B, 1, T)
+    summed = F.avg_pool1d(values.transpose(1, 2) * mask, kernel, stride=1, padding=kernel // 2)
+    share = F.avg_pool1d(mask, kernel, stride=1, padding=kernel // 2).clamp(min=1 / (2 * kernel))
     return (summed / share).transpose(1, 2)
 
 

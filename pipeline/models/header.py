@@ -1,4 +1,4 @@
-"""What a model file says of itself, read without torch and without its weights."""
+"""Reads the header of a model file, without torch and without its weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.constants import THICK_SLICE_MM
 from ichpipe.common.errors import WeightsError
 from ichpipe.common.files import require_file
-from ichpipe.index.thin_slices import WINDOW_MM
 from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SPACING = "spacing_mm"
 
 @dataclass(frozen=True)
 class Header:
-    """What a model file says of itself."""
+    """Description of a model, from the header of its file."""
 
     kind: str  # slice-cnn, sequence, end-to-end
     slice_cnn: SliceCnnSpec | None
@@ -35,9 +35,22 @@ class Header:
     format_version: int
     made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
 
+    def description(self) -> dict[str, Any]:
+        """Return the header of an end-to-end model as plain data, for a model card."""
+        if self.slice_cnn is None or self.sequence is None:
+            raise WeightsError(f"a model card needs an end-to-end model, not one of kind {self.kind}")
+        return {
+            "kind": self.kind,
+            "format_version": self.format_version,
+            "classes": list(self.slice_cnn.classes),
+            "slice_cnn": self.slice_cnn.model_dump(mode="json"),
+            "sequence": self.sequence.model_dump(mode="json"),
+            "made_from": self.made_from,
+        }
+
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
-    """Read what the model in ``folder`` says of itself, without its weights."""
+    """Read the header of the model in ``folder``, without its weights."""
     path = require_file(folder / MODEL_FILE, remedy)
     try:
         with safe_open(path, framework="np") as handle:
@@ -55,7 +68,7 @@ def spacing_of(folder: Path) -> float:
     """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
     text = read_header(folder).made_from.get(SPACING, "")
     try:
-        spacing = float(text or WINDOW_MM)
+        spacing = float(text or THICK_SLICE_MM)
     except ValueError as error:
         raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
     if not 0 < spacing < math.inf:

@@ -1,7 +1,7 @@
-"""What a sequence model is told of each slice, made from what the cache holds of it.
+"""Inputs of a sequence model for each slice, made from the arrays of the cache.
 
 Sources are padded to one length: ``embedding`` (B, T, D), ``logits`` (B, T, 6) of the slice CNN, ``pca`` (B, T, k) and
-``position_mm`` (B, T) along the slice normal. Whatever stands in the padding reaches no real slice.
+``position_mm`` (B, T) along the slice normal. Padding never reaches a real slice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ichpipe.index.thin_slices import WINDOW_MM
+from ichpipe.common.constants import THICK_SLICE_MM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,7 +45,7 @@ def make_inputs(inputs: tuple[str, ...], sources: dict[str, Tensor], lengths: Te
 
 
 def inside(lengths: Tensor, slices: int) -> Tensor:
-    """Say of each place of padded series (B, T) whether it holds a slice."""
+    """Return the mask (B, T) that is true where a padded series holds a slice."""
     return torch.arange(slices, device=lengths.device) < lengths[:, None]
 
 
@@ -73,7 +73,7 @@ def _spacing(position_mm: Tensor, lengths: Tensor) -> Tensor:
 
     RSNA 2019's 1st place gave its sequence model the slice spacing.
     """
-    return (_deltas(position_mm.unsqueeze(-1), lengths).abs() / WINDOW_MM).clamp(max=FAR)
+    return (_deltas(position_mm.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
 
 
 def _position(position_mm: Tensor, lengths: Tensor) -> Tensor:
@@ -85,9 +85,9 @@ def _position(position_mm: Tensor, lengths: Tensor) -> Tensor:
 
 def extent(position_mm: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest position of each series, (B, 1) each."""
-    there = inside(lengths, position_mm.shape[1])
-    low = position_mm.masked_fill(~there, torch.inf).amin(dim=1, keepdim=True)
-    high = position_mm.masked_fill(~there, -torch.inf).amax(dim=1, keepdim=True)
+    mask = inside(lengths, position_mm.shape[1])
+    low = position_mm.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+    high = position_mm.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""The end-to-end network as one ONNX file, and the proof that it computes the same."""
+"""Writes the end-to-end network as one ONNX file and checks that it computes the same."""
 
 from __future__ import annotations
 

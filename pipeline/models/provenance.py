@@ -1,7 +1,7 @@
-"""A trained model is used only with what it was trained on.
+"""Refuses a model whose inputs have changed.
 
 A model trained under another split may have seen the patients that are held out now, and a sequence model fed with
-another network's embeddings gives numbers that mean nothing. Neither shows in shapes; both show in ``made_from``.
+another network's embeddings gives numbers that mean nothing. Shapes show neither; ``made_from`` shows both.
 """
 
 from __future__ import annotations

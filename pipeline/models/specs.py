@@ -1,4 +1,4 @@
-"""What describes a network so that it can be built again: plain data, readable without torch."""
+"""Specifications from which a network can be built again: plain data, readable without torch."""
 
 from __future__ import annotations
 

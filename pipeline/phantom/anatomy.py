@@ -1,7 +1,7 @@
-"""A head as a function of position: skull, brain, fluid spaces, in Hounsfield units.
+"""Skull, brain and fluid spaces of a head in Hounsfield units, as functions of position.
 
-Sizes after common neuroanatomy atlases, attenuations as read on clinical CT (fluid 5, white matter 28, grey
-matter 37, bone 700 to 1500, fat -80, air -1000 HU). Every patient has own proportions.
+Sizes follow common neuroanatomy atlases, and HU clinical CT (fluid 5, white matter 28, grey matter 37, bone 700 to
+1500, fat -80, air -1000). Proportions differ between patients.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ichpipe.common.constants import AIR_HU
 from ichpipe.phantom.fields import Points, RandomField, capsule, ellipsoid, inside, lay
 from ichpipe.phantom.skull_base import lay_face, skull_base_height
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ichpipe.phantom.fields import Floats
     from ichpipe.phantom.geometry import Geometry
 
-AIR_HU, FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = -1000.0, 5.0, 28.0, 37.0, 52.0
+FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = 5.0, 28.0, 37.0, 52.0
 # One lateral ventricle from the frontal horn over body and atrium to the occipital horn, then the temporal
 # horn: (x, y, z) and radius, mm.
 HORNS = (((14.0, -40.0, 24.0), 3.0), ((8.0, -24.0, 30.0), 4.6), ((11.0, 0.0, 38.0), 4.8),
@@ -126,11 +127,11 @@ def _shells(head: Head, points: Points, distance: Floats) -> Floats:
     """Air, scalp and skull, [slices, rows, columns]; what lies inside the skull is filled in later."""
     hu = np.full(distance.shape, AIR_HU, dtype=np.float32)
     near = np.flatnonzero((distance > -3) & (distance < 45))
-    place, gap = points.take(near), distance.ravel()[near]
+    at, gap = points.take(near), distance.ravel()[near]
     # Neck and temple muscles thicken the soft tissue low down at the sides and at the back.
-    low = np.clip((np.float32(12) - place.z) / 45, 0, 1)
-    muscle = low * (0.35 + np.clip(place.y / 80, 0, 1))
-    bone = head.skull_mm * (1 + 0.12 * head.slow.at(place) + 0.25 * np.clip(np.abs(place.y) / 85 - 0.75, 0, 1))
+    low = np.clip((np.float32(12) - at.z) / 45, 0, 1)
+    muscle = low * (0.35 + np.clip(at.y / 80, 0, 1))
+    bone = head.skull_mm * (1 + 0.12 * head.slow.at(at) + 0.25 * np.clip(np.abs(at.y) / 85 - 0.75, 0, 1))
     skin = bone + head.scalp_mm + 22 * muscle
     shell = np.full(near.shape, AIR_HU, dtype=np.float32)
     lay(shell, 25.0, inside(gap - skin))
@@ -150,15 +151,15 @@ def _ventricles(head: Head, points: Points) -> Floats:
     core = np.flatnonzero((np.abs(points.x) < 48) & (np.abs(points.y) < 66) & (points.z < 58))
     half = points.take(core).mirrored()
     grown = np.float32(4.5) * (size[core] - 1)
-    found = nearest[core]
+    lateral = nearest[core]
     for tube in (HORNS, TEMPORAL_HORN):
         for (start, first), (end, last) in pairwise(tube):
-            found = np.minimum(found, capsule(half, start, end, (first, last)) - grown)
-    found = np.maximum(found, np.float32(1.2) - half.x)  # the septum keeps the two sides apart
+            lateral = np.minimum(lateral, capsule(half, start, end, (first, last)) - grown)
+    lateral = np.maximum(lateral, np.float32(1.2) - half.x)  # the septum keeps the two sides apart
     mean = sum(head.ventricles) / 2
     third = ellipsoid(half, (0, 2, 21), (1.6 + 1.6 * mean, 14, 9))
     fourth = ellipsoid(half, (0, 27, -6), (4 + 3 * mean, 4 + 2 * mean, 11))
-    nearest[core] = np.minimum(np.minimum(found, third), fourth)
+    nearest[core] = np.minimum(np.minimum(lateral, third), fourth)
     return nearest
 
 

@@ -1,7 +1,7 @@
-"""The five haemorrhages, each in its true place and shape, over several slices.
+"""The bleeds of a study, each kind in its anatomical location and shape; and mimics, bleeds cut down to one slice.
 
-Every kind is drawn by one function that returns a weight per voxel; where a drawing spans too few slices
-it is drawn again. The mimics use the same functions (see ``ichpipe.phantom.mimics``).
+One function a kind draws bleeds and mimics, so within its slice a mimic has the shape, position and HU of a true bleed.
+Only the neighbouring slices show the difference. On CT, streaks, partial volume, vessels and calcium look like this.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 MIN_SLICES = 3  # a true bleed lies in at least so many neighbouring slices
 MIN_AREA_MM2 = 30.0  # less of a bleed than this in a slice is not drawn and not labelled
 ATTEMPTS = 40
+BLEED_SHARE = 0.45  # of studies
+SECOND_KIND_SHARE = 0.3  # of studies with a bleed
+MIMICS_PER_STUDY = 2.5  # mean of a Poisson draw, whether the study holds a bleed or not
+KIND_SHARE = (0.17, 0.23, 0.19, 0.2, 0.21)  # in the order of SUBTYPES, for bleeds and mimics alike
+LONGEST_SLICES = 14  # a bleed this long is surely accepted as the source of a mimic
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,47 @@ class Lesion:
         return self.slices[1] - self.slices[0] + 1
 
 
+def draw_lesions(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Lesion, ...]:
+    """Draw the bleeds and mimics of one study. No two lesions of a kind touch or share a slice."""
+    lesions: list[Lesion] = []
+    if rng.random() < BLEED_SHARE:
+        count = 2 if rng.random() < SECOND_KIND_SHARE else 1
+        kinds = rng.choice(SUBTYPES, size=count, replace=False, p=KIND_SHARE)
+        drawn = [draw_lesion(rng, anatomy, str(kind)) for kind in kinds]
+        lesions += [lesion for lesion in drawn if lesion is not None]
+    for _ in range(int(rng.poisson(MIMICS_PER_STUDY))):
+        mimic = draw_mimic(rng, anatomy, str(rng.choice(SUBTYPES, p=KIND_SHARE)), lesions)
+        if mimic is not None:
+            lesions.append(mimic)
+    return tuple(lesions)
+
+
+def draw_mimic(rng: np.random.Generator, anatomy: Anatomy, kind: str, others: list[Lesion]) -> Lesion | None:
+    """Cut one slice out of a drawn bleed; None if none was found at a distance from its like."""
+    for _ in range(ATTEMPTS):
+        source = draw_lesion(rng, anatomy, kind)
+        if source is None:
+            return None
+        # Most slices of true bleeds belong to long bleeds: weigh sources by their length.
+        if rng.random() * LONGEST_SLICES > source.n_slices:
+            continue
+        level = int(rng.integers(source.slices[0], source.slices[1] + 1))
+        close = (o.slices[0] - MIN_SLICES < level < o.slices[1] + MIN_SLICES for o in others if o.kind == kind)
+        if not any(close):
+            return replace(keep_slices(anatomy, source, (level, level)), is_mimic=True)
+    return None
+
+
 def draw_lesion(rng: np.random.Generator, anatomy: Anatomy, kind: str) -> Lesion | None:
     """Draw a bleed of ``kind`` that spans at least MIN_SLICES neighbouring slices; None if it won't fit."""
     for _ in range(ATTEMPTS):
         blood, oedema = DRAW[kind](rng, anatomy)
         hu = float(rng.uniform(*HU_RANGE[kind]))
-        span = _longest_run(slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2)
-        if span is not None and span[1] - span[0] + 1 >= MIN_SLICES:
+        present = slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
+        runs = [(int(start), int(stop) - 1) for start, stop in edges.reshape(-1, 2)]
+        span = max(runs, key=lambda run: run[1] - run[0], default=(0, -1))  # the first of the longest
+        if span[1] - span[0] + 1 >= MIN_SLICES:
             return keep_slices(anatomy, Lesion(kind, blood, oedema, hu, span), span)
     return None
 
@@ -84,27 +123,12 @@ def lay_lesion(values: Floats, lesion: Lesion, texture: Floats) -> None:
     lay(values, lesion.hu + 2.0 * texture, lesion.blood)
 
 
-def _longest_run(present: NDArray[np.bool_]) -> tuple[int, int] | None:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
-    if not edges.size:
-        return None
-    starts, ends = edges[0::2], edges[1::2] - 1
-    best = int(np.argmax(ends - starts))
-    return int(starts[best]), int(ends[best])
-
-
-def _on_vault(rng: np.random.Generator, anatomy: Anatomy, lowest_mm: float, highest_mm: float) -> NDArray[np.int64]:
-    """Voxels just under the vault between two heights, away from the midline; flat positions in [m]."""
-    at = anatomy.points
-    near = (anatomy.depth_mm > 0) & (anatomy.depth_mm < 3) & (anatomy.brain > 0.9)
-    side = np.sign(rng.uniform(-1, 1)) * at.x > 28
-    return np.flatnonzero(near & side & (at.z > lowest_mm) & (at.z < highest_mm))
-
-
 def _epidural(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
     """A lens between skull and dura: the vault cut by a ball that bulges inward."""
-    seat = int(rng.choice(_on_vault(rng, anatomy, 0, 62)))
     at = anatomy.points
+    near = (anatomy.depth_mm > 0) & (anatomy.depth_mm < 3) & (anatomy.brain > 0.9)
+    side = np.sign(rng.uniform(-1, 1)) * at.x > 28  # away from the midline
+    seat = int(rng.choice(np.flatnonzero(near & side & (at.z > 0) & (at.z < 62))))
     centre = np.array([at.x[seat], at.y[seat], at.z[seat]], dtype=np.float64)
     out = centre - (0, 0, 20)
     out /= np.linalg.norm(out)
@@ -141,11 +165,11 @@ def _intraparenchymal(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Float
     radii = size * rng.uniform(0.8, 1.25, 3)
     at = anatomy.points
     near = np.flatnonzero((np.abs(at.x - x) < 45) & (np.abs(at.y - y) < 45) & (np.abs(at.z - z) < 45))
-    place = at.take(near)
-    lump = ellipsoid(place, (x, y, z), (radii[0], radii[1], max(radii[2], 7.0)))
-    lump += np.float32(0.13 * size) * ripple(rng, place, 22)
+    points = at.take(near)
+    lump = ellipsoid(points, (x, y, z), (radii[0], radii[1], max(radii[2], 7.0)))
+    lump += np.float32(0.13 * size) * ripple(rng, points, 22)
     fits = anatomy.brain[near] * inside(3 - anatomy.depth_mm[near])
-    rim = np.float32(rng.uniform(2, 6)) * (1 + 0.4 * ripple(rng, place, 25))
+    rim = np.float32(rng.uniform(2, 6)) * (1 + 0.4 * ripple(rng, points, 25))
     blood, oedema = np.zeros_like(at.x), np.zeros_like(at.x)
     blood[near] = inside(lump) * fits
     oedema[near] = inside(lump - rim, 3.0) * fits * inside(-anatomy.ventricle_mm[near])

@@ -1,4 +1,4 @@
-"""Writes the phantom as the RSNA 2019 data set lies on disk: ``dicom/ID_*.dcm`` and ``stage_2_train.csv``."""
+"""Writes the phantom in the layout of RSNA 2019: ``dicom/ID_*.dcm`` and ``stage_2_train.csv``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FILE_NAME: Final = re.compile(r"ID_[0-9a-f]{9}\.dcm")
 
 @dataclass(frozen=True)
 class PhantomSummary:
-    """What was written."""
+    """Counts of a data set that was written."""
 
     n_studies: int
     n_patients: int
@@ -43,10 +43,9 @@ class PhantomSummary:
 def write_dataset(out: Path, studies: int, size_px: int, seed: int) -> PhantomSummary:
     """Write ``studies`` synthetic head CTs of ``size_px`` rows and columns below ``out``.
 
-    The DICOM folder is filled beside its final name and renamed when whole; the table comes last, so a
-    folder with a table is complete. A phantom written earlier is replaced. Same seed, same bytes; study k
-    does not depend on how many there are. A ``DataError`` is raised, and nothing is touched, where ``out``
-    holds a ``dicom`` folder or a table that the phantom did not write.
+    The DICOM folder is renamed when it is complete and the table is written last, so a folder with a table is
+    complete. An earlier phantom is replaced. Same seed, same bytes; study k does not depend on the number of studies.
+    Raises DataError, and changes nothing, where ``out`` holds a ``dicom`` folder or a table of another origin.
     """
     if studies < 1 or size_px < 32:
         raise DataError(f"the phantom needs studies >= 1 and size_px >= 32, not {studies} and {size_px}")
@@ -55,25 +54,16 @@ def write_dataset(out: Path, studies: int, size_px: int, seed: int) -> PhantomSu
     shutil.rmtree(filling, ignore_errors=True)  # what an interrupted run left
     filling.mkdir(parents=True)
     try:
-        rows, summary = _write_studies(filling, studies, size_px, seed)
+        labels, summary = _write_studies(filling, studies, size_px, seed)
         table.unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
         filling.rename(folder)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
-    write_text(table, "ID,Label\n" + "".join(sorted_rows(rows)))
+    rows = [f"{uid}_{name},{labels[uid][CLASSES.index(name)]}\n" for uid in sorted(labels) for name in TABLE_CLASSES]
+    write_text(table, "ID,Label\n" + "".join(rows))
     return summary
-
-
-def sorted_rows(labels: dict[str, tuple[int, ...]]) -> list[str]:
-    """Lines of the Kaggle table from labels per slice (in the order of CLASSES), sorted by slice."""
-    order = [CLASSES.index(name) for name in TABLE_CLASSES]
-    return [
-        f"{sop_uid}_{name},{labels[sop_uid][column]}\n"
-        for sop_uid in sorted(labels)
-        for name, column in zip(TABLE_CLASSES, order, strict=True)
-    ]
 
 
 def _write_studies(
@@ -105,26 +95,17 @@ def write_study(folder: Path, study: Study) -> None:
 def _header(study: Study, slice_index: int) -> FileDataset:
     """All elements but the pixels. As in RSNA 2019 there is no InstanceNumber and no SliceThickness."""
     sop_uid, geometry = study.sop_uids[slice_index], study.geometry
-    dataset = FileDataset(f"{sop_uid}.dcm", {}, file_meta=_file_meta(sop_uid), preamble=b"\0" * 128)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID(sop_uid)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, MAKER
+    dataset = FileDataset(f"{sop_uid}.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, UID(sop_uid)
     dataset.Modality, dataset.PatientID = "CT", study.patient_id
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.StudyID = study.study_uid, study.series_uid, ""
     dataset.ImagePositionPatient = [f"{value:.6f}" for value in geometry.position_mm(slice_index)]
     dataset.ImageOrientationPatient = [f"{value:.6f}" for value in geometry.orientation]
     dataset.PixelSpacing = [f"{geometry.pixel_mm:.6f}"] * 2
-    _describe_pixels(dataset, study)
-    return dataset
-
-
-def _file_meta(sop_uid: str) -> FileMetaDataset:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID(sop_uid)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, MAKER
-    return meta
-
-
-def _describe_pixels(dataset: FileDataset, study: Study) -> None:
     encoding = study.scanner.encoding
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.Rows, dataset.Columns = study.hu.shape[1:]
@@ -134,35 +115,36 @@ def _describe_pixels(dataset: FileDataset, study: Study) -> None:
         dataset.PixelPaddingValue = encoding.padding
     dataset.WindowCenter, dataset.WindowWidth = "40", "80"
     dataset.RescaleIntercept, dataset.RescaleSlope = str(encoding.intercept), "1"
+    return dataset
 
 
 def _refuse_foreign(out: Path, folder: Path, filling: Path, table: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out must name a folder")
-    # What stands under the private temporary name may be cut short; its names are enough.
-    for place, check in ((folder, _is_ours), (filling, _is_named_so)):
-        foreign = next((path for path in _entries(place) if not check(path)), None)
+    # Files of the temporary folder may be cut short, so only their names are checked.
+    for path, is_ours in ((folder, _is_ours), (filling, _has_our_name)):
+        foreign = next((entry for entry in _entries(path) if not is_ours(entry)), None)
         if foreign is not None:
             raise DataError(
-                f"{foreign} was not written by the phantom, so {place} is not replaced; choose another --out"
+                f"{foreign} was not written by the phantom, so {path} is not replaced; choose another --out"
             )
     if table.exists() and not any(_entries(folder)):
         raise DataError(f"{table} has no phantom beside it, so it is not replaced; choose another --out or remove it")
 
 
-def _entries(place: Path) -> list[Path]:
-    if place.is_dir() and not place.is_symlink():
-        return sorted(place.iterdir())
-    return [place] if place.exists() or place.is_symlink() else []
+def _entries(path: Path) -> list[Path]:
+    if path.is_dir() and not path.is_symlink():
+        return sorted(path.iterdir())
+    return [path] if path.exists() or path.is_symlink() else []
 
 
 def _is_ours(path: Path) -> bool:
-    """Tell our own slice from a real one: RSNA's files have the same names."""
-    if not _is_named_so(path):
+    """Tell the phantom's slice from a real one: RSNA's files have the same names."""
+    if not _has_our_name(path):
         return False
     with path.open("rb") as handle:
         return MAKER.encode() in handle.read(512)
 
 
-def _is_named_so(path: Path) -> bool:
+def _has_our_name(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and _FILE_NAME.fullmatch(path.name) is not None

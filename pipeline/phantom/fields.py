@@ -1,4 +1,4 @@
-"""Soft shapes and smooth random fields, the clay of the phantom. Lengths in mm, weights in [0, 1], float32."""
+"""Soft shapes and smooth random fields in head coordinates. Lengths in mm, weights in [0, 1], float32."""
 
 from __future__ import annotations
 

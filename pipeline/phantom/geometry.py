@@ -1,4 +1,4 @@
-"""Where the slices of one synthetic study lie: gantry tilt, spacing, field of view, pose of the head.
+"""Geometry of one synthetic series: gantry tilt, slice spacing, field of view and pose of the head.
 
 Patient coordinates are DICOM's (PS3.3 C.7.6.2.1.1): x to the left, y to the back, z to the head, mm.
 """

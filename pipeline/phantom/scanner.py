@@ -1,4 +1,4 @@
-"""What a scanner does to the truth: partial volume, beam hardening, noise, table, field of view, encoding."""
+"""The scanner: partial volume, beam hardening, noise, headrest, field of view and pixel encoding."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Encoding:
     wrapped: bool = False  # the 12-bit quirk of RSNA 2019
 
 
-# The last one is the known quirk: unsigned 12-bit values that pretend to an intercept of 0 and are wrapped
-# at 4096. Readers add 1000, take 4096 off what reaches it, and use an intercept of -1000.
+# The last one is the known quirk: unsigned 12-bit values that declare an intercept of 0 and wrap at 4096.
+# Readers add 1000, subtract 4096 from values of 4096 and more, and use an intercept of -1000.
 ENCODINGS = (Encoding(16, 1, 0), Encoding(12, 0, -1024), Encoding(16, 1, -1024, padding=-2000),
              Encoding(16, 1, 0, padding=-3024), Encoding(16, 0, -1024), Encoding(12, 0, 0, wrapped=True))  # fmt: skip
 ENCODING_SHARE = (0.25, 0.25, 0.25, 0.1, 0.09, 0.06)
@@ -39,7 +39,7 @@ ENCODING_SHARE = (0.25, 0.25, 0.25, 0.1, 0.09, 0.06)
 
 @dataclass(frozen=True)
 class Scanner:
-    """One scanner's character for one study."""
+    """Properties of one scanner for one study."""
 
     noise_hu: float  # standard deviation
     blur_px: float  # in-plane point spread, standard deviation
@@ -81,22 +81,17 @@ def harden(values: Floats, anatomy: Anatomy, scanner: Scanner, rng: np.random.Ge
 
 def expose(hu: Floats, scanner: Scanner, rng: np.random.Generator, pixel_mm: float) -> NDArray[np.int16]:
     """Point spread, headrest, correlated noise and rounding; [slices, rows, columns] in HU."""
-    _lay_headrest(hu, scanner, pixel_mm)
+    if scanner.headrest_hu is not None:
+        axis = (np.arange(hu.shape[1], dtype=np.float32) - (hu.shape[1] - 1) / 2) * np.float32(pixel_mm)
+        x, y = axis[None, :], axis[:, None]
+        gap = np.abs(np.sqrt(x**2 + (y + 8) ** 2) - 116) - 2
+        arc = inside(np.maximum(gap, 55 - y))[None] * (hu < -900)
+        lay(hu, scanner.headrest_hu, arc.astype(np.float32))
     image = ndimage.gaussian_filter(hu, (0, scanner.blur_px, scanner.blur_px), truncate=3)
     grain = rng.standard_normal(hu.shape, dtype=np.float32)
     grain = ndimage.gaussian_filter(grain, (0, scanner.grain_px, scanner.grain_px), truncate=3, mode="wrap")
     image += grain * np.float32(scanner.noise_hu / grain.std())
     return np.asarray(np.clip(np.rint(image), LOWEST_HU, HIGHEST_HU), dtype=np.int16)
-
-
-def _lay_headrest(hu: Floats, scanner: Scanner, pixel_mm: float) -> None:
-    if scanner.headrest_hu is None:
-        return
-    axis = (np.arange(hu.shape[1], dtype=np.float32) - (hu.shape[1] - 1) / 2) * np.float32(pixel_mm)
-    x, y = axis[None, :], axis[:, None]
-    gap = np.abs(np.sqrt(x**2 + (y + 8) ** 2) - 116) - 2
-    arc = inside(np.maximum(gap, 55 - y))[None] * (hu < -900)
-    lay(hu, scanner.headrest_hu, arc.astype(np.float32))
 
 
 def field_of_view(size_px: int) -> NDArray[np.bool_]:

@@ -1,9 +1,9 @@
-"""Contact sheet of the phantom. ``python -m ichpipe.phantom.sheet docs/phantom.png`` makes the page's picture."""
+"""Draws the phantom's contact sheet: ``python -m ichpipe.phantom.sheet docs/phantom.png``."""
 
 from __future__ import annotations
 
 import sys
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,6 @@ from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.study import make_study
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from ichpipe.phantom.bleeds import Lesion
@@ -26,13 +24,14 @@ Tile = tuple[str, "NDArray[np.int16]"]
 
 
 def save_sheet(path: Path, seed: int = 0, size_px: int = 128) -> None:
-    """Draw, in the brain window (level 40, width 80 HU): a normal head; then, for each kind, four
-    neighbouring slices of a bleed and four around a mimic, which is in one of them only.
+    """Draw in the brain window (level 40, width 80 HU) a normal head; then, for each kind, four neighbouring slices
+    of a bleed and four around a mimic, which is in one of them only.
     """
-    rows = [_normal_head(seed, size_px)]
-    pairs = [(kind, is_mimic) for kind in SUBTYPES for is_mimic in (False, True)]
-    shown = [_lesion_tiles(seed, size_px, kind, is_mimic) for kind, is_mimic in pairs]
-    rows += [bleed + mimic for bleed, mimic in zip(shown[0::2], shown[1::2], strict=True)]
+    normal = next(study for study in (make_study(seed, index, size_px) for index in count()) if not study.lesions)
+    chosen = np.linspace(1, len(normal.hu) - 4, COLUMNS).round().astype(int)
+    rows: list[list[Tile]] = [[("no finding", normal.hu[level]) for level in chosen]]
+    studies = [make_study(seed, index, size_px) for index in range(60)]
+    rows += [_lesion_tiles(studies, kind, False) + _lesion_tiles(studies, kind, True) for kind in SUBTYPES]
     figure = Figure(figsize=(COLUMNS * 1.3, len(rows) * 1.45), facecolor="black")
     axes = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for row, tiles in enumerate(rows):
@@ -45,35 +44,19 @@ def save_sheet(path: Path, seed: int = 0, size_px: int = 128) -> None:
     figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
-def _studies(seed: int, size_px: int) -> Iterator[Study]:
-    return (make_study(seed, index, size_px) for index in count())
-
-
-def _normal_head(seed: int, size_px: int) -> list[Tile]:
-    study = next(study for study in _studies(seed, size_px) if not study.lesions)
-    chosen = np.linspace(1, len(study.hu) - 4, COLUMNS).round().astype(int)
-    return [("no finding", study.hu[level]) for level in chosen]
-
-
-def _lesion_tiles(seed: int, size_px: int, kind: str, is_mimic: bool) -> list[Tile]:
-    """Four neighbouring slices around the plainest lesion of a kind among the first studies."""
-    study, lesion = max(
-        (
-            (study, lesion)
-            for study in islice(_studies(seed, size_px), 60)
-            for lesion in study.lesions
-            if lesion.kind == kind and lesion.is_mimic == is_mimic
-        ),
-        key=lambda pair: _plainness(*pair),
-    )
+def _lesion_tiles(studies: list[Study], kind: str, is_mimic: bool) -> list[Tile]:
+    """Four neighbouring slices around the plainest lesion of a kind."""
+    pairs = ((study, lesion) for study in studies for lesion in study.lesions)
+    same = (pair for pair in pairs if pair[1].kind == kind and pair[1].is_mimic == is_mimic)
+    study, lesion = max(same, key=lambda pair: _plainness(*pair))
     name = f"{kind} mimic" if is_mimic else kind
     return [(name if lesion.slices[0] <= k <= lesion.slices[1] else "", study.hu[k]) for k in _levels(study, lesion)]
 
 
 def _plainness(study: Study, lesion: Lesion) -> float:
     """Area of the largest slice times contrast; less where other lesions lie in the same picture."""
-    shown = _levels(study, lesion)
-    others = sum(other.slices[0] <= shown[-1] and other.slices[1] >= shown[0] for other in study.lesions)
+    levels = _levels(study, lesion)
+    others = sum(other.slices[0] <= levels[-1] and other.slices[1] >= levels[0] for other in study.lesions)
     area = float(study.mask(lesion).sum(axis=(1, 2)).max())
     return area * (lesion.hu - 35) * 0.2 ** (others - 1)
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ichpipe.common.constants import AIR_HU
 from ichpipe.phantom.fields import Points, capsule, ellipsoid, inside, lay
 
 if TYPE_CHECKING:
     from ichpipe.phantom.fields import Floats
 
-MUSCLE_HU, FAT_HU, BONE_HU, AIR_HU = 50.0, -80.0, 1000.0, -1000.0
+MUSCLE_HU, FAT_HU, BONE_HU = 50.0, -80.0, 1000.0
 
 
 def skull_base_height(points: Points) -> Floats:

@@ -1,4 +1,4 @@
-"""One synthetic study from a seed and a number; the same whatever else is made."""
+"""One synthetic study, a function of the seed and its number only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ichpipe.common.classes import SUBTYPES
-from ichpipe.phantom.anatomy import Anatomy, build_anatomy, draw_head
-from ichpipe.phantom.bleeds import Lesion, lay_lesion
+from ichpipe.phantom.anatomy import build_anatomy, draw_head
+from ichpipe.phantom.bleeds import Lesion, draw_lesions, lay_lesion
 from ichpipe.phantom.fields import RandomField
 from ichpipe.phantom.geometry import Geometry, draw_geometry
-from ichpipe.phantom.mimics import draw_lesions
 from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden, slice_profile
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _MODULUS = 1 << (4 * _HEX_DIGITS)
 
 @dataclass(frozen=True)
 class Study:
-    """One series of one patient with its truth."""
+    """One series of one patient with its lesions and labels."""
 
     patient_id: str
     study_uid: str
@@ -69,12 +68,19 @@ def make_study(seed: int, study_index: int, size_px: int) -> Study:
     geometry, scanner = draw_geometry(rng, size_px), draw_scanner(rng, size_px)
     anatomy = build_anatomy(head, geometry)
     lesions = draw_lesions(rng, anatomy)
+    hu = slice_profile(anatomy.hu)
+    values = hu.ravel()[anatomy.voxels]
+    texture = RandomField.draw(rng, 9.0).at(anatomy.points)
+    for lesion in lesions:
+        lay_lesion(values, lesion, texture)
+    harden(values, anatomy, scanner, rng)
+    hu.ravel()[anatomy.voxels] = values
     return Study(
         patient_id=_identifier(seed, 0, patient),
         study_uid=_identifier(seed, 1, study_index),
         series_uid=_identifier(seed, 2, study_index),
         sop_uids=tuple(_identifier(seed, 3, study_index * 64 + k) for k in range(geometry.n_slices)),
-        hu=_scan(anatomy, lesions, scanner, rng),
+        hu=expose(hu, scanner, rng, geometry.pixel_mm),
         lesions=lesions,
         geometry=geometry,
         scanner=scanner,
@@ -87,23 +93,10 @@ def patient_of(seed: int, study_index: int) -> int:
     # The first n draws of a generator are the same whatever n is.
     returns = np.random.default_rng([seed, 2]).random(study_index + 1) < SECOND_STUDY_CHANCE
     patient, may_return = 0, True
-    for wants in returns[1:]:
-        may_return = not (may_return and wants)
+    for has_second in returns[1:]:
+        may_return = not (may_return and has_second)
         patient += may_return
     return patient
-
-
-def _scan(
-    anatomy: Anatomy, lesions: tuple[Lesion, ...], scanner: Scanner, rng: np.random.Generator
-) -> NDArray[np.int16]:
-    hu = slice_profile(anatomy.hu)
-    values = hu.ravel()[anatomy.voxels]
-    texture = RandomField.draw(rng, 9.0).at(anatomy.points)
-    for lesion in lesions:
-        lay_lesion(values, lesion, texture)
-    harden(values, anatomy, scanner, rng)
-    hu.ravel()[anatomy.voxels] = values
-    return expose(hu, scanner, rng, anatomy.geometry.pixel_mm)
 
 
 def _identifier(seed: int, family: int, number: int) -> str:

@@ -15,6 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import ABBREVIATIONS
+from ichpipe.scoring.arm_comparison import BETTER, WORSE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +32,7 @@ POSITIVE: Final = "#D55E00"
 BRAIN_WINDOW: Final = (40.0, 80.0)
 """Level and width in HU (Nguyen et al. 2020)."""
 
-SHORT: Final = ("EDH", "IPH", "IVH", "SAH", "SDH")
+SHORT: Final = tuple(ABBREVIATIONS[name] for name in CLASSES[1:])
 """The field's abbreviations of the subtypes, in the order of ``ichpipe.common.classes.SUBTYPES``."""
 
 MAX_TILES: Final = 40
@@ -229,3 +231,43 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     return buffer.getvalue()
+
+
+ARM_LOOK = {BETTER: (PALETTE[2], "o"), WORSE: (PALETTE[5], "s")}
+"""Colour and marker by verdict; all other arms are grey and hollow."""
+
+
+def arms_figure(comparison: Mapping[str, Any]) -> bytes:
+    """Draw each arm's weighted log loss by seed, and its gain over the baseline with both intervals."""
+    arms = comparison["arms"]
+    figure = Figure(figsize=(12, 1.9 + 0.42 * len(arms)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row_y, row in enumerate(arms):
+        loss = row["weighted_log_loss"]
+        left.plot(loss["of_seeds"], [row_y] * len(loss["of_seeds"]), "o", color=PALETTE[0], ms=5, alpha=0.6)
+        left.plot([loss["mean"]], [row_y], "|", color="black", ms=16, mew=2)
+        _draw_gain(right, row_y, row)
+    right.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(range(len(arms)), [row["arm"] for row in arms])
+    left.invert_yaxis()
+    left.set_xlabel("weighted log loss  (lower is better; a dot a seed, a bar their mean)")
+    right.set_xlabel(f"gain over {comparison['baseline']}  (to the right: better; thin: all arms together)")
+    for axes in (left, right):
+        plain_axes(axes, grid="x")
+    counts = f"{comparison['n_slices']} slices, {comparison['n_patients']} patients"
+    figure.suptitle(f"{counts}; filled: beyond noise, hollow: noise", fontsize=11)
+    return to_png(figure)
+
+
+def _draw_gain(axes: Axes, row_y: int, row: Mapping[str, Any]) -> None:
+    gain = row["gain"].get("weighted_log_loss")
+    if gain is None:
+        axes.text(0, row_y, f" {row['verdict']}", va="center", fontsize=9, color="0.4")
+        return
+    colour, marker = ARM_LOOK.get(row["verdict"], ("0.45", "o"))
+    if gain["simultaneous"] is not None:
+        axes.plot(gain["simultaneous"], [row_y, row_y], color=colour, linewidth=1)
+    if gain["ci_low"] is not None:
+        axes.plot([gain["ci_low"], gain["ci_high"]], [row_y, row_y], color=colour, linewidth=3)
+    fill = colour if row["verdict"] in ARM_LOOK else "white"
+    axes.plot([gain["value"]], [row_y], marker, color=colour, mfc=fill, ms=8)

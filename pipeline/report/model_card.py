@@ -9,7 +9,6 @@ import numpy as np
 from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file, read_json
-from ichpipe.models.header import read_header
 from ichpipe.scoring import metrics
 from ichpipe.scoring.heldout_predictions import LABELS, read_predictions
 
@@ -32,22 +31,18 @@ LIMITS = (
 )
 
 
-def make_card(folder: Path, index: pd.DataFrame, dataset: str, evaluate: EvaluateParams) -> dict[str, Any]:
-    """Describe the end-to-end model in ``folder``.
+def make_card(
+    folder: Path, network: dict[str, Any], index: pd.DataFrame, dataset: str, evaluate: EvaluateParams
+) -> dict[str, Any]:
+    """Describe the end-to-end model in ``folder``; ``network`` is what its file says (``Header.description``).
 
     Scores are those of its own predictions on the held-out patients, which carry its digest; without labelled test
     patients there are none.
     """
-    header, record = read_header(folder, "run: ichpipe finetune"), read_json(folder / RECORD_FILE)
-    assert header.slice_cnn is not None and header.sequence is not None  # noqa: S101, PT018 - an end-to-end model
+    record = read_json(folder / RECORD_FILE)
     return {
-        "kind": header.kind,
-        "format_version": header.format_version,
-        "classes": list(header.slice_cnn.classes),
-        "slice_cnn": header.slice_cnn.model_dump(mode="json"),
-        "sequence": header.sequence.model_dump(mode="json"),
+        **network,
         "model_sha256": digest_of_file(folder / MODEL_FILE),
-        "made_from": header.made_from,
         "training_data": {"dataset": dataset} | {split: _counts(index, split) for split in ("train", "val", "test")},
         "metrics": {"validation": {"weighted_log_loss": record["val_loss"]}, "test": _scores(folder, evaluate)},
         "training": {name: record[name] for name in ("params", "device", "versions", "commit")},

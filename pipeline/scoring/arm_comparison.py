@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ichpipe.common.classes import CLASSES
+from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.errors import DataError, did_you_mean
 from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample, resampled_mean
 from ichpipe.scoring.heldout_predictions import LABELS
 from ichpipe.scoring.metrics import CLIP, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+
+SHORT: Final = ABBREVIATIONS | {"any": "any"}
 
 BASELINE: Final = "baseline"
 BETTER: Final = "better"
@@ -216,3 +219,65 @@ def _warnings(arms: Sequence[Arm], same: list[Arm], base: Arm) -> list[str]:
     if apart := [arm.name for arm in arms if arm.record.get("store") != store]:
         found.append(f"made from another embedding store than {base.name}: {', '.join(apart)}")
     return found
+
+
+def comparison_text(comparison: Mapping[str, Any]) -> str:
+    """Return two markdown tables, the warnings, and what the figures mean; ``comparison`` is from `compare_arms`."""
+    percent = f"{100 * comparison['confidence']:g} %"
+    arms = comparison["arms"]
+    head = ["arm", "seeds", "weighted log loss", f"gain [{percent}]", "verdict"]
+    head += [f"AUC {SHORT[name]}" for name in CLASSES] + ["parameters", "s / seed"]
+    rows = [_format_arm(row) for row in arms]
+    losses = [[row["arm"], *(_format_number(row["log_loss"][name]) for name in CLASSES)] for row in arms]
+    notes = [f"**Warning**: {warning}." for warning in comparison["warnings"]]
+    return "\n".join(
+        [
+            _format_table(head, rows),
+            "",
+            f"{comparison['n_slices']} slices of {comparison['n_patients']} patients. Gain: weighted log loss of "
+            f"{comparison['baseline']} minus that of the arm, mean over seeds; positive is better. Intervals: patients "
+            f"resampled {comparison['bootstrap_samples']} times, paired. Verdict: noise unless the interval that holds "
+            "for all arms together leaves out 0 and the gain is at least twice its standard error over seeds.",
+            *notes,
+            "",
+            _format_table(["log loss", *(SHORT[name] for name in CLASSES)], losses),
+        ]
+    )
+
+
+def _format_arm(row: Mapping[str, Any]) -> list[str]:
+    loss, gain = row["weighted_log_loss"], row["gain"].get("weighted_log_loss")
+    spread = "" if loss["sd"] is None else f" ± {_format_number(loss['sd'])}"
+    return [
+        row["arm"],
+        str(len(row["seeds"])),
+        _format_number(loss["mean"]) + spread,
+        "" if gain is None else _format_gain(gain),
+        row["verdict"],
+        *(_format_number(row["auc"][name], 3) for name in ("any", *SUBTYPES)),
+        "" if row["n_parameters"] is None else f"{row['n_parameters']:,}",
+        "" if row["seconds_per_seed"] is None else f"{row['seconds_per_seed']:.1f}",
+    ]
+
+
+def _format_gain(gain: Mapping[str, Any]) -> str:
+    low, high = gain["ci_low"], gain["ci_high"]
+    interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+    return f"{gain['value']:+.4f}{interval}"
+
+
+def _format_number(value: float | None, digits: int = 4) -> str:
+    return "not defined" if value is None else f"{value:.{digits}f}"
+
+
+def _format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table whose columns line up in plain text, too."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    first, *rest = widths
+
+    def line(cells: Sequence[str]) -> str:
+        ends = [cells[0].ljust(first), *(cell.rjust(width) for cell, width in zip(cells[1:], rest, strict=True))]
+        return f"| {' | '.join(ends)} |"
+
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in rest)])
+    return "\n".join([line(head), f"|{rule}|", *(line(row) for row in rows)])

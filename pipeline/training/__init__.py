@@ -1,1 +1,1 @@
-"""What the three learning steps do."""
+"""Training loops of the three learning stages, and their records."""

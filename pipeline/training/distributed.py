@@ -69,9 +69,9 @@ def all_sum(*values: float) -> tuple[float, ...]:
     if count() == 1:
         return values
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    found = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(found)
-    return tuple(found.tolist())
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return tuple(sums.tolist())
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

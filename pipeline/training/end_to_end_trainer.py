@@ -1,4 +1,4 @@
-"""How slice CNN and sequence model learn together: one epoch of whole series of images, or samples of them."""
+"""Trains slice CNN and sequence model together on whole series of images, or samples of them."""
 
 from __future__ import annotations
 

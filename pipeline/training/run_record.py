@@ -1,4 +1,4 @@
-"""The record beside every trained model: what made it, on what, and how long it took.
+"""Writes the record beside every trained model: parameters, device, versions and seconds.
 
 No host name, user name or absolute path: a record may be shared with the model.
 """

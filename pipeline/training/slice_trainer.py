@@ -1,4 +1,4 @@
-"""How the slice CNN learns: which slices make a batch, what is done to them, and one epoch over them."""
+"""Trains the slice CNN: batches of slices, augmentation, one epoch, and validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the three learning steps share: optimiser, schedule, resuming, and keeping the best weights."""
+"""Training loop of the three learning stages: optimiser, schedule, checkpoints and the best weights."""
 
 from __future__ import annotations
 

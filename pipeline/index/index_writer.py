@@ -1,0 +1,91 @@
+"""Writes the index with its summary and the tables beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.files import atomic_path, write_json, write_text
+from ichpipe.index.slice_index import SCHEMA
+from ichpipe.index.slice_order import find_ties_and_gaps
+from ichpipe.index.splits import SPLITS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+
+def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
+    """Count the slices of the index, by label and split, and the rejected files, as JSON-like values."""
+    tie, gap = find_ties_and_gaps(index)
+    kinds = rejected["reason"].str.replace(
+        r"^(duplicate: a copy|duplicate: same|series not chosen).*", r"\1", regex=True
+    )
+    spacing = index.loc[index["slice_index"] > 0, "spacing_mm"]
+    return {
+        "files": len(index) + len(rejected),
+        **_count_rows(index),
+        "rejected": len(rejected),
+        "lossy": int(index["lossy"].sum()),
+        "rejected_by_reason": {str(reason): int(n) for reason, n in sorted(kinds.value_counts().items())},
+        "transfer_syntaxes": {str(uid): int(n) for uid, n in sorted(index["transfer_syntax"].value_counts().items())},
+        "ties": int(tie.sum()),
+        "gaps": int(gap.sum()),
+        "series_with_gaps": int(index.loc[gap, "series_uid"].nunique()),
+        "largest_step_mm": float(spacing.max()) if len(spacing) else None,
+        "prevalence": _prevalence(index),
+        "splits": {name: _describe(index[index["split"] == name]) for name in SPLITS},
+        "folds": {str(fold): _describe(rows) for fold, rows in index.groupby("fold")},
+    }
+
+
+def _count_rows(index: pd.DataFrame) -> dict[str, int]:
+    columns = {"series": "series_uid", "studies": "study_uid", "patients": "patient_id"}
+    return {"slices": len(index), **{name: int(index[column].nunique()) for name, column in columns.items()}}
+
+
+def _describe(index: pd.DataFrame) -> dict[str, Any]:
+    return {**_count_rows(index), "prevalence": _prevalence(index)}
+
+
+def _prevalence(index: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
+    """Return for each class the share of positive slices among those with a label; None without a label."""
+    labels = {name: index[name].dropna().astype(np.float64) for name in CLASSES}
+    return {
+        name: {
+            "known": len(values),
+            "positive": int(values.sum()),
+            "share": float(values.mean()) if len(values) else None,
+        }
+        for name, values in labels.items()
+    }
+
+
+def write_outputs(
+    out: Path,
+    index: pd.DataFrame,
+    rejected: pd.DataFrame,
+    summary: dict[str, Any],
+    *,
+    series: pd.DataFrame | None = None,
+    of_studies: pd.DataFrame | None = None,
+) -> None:
+    """Write ``slices.parquet``, ``rejected.csv``, ``summary.json`` and the given tables; same input, same bytes."""
+    table = pa.Table.from_pandas(index[SCHEMA.names], schema=SCHEMA, preserve_index=False)
+    with atomic_path(out / "slices.parquet") as temporary:
+        parquet.write_table(table.replace_schema_metadata(None), temporary)
+    write_rejected(out, rejected)
+    for name, frame in (("series", series), ("studies", of_studies)):
+        if frame is not None:
+            write_text(out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_json(out / "summary.json", summary)
+
+
+def write_rejected(out: Path, rejected: pd.DataFrame) -> None:
+    """Write ``rejected.csv`` (``path,reason``, sorted by path) into ``out``."""
+    write_text(out / "rejected.csv", rejected[["path", "reason"]].to_csv(index=False, lineterminator="\n"))
