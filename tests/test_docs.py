@@ -195,7 +195,7 @@ def test_reference_lists_every_command_and_option(reference):
 def test_reference_lists_every_key_with_its_default(reference):
     text = reference.parameters()
     sections = {name: body.splitlines() for name, body in re.findall(SECTION, text, LINES)}
-    for place, model in reference._places(Params, ""):
+    for place, model in reference._sections(Params, ""):
         title = place.removesuffix("[]")
         if "." in place:
             title = model.__name__.removesuffix("Params").lower()
@@ -312,3 +312,13 @@ def test_lines_are_short_outside_tables_and_code(page):
         if len(line) > 120 and not code and not line.startswith("|"):
             wrong.append(number)
     assert not wrong
+
+
+def test_where_to_change_what_names_files_that_exist():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = text[text.index("## Where to change what") :].splitlines()[4:]
+    assert len(rows) >= 10
+    for row in rows:
+        names = re.findall(r"`((?:pipeline|stages|cache|tests|docs)/[^`]*|\w+\.yaml)`", row)
+        assert any(name.startswith("tests/") for name in names), row
+        assert [name for name in names if not (ROOT / name).exists()] == [], row

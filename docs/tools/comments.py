@@ -1,4 +1,4 @@
-"""A griffe extension: what stands behind a field in the source is its description in the reference."""
+"""A griffe extension: the comment behind a field becomes its description in the reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import griffe
 
 
 class TrailingComments(griffe.Extension):
-    """Take ``field: type  # comment`` of a class for the field's docstring."""
+    """Use the comment of ``field: type  # comment`` as the docstring of the field."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Look at the field's line."""
+        """Read the comment of one field."""
         if attr.docstring or attr.lineno is None or attr.parent is None or not attr.parent.is_class:
             return
         line = attr.lines_collection[attr.filepath][attr.lineno - 1]

@@ -1,7 +1,7 @@
-"""The reference pages of commands and parameters, made from the code when the documentation is built.
+"""MkDocs hooks that make the reference of commands and parameters from the code.
 
-A page names what it wants by ``<!-- commands -->``, ``<!-- parameters -->`` or ``<!-- examples/NAME.py -->``.
-MkDocs calls what begins with ``on_`` (``hooks`` in mkdocs.yml).
+A page marks an insertion by ``<!-- commands -->``, ``<!-- parameters -->`` or ``<!-- examples/NAME.py -->``.
+MkDocs calls the functions whose names begin with ``on_`` (``hooks`` in mkdocs.yml).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_startup(**_: Any) -> None:
-    """Show mkdocstrings the sources under the name by which they install: it can't see through setup.cfg's mapping."""
+    """Link the sources under their package name: mkdocstrings can't read the mapping of setup.cfg."""
     link = ROOT / "build" / "docs-source" / "ichpipe"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
@@ -36,24 +36,24 @@ def on_startup(**_: Any) -> None:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the generated parts in their places."""
+    """Insert the generated parts."""
     for mark, make in (("<!-- commands -->", commands), ("<!-- parameters -->", parameters)):
         if mark in markdown:
             markdown = markdown.replace(mark, _linked(make()))
     return re.sub(r"<!-- (examples/\w+\.py) -->", _script, markdown)
 
 
-def _script(found: re.Match[str]) -> str:
-    return f"```python\n{(ROOT / found[1]).read_text(encoding='utf-8')}```"
+def _script(match: re.Match[str]) -> str:
+    return f"```python\n{(ROOT / match[1]).read_text(encoding='utf-8')}```"
 
 
 def _linked(text: str) -> str:
-    """Turn the names of pages in help texts and comments into links."""
+    """Turn names of pages in help texts and comments into links."""
     return re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", text)
 
 
 def all_commands(group: click.Group = cli, path: str = "ichpipe") -> Iterator[tuple[str, click.Command]]:
-    """Yield every command below ``group`` with what is typed to call it."""
+    """Yield the full name and object of every command below ``group``."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from all_commands(command, f"{path} {name}")
@@ -62,7 +62,7 @@ def all_commands(group: click.Group = cli, path: str = "ichpipe") -> Iterator[tu
 
 
 def commands() -> str:
-    """Return a section a command: what it does, an example, its options."""
+    """Return one section per command: description, example, options."""
     parts = [_command("ichpipe", cli, "Options before the command")]
     parts += [_command(path, command, path) for path, command in all_commands()]
     return "\n\n".join(parts)
@@ -88,38 +88,38 @@ def _cell(text: str) -> str:
 
 
 def parameters() -> str:
-    """Return a table a section of ``params.yaml``, and one for each group of keys that sections share."""
+    """Return one table per section of ``params.yaml``, and one for each group of keys that sections share."""
     comments = _comments()
-    places = list(_places(ichpipe.params.schema.Params, ""))
+    sections = list(_sections(ichpipe.params.schema.Params, ""))
     parts = []
-    for model in dict.fromkeys(model for _, model in places):
-        found = [place for place, other in places if other is model]
+    for model in dict.fromkeys(model for _, model in sections):
+        keys = [key for key, other in sections if other is model]
         title = (
-            f"## {found[0].removesuffix('[]')}"
-            if "." not in found[0]
+            f"## {keys[0].removesuffix('[]')}"
+            if "." not in keys[0]
             else f"## {model.__name__.removesuffix('Params').lower()}"
         )
-        where = "" if "." not in found[0] else "In " + ", ".join(f"`{one}`" for one in found) + "."
+        where = "" if "." not in keys[0] else "In " + ", ".join(f"`{key}`" for key in keys) + "."
         text = inspect.cleandoc(model.__doc__ or "").replace("``", "`")
         parts.append("\n\n".join(filter(None, (title, text, where, _table(model, comments)))))
     return "\n\n".join(parts)
 
 
-def _places(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield every section with the key under which it stands, outer ones first."""
+def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the key and model of every section, outer sections first."""
     for name, field in model.model_fields.items():
         key = f"{path}.{field.alias or name}".lstrip(".")
         for inner in _models(field.annotation):
             if field.annotation is not inner:  # a table or a list of them
                 key += ".NAME" if name == "sequence" else "[]"
             yield key, inner
-            yield from _places(inner, key)
+            yield from _sections(inner, key)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, ichpipe.params.schema.Section):
         return [annotation]
-    return [one for part in getattr(annotation, "__args__", ()) for one in _models(part)]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
 
 
 def _table(model: type[BaseModel], comments: dict[tuple[str, str], str]) -> str:
@@ -145,9 +145,9 @@ def _default(value: Any) -> str:
 
 def _kind(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
-        return " or ".join(_kind(one) for one in schema["anyOf"])
+        return " or ".join(_kind(choice) for choice in schema["anyOf"])
     if "enum" in schema:
-        return ", ".join(f"`{one}`" for one in schema["enum"])
+        return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("type") == "array":
         return f"list of {_kind(schema['items'])}"
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}
@@ -158,7 +158,7 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _comments() -> dict[tuple[str, str], str]:
-    """Return what stands behind each field of params.py, by class and field."""
+    """Return the comment behind each field of schema.py, by class and field."""
     source = inspect.getsource(ichpipe.params.schema)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
