@@ -5,27 +5,90 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.cache import maintenance
-from ichpipe.cache.fingerprint import name_of
-from ichpipe.cache.location import StoreLocation
+import click
+
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError
 from ichpipe.common.files import digest_of_file
+from ichpipe.stages.options import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.stages.options import Settings
+
+
+@click.group("cache")
+def command() -> None:
+    """Look after an embedding store.
+
+    \b
+    Example:
+      ichpipe cache info artifacts/embeddings.zarr
+    """
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@command.command("info")
+@click.argument("store")
+@json_option
+def cache_info(store: str, as_json: bool) -> str:
+    """Say what is in STORE: rows, studies, generations, bytes, what made them, what is missing.
+
+    \b
+    Example:
+      ichpipe cache info artifacts/embeddings.zarr
+    """
+    return info(store, as_json=as_json)
+
+
+@command.command("verify")
+@click.argument("store")
+@json_option
+@click.option("--repair", is_flag=True, help="Remove what is damaged, so that extract computes it again.")
+def cache_verify(store: str, as_json: bool, repair: bool) -> Verdict:
+    """Read every byte of STORE against its checksum; exit 1 and name the studies where something is wrong.
+
+    \b
+    Example:
+      ichpipe cache verify artifacts/embeddings.zarr
+    """
+    return Verdict(*verify(store, as_json=as_json, repair=repair))
+
+
+@command.command("prune")
+@click.argument("store")
+@click.option("--keep", metavar="GENERATION", multiple=True, help="Keep this one; may be repeated [all in use].")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_option
+@click.pass_obj
+def cache_prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, as_json: bool) -> str:
+    """Free STORE of generations that no slice CNN below the artifacts made, and of rows that left the index.
+
+    \b
+    Example:
+      ichpipe cache prune artifacts/embeddings.zarr --dry-run
+    """
+    return prune(store, settings.artifacts(), keep, dry_run=dry_run, as_json=as_json)
 
 
 def info(store: str, *, as_json: bool) -> str:
     """Describe a store; see `maintenance.info` for the JSON."""
+    from ichpipe.cache import maintenance
+    from ichpipe.cache.location import StoreLocation
+
     facts = maintenance.info(StoreLocation(store))
     return json.dumps(facts, indent=2) if as_json else _info_text(facts)
 
 
 def verify(store: str, *, as_json: bool, repair: bool) -> tuple[str, bool]:
     """Check a store; return the text and whether it is sound. JSON: ``{"sound", "problems", "studies"}``."""
+    from ichpipe.cache import maintenance
+    from ichpipe.cache.location import StoreLocation
+
     place = StoreLocation(store)
     problems = maintenance.verify(place)
     if repair:
@@ -48,6 +111,10 @@ def prune(store: str, artifacts: Artifacts, keep: Sequence[str], *, dry_run: boo
 
     Raises ParamsError where that is nothing: then the whole store would go.
     """
+    from ichpipe.cache import maintenance
+    from ichpipe.cache.fingerprint import name_of
+    from ichpipe.cache.location import StoreLocation
+
     weights = {digest_of_file(path) for path in artifacts.slice_cnn.rglob(MODEL_FILE)}
 
     def wanted(identity: dict[str, Any]) -> bool:

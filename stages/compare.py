@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from ichpipe.common.artifacts import PREDICTIONS_FILE, RECORD_FILE, Artifacts
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path, read_json, write_json, write_text
-from ichpipe.report.figures import arms_figure
-from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
-from ichpipe.scoring.heldout_predictions import read_predictions
+from ichpipe.stages.options import complete_arm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from ichpipe.params.schema import Params
+    from ichpipe.scoring.arm_comparison import Arm
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option(
+    "--baseline",
+    metavar="ARM",
+    default=None,
+    shell_complete=complete_arm,
+    help="Arm to compare with [params: evaluate.baseline].",
+)
+@click.pass_obj
+def command(settings: Settings, runs: tuple[Path, ...], baseline: str | None) -> str:
+    """Put the arms of stage two beside each other: seeds, paired differences, and what of it is noise.
+
+    RUNS are artifacts folders; without any, this run's own.
+
+    \b
+    Example:
+      ichpipe compare --baseline paper
+    """
+    return run(settings.params(), settings.artifacts(), runs, baseline)
 
 
 def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baseline: str | None = None) -> str:
@@ -26,6 +50,9 @@ def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baselin
 
     ``runs`` are artifacts folders; none: this run's own. Of several, arms are named ``RUN/ARM``, as they were given.
     """
+    from ichpipe.report.figures import arms_figure
+    from ichpipe.scoring.arm_comparison import compare_arms, comparison_text
+
     roots = list(runs) or [artifacts.root]
     names = list(params.sequence) if roots == [artifacts.root] else None
     arms = [arm for root in roots for arm in read_arms(root, names, prefixed=len(roots) > 1)]
@@ -52,6 +79,9 @@ def read_arms(root: Path, names: list[str] | None = None, *, prefixed: bool = Fa
 
 
 def _read_arm(folder: Path, name: str) -> Arm:
+    from ichpipe.scoring.arm_comparison import Arm
+    from ichpipe.scoring.heldout_predictions import read_predictions
+
     table = read_predictions(folder, f"ichpipe fit-sequence --arm {folder.name}")
     test = table[table["split"] == "test"]
     if test.empty:

@@ -5,32 +5,41 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+import click
 
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.errors import ParamsError
 from ichpipe.common.files import digest_of, read_json, write_json, write_text
-from ichpipe.index import index_writer, splits
-from ichpipe.index.slice_index import read_index
-from ichpipe.scoring.heldout_predictions import (
-    FINETUNED,
-    POOLED,
-    SLICE_CNN,
-    read_predictions,
-    sequence_name,
-    write_predictions,
-    write_table,
-)
-from ichpipe.scoring.model_ladder import ladder_text, score_all
-from ichpipe.stages import compare, evaluate, extract, finetune, fit_sequence, fit_slices, prepare
+from ichpipe.stages.options import gpu_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
+
     from ichpipe.params.schema import Params
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
+
+
+@click.command("cross-validate")
+@gpu_option
+@click.option("--arms-only", is_flag=True, help="No fine-tuning: the arms of stage two alone, compared.")
+@click.pass_obj
+def command(settings: Settings, gpu: str, *, arms_only: bool) -> str:
+    """Run every step once per fold of patients, and score the pooled held-out predictions.
+
+    What was trained on the same inputs with the same parameters is kept.
+
+    \b
+    Example:
+      ichpipe --params params/ct-ich.yaml cross-validate
+    """
+    params = settings.params()
+    with settings.alone("cross-validate", "cv"):
+        return run(params, settings.artifacts(), gpu, arms_only=arms_only)
 
 
 def run(
@@ -49,6 +58,8 @@ def run(
     patients of these folds alone are scored; None: all.
     Returns the ladder of models and the comparison of arms as text.
     """
+    from ichpipe.stages import compare, prepare
+
     numbers = range(params.prepare.folds) if only_folds is None else only_folds
     if absent := set(numbers) - set(range(params.prepare.folds)):
         raise ParamsError(f"prepare.folds is {params.prepare.folds}: there is no fold {min(absent)}")
@@ -76,6 +87,8 @@ def _name(params: Params) -> str:
 
 
 def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, *, arms_only: bool) -> None:
+    from ichpipe.stages import extract, finetune, fit_sequence, fit_slices
+
     name = _name(params)
     log.info(name)
     _split(whole, params, artifacts)
@@ -92,6 +105,11 @@ def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, 
 
 def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
     """Write the fold's index: that of all patients, split anew."""
+    import pandas as pd
+
+    from ichpipe.index import index_writer, splits
+    from ichpipe.index.slice_index import read_index
+
     index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
     rejected = pd.read_csv(whole.index_dir / "rejected.csv")
     index_writer.write_outputs(artifacts.index_dir, index, rejected, index_writer.summarise(index, rejected))
@@ -99,6 +117,10 @@ def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
 
 def _pool_arm(folders: Sequence[Path], target: Path) -> None:
     """Put the test predictions of an arm's folds into one table, seed by seed, with a record of all folds."""
+    import pandas as pd
+
+    from ichpipe.scoring.heldout_predictions import POOLED, read_predictions, write_predictions
+
     tables = [read_predictions(folder, "ichpipe cross-validate") for folder in folders]
     test = pd.concat([table[table["split"] == "test"] for table in tables], ignore_index=True)
     write_predictions(test, target, POOLED)
@@ -113,6 +135,10 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
 
 
 def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Artifacts]]) -> str:
+    from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name, write_table
+    from ichpipe.scoring.model_ladder import ladder_text, score_all
+    from ichpipe.stages import evaluate
+
     for chosen, fold in by_fold:
         log.info("%s\n%s", _name(chosen), evaluate.run(chosen, fold))
     folds = [fold for _, fold in by_fold]
@@ -130,4 +156,6 @@ def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Art
 
 
 def _pool(paths: list[Path]) -> pd.DataFrame:
+    import pandas as pd
+
     return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)

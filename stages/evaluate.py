@@ -7,45 +7,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from scipy.special import expit
+import click
 
 from ichpipe.common.artifacts import HISTORY_FILE, MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
-from ichpipe.dicom.hounsfield import read_hu
-from ichpipe.features.generations import made_by, open_features
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.provenance import require_made_from
-from ichpipe.report.calibration_report import calibration_scores, calibration_text, reliability_figure, reliability_rows
-from ichpipe.report.figures import ladder, learning_curves, roc, study_sheet
-from ichpipe.scoring.calibration import Calibration, fit_calibration, write_calibration
-from ichpipe.scoring.heldout_predictions import (
-    FINETUNED,
-    LABELS,
-    SLICE_CNN,
-    known_slices,
-    make_table,
-    model_mark,
-    own_predictions,
-    read_predictions,
-    sequence_name,
-    write_table,
-)
-from ichpipe.scoring.metrics import curves
-from ichpipe.scoring.model_ladder import ladder_text, score_all
-from ichpipe.stages import compare
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
     from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import EvaluateParams, Params
+    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.stages.options import Settings
+
+
+@click.command("evaluate")
+@click.option("--gpu", default="auto", envvar="ICHPIPE_GPU", hidden=True, expose_value=False)
+@click.pass_obj
+def command(settings: Settings) -> str:
+    """Score slice CNN, sequence models and the fine-tuned model on the same held-out patients.
+
+    \b
+    Example:
+      ichpipe evaluate
+    """
+    params = settings.params()
+    with settings.alone("evaluate", "metrics", "plots", "predictions"):
+        return run(params, settings.artifacts())
 
 
 def run(params: Params, artifacts: Artifacts) -> str:
@@ -54,6 +49,22 @@ def run(params: Params, artifacts: Artifacts) -> str:
     Scores are those of the probabilities as the networks give them; what calibration does to them stands beside.
     Returns ladder, calibration and comparison as text.
     """
+    from ichpipe.features.generations import open_features
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.report.calibration_report import calibration_scores, calibration_text
+    from ichpipe.scoring.heldout_predictions import (
+        FINETUNED,
+        SLICE_CNN,
+        known_slices,
+        make_table,
+        own_predictions,
+        read_predictions,
+        sequence_name,
+        write_table,
+    )
+    from ichpipe.scoring.model_ladder import ladder_text, score_all
+    from ichpipe.stages import compare
+
     index = read_index(artifacts.index)
     held_out = known_slices(index, "test")
     if held_out.empty:
@@ -84,6 +95,10 @@ def run(params: Params, artifacts: Artifacts) -> str:
 
 def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
     """Write ROC, precision-recall and calibration points as JSON for DVC, and the pictures of them."""
+    from ichpipe.report.figures import ladder, roc
+    from ichpipe.scoring.heldout_predictions import LABELS
+    from ichpipe.scoring.metrics import curves
+
     points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
     for kind in ("roc", "precision_recall", "calibration"):
         rows = [{"model": name, **row} for name, found in points.items() for row in found[kind]]
@@ -94,6 +109,9 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
 
 def _calibrate(artifacts: Artifacts, val: pd.DataFrame, section: EvaluateParams) -> Calibration:
     """Fit on the validation patients, who are never scored, and keep the result beside the model."""
+    from ichpipe.scoring.calibration import fit_calibration, write_calibration
+    from ichpipe.scoring.heldout_predictions import model_mark
+
     mark = model_mark(artifacts.finetuned)
     calibration = fit_calibration(*_values(val), val["patient_id"].to_numpy(object), section.calibration, mark)
     write_calibration(artifacts.finetuned, calibration)
@@ -101,17 +119,26 @@ def _calibrate(artifacts: Artifacts, val: pd.DataFrame, section: EvaluateParams)
 
 
 def _write_reliability(folder: Path, test: pd.DataFrame, calibration: Calibration) -> None:
+    from ichpipe.report.calibration_report import reliability_figure, reliability_rows
+
     rows = reliability_rows(*_values(test), calibration)
     write_json(folder / "reliability.json", rows)
     _write_png(folder / "reliability.png", reliability_figure(rows))
 
 
 def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    import numpy as np
+
+    from ichpipe.scoring.heldout_predictions import LABELS
+
     return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
 
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
     """Refuse models of another split, or of another network's embeddings: their scores would look like any other."""
+    from ichpipe.features.generations import made_by
+    from ichpipe.models.provenance import require_made_from
+
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
     for arm, section in params.sequence.items():
@@ -124,6 +151,9 @@ def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame)
 
 def _slice_probabilities(store: EmbeddingStore, rows: pd.DataFrame) -> NDArray[np.float64]:
     """Return the slice CNN's own probabilities; `open_features` has shown that slices and their order are the same."""
+    import numpy as np
+    from scipy.special import expit
+
     result = np.full((len(rows), len(CLASSES)), np.nan)
     for uid, chosen in rows.groupby("series_uid", sort=False).indices.items():
         result[chosen] = expit(store.read(str(uid), "logit").astype(np.float64))
@@ -131,6 +161,8 @@ def _slice_probabilities(store: EmbeddingStore, rows: pd.DataFrame) -> NDArray[n
 
 
 def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
+    from ichpipe.report.figures import learning_curves
+
     folders = {"slice CNN": artifacts.slice_cnn} | {f"sequence, {arm}": artifacts.sequence(arm) for arm in arms}
     folders["fine-tuned"] = artifacts.finetuned
     histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
@@ -141,6 +173,9 @@ def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
 
 def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
     """Show the held-out series with the median number of positive slices among those that have any."""
+    from ichpipe.dicom.hounsfield import read_hu
+    from ichpipe.report.figures import study_sheet
+
     counts = held_out.groupby("series_uid")["any"].sum().sort_values(kind="stable")
     positive = counts[counts > 0] if (counts > 0).any() else counts
     uid = positive.index[len(positive) // 2]

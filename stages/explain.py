@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
+import click
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path
 from ichpipe.common.progress import track
-from ichpipe.index.scan import scan
-from ichpipe.index.series_selection import select_series
-from ichpipe.inference.heat_maps import Explainer
+from ichpipe.stages.options import alone_in, gpu_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
     from ichpipe.inference.heat_maps import EmbeddedSeries
     from ichpipe.params.schema import SelectionParams
+    from ichpipe.stages.options import Settings
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,51 @@ class Options:
     all_series: bool = False
 
 
+@click.command("explain")
+@gpu_option
+@workers_option
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the pictures.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of a fine-tuned model [ARTIFACTS/finetuned].",
+)
+@click.option(
+    "--class", "class_name", type=click.Choice(CLASSES), default="any", show_default=True, help="Finding to explain."
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Slices with at least this probability are framed.",
+)
+@click.option("--panels", type=click.IntRange(1, 60), default=18, show_default=True, help="Most slices on one sheet.")
+@click.option("--all-series", is_flag=True, help="A sheet for every series of a study, not the one that stands for it.")
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    paths: tuple[Path, ...],
+    out: Path,
+    model: Path | None,
+    gpu: str,
+    workers: int,
+    **options: Any,
+) -> str:
+    """Show where the fine-tuned model looked: one contact sheet per study, with heat maps and P along the head.
+
+    \b
+    Example:
+      ichpipe explain data/phantom/dicom --out explained
+    """
+    chosen = Options(selection=settings.params().prepare.selection, **options)
+    with alone_in(out, "explain"):
+        return run(paths, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
+
+
 def run(
     paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
 ) -> str:
@@ -45,6 +89,13 @@ def run(
 
     Series are chosen as by ``predict``. The pictures hold no identifier; the table names study and series by UID.
     """
+    import pandas as pd
+
+    from ichpipe.common.device import choose_device
+    from ichpipe.index.scan import scan
+    from ichpipe.index.series_selection import select_series
+    from ichpipe.inference.heat_maps import Explainer
+
     explainer = Explainer(model_dir, choose_device(gpu))
     scanned, rejected = scan(list(paths), workers)
     chosen = select_series(scanned, rejected, options.selection, one_per_study=not options.all_series)
@@ -76,6 +127,8 @@ def run(
 
 def _facts(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: Options) -> dict[str, object]:
     """Say where a series is positive; mm are positions along the slice normal, empty where it is not."""
+    import numpy as np
+
     own = probabilities[:, CLASSES.index(options.class_name)]
     at = series.position_mm.numpy()
     positive = np.flatnonzero(own >= options.threshold)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from ichpipe.common.artifacts import CALIBRATION_FILE, MODEL_FILE
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path, digest_of_file, require_file, write_json, write_text
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.header import read_header
-from ichpipe.report.model_card import card_text, make_card
-from ichpipe.scoring.calibration import read_calibration, write_calibration
+from ichpipe.stages.options import alone_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
 
@@ -27,11 +26,35 @@ PAGE_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 
 
+@click.command("export")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder [ARTIFACTS/export]."
+)
+@click.option("--onnx", is_flag=True, help="Also model.onnx, compared with the network under onnxruntime.")
+@click.pass_obj
+def command(settings: Settings, out: Path | None, *, onnx: bool) -> str:
+    """Write the fine-tuned model as a folder to hand on: weights and model card.
+
+    \b
+    Example:
+      ichpipe export --out model --onnx
+    """
+    params, artifacts = settings.params(), settings.artifacts()
+    folder = out or artifacts.root / "export"
+    with alone_in(folder, "export"):
+        return run(params, artifacts, folder, onnx=onnx)
+
+
 def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) -> str:
     """Write weights, card, page, the calibration where there is one and, if asked, ONNX; return a summary.
 
     The index must be the one that the model was trained on, since the card counts its patients.
     """
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.models.header import read_header
+    from ichpipe.report.model_card import card_text, make_card
+    from ichpipe.scoring.calibration import read_calibration, write_calibration
+
     source = require_file(artifacts.finetuned / MODEL_FILE, "run: ichpipe finetune")
     header = read_header(artifacts.finetuned)
     index = read_index(artifacts.index)

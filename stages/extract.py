@@ -5,21 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
-from ichpipe.cache import pca
-from ichpipe.cache.layout import Generation
-from ichpipe.cache.location import StoreLocation
-from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.cache.writer import Work, select_inputs, update
-from ichpipe.common.device import choose_devices
+import click
+
 from ichpipe.common.progress import Counter
-from ichpipe.features.embedder import MakeEmbedder, SliceInput, view_parameters
-from ichpipe.features.generations import Texts, list_generations, store_address
-from ichpipe.features.prefetch import usual_loaders
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.weights import load_slice_cnn
+from ichpipe.stages.options import ahead_option, gpu_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,9 +21,12 @@ if TYPE_CHECKING:
     from distributed import Client
     from numpy.typing import NDArray
 
+    from ichpipe.cache.location import StoreLocation
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.features.embedder import MakeEmbedder, SliceInputs
     from ichpipe.features.generations import GenerationSpec, View
     from ichpipe.params.schema import Params
+    from ichpipe.stages.options import Settings
 
     Connect = Callable[[], AbstractContextManager[Client]]
 
@@ -40,6 +34,22 @@ log = logging.getLogger("ichpipe")
 
 COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")
 """What is used of the index; the other half of its bytes stays on disk."""
+
+
+@click.command("extract")
+@gpu_option
+@workers_option
+@ahead_option
+@click.option("--scheduler", metavar="ADDRESS", default=None, help="Dask scheduler that is there, tcp://HOST:PORT.")
+@click.pass_obj
+def command(settings: Settings, gpu: str, workers: int, loaders: int | None, scheduler: str | None) -> None:
+    """Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
+
+    \b
+    Example:
+      ichpipe extract --gpu 0
+    """
+    run(settings.params(), settings.artifacts(), gpu, workers, scheduler, loaders)
 
 
 def run(
@@ -55,6 +65,12 @@ def run(
     ``loaders`` is of each worker: lanes on a CPU, decoding processes beside a GPU; None: all cores of this machine
     together, or one where a scheduler has workers elsewhere.
     """
+    from ichpipe.cache.location import StoreLocation
+    from ichpipe.common.device import choose_devices
+    from ichpipe.features.generations import list_generations, store_address
+    from ichpipe.features.prefetch import usual_loaders
+    from ichpipe.index.slice_index import read_index
+
     devices = tuple(str(device) for device in choose_devices(gpu))
     workers = max(workers, len(devices))
     if loaders is None:
@@ -71,13 +87,20 @@ def run(
 
 
 def _maker(params: Params, cache: GenerationSpec, devices: tuple[str, ...], loaders: int) -> MakeEmbedder:
+    from ichpipe.features.embedder import MakeEmbedder
+
     size = params.extract.batch_size
     return MakeEmbedder(cache.model_dir.resolve(), devices, size, cache.view, cache.precision, loaders)
 
 
 def _fill(params: Params, place: StoreLocation, cache: GenerationSpec, maker: MakeEmbedder, connect: Connect) -> None:
+    from ichpipe.cache.layout import Generation
+    from ichpipe.cache.writer import Work, update
+    from ichpipe.features.embedder import SliceInputs
+    from ichpipe.models.weights import load_slice_cnn
+
     section = params.extract
-    slices = Slices(cache.index)
+    slices = SliceInputs(cache.index)
     cnn = load_slice_cnn(cache.model_dir)
     generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
     known = functools.partial(_parameters, cache.view, slices) if cache.view else None
@@ -94,31 +117,11 @@ def _fill(params: Params, place: StoreLocation, cache: GenerationSpec, maker: Ma
     counter.close()
 
 
-class Slices(Sequence[SliceInput]):
-    """The rows of an index as inputs, each made when it is asked for: mostly, none is."""
-
-    def __init__(self, index: pd.DataFrame) -> None:
-        self._columns = [Texts(index[name]) for name in ("path", "series_uid", "file_digest")]
-
-    def __len__(self) -> int:
-        """Return the number of slices."""
-        return len(self._columns[0])
-
-    @overload
-    def __getitem__(self, row: int) -> SliceInput: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[SliceInput]: ...
-
-    def __getitem__(self, row: int | slice) -> SliceInput | list[SliceInput]:
-        """Return one input, or several."""
-        if isinstance(row, slice):
-            return [SliceInput(*texts) for texts in zip(*(column[row] for column in self._columns), strict=True)]
-        return SliceInput(*(column[row] for column in self._columns))
-
-
 def _add_components(params: Params, place: StoreLocation, caches: list[GenerationSpec], index: pd.DataFrame) -> None:
     """Fit on the plain train slices alone; the same map for every generation, so that they stay comparable."""
+    from ichpipe.cache import pca
+    from ichpipe.cache.reader import EmbeddingStore
+
     assert params.extract.pca is not None  # noqa: S101 - the caller asked
     stores = [EmbeddingStore(place, cache.identity(), cache.rows()) for cache in caches]
     train = index.loc[index["split"] == "train", "series_uid"].unique().tolist()
@@ -128,7 +131,10 @@ def _add_components(params: Params, place: StoreLocation, caches: list[Generatio
         pca.write(place, store, found, params.extract.chunk_rows)
 
 
-def _parameters(view: View, slices: Slices, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
+def _parameters(view: View, slices: SliceInputs, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
+    from ichpipe.cache.writer import select_inputs
+    from ichpipe.features.embedder import view_parameters
+
     return view_parameters(view, select_inputs(slices, rows))
 
 

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
+import click
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import choose_device
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.common.progress import track
-from ichpipe.features.embedder import classify_series, to_probabilities
-from ichpipe.features.generations import made_by
-from ichpipe.images.pixel_cache import fill_pixel_cache
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.end_to_end import EndToEnd
-from ichpipe.models.header import SPACING
-from ichpipe.models.provenance import is_fitted, require_made_from
-from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
-from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
-from ichpipe.training import distributed
-from ichpipe.training.end_to_end_trainer import EndToEndFitting, image_series, one_series
-from ichpipe.training.run_record import Stopwatch, write_history, write_record
+from ichpipe.stages.options import gpu_option, loaders_option, pixels_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import pandas as pd
     import torch
     from numpy.typing import NDArray
 
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params.schema import Params
+    from ichpipe.stages.options import Settings
+
+
+@click.command("finetune")
+@gpu_option
+@loaders_option
+@pixels_option
+@click.pass_obj
+def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
+    """Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
+
+    \b
+    Example:
+      ichpipe --set finetune.chunk_slices=8 finetune --gpu 0
+    """
+    params = settings.params()
+    with settings.alone("finetune", "finetuned"):
+        run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
 def run(
@@ -44,6 +52,18 @@ def run(
     Under `torchrun` its processes share the series of every batch, and the first writes. ``pixel_cache`` is a folder
     for decoded slices (`pixels`); the result is the same without it.
     """
+    from ichpipe.common.device import choose_device
+    from ichpipe.features.generations import made_by
+    from ichpipe.images.pixel_cache import fill_pixel_cache
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
+    from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
+    from ichpipe.training import distributed
+    from ichpipe.training.end_to_end_trainer import EndToEndFitting, image_series
+    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+
     watch = Stopwatch()
     device = choose_device(distributed.local_gpu(gpu))
     section = params.finetune
@@ -86,6 +106,8 @@ def run(
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the model that `run` would train is there already, with its predictions."""
+    from ichpipe.models.provenance import is_fitted
+
     section = params.finetune
     return is_fitted(artifacts.finetuned, section.model_dump(mode="json"), _made_from(artifacts, section.arm))
 
@@ -100,6 +122,10 @@ def _made_from(artifacts: Artifacts, arm: str) -> dict[str, str]:
 
 def _spacing(index: pd.DataFrame) -> dict[str, str]:
     """Return the median distance of neighbouring train slices, mm, for those who predict on thinner series."""
+    import numpy as np
+
+    from ichpipe.models.header import SPACING
+
     train = index[(index["split"] == "train") & (index["slice_index"] > 0)]
     spacing = train["spacing_mm"].median()
     return {} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}
@@ -107,6 +133,11 @@ def _spacing(index: pd.DataFrame) -> dict[str, str]:
 
 def predict_held_out(model: EndToEnd, rows: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
     """Return probabilities (rows, 6) from the images; rows of one series stand in slice order."""
+    import numpy as np
+
+    from ichpipe.features.embedder import classify_series, to_probabilities
+    from ichpipe.training.end_to_end_trainer import one_series
+
     result = np.full((len(rows), len(CLASSES)), np.nan)
     groups = rows.groupby("series_uid", sort=False).indices
     for chosen in track(groups.values(), "predict", len(groups), "series"):

@@ -6,38 +6,50 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
+import click
 
-from ichpipe.common.device import choose_device, derive_seed
 from ichpipe.common.errors import ParamsError, TrainingError, did_you_mean
 from ichpipe.common.files import digest_of, digest_of_file
-from ichpipe.features.generations import made_by, open_features
-from ichpipe.features.sequence_dataset import collect_series, load_to_device, predict_rows
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.inputs import stored_inputs
-from ichpipe.models.provenance import is_fitted, require_made_from
-from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence
-from ichpipe.models.specs import SequenceSpec
-from ichpipe.models.weights import save_model
-from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, of_seeds, write_predictions
-from ichpipe.training.run_record import Stopwatch, write_history, write_record
-from ichpipe.training.sequence_trainer import SequenceFitting
+from ichpipe.stages.options import complete_arm, gpu_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
     import pandas as pd
+    import torch
     from numpy.typing import NDArray
 
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.generations import Features
     from ichpipe.features.sequence_dataset import LabelledSeries
     from ichpipe.models.sequence import AnySequence
+    from ichpipe.models.specs import SequenceSpec
     from ichpipe.params.schema import Params, SequenceParams
+    from ichpipe.stages.options import Settings
     from ichpipe.training.trainer import Epoch, Weights
 
 log = logging.getLogger("ichpipe")
+
+
+@click.command("fit-sequence")
+@gpu_option
+@click.option(
+    "--arm", default=None, shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given."
+)
+@click.pass_obj
+def command(settings: Settings, gpu: str, arm: str | None) -> None:
+    """Stage two: train a sequence model on the cached embeddings.
+
+    \b
+    Example:
+      ichpipe --set sequence.paper.hidden=256 fit-sequence --arm paper
+    """
+    params = settings.params()
+    for name in [arm] if arm else list(params.sequence):
+        choose_arm(params, name)
+        with settings.alone(f"fit-sequence.{name}", f"sequence/{name}"):
+            run(params, settings.artifacts(), name, gpu)
 
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
@@ -45,6 +57,14 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
 
     Checkpoints stay until all is written: an arm that was interrupted trains no finished seed again.
     """
+    from ichpipe.common.device import choose_device
+    from ichpipe.features.generations import open_features
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.weights import save_model
+    from ichpipe.scoring.heldout_predictions import make_table, model_mark, of_seeds, write_predictions
+    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+
     watch = Stopwatch()
     device, section = choose_device(gpu), choose_arm(params, arm)
     index = read_index(artifacts.index)
@@ -73,6 +93,10 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
 
 def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
     """Say whether the arm that `run` would train is there already, with its predictions."""
+    from ichpipe.features.generations import made_by
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.models.provenance import is_fitted
+
     section, index = choose_arm(params, arm), read_index(artifacts.index)
     made_from = {
         "index": digest_of_file(artifacts.index),
@@ -102,6 +126,10 @@ class Data:
     @classmethod
     def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
         """Join the cache with the index; on a GPU hold what fits."""
+        from ichpipe.features.sequence_dataset import collect_series, load_to_device
+        from ichpipe.models.inputs import stored_inputs
+        from ichpipe.scoring.heldout_predictions import held_out
+
         names = stored_inputs(section.wanted)
         train, val = (load_to_device(device, series_of(features, index, split), names) for split in ("train", "val"))
         rows = held_out(index)
@@ -110,6 +138,8 @@ class Data:
 
 def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
     """Return the series of one split that have a known label."""
+    from ichpipe.features.sequence_dataset import collect_series
+
     found = collect_series(features, index[index["split"] == split])
     known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
     if not known:
@@ -141,6 +171,13 @@ class Fitted:
 
 
 def _fit(section: SequenceParams, features: Features, data: Data, device: torch.device, task: Task) -> Fitted:
+    import torch
+
+    from ichpipe.common.device import derive_seed
+    from ichpipe.features.sequence_dataset import predict_rows
+    from ichpipe.training.run_record import Stopwatch
+    from ichpipe.training.sequence_trainer import SequenceFitting
+
     watch = Stopwatch()
     torch.manual_seed(derive_seed(task.seed, "weights"))
     model = build_model(section, features).to(device)
@@ -157,6 +194,8 @@ def _fit(section: SequenceParams, features: Features, data: Data, device: torch.
 
 def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     """Describe one network of an arm."""
+    from ichpipe.models.specs import SequenceSpec
+
     names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
     chosen = {name: getattr(section, name) for name in names}
     plain = features.plain
@@ -166,6 +205,10 @@ def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
 
 def build_model(section: SequenceParams, features: Features) -> AnySequence:
     """Build one network of an arm, to be trained."""
+    import torch
+
+    from ichpipe.models.sequence import SequenceModel, build_sequence
+
     model = build_sequence(spec_of(section, features))
     if isinstance(model, SequenceModel) and "pca" in section.wanted:
         found = features.plain.principal_components
@@ -175,6 +218,8 @@ def build_model(section: SequenceParams, features: Features) -> AnySequence:
 
 def _assemble(section: SequenceParams, features: Features, weights: list[Weights]) -> AnySequence:
     """Build what predicts: one network, or the mean of several."""
+    from ichpipe.models.sequence import SequenceEnsemble
+
     members = [build_model(section, features) for _ in weights]
     for member, state in zip(members, weights, strict=True):
         member.load_state_dict(state)

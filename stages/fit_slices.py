@@ -9,34 +9,28 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+import click
 
 from ichpipe.common.artifacts import FOLDS_FILE
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import choose_device, derive_seed
 from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.common.files import digest_of, digest_of_file, write_json
-from ichpipe.images.pixel_cache import fill_pixel_cache
-from ichpipe.images.slice_dataset import SliceDataset
-from ichpipe.index.slice_index import read_index
-from ichpipe.models.fold_models import fold_models, fold_numbers, made_from_without, part_rows
-from ichpipe.models.provenance import is_fitted
-from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.weights import load_pretrained, save_model
-from ichpipe.training import distributed
-from ichpipe.training.run_record import Stopwatch, write_history, write_record
-from ichpipe.training.slice_trainer import SliceFitting, Slices
+from ichpipe.stages.options import gpu_option, loaders_option, pixels_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pandas as pd
+    import torch
 
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.images.pixel_cache import PixelCache
+    from ichpipe.images.slice_dataset import SliceDataset
+    from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.params.schema import Params
+    from ichpipe.stages.options import Settings
+    from ichpipe.training.slice_trainer import Slices
     from ichpipe.training.trainer import Epoch
 
 log = logging.getLogger("ichpipe")
@@ -66,8 +60,28 @@ class Fitted:
 
     def save(self) -> None:
         """Write model and learning curve."""
+        from ichpipe.models.weights import save_model
+        from ichpipe.training.run_record import write_history
+
         save_model(self.task.folder, self.cnn, self.task.made_from)
         write_history(self.task.folder, self.history)
+
+
+@click.command("fit-slices")
+@gpu_option
+@loaders_option
+@pixels_option
+@click.pass_obj
+def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
+    """Stage one: train the slice CNN. Goes on where it was stopped.
+
+    \b
+    Example:
+      ichpipe --set fit-slices.epochs=3 fit-slices --gpu 0
+    """
+    params = settings.params()
+    with settings.alone("fit-slices", "slice-cnn"):
+        run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
 def run(
@@ -80,6 +94,12 @@ def run(
     Under `torchrun` its processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded
     slices (`pixels`); the result is the same without it.
     """
+    from ichpipe.common.device import choose_device
+    from ichpipe.images.pixel_cache import fill_pixel_cache
+    from ichpipe.index.slice_index import read_index
+    from ichpipe.training import distributed
+    from ichpipe.training.slice_trainer import Slices
+
     device = choose_device(distributed.local_gpu(gpu))
     index = read_index(artifacts.index)
     train, val = labelled(index, "train"), labelled(index, "val")
@@ -109,6 +129,9 @@ def _write_rest(params: Params, artifacts: Artifacts, device: torch.device, whol
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the networks that `run` would train are there already."""
+    from ichpipe.models.fold_models import fold_models
+    from ichpipe.models.provenance import is_fitted
+
     index = digest_of_file(artifacts.index)
     try:
         fold_models(artifacts, params, index)
@@ -122,6 +145,12 @@ def build(params: Params) -> SliceCnn:
 
     All networks of one run start from the same weights, so that their embeddings stay comparable.
     """
+    import torch
+
+    from ichpipe.common.device import derive_seed
+    from ichpipe.models.slice_cnn import SliceCnn, spec_for
+    from ichpipe.models.weights import load_pretrained
+
     section = params.fit_slices
     torch.manual_seed(derive_seed(section.seed, "weights"))
     cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
@@ -146,6 +175,9 @@ def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Ta
 
     Raises TrainingError where a fold can't be left out, before anything is trained.
     """
+    from ichpipe.common.device import derive_seed
+    from ichpipe.models.fold_models import fold_numbers, made_from_without, part_rows
+
     seed, index = params.fit_slices.seed, digest_of_file(artifacts.index)
     every = range(len(train))
     tasks = [Task(every, (), seed, {"index": index}, artifacts.slice_cnn, artifacts.resume("fit-slices.pt"))]
@@ -159,6 +191,10 @@ def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Ta
 
 def _fit(params: Params, slices: Slices, device: torch.device, workers: int, task: Task) -> Fitted:
     """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
+    from ichpipe.training import distributed
+    from ichpipe.training.run_record import Stopwatch
+    from ichpipe.training.slice_trainer import SliceFitting
+
     watch = Stopwatch()
     cnn = build(params).to(device)
     if distributed.count() > 1 and device.type == "cuda":
@@ -183,6 +219,8 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
 
 
 def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
+    from ichpipe.training import distributed
+
     log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
     fitted = fit(task)
     if distributed.rank() == 0:
@@ -200,6 +238,8 @@ def _with_common_statistics(cnn: SliceCnn) -> SliceCnn:
 
 def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
     """Write the record of the stage: wall time is that of the plain network, losses out of fold are pooled by slice."""
+    from ichpipe.training.run_record import write_record
+
     facts = dict(whole.facts)
     if parts:
         counts = [fitted.facts["n_out_of_fold_slices"] for fitted in parts]
@@ -212,6 +252,10 @@ def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fit
 
 
 def _dataset(index: pd.DataFrame, size_px: int, pixels: PixelCache | None) -> SliceDataset:
+    import numpy as np
+
+    from ichpipe.images.slice_dataset import SliceDataset
+
     return SliceDataset(index["path"].tolist(), index[list(CLASSES)].to_numpy(np.float32), size_px, pixels)
 
 

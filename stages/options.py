@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -93,3 +94,28 @@ def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
     from ichpipe.common.run_lock import hold_lock
 
     return hold_lock(folder, what)
+
+
+def complete_arm(context: click.Context, _option: click.Parameter, start: str) -> list[CompletionItem]:
+    """Complete the name of an arm of the parameter file."""
+    return [CompletionItem(name) for name in _arms(context) if name.startswith(start)]
+
+
+def complete_key(context: click.Context, _option: click.Parameter, start: str) -> list[CompletionItem]:
+    """Complete ``SECTION.KEY=`` of ``--set``, with the arms that there are."""
+    from ichpipe.params.schema import known_keys
+
+    arms = _arms(context)
+    keys = [key.replace(".ARM", f".{arm}") for key in known_keys() for arm in (arms if ".ARM" in key else ("",))]
+    return [CompletionItem(f"{key}=") for key in keys if key.startswith(start)]
+
+
+def _arms(context: click.Context) -> list[str]:
+    from ichpipe.common.errors import IchpipeError
+    from ichpipe.params.schema import load_params
+
+    named = context.find_root().params.get("params_file")
+    try:
+        return list(load_params(named or Path("params.yaml")).sequence)
+    except IchpipeError:
+        return []  # a shell that completes is no place for messages; the command itself says what is wrong

@@ -7,36 +7,29 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-import pandas as pd
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, IchpipeError
 from ichpipe.common.files import atomic_path, digest_of_file, write_json
-from ichpipe.common.pseudonyms import read_pseudonyms
-from ichpipe.inference.findings import Provenance, build_document, extents, package_version
-from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
-from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
-from ichpipe.inference.inputs import collect_inputs
-from ichpipe.inference.kaggle_submission import build_submission, read_sample
-from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, STUDY_COLUMNS, predict_slices, score_series
-from ichpipe.models.header import spacing_of
-from ichpipe.models.weights import load_end_to_end
-from ichpipe.scoring.calibration import read_calibration
+from ichpipe.stages.options import alone_in, gpu_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from typing import TextIO
 
-    from ichpipe.inference.findings import Extent
+    import pandas as pd
+
+    from ichpipe.inference.findings import Extent, Provenance
     from ichpipe.inference.inputs import Inputs
     from ichpipe.params.schema import SelectionParams
     from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
 
@@ -74,6 +67,100 @@ class Predicted:
     provenance: Provenance
 
 
+_file = click.Path(path_type=Path, dir_okay=False)
+_folder = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command("predict")
+@gpu_option
+@workers_option
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option(
+    "--list", "listed", type=click.File(encoding="utf-8"), help="Paths from this file, one a line; - is stdin."
+)
+@click.option("--out", type=_folder, default=None, help="Folder of tables and predictions.json; without it, none.")
+@click.option("--model", type=_folder, default=None, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
+@click.option("--json", "as_json", is_flag=True, help="Print predictions.json instead of the table.")
+@click.option(
+    "--sr",
+    type=_folder,
+    default=None,
+    help="Folder for a DICOM Structured Report per study, as a PACS stores it. It holds the patient's identity.",
+)
+@click.option("--force", is_flag=True, help="Predict also what is no head CT, and mark it `forced` in every output.")
+@click.option("--uncalibrated", is_flag=True, help="The network's own probabilities: leave calibration.json out.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Probability from which a class is called positive; decides no number in the tables.",
+)
+@click.option("--all-series", is_flag=True, help="Predict every series of a study, not the one that stands for it.")
+@click.option("--kaggle", type=_file, default=None, help="Also write the RSNA 2019 submission, of all series.")
+@click.option("--sample", type=_file, default=None, help="Sample submission whose rows and order --kaggle takes.")
+@click.option(
+    "--missing",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Write this in the submission for slices without a prediction; else they are an error.",
+)
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    paths: tuple[Path, ...],
+    listed: TextIO | None,
+    out: Path | None,
+    model: Path | None,
+    gpu: str,
+    workers: int,
+    **options: Any,
+) -> str:
+    """Give each study and each of its slices six probabilities.
+
+    PATH is a folder, a zip archive, a DICOMDIR, a file, or @FILE: a list of them, one a line. One series is
+    taken per study; the table says which, and why. What is no plain head CT is refused, with the reason:
+    another modality or part of the body, localizers only, contrast by its header, too few slices.
+
+    \b
+    With --out DIR, as CSV and as JSON:
+      slices.csv studies.csv         probabilities, by slice and by study
+      predictions.json               the same, with places, reasons and model
+      series.csv                     which series were taken, and why
+      refused.csv rejected.csv       studies and files left out, and why
+    --json prints what predictions.json holds, for a pipe:
+      ichpipe predict scan.zip --json | jq .studies[0].findings.any
+
+    Exit code 1 if nothing is left to predict. Of the patient, tables and JSON hold the PatientID alone.
+
+    \b
+    Example:
+      ichpipe predict data/phantom/dicom --out predictions
+    """
+    if options["kaggle"] is None and (options["sample"] is not None or options["missing"] is not None):
+        raise click.UsageError("--sample and --missing are for the submission: give --kaggle FILE")
+    named = _named(paths, listed)
+
+    params = settings.params()
+    chosen = Options(
+        selection=params.prepare.selection,
+        study_score=params.evaluate.study_score,
+        hash_patient_ids=params.prepare.hash_patient_ids,
+        **options,
+    )
+    with alone_in(out, "predict"):
+        return run(named, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
+
+
+def _named(paths: Sequence[Path], listed: TextIO | None) -> list[Path]:
+    if not paths and listed is None:
+        raise click.UsageError("name what to predict: a folder, a zip archive, files, @FILE or --list FILE")
+    from ichpipe.inference.inputs import expand, read_list
+
+    return expand(paths) + ([] if listed is None else read_list(listed.read(), listed.name))
+
+
 def run(
     paths: Sequence[Path], out: Path | None, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
 ) -> str:
@@ -83,6 +170,15 @@ def run(
     used are listed, each with the reason; the rest goes on. Nothing left at all is an error, after the lists are
     written. A submission that lacks slices is refused after the other tables are written.
     """
+    from ichpipe.common.device import choose_device
+    from ichpipe.common.pseudonyms import read_pseudonyms
+    from ichpipe.inference.inputs import collect_inputs
+    from ichpipe.inference.kaggle_submission import build_submission, read_sample
+    from ichpipe.inference.predictor import predict_slices
+    from ichpipe.models.header import spacing_of
+    from ichpipe.models.weights import load_end_to_end
+    from ichpipe.scoring.calibration import read_calibration
+
     # First: what is wrong here is found in seconds, prediction may take hours.
     if options.sr is not None and find_spec("highdicom") is None:
         raise IchpipeError("--sr needs the package highdicom; run: pip install 'ichpipe[sr]'")
@@ -121,6 +217,8 @@ def run(
 
 
 def _provenance(model_dir: Path, calibration: Calibration | None, options: Options) -> Provenance:
+    from ichpipe.inference.findings import Provenance
+
     absent = "left out" if options.uncalibrated else "absent"
     return Provenance(
         model_sha256=digest_of_file(model_dir / MODEL_FILE),
@@ -134,6 +232,12 @@ def _provenance(model_dir: Path, calibration: Calibration | None, options: Optio
 def _collect(
     intake: Inputs, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
 ) -> Predicted:
+    import pandas as pd
+
+    from ichpipe.inference.findings import extents
+    from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
+    from ichpipe.inference.predictor import IDENTIFIERS, score_series
+
     lost = intake.slices[~intake.slices["series_uid"].isin(slices["series_uid"])]
     reasons = undecodable.set_index("path")["reason"]
     gone = lost.groupby(IDENTIFIERS, sort=False).agg(n_slices=("path", "size"), reason=("path", "first")).reset_index()
@@ -161,6 +265,8 @@ def _write_lists(found: Predicted, intake: Inputs, out: Path) -> None:
 
 
 def _write_tables(found: Predicted, intake: Inputs, out: Path, options: Options) -> None:
+    from ichpipe.inference.predictor import SLICE_COLUMNS, STUDY_COLUMNS
+
     more = [FORCED] if options.force else []
     _write_csv(found.slices[SLICE_COLUMNS + more], out / "slices.csv")
     _write_csv(found.studies[STUDY_COLUMNS + more], out / "studies.csv")
@@ -169,6 +275,8 @@ def _write_tables(found: Predicted, intake: Inputs, out: Path, options: Options)
 
 def _write_reports(found: Predicted, intake: Inputs, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
+    from ichpipe.inference.findings import package_version
+    from ichpipe.inference.findings_text import counted
     from ichpipe.inference.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
@@ -194,6 +302,8 @@ def _write_reports(found: Predicted, intake: Inputs, folder: Path) -> list[str]:
 
 
 def _document(found: Predicted, intake: Inputs) -> dict[str, object]:
+    from ichpipe.inference.findings import build_document
+
     tables = found.studies, found.slices, found.where, intake.series
     return build_document(*tables, found.refused, intake.forced, found.provenance)
 
@@ -209,6 +319,8 @@ def _write_csv(table: pd.DataFrame, target: Path) -> None:
 
 
 def _nothing_left(found: Predicted, out: Path | None) -> str:
+    from ichpipe.inference.findings_text import counted, format_refused, wrapped
+
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
     if found.refused.empty:
         return f"none of {len(found.rejected)} files is a usable CT slice; {why}"
@@ -218,6 +330,8 @@ def _nothing_left(found: Predicted, out: Path | None) -> str:
 
 
 def _as_text(found: Predicted, intake: Inputs, out: Path | None, remarks: list[str]) -> str:
+    from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
+
     mark = partial(click.style, fg="red", bold=True)
     threshold = found.provenance.threshold
     table = format_studies(found.studies, found.where, intake.series, intake.forced, threshold, mark)

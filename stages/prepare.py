@@ -6,20 +6,35 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+import click
 
 from ichpipe.common.errors import DataError
-from ichpipe.common.pseudonyms import read_pseudonyms
-from ichpipe.index import index_writer, label_tables, splits
-from ichpipe.index.scan import scan
-from ichpipe.index.series_selection import select_series
-from ichpipe.index.splits import read_test_slices, test_table_path
+from ichpipe.stages.options import workers_option
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ichpipe.common.pseudonyms import Pseudonyms
+    from ichpipe.index import label_tables
     from ichpipe.params.schema import PrepareParams
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
+
+
+@click.command("prepare")
+@workers_option
+@click.pass_obj
+def command(settings: Settings, workers: int) -> None:
+    """Scan DICOM files, order slices, join labels, split by patient.
+
+    \b
+    Example:
+      ichpipe --set prepare.dicom_dir=data/phantom/dicom prepare
+    """
+    params, artifacts = settings.params().prepare, settings.artifacts()
+    with settings.alone("prepare", "index", ".resume/prepare"):
+        run(params, artifacts.index_dir, workers, artifacts.resume("prepare"))
 
 
 def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None = None) -> None:
@@ -28,6 +43,14 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
     With ``cache``, a folder, headers read by a former run that was stopped or has ended are not read again.
     Raises MissingFileError without the folder or table, DataError where nothing usable is in them.
     """
+    import pandas as pd
+
+    from ichpipe.common.pseudonyms import read_pseudonyms
+    from ichpipe.index import index_writer, label_tables, splits
+    from ichpipe.index.scan import scan
+    from ichpipe.index.series_selection import select_series
+    from ichpipe.index.splits import read_test_slices, test_table_path
+
     pseudonyms = read_pseudonyms(params.hash_patient_ids)
     # Tables first: a wrong one is found in seconds, the scan may take an hour.
     labels = _labels(params, pseudonyms)
@@ -52,6 +75,8 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
 
 
 def _labels(params: PrepareParams, pseudonyms: Pseudonyms | None) -> label_tables.LabelTable | None:
+    from ichpipe.index import label_tables
+
     if params.labels is None:
         return None
     return label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)

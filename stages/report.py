@@ -9,19 +9,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import click
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, IchpipeError
 from ichpipe.common.files import write_text
-from ichpipe.index.slice_index import read_index
-from ichpipe.report import runs, scores
-from ichpipe.report.blocks import Section
-from ichpipe.report.cases import as_picture, choose_cases
-from ichpipe.report.facts import read_facts
-from ichpipe.report.page import render_page
-from ichpipe.scoring.heldout_predictions import LABELS
+from ichpipe.stages.options import gpu_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,14 +23,40 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.blocks import Picture
+    from ichpipe.report.blocks import Picture, Section
     from ichpipe.report.cases import Case
     from ichpipe.report.facts import Facts
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
 
 PANELS, COLUMNS, WIDTH_IN = 8, 4, 6.5
 TITLE = "ichpipe: report of a run"
+
+
+@click.command("report")
+@gpu_option
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Page [ARTIFACTS/report/index.html]."
+)
+@click.option(
+    "--cases",
+    type=click.IntRange(0, 10),
+    default=2,
+    show_default=True,
+    help="Studies shown of each kind: worst misses, worst false alarms, best finds.",
+)
+@click.pass_obj
+def command(settings: Settings, out: Path | None, cases: int, gpu: str) -> str:
+    """Write one self-contained HTML page of the run: data, learning, scores, cases. What is missing, it says.
+
+    \b
+    Example:
+      ichpipe report
+    """
+    artifacts = settings.artifacts()
+    page = out or artifacts.root / "report" / "index.html"
+    return run(settings.params(), artifacts, page, cases=cases, gpu=gpu)
 
 
 def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu: str = "auto") -> str:
@@ -45,6 +65,10 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
     ``cases`` held-out studies of each kind are shown with heat maps of the fine-tuned model; 0: no pictures. A run
     without any file is a DataError.
     """
+    from ichpipe.report import runs, scores
+    from ichpipe.report.facts import read_facts
+    from ichpipe.report.page import render_page
+
     facts = read_facts(artifacts, list(params.sequence), shown_params(params))
     if not (facts.summary or facts.records or facts.metrics):
         raise DataError(f"{artifacts.root} holds no run to report on; run: ichpipe prepare (see dvc.yaml)")
@@ -80,6 +104,10 @@ def _without_places(value: Any) -> Any:
 
 
 def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: str) -> Section:
+    from ichpipe.report import scores
+    from ichpipe.report.blocks import Section
+    from ichpipe.report.cases import choose_cases
+
     section = Section("cases", "Best and worst cases")
     if facts.test is None or not (artifacts.finetuned / MODEL_FILE).exists():
         return Section(section.key, section.title, ["There is no fine-tuned model to look at; run: ichpipe finetune."])
@@ -103,6 +131,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu: str) -> list[Picture]:
     from ichpipe.common.device import choose_device
+    from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
     explainer = Explainer(artifacts.finetuned, choose_device(gpu))
@@ -111,6 +140,11 @@ def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu:
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
+    import numpy as np
+
+    from ichpipe.report.cases import as_picture
+    from ichpipe.scoring.heldout_predictions import LABELS
+
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())
     if series.bad:
         raise DataError(series.bad[0][1])

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import click
 
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_json
-from ichpipe.index.cq500_reads import read_majority
-from ichpipe.index.label_tables import read_labels as read_label_table
-from ichpipe.scoring.score_cq500 import read_scans, score_scans
-from ichpipe.scoring.score_slices import score_slices
-from ichpipe.scoring.score_studies import score_studies
-from ichpipe.scoring.slice_tables import read_labels, read_predictions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ichpipe.params.schema import EvaluateParams
+    from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
 
@@ -47,6 +43,53 @@ class Options:
     operating_point: float = 0.9  # cq500: wanted sensitivity, and wanted specificity
 
 
+@click.command("score")
+@click.argument("predictions", type=click.Path(path_type=Path))
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["rsna", "cq500", "studies"]),
+    required=True,
+    help="Slices, CQ500 scans, or any studies.",
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Also write the JSON here.")
+@click.option("--against", type=click.Path(path_type=Path), default=None, help="Another model's table, to compare.")
+@click.option(
+    "--missing",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Score what has no prediction as this; else rsna stops with an error, the others leave it out.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["max", "mean"]),
+    default=None,
+    help="cq500, studies: pool several rows of one, as of two series; else they are an error.",
+)
+@click.option(
+    "--operating-point",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    show_default=True,
+    help="cq500, studies: wanted sensitivity of one point, specificity of the other.",
+)
+@click.pass_obj
+def command(settings: Settings, /, predictions: Path, labels: Path, form: str, out: Path | None, **options: Any) -> str:
+    """Score a table of PREDICTIONS against a table of LABELS by the official metric; prints JSON.
+
+    \b
+    Example:
+      ichpipe score submission.csv stage_2_train.csv --format rsna
+      ichpipe score prediction_probabilities.csv reads.csv --format cq500
+      ichpipe score predictions/studies.csv labels.csv --format studies
+    """
+    if form == "rsna" and options["pool"]:
+        raise click.UsageError("--pool is for scans and studies: --format cq500, studies")
+
+    return run(form, predictions, labels, out, settings.params().evaluate, Options(**options))
+
+
 def run(form: str, predictions: Path, labels: Path, out: Path | None, section: EvaluateParams, options: Options) -> str:
     """Score two tables and return JSON; ``out`` is written whole or not at all, what did not match goes to the log."""
     inputs = [predictions, labels, *([options.against] if options.against else [])]
@@ -61,6 +104,9 @@ def run(form: str, predictions: Path, labels: Path, out: Path | None, section: E
 
 
 def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    from ichpipe.scoring.score_slices import score_slices
+    from ichpipe.scoring.slice_tables import read_labels, read_predictions
+
     found = score_slices(
         read_predictions(predictions),
         read_labels(labels),
@@ -72,6 +118,9 @@ def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Opt
 
 
 def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    from ichpipe.index.cq500_reads import read_majority
+    from ichpipe.scoring.score_cq500 import read_scans, score_scans
+
     found = score_scans(
         read_scans(predictions, options.pool),
         read_majority(labels),
@@ -84,6 +133,9 @@ def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Op
 
 
 def _studies(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
+    from ichpipe.index.label_tables import read_labels as read_label_table
+    from ichpipe.scoring.score_studies import score_studies
+
     if options.against is not None:
         raise DataError("--against is for --format rsna and cq500")
     found = score_studies(

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
 from ichpipe.stages.cli import cli
@@ -29,13 +31,16 @@ def fresh_help(*arguments):
 
 
 def all_commands(group=cli, path=()):
-    for name, command in sorted(group.commands.items()):
+    context = click.Context(group)
+    for name in group.list_commands(context):
         yield (*path, name)
-        if hasattr(command, "commands"):
+        if isinstance(command := group.get_command(context, name), click.Group):
             yield from all_commands(command, (*path, name))
 
 
 COMMANDS = list(all_commands())
+STAGES = Path(__file__).parents[1] / "stages"
+NO_COMMAND = {"--init--", "cli", "options", "faults", "stopping"}
 
 
 def test_help_names_every_command_and_loads_nothing_heavy():
@@ -47,8 +52,14 @@ def test_help_names_every_command_and_loads_nothing_heavy():
             assert path[0] in text
 
 
-def test_help_of_a_command_loads_nothing_heavy():
-    _, modules = fresh_help("extract", "--help")
+def test_a_command_lies_in_the_file_of_its_name():
+    files = {path.stem.replace("_", "-") for path in STAGES.glob("*.py")} - NO_COMMAND
+    assert {path[0] for path in COMMANDS} == files
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_of_a_command_loads_nothing_heavy(path):
+    _, modules = fresh_help(*path, "--help")
     assert not modules & set(HEAVY)
 
 

@@ -50,12 +50,16 @@ def direct_imports(file, root=ROOT):
     return {found for name in names if (found := file_of(name, root))}
 
 
+COMMAND_LINE = "stages/options.py"
+"""Options and what stands before the command: it decides which values a stage gets, not what it does with them."""
+
+
 def closure(file, root=ROOT):
-    """All files of the checkout that running ``file`` can import, itself included."""
+    """All files of the checkout that running ``file`` can import, itself included, but for the command line."""
     seen, waiting = set(), [file]
     while waiting:
         current = waiting.pop()
-        if current not in seen:
+        if current not in seen and current != COMMAND_LINE:
             seen.add(current)
             waiting += sorted(direct_imports(current, root) - seen)
     return seen

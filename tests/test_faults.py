@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ichpipe.common import files
-from ichpipe.common.errors import BusyError, OutputError
+from ichpipe.common.device import choose_device, choose_devices
+from ichpipe.common.errors import BusyError, IchpipeError, OutputError
 from ichpipe.common.run_lock import hold_lock
 from ichpipe.stages import faults
 from ichpipe.training import slice_trainer
@@ -396,3 +397,11 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="nothing can be written in"), hold_lock(tmp_path / "file", "prepare"):
         pass
+
+
+def test_several_gpus_for_a_command_that_uses_one_are_an_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [str(device) for device in choose_devices("0,1")] == ["cuda:0", "cuda:1"]
+    assert str(choose_device("1")) == "cuda:1"
+    with pytest.raises(IchpipeError, match=r"--gpu 0,1: this command uses one device"):
+        choose_device("0,1")

@@ -54,7 +54,10 @@ def _linked(text: str) -> str:
 
 def all_commands(group: click.Group = cli, path: str = "ichpipe") -> Iterator[tuple[str, click.Command]]:
     """Yield the full name and object of every command below ``group``."""
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None  # noqa: S101 - it is listed
         if isinstance(command, click.Group):
             yield from all_commands(command, f"{path} {name}")
         else:

@@ -32,8 +32,11 @@ def choose_devices(gpu: str) -> list[torch.device]:
 
 
 def choose_device(gpu: str) -> torch.device:
-    """Return the first device of `choose_devices`."""
-    return choose_devices(gpu)[0]
+    """Return the device of a command that computes on one; several are an error."""
+    devices = choose_devices(gpu)
+    if len(devices) > 1:
+        raise IchpipeError(f"--gpu {gpu}: this command uses one device, name one; ichpipe extract uses several")
+    return devices[0]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import BoundedSemaphore, Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ from ichpipe.dicom.pixel_data import is_compressed
 from ichpipe.features.prefetch import Lanes, Loader
 from ichpipe.images import augmentation
 from ichpipe.images.slice_dataset import load_readable, load_slices
+from ichpipe.index.slice_index import TextColumn
 from ichpipe.models.folding import folded
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     from ichpipe.features.generations import View
@@ -41,6 +44,29 @@ class SliceInput:
     def __str__(self) -> str:
         """Name the file, for messages."""
         return self.path
+
+
+class SliceInputs(Sequence[SliceInput]):
+    """The rows of an index as `SliceInput`, each made on access, since most rows are in the store already."""
+
+    def __init__(self, index: pd.DataFrame) -> None:
+        self._columns = [TextColumn(index[name]) for name in ("path", "series_uid", "file_digest")]
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, row: int) -> SliceInput: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[SliceInput]: ...
+
+    def __getitem__(self, row: int | slice) -> SliceInput | list[SliceInput]:
+        """Return one input, or several."""
+        if isinstance(row, slice):
+            return [SliceInput(*texts) for texts in zip(*(column[row] for column in self._columns), strict=True)]
+        return SliceInput(*(column[row] for column in self._columns))
 
 
 CPU_BATCH = 16

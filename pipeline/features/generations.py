@@ -7,9 +7,8 @@ out-of-fold ones where there are any; what is held out is always seen by the net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
 from ichpipe.cache.reader import EmbeddingStore
@@ -17,6 +16,7 @@ from ichpipe.cache.rows import Rows
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
+from ichpipe.index.slice_index import TextColumn
 from ichpipe.models.fold_models import fold_models, rows_of_fold
 from ichpipe.models.header import read_header
 from ichpipe.models.specs import PREPROCESSING_VERSION
@@ -83,36 +83,13 @@ class GenerationSpec:
 
     def rows(self) -> Rows:
         """Return its slices as the store names them."""
-        columns = (Texts(self.index[name]) for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
+        columns = (TextColumn(self.index[name]) for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
         return Rows.of(*columns)
 
     def describe(self) -> str:
         """Say in a few words which one it is."""
         network = "slice CNN" if self.fold is None else f"slice CNN without fold {self.fold}"
         return network if self.view is None else f"{network}, view {self.view.number}"
-
-
-class Texts(Sequence[str]):
-    """A column of text as Python strings, made when they are asked for: as a list it would take twice the memory."""
-
-    def __init__(self, column: pd.Series[str]) -> None:
-        self._values = column.array
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._values)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        """Return one text, or several."""
-        found: Any = self._values[row]
-        texts: str | list[str] = found.tolist() if isinstance(row, slice) else found
-        return texts
 
 
 def store_address(params: Params, artifacts: Artifacts) -> str:

@@ -6,7 +6,8 @@ docs/data.md the rules.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,6 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.files import require_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -73,3 +73,26 @@ def _require_consistent(index: pd.DataFrame, path: Path) -> None:
     }
     if present := [name for name, fault in faults.items() if fault]:
         raise DataError(f"{path} holds {', '.join(present)}; run `ichpipe prepare` again")
+
+
+class TextColumn(Sequence[str]):
+    """A column of the index as Python strings, made on access: a list would take twice the memory."""
+
+    def __init__(self, column: pd.Series[str]) -> None:
+        self._values = column.array
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        """Return one text, or several."""
+        values: Any = self._values[row]
+        texts: str | list[str] = values.tolist() if isinstance(row, slice) else values
+        return texts
