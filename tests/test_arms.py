@@ -181,6 +181,7 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
     whole, killed = run.copy(tmp_path / "whole"), run.copy(tmp_path / "killed")
     assert whole(*settings, "fit-sequence", "--arm", "paper").exit_code == 0
     from ichpipe.stages import fit_sequence
+    from ichpipe.training import sequence_trainer
 
     fit, seen = fit_sequence._fit, []
 
@@ -192,9 +193,9 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_sequence, "_fit", stop_at_the_third)
     assert killed(*settings, "fit-sequence", "--arm", "paper").exit_code != 0
     monkeypatch.setattr(fit_sequence, "_fit", fit)
-    train = fit_sequence.SequenceFitting.train_epoch
+    train = sequence_trainer.SequenceFitting.train_epoch
     monkeypatch.setattr(
-        fit_sequence.SequenceFitting,
+        sequence_trainer.SequenceFitting,
         "train_epoch",
         lambda self, epoch, position: seen.append((self.seed, epoch)) or train(self, epoch, position),
     )
