@@ -5,11 +5,13 @@ import struct
 import numpy as np
 import pydicom
 import pytest
+from conftest import ct_dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import decode, decode_sandbox, hounsfield
+from ichpipe.dicom.dataset import PixelFacts
 from ichpipe.dicom.decode_sandbox import TrialDecoder
 from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
@@ -86,9 +88,20 @@ def with_frame(path, frame, **tags):
     return path
 
 
-def require_both(frame, syntax):
+def require_both(frame, syntax, bits=16):
+    """Check a stream as ``read_hu`` does: its structure, then its codes against the decoded pixels."""
     require_sound(frame, syntax, CLAIM)
-    require_complete(frame, syntax, CLAIM)
+    facts = PixelFacts(ROWS, COLUMNS, 16, bits, False, 1.0, 0.0, None, syntax)
+    pixel_data = encapsulate([frame])
+    stored = decode.decode(pixel_data, facts)
+    if stored is None:
+        dataset = ct_dataset(image())
+        dataset.PixelData = pixel_data
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        with quiet_pydicom():
+            stored = decode.decode_by_pydicom(dataset, facts)
+    require_complete(frame, syntax, CLAIM, stored)
 
 
 def reason_of(call, *arguments):
@@ -100,8 +113,7 @@ def reason_of(call, *arguments):
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
 def test_a_sound_stream_passes_and_gives_its_pixels(write_ct, syntax):
     path = coded_file(write_ct, syntax)
-    require_sound(frame_of(path), str(syntax), CLAIM)
-    require_complete(frame_of(path), str(syntax), CLAIM)
+    require_both(frame_of(path), str(syntax))
     assert read_header(path).compressed
     if syntax == JPEGLosslessSV1:
         pytest.importorskip("gdcm")
@@ -152,17 +164,17 @@ def test_damaged_lossless_jpeg(change, expected):
 
 def test_samples_that_leave_their_bits_are_damage():
     pixels = image() % 4096
-    require_complete(jpeg_lossless(pixels, 12), LOSSLESS_JPEG, CLAIM)
+    require_both(jpeg_lossless(pixels, 12), LOSSLESS_JPEG, 12)
     pixels[3, 5] = 4096
-    assert "more than 12 bits" in reason_of(require_complete, jpeg_lossless(pixels, 12), LOSSLESS_JPEG, CLAIM)
+    assert "more than 12 bits" in reason_of(require_both, jpeg_lossless(pixels, 12), LOSSLESS_JPEG, 12)
 
 
 def test_restart_markers_are_counted():
     frame = jpeg_lossless(image(), restart=COLUMNS * 3)
-    require_sound(frame, LOSSLESS_JPEG, CLAIM)
-    require_complete(frame, LOSSLESS_JPEG, CLAIM)
+    require_both(frame, LOSSLESS_JPEG)
     place = frame.index(b"\xff\xd0")
-    assert "intervals" in reason_of(require_complete, frame[:place] + frame[place + 2 :], LOSSLESS_JPEG, CLAIM)
+    short = frame[:place] + frame[place + 2 :]
+    assert "intervals" in reason_of(require_complete, short, LOSSLESS_JPEG, CLAIM, image())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +191,7 @@ def test_restart_markers_are_counted():
 def test_damaged_run_length(write_ct, change, expected):
     frame = change(frame_of(coded_file(write_ct, RLELossless)))
     with pytest.raises(UnreadableDicomError, match=expected):
-        require_both(frame, str(RLELossless))
+        require_complete(frame, str(RLELossless), CLAIM, image())
 
 
 def put(form, place, *values):
@@ -267,7 +279,8 @@ ITEM, END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0" + bytes(4)
     ("pixels", "expected"),
     [
         (ITEM + bytes(4), "no fragment"),
-        (ITEM + bytes(4) + ITEM + b"\xff\xff\xff\xff" + bytes(9), "cut short"),
+        (ITEM + bytes(4) + ITEM + b"\xff\xff\xff\xff" + bytes(9), "no length"),
+        (ITEM + bytes(4) + ITEM + struct.pack("<L", 10) + bytes(9), "cut short"),
         (ITEM + bytes(4) + ITEM + struct.pack("<L", 4) + bytes(4) + b"noise", "begin as an item"),
         (ITEM + struct.pack("<3L", 8, 0, 12) + ITEM + struct.pack("<L", 4) + bytes(4), "offsets"),
         (ITEM + struct.pack("<2L", 4, 7) + ITEM + struct.pack("<L", 4) + bytes(4), "offsets"),
@@ -353,4 +366,4 @@ def test_more_pixels_than_coded_bits_are_refused_before_they_are_counted(write_c
     frame = bytearray(frame_of(coded_file(write_ct, JPEGLosslessSV1)))
     struct.pack_into(">HH", frame, frame.index(b"\xff\xc3") + 5, 4096, 4096)
     with pytest.raises(UnreadableDicomError, match="fewer coded bits than pixels"):
-        require_complete(bytes(frame), str(JPEGLosslessSV1), Claim(4096, 4096, 16))
+        require_sound(bytes(frame), str(JPEGLosslessSV1), Claim(4096, 4096, 16))

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.elements import elements_of
+from ichpipe.dicom.elements import Elements
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
@@ -41,7 +41,7 @@ def test_values_are_those_of_pydicom(patient, words, rows, number, floats, synta
     found = stored(
         syntax, PatientID=patient, ImageType=words, Rows=rows, InstanceNumber=number, ImagePositionPatient=floats
     )
-    elements = elements_of(found)
+    elements = Elements(found)
     assert elements.text("PatientID") == str(found.PatientID or "").strip()
     types = found.get("ImageType") or []
     assert elements.text("ImageType") == "\\".join(
@@ -56,18 +56,18 @@ def test_values_are_those_of_pydicom(patient, words, rows, number, floats, synta
     ("charset", "name"), [("ISO_IR 100", "Müller"), ("ISO_IR 192", "Łódź 東京"), (["", "ISO 2022 IR 87"], "山田")]
 )
 def test_other_character_sets_are_decoded_as_the_file_says(charset, name):
-    assert elements_of(stored(SpecificCharacterSet=charset, PatientID=name)).text("PatientID") == name
+    assert Elements(stored(SpecificCharacterSet=charset, PatientID=name)).text("PatientID") == name
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("value", [-2000, 63536, 0])
 def test_padding_keeps_its_16_bits(syntax, value):
     dataset = stored(syntax, PixelRepresentation=int(value < 0), PixelPaddingValue=value)
-    assert elements_of(dataset).required_whole("PixelPaddingValue") & 0xFFFF == value & 0xFFFF
+    assert Elements(dataset).required_whole("PixelPaddingValue") & 0xFFFF == value & 0xFFFF
 
 
 def test_absent_and_empty_values():
-    elements = elements_of(stored(PatientID="", SliceThickness=None))
+    elements = Elements(stored(PatientID="", SliceThickness=None))
     assert (elements.text("PatientID"), elements.text("StudyInstanceUID")) == ("", "")
     assert (elements.whole("Rows"), elements.value_bytes("PixelData")) == (None, b"")
     assert math.isnan(elements.optional_float("SliceThickness"))
@@ -102,4 +102,4 @@ def test_a_wrong_value_names_the_keyword_and_not_the_content(raw, call, complain
     )
     dataset[element.tag] = element
     with pytest.raises(UnreadableDicomError, match=complaint):
-        call(elements_of(dataset))
+        call(Elements(dataset))

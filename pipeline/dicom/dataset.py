@@ -14,13 +14,15 @@ from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.coded_terms import RESCALE_TYPES, shown
-from ichpipe.dicom.elements import Elements, elements_of, tags
+from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
+    from numpy.typing import NDArray
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
 
@@ -102,7 +104,7 @@ class PixelFacts(NamedTuple):
     @property
     def claim(self) -> Claim:
         """What a compressed stream must agree with."""
-        return Claim(self.rows, self.columns, self.bits_allocated)
+        return Claim(self.rows, self.columns, self.bits_allocated, self.signed)
 
     @property
     def pixel_bytes(self) -> int:
@@ -129,7 +131,7 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from None  # nor in a traceback
-    if elements_of(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
+    if Elements(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
 
@@ -210,14 +212,17 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
         raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {facts.pixel_bytes} bytes")
 
 
-def require_stream(pixels: bytes, facts: PixelFacts, *, complete: bool = False) -> None:
-    """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``codestreams``).
+def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:
+    """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``stream_checks``).
 
-    With ``complete`` their codes are counted as well (``entropy``), which takes longer than decoding them.
+    With the decoded pixels ``stored`` (rows, columns), their codes are checked instead (``entropy_check``).
     """
-    require = require_complete if complete else require_sound
     try:
-        require(frame_bytes(pixels), facts.transfer_syntax, facts.claim)
+        frame = frame_bytes(pixels)
+        if stored is None:
+            require_sound(frame, facts.transfer_syntax, facts.claim)
+        else:
+            require_complete(frame, facts.transfer_syntax, facts.claim, stored)
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}") from error
 
@@ -257,7 +262,7 @@ def transfer_syntax(dataset: Dataset) -> str:
 
     Raises UnreadableDicomError where what is stated is no UID: it would be repeated in messages and tables.
     """
-    stated = elements_of(dataset.file_meta).text("TransferSyntaxUID")
+    stated = Elements(dataset.file_meta).text("TransferSyntaxUID")
     if stated.strip("0123456789."):
         raise UnreadableDicomError("TransferSyntaxUID (0002,0010) is no UID")
     if stated:

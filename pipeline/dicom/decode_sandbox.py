@@ -1,21 +1,19 @@
-"""Compressed files decoded once, in a process of its own: a codec that crashes or hangs costs one file, not the run.
+"""Decodes each compressed file once in a child process, so that a crash or a hang costs one file.
 
-Codecs are native code, and files are strangers. ``scan`` has every compressed file tried here; what passes is decoded
-by later stages in their own process.
+Codecs are native code; the files are untrusted. ``scan`` tries every compressed file here. Later stages decode what
+passed in their own process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
@@ -27,20 +25,20 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 TIMEOUT_S: Final = 30.0
-"""A slice takes milliseconds, one of 4096 pixels a side some seconds; what takes longer hangs."""
+"""A slice takes milliseconds, one of 4096 pixels a side takes some seconds."""
 
-STARTING_S: Final = 120.0  # for the first file: importing on a loaded machine
+STARTING_S: Final = 120.0  # imports on a loaded machine
 MEMORY_BYTES: Final = 4 * 2**30  # beyond what the process has when it starts
 _SERVE: Final = "from ichpipe.dicom.decode_sandbox import serve; serve()"
 
 
 class TrialDecoder:
-    """Decodes files one after another in a child that is started when first needed and replaced when it dies."""
+    """Decodes files in a child process. The first file starts the child; a child that died is replaced."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._child: subprocess.Popen[str] | None = None
-        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
 
     def __enter__(self) -> TrialDecoder:
         """Start nothing yet."""
@@ -52,108 +50,77 @@ class TrialDecoder:
 
     def require(self, path: str) -> None:
         """Decode a file. Raises UnreadableDicomError: the reason of ``read_hu``, or that a codec died or hung."""
-        child = self.start()
+        pipe = self.start()
         try:
-            child.stdin.write(json.dumps(path) + "\n")  # type: ignore[union-attr]  # a pipe
-            answer = self._answers.get(timeout=self._timeout_s)
-        except queue.Empty:
+            pipe.send_bytes(os.fsencode(path))
+            reason = pipe.recv_bytes().decode() if pipe.poll(self._timeout_s) else None
+        except (EOFError, OSError):
+            code = self.close(kill=False)
+            how = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+            raise UnreadableDicomError(f"its decoder crashed ({how}): the stream is damaged") from None
+        if reason is None:
             self.close()
-            raise UnreadableDicomError(f"decoding takes longer than {self._timeout_s:.0f} s: given up") from None
-        except OSError:
-            answer = ""
-        if not answer:
-            how = _name(self._end(signal_it=False))
-            raise UnreadableDicomError(f"its decoder crashed ({how}): the stream is damaged")
-        if reason := str(json.loads(answer)):
+            raise UnreadableDicomError(f"decoding takes longer than {self._timeout_s:.0f} s: given up")
+        if reason:
             raise UnreadableDicomError(reason)
-
-    def close(self) -> None:
-        """End the child, at once."""
-        self._end(signal_it=True)
-
-    def _end(self, *, signal_it: bool) -> int:
-        child, self._child = self._child, None
-        if child is None:
-            return 0
-        with contextlib.suppress(OSError):
-            if signal_it:
-                child.kill()
-            child.stdin.close()  # type: ignore[union-attr]  # a pipe
-        code = child.wait()
-        child.stdout.close()  # type: ignore[union-attr]  # a pipe
-        return code
 
     @property
     def child_pid(self) -> int | None:
         """Return the child's process id, None where none runs."""
         return self._child.pid if self._child else None
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> Connection:
         """Start the child unless it runs. Raises DataError where that fails."""
-        if self._child:
-            return self._child
-        # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
-        self._child = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            encoding="ascii",
-        )  # fmt: skip
-        self._answers = queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(self._child.stdout, self._answers), daemon=True).start()
-        if not self._answer(STARTING_S):
-            self.close()
-            raise DataError("the process that tries compressed files can't be started; is the machine out of memory?")
-        return self._child
+        if self._pipe is not None:
+            return self._pipe
+        self._pipe, theirs = Pipe()
+        with theirs:
+            # Not multiprocessing.Process: its child imports the user's script again.
+            # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
+            self._child = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-c", _SERVE],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,  # codecs print
+                stderr=subprocess.DEVNULL,
+            )
+        try:
+            if self._pipe.poll(STARTING_S):
+                self._pipe.recv_bytes()
+                return self._pipe
+        except (EOFError, OSError):
+            pass
+        self.close()
+        raise DataError("the process that tries compressed files can't be started; is the machine out of memory?")
 
-    def _answer(self, timeout_s: float) -> str:
-        with contextlib.suppress(queue.Empty):
-            return self._answers.get(timeout=timeout_s)
-        return ""
-
-
-def _listen(answers: IO[str], into: queue.SimpleQueue[str]) -> None:
-    with contextlib.suppress(ValueError, OSError):  # closed meanwhile
-        for line in answers:
-            into.put(line)
-    into.put("")
+    def close(self, *, kill: bool = True) -> int:
+        """End the child, at once unless it has died; return its exit code."""
+        child, self._child = self._child, None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if child is None:
+            return 0
+        if kill:
+            child.kill()
+        return child.wait()
 
 
 def serve() -> None:
     """Answer each path on standard input with a reason, or with an empty text where the file decodes; then end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    answers = _private_output()
-    _limit_memory()
-    answers.write('"ready"\n')
-    for line in sys.stdin:
-        path, reason = json.loads(line), ""
-        try:
-            hounsfield.read_hu(path)
-        except UnreadableDicomError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-        answers.write(json.dumps(reason) + "\n")
-
-
-def _private_output() -> IO[str]:
-    """Return standard output for answers alone; what codecs print goes nowhere."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    return answers
-
-
-def _limit_memory() -> None:
-    """Bound what decoding may take, where the system can; an allocation beyond raises MemoryError in the codec."""
-    if sys.platform == "win32":
-        return
-    with contextlib.suppress(OSError, ValueError):  # no /proc, or a limit that may not be raised
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = used + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-def _name(code: int) -> str:
-    """Return what ended a process: a signal's name, or its exit code."""
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"exit code {code}"
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError, ValueError):  # no /proc, or a limit that may not be raised
+            used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            limit = used + MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(used + MEMORY_BYTES, hard)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))  # a larger allocation is a MemoryError in the codec
+    pipe = Connection(os.dup(0))
+    pipe.send_bytes(b"ready")
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe
+        while True:
+            path, reason = os.fsdecode(pipe.recv_bytes()), ""
+            try:
+                hounsfield.read_hu(path)
+            except UnreadableDicomError as error:
+                reason = str(error).removeprefix(f"{path}: ")
+            pipe.send_bytes(reason.encode("utf-8", "backslashreplace"))

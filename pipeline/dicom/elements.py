@@ -7,6 +7,7 @@ needs none of its types. Tags and value representations: DICOM PS3.5, 6.2.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from pydicom.dataelem import RawDataElement
@@ -17,8 +18,6 @@ from pydicom.tag import BaseTag, Tag
 from ichpipe.common.errors import UnreadableDicomError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from pydicom.dataset import Dataset
 
 _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6.1.2.5.1)
@@ -36,21 +35,25 @@ _BINARY: Final = frozenset({
 
 
 def tags(*keywords: str) -> list[BaseTag | int]:
-    """Return the tags of DICOM keywords; an unknown keyword is a programmer's error (ValueError)."""
+    """Return the tags of DICOM keywords. Raises ValueError for an unknown keyword."""
     return [Tag(keyword) for keyword in keywords]
+
+
+@cache
+def _tag(keyword: str) -> int:
+    return int(Tag(keyword))
 
 
 class Elements:
     """Values of one dataset by keyword. Every method raises UnreadableDicomError that names the keyword."""
 
-    def __init__(self, items: Iterable[tuple[int, Any]], dataset: Callable[[], Dataset]) -> None:
-        """Take elements by tag as pydicom parses them, not converted, and how to get its dataset of them if need be."""
+    def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
-        self._by_tag: dict[int, Any] = {int(tag): element for tag, element in items}  # int: hashed in C
+        self._by_tag: dict[int, Any] = {int(tag): element for tag, element in dataset.items()}  # int: hashed in C
 
     def text(self, keyword: str) -> str:
         """Return text without padding; several values joined by a backslash; empty where absent."""
-        element = self._by_tag.get(_TAG[keyword])
+        element = self._by_tag.get(_tag(keyword))
         if element is None:
             return ""
         value = element.value
@@ -72,7 +75,7 @@ class Elements:
 
     def whole(self, keyword: str) -> int | None:
         """Return one whole number, or None where it is absent or empty."""
-        element = self._by_tag.get(_TAG[keyword])
+        element = self._by_tag.get(_tag(keyword))
         if element is None or element.value is None or element.value == b"":
             return None
         representation = element.VR or ("US" if keyword in _BINARY else "IS")
@@ -106,12 +109,12 @@ class Elements:
 
     def value_bytes(self, keyword: str) -> bytes:
         """Return a value as stored; empty where absent."""
-        element = self._by_tag.get(_TAG[keyword])
+        element = self._by_tag.get(_tag(keyword))
         value = None if element is None else element.value
         return value if isinstance(value, bytes) else b""
 
     def _decimals(self, keyword: str) -> str:
-        element = self._by_tag.get(_TAG[keyword])
+        element = self._by_tag.get(_tag(keyword))
         if isinstance(element, RawDataElement) and element.VR not in _DECIMALS:
             raise UnreadableDicomError(f"{keyword} is stored as {element.VR}, which is no decimal text")
         return self.text(keyword)
@@ -119,29 +122,13 @@ class Elements:
     def _converted(self, keyword: str) -> str:
         """Let pydicom decode what is not plain ASCII: (0008,0005) names its character set."""
         try:
-            value = self._dataset().get(keyword)
+            value = self._dataset.get(keyword)
         except Exception as error:  # a damaged element; its text may quote the value, so it is not repeated
             raise UnreadableDicomError(f"{keyword} can't be read ({type(error).__name__})") from None
         if isinstance(value, (Sequence, bytes)):
             raise UnreadableDicomError(f"{keyword} is not text")
         parts = value if isinstance(value, MultiValue) else [] if value is None else [value]
         return "\\".join(str(part).strip(" \0") for part in parts)
-
-
-def elements_of(dataset: Dataset) -> Elements:
-    """Return the values of a dataset that pydicom has parsed."""
-    return Elements(dataset.items(), lambda: dataset)
-
-
-class _Tags(dict[str, int]):
-    """Tags by keyword, looked up once."""
-
-    def __missing__(self, keyword: str) -> int:
-        self[keyword] = tag = int(Tag(keyword))
-        return tag
-
-
-_TAG: Final = _Tags()
 
 
 def _binary(element: RawDataElement, representation: str, keyword: str) -> int:

@@ -30,18 +30,27 @@ MAX_HU: Final = 32767
 
 
 def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
-    """Decode one CT slice. Returns (rows, columns) in Hounsfield units, from -1024 to 32767.
+    """Decode one CT slice to Hounsfield units (rows, columns), from -1024 to 32767.
 
-    A file that ``scan`` has taken (``scanned``) is spared the check that its compressed stream is complete, which
-    takes longer than decoding it. Raises UnreadableDicomError that names the file, and the transfer syntax where the
-    codec failed.
+    Parameters
+    ----------
+    path
+        The file, or a member of a zip archive.
+    scanned
+        ``scan`` has accepted the file: its compressed stream need not be checked again for completeness.
+
+    Raises
+    ------
+    UnreadableDicomError
+        Names the file, and the transfer syntax where the codec failed.
+
     """
     try:
         with quiet_pydicom():
             file = read_pixel_file(path)
-            if file.facts.compressed and not scanned:
-                require_stream(file.pixel_data, file.facts, complete=True)
             stored = _stored_pixels(file)
+            if file.facts.compressed and not scanned:
+                require_stream(file.pixel_data, file.facts, stored)
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
     return stored_to_hu(stored, file.facts)
@@ -124,7 +133,7 @@ def _stored_pixels(file: PixelFile) -> NDArray[np.integer]:
     facts = file.facts
     if facts.compressed:
         stored = decode.decode(file.pixel_data, facts)
-        return decode.decode_by_pydicom(file.dataset(), facts) if stored is None else stored
+        return decode.decode_by_pydicom(file.dataset, facts) if stored is None else stored
     if facts.transfer_syntax == EXPLICIT_BIG:
         return _big_endian(file)
     pixels = np.frombuffer(file.pixel_data, dtype=stored_type(facts), count=facts.rows * facts.columns)
@@ -133,7 +142,7 @@ def _stored_pixels(file: PixelFile) -> NDArray[np.integer]:
 
 def _big_endian(file: PixelFile) -> NDArray[np.integer]:
     """Turn samples round; 8-bit ones in words (OW) stand in pairs that are turned round, too (PS3.5, 8.1.1)."""
-    facts, element = file.facts, file.dataset()["PixelData"]
+    facts, element = file.facts, file.dataset["PixelData"]
     pixels = element.value
     if facts.bits_allocated == 8 and element.VR == "OW":
         pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()

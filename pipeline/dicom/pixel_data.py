@@ -1,4 +1,4 @@
-"""A DICOM file opened for its pixels: read whole, its header parsed no further than they need."""
+"""Reads a DICOM file for its pixels: the elements that decoding needs, checked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from ichpipe.dicom.dataset import (
     require_pixels,
     transfer_syntax,
 )
-from ichpipe.dicom.elements import Elements, elements_of
+from ichpipe.dicom.elements import Elements
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.quick_parse import quick_elements
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 class PixelFile(NamedTuple):
     """What decoding needs of one file."""
 
-    content: bytes  # the file
+    dataset: Dataset
     elements: Elements  # PIXEL_TAGS
     facts: PixelFacts
 
@@ -37,10 +36,6 @@ class PixelFile(NamedTuple):
         """Return PixelData (7FE0,0010) as it is stored."""
         return self.elements.value_bytes("PixelData")
 
-    def dataset(self) -> Dataset:
-        """Parse the file as pydicom does, for its decoders. Call it inside ``quiet_pydicom``."""
-        return parse(self.content, PIXEL_TAGS)
-
 
 def read_pixel_file(path: Path | str) -> PixelFile:
     """Read what decoding needs, checked like in ``read_header``. Call it inside ``quiet_pydicom``.
@@ -48,14 +43,11 @@ def read_pixel_file(path: Path | str) -> PixelFile:
     Raises UnreadableDicomError.
     """
     content = read_file(path if isinstance(path, str) else path.as_posix(), MAX_FILE_BYTES)
-    found = quick_elements(content, PIXEL_TAGS)
-    if found is None:
-        dataset = parse(content, PIXEL_TAGS)
-        found = elements_of(dataset), transfer_syntax(dataset)
-    elements, syntax = found
-    facts = pixel_facts(elements, syntax)
+    dataset = parse(content, PIXEL_TAGS)
+    elements = Elements(dataset)
+    facts = pixel_facts(elements, transfer_syntax(dataset))
     require_pixels(elements, facts)
-    return PixelFile(content, elements, facts)
+    return PixelFile(dataset, elements, facts)
 
 
 def is_compressed(path: Path | str) -> bool:

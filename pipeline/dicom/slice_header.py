@@ -5,6 +5,7 @@ Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from functools import lru_cache
@@ -22,9 +23,8 @@ from ichpipe.dicom.dataset import (
     require_pixels,
     transfer_syntax,
 )
-from ichpipe.dicom.elements import Elements, elements_of, tags
+from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.quick_parse import quick_elements
 from ichpipe.dicom.series_description import marks_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class SliceHeader(NamedTuple):
     lossy: bool  # (0028,2110) is 01, or a transfer syntax that loses; unknown counts as lossy
     image_type: str  # (0008,0008), upper case, joined by backslashes; may be empty
     kernel: str  # (0018,1210), may be empty
-    marks: str  # words that series_words knows of (0008,103E), (0018,1030) and (0008,1030); nothing else of them
+    marks: str  # words that series_description knows of (0008,103E), (0018,1030) and (0008,1030); nothing else of them
     contrast_agent: bool  # (0018,0010) names one
     thickness_mm: float  # (0018,0050); NaN where absent
     body_part: str  # (0018,0015), as far as it is terms of the standard, upper case; may be empty
@@ -90,17 +90,14 @@ def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
     name = path if isinstance(path, str) else path.as_posix()
     data = read_file(name, MAX_FILE_BYTES)
     with quiet_pydicom():
-        elements, syntax = quick_elements(data, _HEADER_TAGS) or _elements(data)
+        dataset = parse(data, _HEADER_TAGS)
+        elements = Elements(dataset)
         try:
-            return _slice_header(name, data, elements, syntax, force=force)
+            return _slice_header(name, data, elements, transfer_syntax(dataset), force=force)
         except UnreadableDicomError as error:
-            error.series = _series_of(elements)
+            with contextlib.suppress(UnreadableDicomError):
+                error.series = elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
             raise
-
-
-def _elements(data: bytes) -> tuple[Elements, str]:
-    dataset = parse(data, _HEADER_TAGS)
-    return elements_of(dataset), transfer_syntax(dataset)
 
 
 def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, force: bool) -> SliceHeader:
@@ -131,13 +128,6 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
         row_direction=row_direction,
         column_direction=column_direction,
     )
-
-
-def _series_of(elements: Elements) -> tuple[str, str]:
-    try:
-        return elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
-    except UnreadableDicomError:
-        return "", ""
 
 
 _marks = lru_cache(maxsize=4096)(marks_of)

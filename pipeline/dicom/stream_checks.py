@@ -1,21 +1,20 @@
-"""Compressed pixels looked at before any codec is called: their structure, and the image that they claim.
+"""Checks the structure of compressed pixels, and the size of their image, before a codec sees them.
 
-A codec is native code: it believes a stream that says 60,000 x 60,000, and a damaged one may keep it busy for seconds.
-What is read here are lengths and markers, in microseconds and whatever the codec; the coded numbers themselves are
-checked by ``entropy.py``. Sources: DICOM PS3.5 A.4 and G (fragments, run length), ITU-T T.81 B (JPEG), T.87 C
-(JPEG-LS), T.800 A (JPEG 2000).
+A codec is native code: it trusts a stream that claims 60,000 x 60,000 pixels. The checks read lengths and markers, in
+microseconds; ``entropy_check`` checks the coded numbers. Sources: DICOM PS3.5 A.4 and G (fragments, run length),
+ITU-T T.81 B (JPEG), T.87 C (JPEG-LS), T.800 A (JPEG 2000).
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
+
+from pydicom.encaps import generate_fragments, parse_fragments
 
 from ichpipe.common.errors import UnreadableDicomError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
 JPEG_LOSSLESS: Final = frozenset(f"1.2.840.10008.1.2.4.{number}" for number in (57, 70))
@@ -28,9 +27,9 @@ _FRAMES: Final = {
 _JPEG_LS: Final = frozenset({f"{_JPEG}80", f"{_JPEG}81"})
 _ANY_FRAME: Final = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 _TABLES, _RESTART, _SCAN = 0xC4, 0xDD, 0xDA  # DHT, DRI, SOS
+_PLAIN_MARKERS: Final = frozenset({0xC3, _TABLES, _SCAN, *range(0xE0, 0xF0), 0xFE})  # and APPn, COM
+_MAX_CODES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _JPEG_2000: Final = frozenset(f"{_JPEG}{number}" for number in (90, 91, 201, 202, 203))
-_ITEM: Final = b"\xfe\xff\x00\xe0"
-_DELIMITER: Final = b"\xfe\xff\xdd\xe0"
 _MAX_TILES: Final = 4096  # 64 pixels a side in the largest image; each tile costs a decoder memory and time
 _MAX_LAYERS: Final = 256
 _MAX_BLOCKS: Final = 2**19  # precincts of all levels; a pixel each, as damage may claim, takes minutes
@@ -38,38 +37,44 @@ _MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to ma
 
 
 class Claim(NamedTuple):
-    """What the DICOM header says of the stream."""
+    """The image that the DICOM header describes."""
 
     rows: int  # (0028,0010)
     columns: int  # (0028,0011)
     bits_allocated: int  # (0028,0100)
+    signed: bool = False  # (0028,0103)
 
 
 class JpegScan(NamedTuple):
-    """A JPEG stream of one component, taken apart."""
+    """The parts of a JPEG stream of one component."""
 
     precision: int  # bits a sample
     restart: int  # samples between restart markers; 0: none
-    tables: dict[int, bytes]  # Huffman tables for differences (class 0): 16 counts, then the symbols
+    table: bytes  # the Huffman table of the differences: 16 counts, then the symbols; empty for JPEG-LS
     header: bytes  # SOS without its length
     coded: bytes  # what lies between SOS and EOI, still stuffed
 
 
 def frame_bytes(pixels: bytes) -> bytes:
     """Join the fragments of encapsulated PixelData that holds one frame. Raises UnreadableDicomError."""
-    items = list(_items(pixels))
-    if len(items) < 2:
+    try:
+        starts = parse_fragments(pixels)[1]
+        offsets, *fragments = generate_fragments(pixels)
+    except ValueError:
+        _damaged("a fragment does not begin as an item, or has no length")
+    if not fragments:
         _damaged("PixelData has no fragment")
-    offsets = items[0]
     if len(offsets) not in {0, 4} or offsets.strip(b"\0"):
         _damaged("its table of offsets is not that of one frame")
-    return b"".join(items[1:])
+    if int.from_bytes(pixels[starts[-1] + 4 : starts[-1] + 8], "little") > len(fragments[-1]):
+        _damaged("a fragment is cut short")
+    return b"".join(fragments)
 
 
 def require_sound(frame: bytes, syntax: str, claim: Claim) -> None:
-    """Raise UnreadableDicomError unless the stream is built as ``syntax`` wants and claims the image of the header.
+    """Raise UnreadableDicomError unless the stream is built as ``syntax`` demands and claims the header's image.
 
-    A transfer syntax that is unknown here passes; whether there is a decoder for it is asked elsewhere.
+    Other transfer syntaxes than run length, JPEG, JPEG-LS and JPEG 2000 pass.
     """
     if syntax == RUN_LENGTH:
         run_segments(frame, claim)
@@ -79,86 +84,123 @@ def require_sound(frame: bytes, syntax: str, claim: Claim) -> None:
         _require_jpeg_2000(frame, claim)
 
 
+def is_plain(frame: bytes, syntax: str, claim: Claim) -> bool:
+    """Whether imagecodecs may decode a stream: understood to the last field, of one tile or scan, and complete.
+
+    Raises UnreadableDicomError for some damaged streams. False may be said of a sound stream.
+    """
+    if syntax == RUN_LENGTH:
+        return bool(run_segments(frame, claim)) and not any(frame[4 + claim.bits_allocated // 2 : 64])
+    if claim.bits_allocated != 16:
+        return False
+    if syntax in JPEG_LOSSLESS:
+        segments, start = _jpeg_segments(frame)
+        return (
+            {marker for marker, _ in segments} <= _PLAIN_MARKERS
+            and sum(4 + len(body) for _, body in segments) + 2 == start  # no fill bytes
+            and frame.rstrip(b"\0\xff").endswith(b"\xff\xd9")  # liblj92 makes up what is missing
+            and _is_plain_jpeg(segments, claim)
+        )
+    if syntax != f"{_JPEG}90" or not frame.startswith(b"\xff\x4f\xff\x51\x00\x29"):
+        return False
+    *grid, components, depth, across, down = struct.unpack_from(">8LHBBB", frame, 8)
+    whole = grid[:4] == [claim.columns, claim.rows, 0, 0] and grid[6:] == [0, 0]
+    one_tile = grid[4] >= claim.columns and grid[5] >= claim.rows
+    bits = bool(depth >> 7) == claim.signed and (depth & 127) + 1 <= 16
+    return whole and one_tile and components == across == down == 1 and bits
+
+
+def _is_plain_jpeg(segments: list[tuple[int, bytes]], claim: Claim) -> bool:
+    """Lossless JPEG (T.81, process 14): one frame of one component, sound Huffman tables, no point transform."""
+    frames, tables = [body for marker, body in segments if marker == 0xC3], set()
+    if len(frames) != 1 or len(frames[0]) != 9:
+        return False
+    precision, rows, columns, components, _, sampling, _ = struct.unpack(">BHHBBBB", frames[0])
+    for number, counts, symbols in ((body[0], body[1:17], body[17:]) for marker, body in segments if marker == _TABLES):
+        free = 1  # codes of a length that no shorter one begins; a code of all ones is none
+        for count in counts:
+            free = 2 * free - count if free > 0 else 0
+        distinct = 0 < sum(counts) == len(symbols) == len(set(symbols)) <= _MAX_CODES
+        if len(counts) != 16 or free < 1 or not distinct or max(symbols) >= _MAX_CODES or number > 3:
+            return False
+        tables.add(number)
+    scan = segments[-1][1]
+    size = (rows, columns) == (claim.rows, claim.columns) and components == 1 and sampling == 0x11
+    sound = len(scan) == 6 and scan[0] == 1 and scan[2] & 15 == 0 and scan[2] >> 4 in tables
+    return size and 8 < precision <= 16 and sound and 1 <= scan[3] <= 7 and scan[4:] == b"\0\0"
+
+
 def run_segments(frame: bytes, claim: Claim) -> list[bytes]:
     """Return the coded segments of a run-length frame, most significant byte of the samples first (PS3.5, G.5)."""
     if len(frame) < 64:
         _damaged("no header of 64 bytes")
     count, *starts = struct.unpack_from("<16L", frame)
-    wanted = claim.bits_allocated // 8
-    if count != wanted:
-        _damaged(f"{min(count, 99)} segments, BitsAllocated {claim.bits_allocated} needs {wanted}")
-    places = [*starts[:count], len(frame)]
-    if places[0] != 64 or any(low >= high for low, high in pairwise(places)):
-        _damaged("the places of its segments are not in order")
-    return [frame[low:high] for low, high in pairwise(places)]
+    expected = claim.bits_allocated // 8
+    if count != expected:
+        _damaged(f"{min(count, 99)} segments, BitsAllocated {claim.bits_allocated} needs {expected}")
+    offsets = [*starts[:count], len(frame)]
+    if offsets[0] != 64 or any(low >= high for low, high in pairwise(offsets)):
+        _damaged("the offsets of its segments are not in order")
+    return [frame[low:high] for low, high in pairwise(offsets)]
 
 
 def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
-    """Take a JPEG or JPEG-LS stream apart: one frame of one component in one scan, and nothing cut off."""
-    if not frame.startswith(b"\xff\xd8"):
-        _damaged("does not begin as JPEG")
-    place, precision, restart = 2, 0, 0
+    """Split a JPEG or JPEG-LS stream: one frame of one component in one scan, and complete."""
+    segments, start = _jpeg_segments(frame)
+    precision, restart = 0, 0
     tables: dict[int, bytes] = {}
-    while True:
-        marker, segment, place = _segment(frame, place)
+    for marker, body in segments[:-1]:
         if marker == _TABLES:
-            tables |= _huffman_tables(segment)
+            tables |= _huffman_tables(body)
         elif marker in _ANY_FRAME:
             if precision or marker not in _FRAMES[syntax]:
                 _damaged(f"JPEG frame {marker:02X} does not belong to this transfer syntax")
-            precision = _precision(segment, claim)
-            if syntax in _JPEG_LS and segment[7:] != b"\x11\x00":
+            if len(body) != 9:
+                _damaged("not an image of one component")
+            precision, rows, columns, components = struct.unpack_from(">BHHB", body)
+            _require_claim(rows, columns, components, precision, claim)
+            if syntax in _JPEG_LS and body[7:] != b"\x11\x00":
                 _damaged("its component is sampled otherwise than once a pixel")
-        elif marker == _RESTART and len(segment) == 2:
-            restart = int.from_bytes(segment, "big")
-        elif marker == _SCAN:
-            break
-    _require_scan(segment, precision, syntax)
-    stuffed = bytes(range(0x80)) if syntax in _JPEG_LS else b"\0"
-    return JpegScan(precision, restart, tables, segment, _coded(frame, place, restart, stuffed))
+        elif marker == _RESTART and len(body) == 2:
+            restart = int.from_bytes(body, "big")
+    scan = segments[-1][1]
+    _require_scan(scan, precision, syntax)
+    table = tables.get(scan[2] >> 4, b"")
+    coded = _coded(frame, start, restart, syntax)
+    if syntax in JPEG_LOSSLESS and not table:
+        _damaged("its Huffman table is missing")
+    if syntax in JPEG_LOSSLESS and len(coded) * 8 < claim.rows * claim.columns:  # a bit each at least
+        _damaged("fewer coded bits than pixels")
+    return JpegScan(precision, restart, table, scan, coded)
 
 
-def _items(pixels: bytes) -> Iterator[bytes]:
-    place = 0
-    while place < len(pixels) and not pixels.startswith(_DELIMITER, place):
-        if not pixels.startswith(_ITEM, place):
-            _damaged("a fragment does not begin as an item")
-        length = int.from_bytes(pixels[place + 4 : place + 8], "little")
-        place += 8
-        if place + length > len(pixels):
-            _damaged("a fragment is cut short")
-        yield pixels[place : place + length]
-        place += length
-
-
-def _segment(frame: bytes, place: int) -> tuple[int, bytes, int]:
-    """Return a marker, its segment without the length, and the place after it."""
-    while frame.startswith(b"\xff\xff", place):  # fill bytes
-        place += 1
-    if place + 4 > len(frame) or frame[place] != 0xFF:
-        _damaged("its JPEG markers are cut short")
-    marker, length = frame[place + 1], int.from_bytes(frame[place + 2 : place + 4], "big")
-    end = place + 2 + length
-    if marker in {0x00, 0x01} or 0xD0 <= marker <= 0xD9 or length < 2 or end > len(frame):
-        _damaged("a JPEG segment is cut short or out of place")
-    return marker, frame[place + 4 : end], end
-
-
-def _precision(segment: bytes, claim: Claim) -> int:
-    if len(segment) != 9:
-        _damaged("not an image of one component")
-    precision, rows, columns, components = struct.unpack_from(">BHHB", segment)
-    _require_claim(rows, columns, components, precision, claim)
-    return int(precision)
-
-
-def _require_scan(segment: bytes, precision: int, syntax: str) -> None:
-    if not precision or len(segment) != 6 or segment[0] != 1:
+def _require_scan(scan: bytes, precision: int, syntax: str) -> None:
+    if not precision or len(scan) != 6 or scan[0] != 1:
         _damaged("no scan of one component")
-    if syntax == f"{_JPEG}80" and segment[3]:
-        _damaged(f"coded with an error of up to {segment[3]} (NEAR), its transfer syntax is lossless")
-    if syntax in _JPEG_LS and any(segment[place] for place in (2, 4, 5)):  # ISO 14495-1 C.2.3: not for one component
+    if syntax == f"{_JPEG}80" and scan[3]:
+        _damaged(f"coded with an error of up to {scan[3]} (NEAR), its transfer syntax is lossless")
+    if syntax in _JPEG_LS and any(scan[offset] for offset in (2, 4, 5)):  # ISO 14495-1 C.2.3: not for one component
         _damaged("a scan of one component names a mapping table, interleaving or a point transform")
+
+
+def _jpeg_segments(frame: bytes) -> tuple[list[tuple[int, bytes]], int]:
+    """Return the markers up to SOS, each with its segment without the length, and the offset of the coded pixels."""
+    if not frame.startswith(b"\xff\xd8"):
+        _damaged("does not begin as JPEG")
+    offset = 2
+    segments: list[tuple[int, bytes]] = []
+    while not segments or segments[-1][0] != _SCAN:
+        while frame.startswith(b"\xff\xff", offset):  # fill bytes
+            offset += 1
+        if offset + 4 > len(frame) or frame[offset] != 0xFF:
+            _damaged("its JPEG markers are cut short")
+        marker, length = frame[offset + 1], int.from_bytes(frame[offset + 2 : offset + 4], "big")
+        end = offset + 2 + length
+        if marker in {0x00, 0x01} or 0xD0 <= marker <= 0xD9 or length < 2 or end > len(frame):
+            _damaged("a JPEG segment is cut short or out of place")
+        segments.append((marker, frame[offset + 4 : end]))
+        offset = end
+    return segments, offset
 
 
 def _require_claim(rows: int, columns: int, components: int, precision: int, claim: Claim) -> None:
@@ -171,36 +213,32 @@ def _require_claim(rows: int, columns: int, components: int, precision: int, cla
 
 
 def _huffman_tables(segment: bytes) -> dict[int, bytes]:
-    tables, place = {}, 0
-    while place + 17 <= len(segment):
-        length = 17 + sum(segment[place + 1 : place + 17])
-        table = segment[place + 1 : place + length]
-        if place + length > len(segment):
+    tables, offset = {}, 0
+    while offset + 17 <= len(segment):
+        end = offset + 17 + sum(segment[offset + 1 : offset + 17])
+        if end > len(segment):
             break
-        if segment[place] < 0x10:  # class 0: DC, and the differences of lossless JPEG
-            tables[segment[place]] = table
-        place += length
-    if place != len(segment):
+        if segment[offset] < 0x10:  # class 0: DC, and the differences of lossless JPEG
+            tables[segment[offset]] = segment[offset + 1 : end]
+        offset = end
+    if offset != len(segment):
         _damaged("a Huffman table is cut short")
     return tables
 
 
-def _coded(frame: bytes, start: int, restart: int, stuffed: bytes) -> bytes:
+def _coded(frame: bytes, start: int, restart: int, syntax: str) -> bytes:
     """Return what lies between the scan's header and EOI; any other marker in it means damage."""
-    place = start
-    while True:
-        place = frame.find(b"\xff", place)
-        if place < 0 or place + 1 >= len(frame):
-            _damaged("ends without its end marker: cut short")
-        code = frame[place + 1]
+    # A coded FF is stuffed: by a zero byte, in JPEG-LS by a zero bit (T.87, A.1).
+    markers = rb"\xff([\x80-\xfe])" if syntax in _JPEG_LS else rb"\xff([\x01-\xfe])"
+    for match in re.compile(markers).finditer(frame, start):
+        code = match[1][0]
         if code == 0xD9:
-            break
-        if code not in stuffed and not (restart and 0xD0 <= code <= 0xD7) and code != 0xFF:
+            if len(frame) - match.end() > _MAX_PADDING:
+                _damaged("bytes after its end marker")
+            return frame[start : match.start()]
+        if not (restart and 0xD0 <= code <= 0xD7):
             _damaged(f"marker {code:02X} amid the coded pixels")
-        place += 1 if code == 0xFF else 2
-    if len(frame) - place - 2 > _MAX_PADDING:
-        _damaged("bytes after its end marker")
-    return frame[start:place]
+    return _damaged("ends without its end marker: cut short")
 
 
 def _require_jpeg_2000(frame: bytes, claim: Claim) -> None:
@@ -226,29 +264,29 @@ def _unwrapped(frame: bytes) -> bytes:
     """Return the codestream; some writers keep the boxes of a JP2 file around it, which PS3.5 A.4.4 forbids."""
     if not frame.startswith(b"\x00\x00\x00\x0cjP  "):
         return frame
-    place, length = 0, 8
-    while length >= 8 and place + 8 <= len(frame):
-        length, kind = int.from_bytes(frame[place : place + 4], "big"), frame[place + 4 : place + 8]
+    offset, length = 0, 8
+    while length >= 8 and offset + 8 <= len(frame):
+        length, kind = int.from_bytes(frame[offset : offset + 4], "big"), frame[offset + 4 : offset + 8]
         if kind == b"jp2c" and length != 1:
-            return frame[place + 8 :]
-        place += length
+            return frame[offset + 8 :]
+        offset += length
     return b""
 
 
 def _main_header(stream: bytes, claim: Claim) -> int:
-    """Check the coding style of the main header; return the place of the first tile part."""
-    place, styles = 2, 0
-    while not stream.startswith(b"\xff\x90", place):
-        if place + 4 > len(stream) or stream[place] != 0xFF:
+    """Check the coding style of the main header; return the offset of the first tile part."""
+    offset, styles = 2, 0
+    while not stream.startswith(b"\xff\x90", offset):
+        if offset + 4 > len(stream) or stream[offset] != 0xFF:
             _damaged("its main header is cut short")
-        length = int.from_bytes(stream[place + 2 : place + 4], "big")
-        if stream[place + 1] == 0x52:
-            _require_coding_style(stream[place + 4 : place + 2 + length], claim)
+        length = int.from_bytes(stream[offset + 2 : offset + 4], "big")
+        if stream[offset + 1] == 0x52:
+            _require_coding_style(stream[offset + 4 : offset + 2 + length], claim)
             styles += 1
-        place += 2 + max(length, 2)
+        offset += 2 + max(length, 2)
     if styles != 1:
         _damaged("it states no coding style, or several")
-    return place
+    return offset
 
 
 def _require_coding_style(segment: bytes, claim: Claim) -> None:
@@ -271,22 +309,22 @@ def _require_coding_style(segment: bytes, claim: Claim) -> None:
         _damaged("too many precincts")
 
 
-def _require_tile_parts(stream: bytes, place: int, tiles: int) -> None:
+def _require_tile_parts(stream: bytes, offset: int, tiles: int) -> None:
     """Follow the lengths of the tile parts (SOT, T.800 A.4.2): cut off, and one of them points beyond the end."""
     seen = set()
-    while stream.startswith(b"\xff\x90\x00\x0a", place):
-        if place + 12 > len(stream):
+    while stream.startswith(b"\xff\x90\x00\x0a", offset):
+        if offset + 12 > len(stream):
             _damaged("a tile is cut short")
-        number, length = struct.unpack_from(">HL", stream, place + 4)
+        number, length = struct.unpack_from(">HL", stream, offset + 4)
         if number >= tiles or (length and length < 14):
             _damaged("a tile is out of range")
         seen.add(number)
-        place = place + length if length else len(stream.rstrip(b"\xff\0")) - 2  # 0: the last part, up to the end
-        if place > len(stream):
+        offset = offset + length if length else len(stream.rstrip(b"\xff\0")) - 2  # 0: the last part, up to the end
+        if offset > len(stream):
             _damaged("a tile is cut short")
     if len(seen) != tiles:
         _damaged(f"{len(seen)} of {tiles} tiles: cut short")
-    rest = stream[place:]
+    rest = stream[offset:]
     if rest and not rest.startswith(b"\xff\xd9"):
         _damaged("bytes that are no tile after its last tile")
 

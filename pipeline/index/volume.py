@@ -14,7 +14,7 @@ from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
 from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
-from ichpipe.dicom.elements import elements_of, tags
+from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import select_series
@@ -152,7 +152,7 @@ def _volume(index: pd.DataFrame) -> Volume:
 
 def _pixel_mm(path: str) -> tuple[float, float]:
     with quiet_pydicom():
-        elements = elements_of(parse(read_file(path, MAX_FILE_BYTES), tags("PixelSpacing")))
+        elements = Elements(parse(read_file(path, MAX_FILE_BYTES), tags("PixelSpacing")))
         try:
             between_rows, between_columns = elements.floats("PixelSpacing", 2)
         except UnreadableDicomError:
