@@ -31,8 +31,12 @@ def image():
     )
 
 
-def jpeg_lossless(pixels, precision=16, restart=0):
-    """A lossless JPEG by T.81, annex H: predictor 1, and a table that gives each category a code of five bits."""
+PREDICTORS = ("left", "above", "corner", "left + above - corner", "left + (above - corner) // 2",
+              "above + (left - corner) // 2", "(left + above) // 2")  # fmt: skip
+
+
+def jpeg_lossless(pixels, precision=16, restart=0, predictor=1):
+    """A lossless JPEG by T.81, annex H, with a table that gives each category a code of five bits."""
     bits, interval, parts = "", 0, []
     for number, value in enumerate(pixels.ravel().tolist()):
         row, column = divmod(number, pixels.shape[1])
@@ -41,8 +45,14 @@ def jpeg_lossless(pixels, precision=16, restart=0):
             bits, interval = "", number
         if number == interval:
             guess = 1 << (precision - 1)
+        elif number < interval + pixels.shape[1]:
+            guess = int(pixels[row, column - 1])
+        elif not column:
+            guess = int(pixels[row - 1, 0])
         else:
-            guess = int(pixels[row, column - 1]) if column else int(pixels[row - 1, 0])
+            (corner, above), left = pixels[row - 1, column - 1 : column + 1].tolist(), int(pixels[row, column - 1])
+            names = {"left": left, "above": above, "corner": corner}
+            guess = eval(PREDICTORS[predictor - 1], names)  # noqa: S307
         difference = (value - guess + 32768) % 65536 - 32768
         category = abs(difference).bit_length()
         extra = difference if difference > 0 else difference + (1 << category) - 1
@@ -54,7 +64,7 @@ def jpeg_lossless(pixels, precision=16, restart=0):
     size = struct.pack(">BHHB", precision, *pixels.shape, 1) + b"\x01\x11\x00"
     table = b"\0" + bytes([0, 0, 0, 0, 16, *[0] * 11]) + bytes(range(16))
     segments = [(0xC3, size), (0xC4, table), *([(0xDD, struct.pack(">H", restart))] if restart else [])]
-    segments.append((0xDA, b"\x01\x01\x00\x01\x00\x00"))
+    segments.append((0xDA, bytes([1, 1, 0, predictor, 0, 0])))
     head = b"".join(bytes([0xFF, marker]) + struct.pack(">H", len(one) + 2) + one for marker, one in segments)
     return b"\xff\xd8" + head + scan_bytes + b"\xff\xd9"
 
@@ -167,6 +177,16 @@ def test_samples_that_leave_their_bits_are_damage():
     require_both(jpeg_lossless(pixels, 12), LOSSLESS_JPEG, 12)
     pixels[3, 5] = 4096
     assert "more than 12 bits" in reason_of(require_both, jpeg_lossless(pixels, 12), LOSSLESS_JPEG, 12)
+
+
+@pytest.mark.parametrize("predictor", range(1, 8))
+@pytest.mark.parametrize("restart", [0, COLUMNS * 3])
+def test_codes_are_those_of_the_pixels_for_every_predictor(predictor, restart):
+    frame = jpeg_lossless(image(), restart=restart, predictor=predictor)
+    require_complete(frame, LOSSLESS_JPEG, CLAIM, image())
+    other = image()
+    other[7, 11] ^= 0x4000
+    assert "codes do not end" in reason_of(require_complete, frame, LOSSLESS_JPEG, CLAIM, other)
 
 
 def test_restart_markers_are_counted():

@@ -9,8 +9,8 @@ streams as far as the format allows. Sources: DICOM PS3.5 G.3 (run length), ITU-
 from __future__ import annotations
 
 import re
-from functools import cache
-from typing import TYPE_CHECKING, Final, NoReturn
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.stream_checks import JPEG_LOSSLESS, RUN_LENGTH, Claim, JpegScan, read_jpeg, run_segments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 _MAX_PADDING: Final = 16  # bytes after the last run: one is usual, to make the length even
@@ -59,14 +61,13 @@ def _require_differences(scan: JpegScan, claim: Claim, stored: NDArray[np.intege
         _damaged("its restart interval is no whole number of lines")  # T.81, H.1.1
     shift = scan.header[5] & 15  # point transform
     bits = scan.precision - shift
-    samples = (stored.astype(np.int32) & 0xFFFF) >> shift
+    samples: NDArray[np.uint16] = stored.astype(np.uint16) >> np.uint16(shift)
     if claim.signed:
-        samples &= (1 << bits) - 1  # a decoder may have extended the sign
-    elif samples.max() >> bits:
+        samples &= np.uint16((1 << bits) - 1)  # a decoder may have extended the sign
+    elif int(samples.max()) >> bits:
         _damaged(f"samples of more than {bits} bits")
     lines = scan.restart // claim.columns or claim.rows
-    differences = (samples - _predictions(samples, scan.header[3], 1 << (bits - 1), lines)) & 0xFFFF
-    lengths = _code_lengths(scan.table)[_categories()[differences]]
+    lengths = _code_lengths(scan.table)[_differences(samples, scan.header[3], 1 << (bits - 1), lines)]
     if not lengths.all():
         _damaged("its Huffman table has no code for some of its pixels")
     needed = np.add.reduceat(lengths.sum(axis=1, dtype=np.int64), range(0, claim.rows, lines))
@@ -78,11 +79,15 @@ def _require_differences(scan: JpegScan, claim: Claim, stored: NDArray[np.intege
         _damaged("its codes do not end where its bytes do")
 
 
-def _predictions(samples: NDArray[np.int32], predictor: int, middle: int, lines: int) -> NDArray[np.int32]:
-    """Predict each sample from its neighbours (T.81, H.1.2.1); the first line after each restart from the left."""
-    left, above, corner = (np.zeros_like(samples) for _ in range(3))
-    left[:, 1:], above[1:], corner[1:, 1:] = samples[:, :-1], samples[:-1], samples[:-1, :-1]
-    formulas = {
+def _differences(samples: NDArray[np.uint16], predictor: int, middle: int, lines: int) -> NDArray[np.uint16]:
+    """Subtract the prediction of each sample, modulo 65536 (T.81, H.1.2.1).
+
+    The left neighbour predicts the first line, and the first one after each restart (every ``lines``).
+    """
+    kind = np.uint16 if predictor < 5 else np.int32  # halves need the sign
+    neighbours = (samples[1:, :-1], samples[:-1, 1:], samples[:-1, :-1])
+    left, above, corner = (cast("NDArray[np.int32]", each.astype(kind, copy=False)) for each in neighbours)
+    formulas: dict[int, Callable[[], NDArray[np.int32]]] = {
         1: lambda: left,
         2: lambda: above,
         3: lambda: corner,
@@ -93,15 +98,17 @@ def _predictions(samples: NDArray[np.int32], predictor: int, middle: int, lines:
     }
     if predictor not in formulas:
         _damaged(f"predictor {predictor} is not defined")
-    predicted: NDArray[np.int32] = formulas[predictor]()
-    predicted[:, 0] = above[:, 0]
-    predicted[::lines, 1:] = samples[::lines, :-1]
-    predicted[::lines, 0] = middle
-    return predicted
+    differences = np.empty_like(samples)
+    differences[1:, 1:] = samples[1:, 1:] - formulas[predictor]().astype(np.uint16)
+    differences[1:, 0] = samples[1:, 0] - samples[:-1, 0]
+    differences[::lines, 1:] = samples[::lines, 1:] - samples[::lines, :-1]
+    differences[::lines, 0] = samples[::lines, 0] - np.uint16(middle)
+    return differences
 
 
+@lru_cache(maxsize=16)
 def _code_lengths(table: bytes) -> NDArray[np.uint8]:
-    """Return the bits of each category: its Huffman code and the difference's bits; 0 where it has no code."""
+    """Return the bits of each difference modulo 65536 (65536,): its Huffman code and its value; 0 without a code."""
     counts, symbols = np.frombuffer(table[:16], dtype=np.uint8), np.frombuffer(table[16:], dtype=np.uint8)
     codes = np.repeat(np.arange(1, 17), counts)
     if len(codes) != len(symbols) or (symbols >= _CATEGORIES).any() or (2.0**-codes).sum() > 1:
@@ -109,15 +116,10 @@ def _code_lengths(table: bytes) -> NDArray[np.uint8]:
     lengths = np.zeros(_CATEGORIES, dtype=np.uint8)
     # Category 16 is the difference 32768, without further bits (T.81, H.1.2.2).
     lengths[symbols] = codes + np.where(symbols < _CATEGORIES - 1, symbols, 0)
-    return lengths
-
-
-@cache
-def _categories() -> NDArray[np.uint8]:
-    """Return the bit length of each difference modulo 65536 (65536,)."""
-    differences = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float64)
-    lengths: NDArray[np.uint8] = np.frexp(np.abs(differences))[1].astype(np.uint8)
-    return lengths
+    values = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float64)
+    categories = np.frexp(np.abs(values))[1]  # the bit length
+    by_difference: NDArray[np.uint8] = lengths[categories]
+    return by_difference
 
 
 def _damaged(what: str) -> NoReturn:
