@@ -1,13 +1,9 @@
 """Imports go one way between rooms, no two files import each other, and only the command line prints."""
 
 import ast
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-PACKAGES = {"pipeline": "ichpipe", "stages": "ichpipe.stages", "cache": "ichpipe.cache"}
-SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+from import_kit import ROOT, imported_names, source_files
 
 # Each room and the rooms that it may import, as docs/architecture.md draws them. `top` is pipeline/ itself.
 INDEX = {"common", "params", "dicom"}
@@ -30,22 +26,6 @@ ALLOWED = {
     "cache": set(),
 }
 ANY_ROOM = set(ALLOWED) | {"top"}
-
-
-def module_name(path, root=ROOT):
-    """Return the name under which a source file is imported."""
-    folder, *parts = path.relative_to(root).with_suffix("").parts
-    return ".".join([PACKAGES[folder], *parts]).removesuffix(".__init__")
-
-
-def imported_names(source):
-    """Yield (module, name or None) of each import, inside functions and TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import hides which room it goes to"
-            yield from ((node.module, alias.name) for alias in node.names)
 
 
 def room_of(module):
@@ -77,7 +57,8 @@ def find_circles(graph):
     return sorted(left)
 
 
-GRAPH = import_graph({module_name(path): path.read_text(encoding="utf-8") for path in SOURCES})
+SOURCES = {module: path.read_text(encoding="utf-8") for module, path in source_files().items()}
+GRAPH = import_graph(SOURCES)
 
 
 def test_walk_sees_lazy_and_typing_imports():
@@ -124,17 +105,14 @@ def test_no_files_import_each_other():
 
 
 def test_store_knows_no_model_and_no_image():
-    for path in (ROOT / "cache").rglob("*.py"):
-        heads = {module.split(".")[0] for module, _ in imported_names(path.read_text(encoding="utf-8"))}
-        assert not heads & {"torch", "timm", "pydicom"}, path.name
+    for module, source in SOURCES.items():
+        if room_of(module) == "cache":
+            heads = {name.split(".")[0] for name, _ in imported_names(source)}
+            assert not heads & {"torch", "timm", "pydicom"}, module
 
 
 def test_only_the_front_door_prints_and_exits():
-    for path in SOURCES:
-        if path != ROOT / "stages" / "cli.py":
-            calls = {
-                ast.unparse(node.func)
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                if isinstance(node, ast.Call)
-            }
-            assert not calls & {"print", "sys.exit", "exit", "quit", "click.echo"}, path.relative_to(ROOT)
+    for module, source in SOURCES.items():
+        if module != "ichpipe.stages.cli":
+            calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+            assert not calls & {"print", "sys.exit", "exit", "quit", "click.echo"}, module

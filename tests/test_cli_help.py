@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from ichpipe.stages.cli import cli
 
@@ -57,32 +58,22 @@ def test_a_command_lies_in_the_file_of_its_name():
     assert {path[0] for path in COMMANDS} == files
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_help_of_a_command_loads_nothing_heavy(path):
-    _, modules = fresh_help(*path, "--help")
-    assert not modules & set(HEAVY)
-
-
-def test_version_loads_nothing_heavy():
-    text, modules = fresh_help("--version")
+@pytest.mark.parametrize("arguments", [("--version",), *((*path, "--help") for path in COMMANDS)], ids=" ".join)
+def test_help_of_a_command_and_version_load_nothing_heavy(arguments):
+    text, modules = fresh_help(*arguments)
     assert "ichpipe" in text
     assert not modules & set(HEAVY)
 
 
 @pytest.mark.parametrize("path", [(), *COMMANDS], ids=lambda path: " ".join(path) or "ichpipe")
 def test_each_help_shows_an_example(path):
-    from click.testing import CliRunner
-
-    found = CliRunner().invoke(cli, [*path, "--help"], prog_name="ichpipe")
-    assert found.exit_code == 0
-    text = found.output
-    assert "Example" in text
-    assert "ichpipe " in text.partition("Example")[2]
+    result = CliRunner().invoke(cli, [*path, "--help"], prog_name="ichpipe")
+    assert result.exit_code == 0
+    assert "ichpipe " in result.output.partition("Example")[2]
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["phantom", "prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "predict"],
+    "name", ["phantom", "prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "predict"]
 )
 def test_each_step_of_the_recipe_is_a_command(name):
     assert (name,) in COMMANDS

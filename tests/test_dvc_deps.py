@@ -2,52 +2,22 @@
 
 import ast
 import re
-from pathlib import Path, PurePosixPath
+from functools import cache
+from pathlib import PurePosixPath
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).parents[1]
-ROOMS = {"ichpipe.stages": "stages", "ichpipe.cache": "cache", "ichpipe": "pipeline"}  # longest name first
+from import_kit import PACKAGES, ROOT, imported_names, source_files
 
 
-def file_of(module, root=ROOT):
-    """The file of a module of ours, relative to the checkout; None where the name is no module."""
-    for package, folder in ROOMS.items():
-        if module == package or module.startswith(package + "."):
-            place = Path(folder, *module.removeprefix(package).strip(".").split("."))
-            for candidate in (place.with_suffix(".py"), place / "__init__.py"):
-                if (root / candidate).is_file():
-                    return candidate.as_posix()
-            return None
-    return None
-
-
-class Imports(ast.NodeVisitor):
-    """Names that a file imports when it runs: inside functions too, but not under TYPE_CHECKING."""
-
-    def __init__(self):
-        self.names = set()
-
-    def visit_If(self, node):
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for child in node.orelse:
-                self.visit(child)
-        else:
-            self.generic_visit(node)
-
-    def visit_Import(self, node):
-        self.names |= {alias.name for alias in node.names}
-
-    def visit_ImportFrom(self, node):
-        self.names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-
-
+@cache
 def direct_imports(file, root=ROOT):
-    visitor = Imports()
-    visitor.visit(ast.parse((root / file).read_text(encoding="utf-8")))
-    names = {".".join(name.split(".")[: depth + 1]) for name in visitor.names for depth in range(name.count(".") + 1)}
-    return {found for name in names if (found := file_of(name, root))}
+    """Return the files of ours that a file imports when it runs, and the packages above them."""
+    names = set()
+    for module, name in imported_names((root / file).read_text(encoding="utf-8"), typing=False):
+        parts = [*module.split("."), name or ""]
+        names |= {".".join(parts[: depth + 1]) for depth in range(len(parts))}
+    return {path.relative_to(root).as_posix() for module, path in source_files(root).items() if module in names}
 
 
 COMMAND_LINE = "stages/options.py"
@@ -83,17 +53,17 @@ def _only_names(node):
     return isinstance(node, ast.Expr | ast.ImportFrom)
 
 
-def read_stages():
-    recipe = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8")) or {}
-    return {name: body.get("do", body) for name, body in recipe.get("stages", {}).items()}
+RECIPE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = {name: body.get("do", body) for name, body in RECIPE["stages"].items()}
 
 
-STAGES = read_stages()
+def command_of(name):
+    command = STAGES[name]["cmd"]
+    return " && ".join(command) if isinstance(command, list) else command
 
 
-def commands_of(body):
-    lines = body["cmd"] if isinstance(body["cmd"], list) else [body["cmd"]]
-    return " && ".join(lines)
+def deps_of(name):
+    return [next(iter(dep)) if isinstance(dep, dict) else dep for dep in STAGES[name].get("deps", [])]
 
 
 def test_recipe_has_stages():
@@ -102,32 +72,29 @@ def test_recipe_has_stages():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_one_word_names_stage_command_and_file(name):
-    assert re.search(rf"\bichpipe\b[^&|;]*\s{re.escape(name)}\b", commands_of(STAGES[name]))
+    assert re.search(rf"\bichpipe\b[^&|;]*\s{re.escape(name)}\b", command_of(name))
     assert (ROOT / "stages" / f"{name.replace('-', '_')}.py").is_file()
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_deps_hold_every_imported_file(name):
-    deps = [PurePosixPath(next(iter(dep)) if isinstance(dep, dict) else dep) for dep in STAGES[name].get("deps", [])]
-    needed = closure(f"stages/{name.replace('-', '_')}.py")
     missing = sorted(
         file
-        for file in needed
-        if not any(PurePosixPath(file).is_relative_to(dep) for dep in deps) and not changes_no_result(file)
+        for file in closure(f"stages/{name.replace('-', '_')}.py")
+        if not any(PurePosixPath(file).is_relative_to(dep) for dep in deps_of(name)) and not changes_no_result(file)
     )
     assert not missing, f"add to the deps of {name} in dvc.yaml: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_listed_source_files_exist(name):
-    deps = [next(iter(dep)) if isinstance(dep, dict) else dep for dep in STAGES[name].get("deps", [])]
-    gone = [dep for dep in deps if dep.split("/")[0] in ROOMS.values() and not (ROOT / dep).exists()]
+    gone = [dep for dep in deps_of(name) if dep.split("/")[0] in PACKAGES and not (ROOT / dep).exists()]
     assert not gone, f"the deps of {name} name files that are not there"
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_device_and_workers_stay_out_of_the_recipe(name):
-    assert not re.search(r"--(gpu|workers|scheduler)\b", commands_of(STAGES[name]))
+    assert not re.search(r"--(gpu|workers|scheduler)\b", command_of(name))
 
 
 @pytest.mark.parametrize("name", STAGES)

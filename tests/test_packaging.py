@@ -10,9 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-ROOMS = {"pipeline": "ichpipe", "stages": "ichpipe.stages", "cache": "ichpipe.cache"}
+from import_kit import PACKAGES, ROOT, source_files
 
 
 def read_setup():
@@ -23,11 +21,7 @@ def read_setup():
 
 def folders_as_packages():
     """Each folder with an __init__.py, by the name under which it installs."""
-    found = set()
-    for room, package in ROOMS.items():
-        for init in (ROOT / room).rglob("__init__.py"):
-            found.add(".".join([package, *init.parent.relative_to(ROOT / room).parts]))
-    return found
+    return {module for module, path in source_files().items() if path.name == "__init__.py"}
 
 
 def requirement_name(line):
@@ -51,16 +45,11 @@ def test_every_package_is_listed_by_hand():
 def test_mapping_names_the_three_rooms():
     lines = read_setup()["options"]["package_dir"].strip().splitlines()
     pairs = [re.split(r"\s*=\s*", line.strip()) for line in lines]
-    assert {folder: package for package, folder in pairs} == ROOMS
+    assert {folder: package for package, folder in pairs} == PACKAGES
 
 
 def test_every_python_file_lies_in_a_package():
-    stray = [
-        str(path.relative_to(ROOT))
-        for room in ROOMS
-        for path in (ROOT / room).rglob("*.py")
-        if not (path.parent / "__init__.py").exists()
-    ]
+    stray = [path for path in source_files().values() if not (path.parent / "__init__.py").exists()]
     assert not stray, "no __init__.py beside these: they would not install"
 
 
@@ -77,9 +66,8 @@ def test_command_is_installed():
 def test_every_requirement_has_a_tested_version():
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {requirement_name(line) for line in constraints if "==" in line}
-    missing = {
-        requirement_name(line) for line in requirements(read_setup(), ("dvc", "offline-weights", "dev"))
-    } - pinned
+    lines = requirements(read_setup(), ("dvc", "offline-weights", "dev"))
+    missing = {requirement_name(line) for line in lines} - pinned
     assert not missing, "constraints.txt does not pin these"
 
 
@@ -106,20 +94,18 @@ def test_wheel_from_sdist_holds_all_packages_and_nothing_else(tmp_path):
         metadata = email.message_from_bytes(content.read(next(n for n in names if n.endswith("/METADATA"))))
     assert {name.split("/")[0] for name in names} == {"ichpipe", names[-1].split("/")[0]}
     assert {str(Path(n).parent).replace("/", ".") for n in names if n.endswith("__init__.py")} == folders_as_packages()
-    assert sum(n.endswith(".py") for n in names) == sum(1 for room in ROOMS for _ in (ROOT / room).rglob("*.py"))
+    assert sum(n.endswith(".py") for n in names) == len(source_files())
     assert metadata["Name"] == "ichpipe"
     assert any("licenses/LICENSE" in name or name.endswith("/LICENSE") for name in names)
 
 
 def copy_of_checkout(target):
     """The files that a build reads, apart, so that it leaves nothing behind in the checkout."""
-    wanted = [ROOT / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")]
-    wanted += [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
-    for path in wanted:
-        if path.exists():
-            place = target / path.relative_to(ROOT)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(path.read_bytes())
+    others = [ROOT / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")]
+    for path in filter(Path.exists, [*others, *source_files().values()]):
+        copy = target / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     return target
 
 
