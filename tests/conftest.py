@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.stages.cli import cli, main
 
+PROGRAM = (sys.executable, "-c", "from ichpipe.stages.cli import main; main()")
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 AXIAL = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 
@@ -29,17 +30,13 @@ for _name in ("SIGINT", "SIGHUP"):
 
 
 def pytest_collection_modifyitems(items):
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not _has_cuda():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     for item in items:
+        if item.get_closest_marker("gpu") and not has_cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "run" in item.fixturenames:  # the fixture trains the whole recipe
             item.add_marker(pytest.mark.slow)
-    if not os.environ.get("ICHPIPE_REAL_DATA"):
-        for item in items:
-            if item.get_closest_marker("real_data"):
-                item.add_marker(pytest.mark.skip(reason="ICHPIPE_REAL_DATA names no folder"))
+        if item.get_closest_marker("real_data") and not os.environ.get("ICHPIPE_REAL_DATA"):
+            item.add_marker(pytest.mark.skip(reason="ICHPIPE_REAL_DATA names no folder"))
 
 
 def pytest_sessionfinish():
@@ -48,7 +45,7 @@ def pytest_sessionfinish():
     assert not strays, f"imported under the folder's name instead of ichpipe's: {sorted(strays)}"
 
 
-def _has_cuda():
+def has_cuda():
     import torch
 
     return torch.cuda.is_available()
@@ -119,11 +116,8 @@ def write_series(write_ct):
     """A function that writes one slice for each position (mm), in that order, into ``folder``."""
 
     def write(folder, positions, *, series="1.2.3.1", patient="P1", **tags):
-        def one(number, z):
-            name = f"{folder}/{series}-{number}"
-            return write_ct(name, series=series, number=number, z=z, patient=patient, **tags)
-
-        return [one(number, z) for number, z in enumerate(positions, 1)]
+        common = {"series": series, "patient": patient, **tags}
+        return [write_ct(f"{folder}/{series}-{n}", number=n, z=z, **common) for n, z in enumerate(positions, 1)]
 
     return write
 
@@ -166,9 +160,10 @@ class Run:
     def __call__(self, *rest):
         return CliRunner().invoke(cli, self.arguments(*rest), catch_exceptions=False)
 
-    def steps(self, *names):
-        for name in names:
-            result = self(name)
+    def steps(self, *commands):
+        """Run commands, each a name or a tuple of arguments, of which none may fail."""
+        for command in commands:
+            result = self(*([command] if isinstance(command, str) else command))
             assert result.exit_code == 0, result.output
         return self
 
@@ -200,9 +195,7 @@ STEPS = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evalua
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     data = folder / "phantom"
-    made = Run(folder / "one", data)
-    assert made("phantom", "--out", data).exit_code == 0
-    return made.whole()
+    return Run(folder / "one", data).steps(("phantom", "--out", data), *STEPS)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Terminal manners: completion, colour, progress, suggestions, widths."""
 
+import contextlib
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from conftest import PROGRAM
 from test_cli_help import COMMANDS
 
 from ichpipe.common import progress
@@ -20,39 +22,25 @@ from ichpipe.stages.cli import cli, main
 ESCAPE = "\x1b["
 
 
-def ichpipe(*arguments, **environment):
-    code = "from ichpipe.stages.cli import main; main()"
+def output_of(command, folder=None, **environment):
+    """Run a program; return its standard output, error and exit code."""
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
+        list(map(str, command)), capture_output=True, text=True, check=False, cwd=folder, env=os.environ | environment
     )
 
 
 def on_a_terminal(*arguments, **environment):
     """Run with standard output and error on a terminal; return all that it shows."""
     mother, child = pty.openpty()
-    code = "from ichpipe.stages.cli import main; main()"
-    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=child,
-        stderr=child,
-        stdin=child,
-        env={**clean, "TERM": "xterm", **environment},
-    )
+    inherited = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    environment = inherited | {"TERM": "xterm"} | environment
+    command = [*PROGRAM, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment)
     os.close(child)
     shown = b""
-    while True:
-        try:
-            part = os.read(mother, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(mother, 4096):
+            shown += part
     process.wait()
     os.close(mother)
     return shown.decode()
@@ -64,7 +52,7 @@ def test_colour_is_for_terminals_and_no_color_is_heeded(tmp_path):
     assert f"{ESCAPE}31michpipe:" in on_a_terminal(*wrong)
     assert ESCAPE not in on_a_terminal(*wrong, NO_COLOR="1")
     assert ESCAPE not in on_a_terminal(*wrong, TERM="dumb")
-    piped = ichpipe(*wrong)
+    piped = output_of([*PROGRAM, *wrong])
     assert piped.returncode == 1
     assert piped.stderr.startswith("ichpipe: ")
     assert ESCAPE not in piped.stderr + piped.stdout
@@ -78,31 +66,21 @@ def test_the_table_is_coloured_on_a_terminal_alone(run, index, tmp_path):
     plain = on_a_terminal(*arguments, NO_COLOR="1")
     assert " any " in plain
     assert f"{ESCAPE}31m" not in plain
-    assert ESCAPE not in ichpipe(*arguments).stdout
+    assert ESCAPE not in output_of([*PROGRAM, *arguments]).stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_what_the_shell_reads(shell):
-    found = CliRunner().invoke(cli, ["completion", shell])
-    assert found.exit_code == 0
-    assert f"_ICHPIPE_COMPLETE={shell}_complete" in found.output
+    result = CliRunner().invoke(cli, ["completion", shell])
+    assert result.exit_code == 0
+    assert f"_ICHPIPE_COMPLETE={shell}_complete" in result.output
 
 
 def complete(words, folder=None):
-    found = subprocess.run(
-        [sys.executable, "-c", "from ichpipe.stages.cli import main; main()"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "_ICHPIPE_COMPLETE": "bash_complete",
-            "COMP_WORDS": f"ichpipe {words}",
-            "COMP_CWORD": str(len(words.split(" "))),
-        },
-    )
-    return [line.partition(",")[2] for line in found.stdout.splitlines() if line]
+    typed = {"COMP_WORDS": f"ichpipe {words}", "COMP_CWORD": str(len(words.split(" ")))}
+    result = output_of(PROGRAM, folder, _ICHPIPE_COMPLETE="bash_complete", **typed)
+    assert result.returncode == 0
+    return [line.partition(",")[2] for line in result.stdout.splitlines() if line]
 
 
 def test_commands_options_keys_and_arms_are_completed(tmp_path):
@@ -126,14 +104,8 @@ def test_a_bash_that_reads_it_completes():
         COMP_WORDS=(ichpipe expo); COMP_CWORD=1; _ichpipe_completion ichpipe; echo "${COMPREPLY[@]}"
     """
     folder = os.path.dirname(sys.executable)  # noqa: PTH120
-    found = subprocess.run(
-        ["bash", "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
-    )
-    assert found.stdout.split() == ["export"]
+    result = output_of(["bash", "-c", script], PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert (result.returncode, result.stdout.split()) == (0, ["export"])
 
 
 def test_commands_and_options_that_are_nearly_right_are_named():
@@ -173,16 +145,10 @@ def test_known_keys_are_taken_by_set(tmp_path):
     keys = known_keys()
     assert {"fit-slices.epochs", "sequence.ARM.hidden", "prepare.selection.min_slices"} <= set(keys)
     assert "sequence.ARM.average" not in keys  # a section
-    complaints = [complaint_of(tmp_path / "none.yaml", f"{key.replace('ARM', 'paper')}=[]") for key in keys]
-    assert not [one for one in complaints if "unknown key" in one]
-
-
-def complaint_of(path, override):
-    try:
-        load_params(path, (override,))
-    except ParamsError as error:
-        return str(error)
-    return ""
+    for key in keys:  # no key has a mapping as its value
+        with pytest.raises(ParamsError) as caught:
+            load_params(tmp_path / "none.yaml", (f"{key.replace('ARM', 'paper')}={{}}",))
+        assert "unknown key" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", [(), *COMMANDS], ids=lambda path: " ".join(path) or "ichpipe")

@@ -1,5 +1,6 @@
 """Nothing of a patient but PatientID and UIDs reaches any output: planted in every element, searched in every byte."""
 
+import base64
 import contextlib
 import io
 import itertools
@@ -16,6 +17,7 @@ import planted
 import pydicom
 import pytest
 from conftest import ct_dataset, save_dicom
+from PIL import Image, PngImagePlugin
 
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.stages.cli import main
@@ -42,78 +44,52 @@ def data(run, planter, tmp_path_factory):
             planter.plant(dataset, every=number < 3)
             dataset.save_as(folder / "dicom" / path.name)
     shutil.copy(run.data / "stage_2_train.csv", folder)
-    for name, made in bad_files(planter).items():
-        (folder / "dicom" / name).write_bytes(made(folder / "scratch"))
+    for name, content in bad_files(planter, folder / "scratch.dcm").items():
+        (folder / "dicom" / name).write_bytes(content)
     return folder
 
 
-def bad_files(planter):
+def bad_files(planter, scratch):
     """Files that are refused, each with a word in the value that is why."""
-
-    def tags(**values):
-        return lambda scratch: one(
-            scratch, {key: value() if callable(value) else value for key, value in values.items()}
-        )
-
     numbers = itertools.count(1)
 
-    def one(scratch, values, size=6):
+    def slice_with(**values):
         number = next(numbers)
         with quiet_pydicom():
-            pixels = np.full((size, size), 1000, np.int16)
-            dataset = ct_dataset(pixels, series=f"1.9.{number}", patient=f"BAD{number}")
+            dataset = ct_dataset(np.full((6, 6), 1000, np.int16), series=f"1.9.{number}", patient=f"BAD{number}")
             for keyword, value in values.items():
                 setattr(dataset, keyword, value)
             dataset.file_meta = pydicom.dataset.FileMetaDataset()
             dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
             planter.plant(dataset)
-            path = save_dicom(dataset, scratch / "one.dcm")
-        return path.read_bytes()
+            return save_dicom(dataset, scratch).read_bytes()
 
-    def swapped(old, what, **values):
-        def make(scratch):
-            content = one(scratch, values)
-            assert content.count(old) == 1, what
-            return content.replace(old, planter.word(what).encode())
+    def word_for(old, keyword, value):
+        """Save a value that pydicom accepts, and put a word in place of a part of it."""
+        content = slice_with(**{keyword: value})
+        assert content.count(old) == 1, keyword
+        return content.replace(old, planter.word(keyword).encode())
 
-        return make
-
-    def word(what):
-        return lambda: planter.word(what)
-
-    return {
-        "rescale-type.dcm": tags(RescaleType=word("RescaleType")),
-        "modality.dcm": tags(Modality=word("Modality")),
-        "image-type.dcm": tags(ImageType=lambda: ["ORIGINAL", "PRIMARY", f"LOCALIZER {planter.word('ImageType')}"]),
-        "body-part.dcm": tags(BodyPartExamined=word("BodyPartExamined")),
-        "body-part-2.dcm": tags(BodyPartExamined=lambda: f"CHEST {planter.word('BodyPartExamined')}"),
-        "sop-class.dcm": tags(SOPClassUID=word("SOPClassUID")),
-        "photometric.dcm": tags(PhotometricInterpretation=word("PhotometricInterpretation")),
-        "lossy.dcm": tags(LossyImageCompression=word("LossyImageCompression")),
-        "contrast.dcm": tags(ContrastBolusAgent=word("ContrastBolusAgent")),
-        "syntax.dcm": syntax(one, planter),
-        "slope.dcm": swapped(b"76543210", "RescaleSlope", RescaleSlope="76543210"),
-        "intercept.dcm": swapped(b"76543210", "RescaleIntercept", RescaleIntercept="76543210"),
-        "position.dcm": swapped(b"76543210", "ImagePosition", ImagePositionPatient=["76543210", "1", "2"]),
-        "orientation.dcm": swapped(b"76543210", "Orientation", ImageOrientationPatient=["76543210", 0, 0, 0, 1, 0]),
-        "number.dcm": swapped(b"76543210", "InstanceNumber", InstanceNumber="76543210"),
-        "thickness.dcm": swapped(b"76543210", "SliceThickness", SliceThickness="76543210"),
-        "spacing.dcm": swapped(b"76543210", "PixelSpacing", PixelSpacing=["76543210", "1"]),
-        "charset.dcm": swapped(b"ISO_IR_7", "SpecificCharacterSet", SpecificCharacterSet="ISO_IR_7"),
-        "truncated.dcm": lambda scratch: one(scratch, {})[:-40],
-        "no-dicom.txt": lambda _: f"Dear colleague, {planter.word('letter')} was seen".encode(),
-        "no-dicom.dcm": lambda _: b"\0" * 128 + b"DICM" + planter.word("garbage").encode() * 20,
-        "broken.zip": lambda _: b"PK\x03\x04" + planter.word("archive").encode() * 9,
+    number, word, syntax = "76543210", planter.word, b"1.2.840.10008.1.2.1\0"
+    words = ("RescaleType", "Modality", "BodyPartExamined", "SOPClassUID", "PhotometricInterpretation",
+             "LossyImageCompression", "ContrastBolusAgent")  # fmt: skip
+    numeric = {
+        "RescaleSlope": number, "RescaleIntercept": number, "InstanceNumber": number, "SliceThickness": number,
+        "ImagePositionPatient": [number, "1", "2"], "ImageOrientationPatient": [number, 0, 0, 0, 1, 0],
+        "PixelSpacing": [number, "1"],
     }  # fmt: skip
-
-
-def syntax(one, planter):
-    def make(scratch):
-        content = one(scratch, {})
-        old = b"1.2.840.10008.1.2.1\0"
-        return content.replace(old, planter.word("TransferSyntaxUID").encode().ljust(len(old), b"\0"), 1)
-
-    return make
+    return {
+        **{f"{keyword}.dcm": slice_with(**{keyword: word(keyword)}) for keyword in words},
+        **{f"{keyword}.dcm": word_for(number.encode(), keyword, value) for keyword, value in numeric.items()},
+        "image-type.dcm": slice_with(ImageType=["ORIGINAL", "PRIMARY", f"LOCALIZER {word('ImageType')}"]),
+        "body-part-2.dcm": slice_with(BodyPartExamined=f"CHEST {word('BodyPartExamined')}"),
+        "syntax.dcm": slice_with().replace(syntax, word("TransferSyntaxUID").encode().ljust(len(syntax), b"\0"), 1),
+        "charset.dcm": word_for(b"ISO_IR_7", "SpecificCharacterSet", "ISO_IR_7"),
+        "truncated.dcm": slice_with()[:-40],
+        "no-dicom.txt": f"Dear colleague, {word('letter')} was seen".encode(),
+        "no-dicom.dcm": b"\0" * 128 + b"DICM" + word("garbage").encode() * 20,
+        "broken.zip": b"PK\x03\x04" + word("archive").encode() * 9,
+    }
 
 
 def ichpipe(*arguments):
@@ -125,7 +101,7 @@ def ichpipe(*arguments):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always")  # shown, as to a user
-                code = outcome([str(one) for one in arguments])
+                code = exit_code([str(argument) for argument in arguments])
         finally:
             for number, copy in zip((1, 2), kept, strict=True):
                 os.dup2(copy, number)
@@ -134,7 +110,7 @@ def ichpipe(*arguments):
         return code, text.getvalue().encode() + sink.read()
 
 
-def outcome(arguments):
+def exit_code(arguments):
     try:
         main(arguments)
     except SystemExit as stop:
@@ -183,9 +159,9 @@ def test_nor_of_predict_and_explain(planted_run, planter, data, tmp_path):
         ("predict", data / "dicom", "--out", outs[0], "--json", "--kaggle", outs[0] / "kaggle.csv", "--missing", "0.1"),
         ("predict", data / "dicom", "--out", outs[1], "--force", "--all-series", "--sr", tmp_path / "sr"),
         ("explain", data / "dicom", "--out", outs[2], "--panels", "2"),
-        ("predict", data / "dicom" / "slope.dcm", "--out", tmp_path / "none"),
+        ("predict", data / "dicom" / "RescaleSlope.dcm", "--out", tmp_path / "none"),
         ("predict", data / "dicom" / "broken.zip"),
-        ("predict", data / "dicom" / "modality.dcm", "--force"),
+        ("predict", data / "dicom" / "Modality.dcm", "--force"),
     ]
     said = []
     for call in calls:
@@ -221,8 +197,7 @@ def test_nor_a_traceback_of_a_file_that_went_bad_later(planted_run, planter, dat
     """With --debug a traceback is shown, with what it was caused by: parsers quote what they can't read."""
     other, _ = planted_run
     index = pd.read_parquet(other.artifacts / "index" / "slices.parquet")
-    path = index.loc[(index["split"] == "train") & index["any"].notna(), "path"].iloc[0]
-    path = Path(path)
+    path = Path(index.loc[(index["split"] == "train") & index["any"].notna(), "path"].iloc[0])
     content = path.read_bytes()
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
@@ -245,16 +220,11 @@ def test_nor_a_traceback_of_a_file_that_went_bad_later(planted_run, planter, dat
 def test_the_search_finds_what_is_packed(planter, tmp_path):
     """The test of the tests: a word in each of the forms that outputs have."""
     word = planter.word("control")
-    table = pd.DataFrame({"a": [word]})
-    table.to_parquet(tmp_path / "a.parquet", compression="zstd")
+    pd.DataFrame({"a": [word]}).to_parquet(tmp_path / "a.parquet", compression="zstd")
     np.savez_compressed(tmp_path / "b.npz", a=np.array([word]))
-    from PIL import Image, PngImagePlugin
-
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", word, zip=True)
     Image.new("L", (2, 2)).save(tmp_path / "c.png", pnginfo=info)
-    import base64
-
     packed = base64.b64encode((tmp_path / "c.png").read_bytes()).decode()
     (tmp_path / "d.html").write_text(f'<img src="data:image/png;base64,{packed}">')
     (tmp_path / "e.txt").write_text("&#90;Q" + word[2:])

@@ -19,21 +19,29 @@ def begun():
 LINE = "ichpipe: stopped by {}; the same command goes on\n"
 
 
-def program(body, **options):
-    """Start a program of ours that has installed its handlers when this returns."""
+def start(*command, **options):
+    """Start a program that has installed its handlers when this returns."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BEGIN + body], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
     assert process.stdout.readline() == "begun\n"
     return process
 
 
+def end_of(body, *signals, **options):
+    """Send signals to a program; return its exit code, standard output and error."""
+    process = start("-c", BEGIN + body, **options)
+    for number, name in enumerate(signals):
+        time.sleep(0.3 * bool(number))
+        process.send_signal(getattr(signal, name))
+    output, error = process.communicate(timeout=20)
+    return process.returncode, output, error
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_the_work_with_one_line_and_its_exit_code(name, code):
-    process = program("with stop_cleanly():\n    begun()\n    time.sleep(60)")
-    process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (code, LINE.format(name))
+    body = "with stop_cleanly():\n    begun()\n    time.sleep(60)"
+    assert end_of(body, name) == (code, "", LINE.format(name))
 
 
 def test_what_a_library_makes_of_the_signal_is_not_shown():
@@ -46,10 +54,7 @@ with stop_cleanly():
     except BaseException:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
 """
-    process = program(body)
-    process.terminate()
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (143, LINE.format("SIGTERM"))
+    assert end_of(body, "SIGTERM") == (143, "", LINE.format("SIGTERM"))
 
 
 STUCK = """
@@ -64,30 +69,18 @@ with stop_cleanly():
 
 
 def test_a_second_signal_ends_what_does_not_end():
-    process = program(STUCK)
-    process.terminate()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (130, LINE.format("SIGINT"))
+    assert end_of(STUCK, "SIGTERM", "SIGINT") == (130, "", LINE.format("SIGINT"))
 
 
 def test_what_does_not_end_by_itself_is_ended():
-    process = program("stopping.GRACE_S = 0.3\n" + STUCK)
-    process.terminate()
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (143, LINE.format("SIGTERM"))
+    assert end_of("stopping.GRACE_S = 0.3\n" + STUCK, "SIGTERM") == (143, "", LINE.format("SIGTERM"))
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
     """As under nohup, and in a shell's background."""
-    process = program(
-        "with stop_cleanly():\n    begun()\n    time.sleep(1)\nprint('whole')",
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    process.send_signal(signal.SIGINT)
-    said, wrong = process.communicate(timeout=20)
-    assert (process.returncode, said, wrong) == (0, "whole\n", "")
+    body = "with stop_cleanly():\n    begun()\n    time.sleep(1)\nprint('whole')"
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    assert end_of(body, "SIGINT", **ignore) == (0, "whole\n", "")
 
 
 def test_handlers_are_as_before_afterwards():
@@ -110,28 +103,29 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_processes_of_a_pool_end_with_their_parent(number, tmp_path, monkeypatch):
+@pytest.fixture
+def error_of_killed(tmp_path, monkeypatch):
+    """A function that runs a script, kills it, demands that no process is left, and returns its standard error."""
     monkeypatch.syspath_prepend(FOLDER)
     killing = load("killing")
-    (tmp_path / "pool.py").write_text(BEGIN + POOL)
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "pool.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout.readline() == "begun\n"
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    process.wait(timeout=20)
-    assert killing.strays_of(process.pid) == 0
-    said = process.stderr.read()
-    assert "Traceback" not in said
+
+    def kill(text, number):
+        (tmp_path / "script.py").write_text(text)
+        with start(tmp_path / "script.py", start_new_session=True) as process:
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            process.wait(timeout=20)
+            assert killing.strays_of(process.pid) == 0
+            return process.stderr.read()
+
+    return kill
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_of_a_pool_end_with_their_parent(number, error_of_killed):
+    error = error_of_killed(BEGIN + POOL, number)
+    assert "Traceback" not in error
     if number != signal.SIGKILL:  # then only Python's own tracker of semaphores is left to say that it tidies up
-        assert said == LINE.format(signal.Signals(number).name)
-    process.stdout.close()
-    process.stderr.close()
+        assert error == LINE.format(signal.Signals(number).name)
 
 
 LOADING = """
@@ -146,18 +140,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    killing = load("killing")
-    (tmp_path / "loading.py").write_text(LOADING)
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "loading.py"], stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout.readline() == b"begun\n"
-    process.kill()
-    process.wait(timeout=20)
-    assert killing.strays_of(process.pid) == 0
-    process.stdout.close()
+def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(error_of_killed):
+    error_of_killed(LOADING, signal.SIGKILL)
 
 
 BLOCKED = """
@@ -184,6 +168,6 @@ def test_dask_workers_leave_ctrl_c_to_the_command(tmp_path):
 def test_stages_ended_at_random_moments_go_on_to_the_same_bytes(tmp_path, monkeypatch):
     """A few here; benchmarks/stage_kills.py --kills 100 is the whole."""
     monkeypatch.syspath_prepend(FOLDER)
-    found = load("stage_kills").run(tmp_path, 5, 1, ["prepare", "fit-slices"])
-    assert found["wrong"] == []
-    assert found["resumed_to_the_same_bytes"] == found["kills"] >= 5
+    result = load("stage_kills").run(tmp_path, 5, 1, ["prepare", "fit-slices"])
+    assert result["wrong"] == []
+    assert result["resumed_to_the_same_bytes"] == result["kills"] >= 5

@@ -93,10 +93,10 @@ def _cell(text: str) -> str:
 def parameters() -> str:
     """Return one table per section of ``params.yaml``, and one for each group of keys that sections share."""
     comments = _comments()
-    sections = list(_sections(ichpipe.params.schema.Params, ""))
+    pairs = list(sections(ichpipe.params.schema.Params, ""))
     parts = []
-    for model in dict.fromkeys(model for _, model in sections):
-        keys = [key for key, other in sections if other is model]
+    for model in dict.fromkeys(model for _, model in pairs):
+        keys = [key for key, other in pairs if other is model]
         title = (
             f"## {keys[0].removesuffix('[]')}"
             if "." not in keys[0]
@@ -108,21 +108,22 @@ def parameters() -> str:
     return "\n\n".join(parts)
 
 
-def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield the key and model of every section, outer sections first."""
     for name, field in model.model_fields.items():
         key = f"{path}.{field.alias or name}".lstrip(".")
-        for inner in _models(field.annotation):
+        for inner in models_of(field.annotation):
             if field.annotation is not inner:  # a table or a list of them
                 key += ".NAME" if name == "sequence" else "[]"
             yield key, inner
-            yield from _sections(inner, key)
+            yield from sections(inner, key)
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a field's type names."""
     if isinstance(annotation, type) and issubclass(annotation, ichpipe.params.schema.Section):
         return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+    return [model for part in getattr(annotation, "__args__", ()) for model in models_of(part)]
 
 
 def _table(model: type[BaseModel], comments: dict[tuple[str, str], str]) -> str:
@@ -131,7 +132,7 @@ def _table(model: type[BaseModel], comments: dict[tuple[str, str], str]) -> str:
         f"| `{field.alias or name}` | {_kind(schema[field.alias or name])} | {_default(field.get_default())} "
         f"| {_cell(comments.get((model.__name__, name), ''))} |"
         for name, field in model.model_fields.items()
-        if not _models(field.annotation)
+        if not models_of(field.annotation)
     ]
     return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows]) if rows else ""
 
