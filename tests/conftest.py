@@ -137,6 +137,11 @@ evaluate: {bootstrap_samples: 50}
 """
 
 
+def set_options(*values):
+    """Return the words of ``--set`` for each KEY=VALUE."""
+    return [word for value in values for word in ("--set", value)]
+
+
 class Run:
     """One folder of parameters and artifacts."""
 

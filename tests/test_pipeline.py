@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from conftest import PROGRAM, set_options
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
@@ -20,17 +20,17 @@ from ichpipe.inference import predictor
 
 
 def test_the_contract_s_files_are_there(run):
-    wanted = """index/slices.parquet index/rejected.csv index/summary.json slice-cnn/model.safetensors
+    names = """index/slices.parquet index/rejected.csv index/summary.json slice-cnn/model.safetensors
         slice-cnn/record.json embeddings.zarr sequence/paper/model.safetensors sequence/paper/record.json
         sequence/gru-logits/model.safetensors
         finetuned/model.safetensors finetuned/record.json metrics/evaluate.json plots/ladder.png plots/study.png
         predictions/slice_cnn.parquet predictions/sequence-paper.parquet predictions/finetuned.parquet"""
-    assert [name for name in wanted.split() if not (run.artifacts / name).exists()] == []
+    assert [name for name in names.split() if not (run.artifacts / name).exists()] == []
 
 
 def test_nothing_to_resume_is_left_behind(run):
-    left = [path.name for path in (run.artifacts / ".resume").rglob("*") if path.is_file()]
-    assert left == ["headers-000000.parquet"]  # what `prepare` need not read again
+    files = [path.name for path in (run.artifacts / ".resume").rglob("*") if path.is_file()]
+    assert files == ["headers-000000.parquet"]  # what `prepare` need not read again
 
 
 def test_evaluate_json_follows_the_contract(run):
@@ -72,20 +72,18 @@ def test_a_store_made_again_gives_byte_identical_metrics(branch):
 def test_models_of_another_split_are_not_scored(branch, capsys):
     """The patients held out now may be those that the models were trained on."""
     before = branch.metrics()
-    assert branch("--set", "prepare.seed=5", "prepare").exit_code == 0
+    branch.steps((*set_options("prepare.seed=5"), "prepare"))
     message = branch.error(capsys, "evaluate")
     assert "another index" in message
     assert "ichpipe fit-slices" in message
     assert branch.metrics() == before
-    assert branch("prepare").exit_code == 0  # the old split, byte by byte
-    branch.steps("evaluate")
+    branch.steps("prepare", "evaluate")  # the old split, byte by byte
     assert branch.metrics() == before
 
 
 @pytest.mark.slow
 def test_a_sequence_model_of_other_embeddings_is_neither_joined_nor_scored(branch, capsys):
-    assert branch("--set", "fit-slices.seed=9", "--set", "fit-slices.epochs=1", "fit-slices").exit_code == 0
-    branch.steps("extract")
+    branch.steps((*set_options("fit-slices.seed=9", "fit-slices.epochs=1"), "fit-slices"), "extract")
     for command in ("finetune", "evaluate"):
         message = branch.error(capsys, command)
         assert "another embedding store" in message
@@ -119,9 +117,8 @@ def test_a_last_batch_of_one_small_slice_is_trained_on(run, index, tmp_path):
     n_train = int((index["split"] == "train").sum())
     size = next(size for size in range(2, n_train) if n_train % size == 1)
     other = run.fresh(tmp_path / "small")
-    small = ["--set", "prepare.size_px=32", "--set", f"fit-slices.batch_size={size}", "--set", "fit-slices.epochs=1"]
-    for command in ("prepare", "fit-slices"):
-        assert other(*small, command).exit_code == 0
+    small = set_options("prepare.size_px=32", f"fit-slices.batch_size={size}", "fit-slices.epochs=1")
+    other.steps((*small, "prepare"), (*small, "fit-slices"))
 
 
 def test_an_output_that_can_not_be_made_is_one_message(run, tmp_path, capsys):
@@ -134,9 +131,9 @@ def test_an_output_that_can_not_be_made_is_one_message(run, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["finetune", "evaluate"])
 def test_models_of_another_split_are_never_scored_or_trained_on(branch, capsys, command):
     """Patients held out now may be among those that the old models were trained on."""
-    other = ["--set", "prepare.seed=5"]
-    assert branch(*other, "prepare").exit_code == 0
-    message = branch.error(capsys, *other, command)
+    seed = set_options("prepare.seed=5")
+    branch.steps((*seed, "prepare"))
+    message = branch.error(capsys, *seed, command)
     assert "was trained on another index" in message
     assert "ichpipe fit-" in message
 
@@ -218,9 +215,7 @@ def test_predict_equals_evaluate_and_lists_what_it_left_out(run, folder_of_one_s
     assert label[f"{first}_any"] == slices.set_index("sop_uid").loc[first, "any"]
 
 
-def test_a_submission_that_lacks_a_slice_is_refused_and_the_tables_are_kept(
-    run, folder_of_one_series, tmp_path, capsys
-):
+def test_a_submission_that_lacks_a_slice_is_refused_and_tables_are_kept(run, folder_of_one_series, tmp_path, capsys):
     _, rows = folder_of_one_series
     folder = tmp_path / "kaggle"
     folder.mkdir()
@@ -249,8 +244,8 @@ def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder
             dataset = pydicom.dcmread(path)
             dataset.SOPInstanceUID, dataset.SeriesInstanceUID = f"{dataset.SOPInstanceUID}9", "1.2.3.99"
             dataset.save_as(folder / f"again-{path.name}")
-    assert run("predict", folder, "--out", tmp_path / "one").exit_code == 0
-    assert run("predict", folder, "--out", tmp_path / "all", "--all-series").exit_code == 0
+    predict = ("predict", folder, "--out")
+    run.steps((*predict, tmp_path / "one"), (*predict, tmp_path / "all", "--all-series"))
     assert len(pd.read_csv(tmp_path / "one" / "studies.csv")) == 1
     assert len(pd.read_csv(tmp_path / "all" / "studies.csv")) == 2
     series = pd.read_csv(tmp_path / "one" / "series.csv").set_index("series_uid")
@@ -265,7 +260,7 @@ def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_o
     def overflow(*arguments, **options):
         logits, bad = before(*arguments, **options)
         logits = logits.clone()
-        logits[2, 3] = float("nan")
+        logits[2, 3] = np.nan
         return logits, bad
 
     monkeypatch.setattr(predictor, "classify_series", overflow)
@@ -294,8 +289,7 @@ def test_a_head_in_thin_slices_scores_like_the_same_head_in_thick_ones(run, fold
                 dataset.ImagePositionPatient = [x, y, z + (part - (parts - 1) / 2) * 5.0 / parts]
                 dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}{part}"
                 dataset.save_as(thin / f"{path.name}-{part}")
-    for folder in (thick, thin):
-        assert run("predict", folder, "--out", tmp_path / f"out-{folder.name}").exit_code == 0
+    run.steps(*(("predict", folder, "--out", tmp_path / f"out-{folder.name}") for folder in (thick, thin)))
     one, other = (pd.read_csv(tmp_path / f"out-{name}" / "studies.csv") for name in ("scans", "thin"))
     assert other["n_slices"][0] == parts * len(rows) == parts * one["n_slices"][0]
     np.testing.assert_allclose(other[list(CLASSES)], one[list(CLASSES)], atol=5e-4)  # windows end within slices
@@ -304,8 +298,7 @@ def test_a_head_in_thin_slices_scores_like_the_same_head_in_thick_ones(run, fold
 def test_a_zip_archive_is_predicted_like_its_folder(run, folder_of_one_series, tmp_path):
     folder, _ = folder_of_one_series
     packed = shutil.make_archive(str(tmp_path / "scan"), "zip", folder)
-    for name, path in (("folder", folder), ("zip", packed)):
-        assert run("predict", path, "--out", tmp_path / name).exit_code == 0
+    run.steps(*(("predict", path, "--out", tmp_path / name) for name, path in (("folder", folder), ("zip", packed))))
     for name in ("slices.csv", "studies.csv"):
         assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "zip" / name).read_bytes()
 
@@ -318,16 +311,9 @@ def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run, index, tmp_path):
-    small = [
-        "--set",
-        "fit-slices.epochs=1",
-        "--set",
-        "sequence.paper.epochs=1",
-        "--set",
-        "sequence.gru-logits.epochs=1",
-    ]
-    other = run.fresh(tmp_path / "cv")
-    assert other(*small, "cross-validate").exit_code == 0
+    small = set_options("fit-slices.epochs=1", "sequence.paper.epochs=1", "sequence.gru-logits.epochs=1")
+    whole = (*small, "cross-validate")
+    other = run.fresh(tmp_path / "cv").steps(whole)
     root = other.artifacts / "cv"
     table = pd.read_parquet(root / "predictions" / "finetuned.parquet")
     assert sorted(table["sop_uid"]) == sorted(index["sop_uid"])
@@ -342,22 +328,21 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
     metrics = (root / "metrics" / "evaluate.json").read_bytes()
     weights = root / "fold-0" / "slice-cnn" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert other(*small, "cross-validate").exit_code == 0
+    other.steps(whole)
     assert weights.stat().st_mtime_ns == before
     assert (root / "metrics" / "evaluate.json").read_bytes() == metrics
     arm = root / "fold-1" / "sequence" / "gru-logits" / "model.safetensors"
     kept = [path for path in (root / "fold-1").rglob("model.safetensors") if path != arm]
     times = [path.stat().st_mtime_ns for path in kept]
     before_arm = arm.read_bytes()
-    assert other(*small, "--set", "sequence.gru-logits.hidden=6", "cross-validate", "--arms-only").exit_code == 0
+    other.steps((*small, *set_options("sequence.gru-logits.hidden=6"), "cross-validate", "--arms-only"))
     assert arm.read_bytes() != before_arm
     assert [path.stat().st_mtime_ns for path in kept] == times  # one changed arm is all that is trained again
-    less = next(iter(index["path"]))  # other data under the same parameters: fitted anew
-    data = tmp_path / "less"
+    data = tmp_path / "less"  # other data under the same parameters: fitted anew
     shutil.copytree(run.data, data)
-    (data / Path(less).relative_to(run.data)).unlink()
+    (data / Path(index["path"].iloc[0]).relative_to(run.data)).unlink()
     other.point_to(data)
-    assert other(*small, "cross-validate").exit_code == 0
+    other.steps(whole)
     assert weights.stat().st_mtime_ns > before
     assert len(pd.read_parquet(root / "predictions" / "finetuned.parquet")) == len(index) - 1
 
@@ -365,11 +350,8 @@ def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run
 @pytest.mark.soak
 def test_cross_validation_out_of_fold_ends_with_its_scores(run, index, tmp_path):
     """Each fold's scores are of embeddings by the networks of that fold, which are others in every one."""
-    small = ["prepare.folds=3", "fit-slices.folds=3", "fit-slices.epochs=1", "sequence.paper.epochs=1"]
-    other = run.fresh(tmp_path / "cv")
-    words = [word for value in small for word in ("--set", value)]
-    assert other(*words, "cross-validate").exit_code == 0
-    root = other.artifacts / "cv"
+    small = set_options("prepare.folds=3", "fit-slices.folds=3", "fit-slices.epochs=1", "sequence.paper.epochs=1")
+    root = run.fresh(tmp_path / "cv").steps((*small, "cross-validate")).artifacts / "cv"
     assert json.loads((root / "metrics" / "evaluate.json").read_text())["folds"][2]["n_slices"] > 0
     for name in ("slice_cnn", "sequence-paper", "finetuned"):
         assert sorted(pd.read_parquet(root / "predictions" / f"{name}.parquet")["sop_uid"]) == sorted(index["sop_uid"])
@@ -377,13 +359,10 @@ def test_cross_validation_out_of_fold_ends_with_its_scores(run, index, tmp_path)
 
 @pytest.mark.slow
 def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
-    slow = ["--set", "fit-slices.epochs=4"]
-    whole, killed = run.fresh(tmp_path / "whole"), run.fresh(tmp_path / "killed")
-    for each in (whole, killed):
-        each.steps("prepare")
-    assert whole(*slow, "fit-slices").exit_code == 0
-    code = "import sys; from ichpipe.stages.cli import main; main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *killed.arguments(*slow, "fit-slices")])
+    fit = (*set_options("fit-slices.epochs=4"), "fit-slices")
+    whole = run.fresh(tmp_path / "whole").steps("prepare", fit)
+    killed = run.fresh(tmp_path / "killed").steps("prepare")
+    process = subprocess.Popen([*PROGRAM, *killed.arguments(*fit)])
     checkpoint = killed.artifacts / ".resume" / "fit-slices.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -392,10 +371,9 @@ def test_a_killed_fit_resumes_to_byte_identical_weights(run, tmp_path):
     process.wait()
     assert checkpoint.exists(), "the run ended before it could be killed"
     assert not (killed.artifacts / "slice-cnn" / "model.safetensors").exists()
-    resumed = killed(*slow, "fit-slices")
+    resumed = killed(*fit)
     assert resumed.exit_code == 0
     assert "going on after epoch" in resumed.output  # starting anew would give the same bytes
     for name in ("model.safetensors", "history.json"):
-        assert (killed.artifacts / "slice-cnn" / name).read_bytes() == (
-            whole.artifacts / "slice-cnn" / name
-        ).read_bytes()
+        model, expected = (each.artifacts / "slice-cnn" / name for each in (killed, whole))
+        assert model.read_bytes() == expected.read_bytes()

@@ -16,15 +16,15 @@ import pandas as pd
 import planted
 import pydicom
 import pytest
-from conftest import ct_dataset, save_dicom
+from conftest import ct_dataset, save_dicom, set_options
 from PIL import Image, PngImagePlugin
 
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.stages.cli import main
 
 STAGES = ("prepare", "fit-slices", "extract", "fit-sequence", "finetune", "evaluate", "report", "export")
-FEW = ("--set", "fit-slices.epochs=1", "--set", "finetune.epochs=1", "--set", "sequence.paper.epochs=1",
-       "--set", "sequence.gru-logits.epochs=1", "--set", "sequence.gru-logits.seeds=1")  # fmt: skip
+FEW = set_options("fit-slices.epochs=1", "finetune.epochs=1", "sequence.paper.epochs=1",
+                  "sequence.gru-logits.epochs=1", "sequence.gru-logits.seeds=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
