@@ -72,21 +72,23 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     data = Data.of(features, index, section, device)
     made_from = {**split, "embeddings": digest_of(features.made_by)}
     key = digest_of({"params": _identity(section), "made_from": made_from, "device": device.type})
-    fitted = []
-    for number in range(section.seed, section.seed + section.seeds):
-        checkpoint = artifacts.resume(f"fit-sequence.{arm}.seed-{number}.pt")
-        fitted.append(_fit(section, features, data, device, Task(number, checkpoint, key)))
+    seeds = range(section.seed, section.seed + section.seeds)
+    checkpoints = [artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt") for seed in seeds]
+    fitted = [
+        train_seed(section, features, data, device, seed, checkpoint, key)
+        for seed, checkpoint in zip(seeds, checkpoints, strict=True)
+    ]
     members = [weights for seed in (fitted if section.average.seeds else fitted[:1]) for weights in seed.kept]
     folder = artifacts.sequence(arm)
     save_model(folder, _assemble(section, features, members), made_from)
-    tables = {seed.task.seed: make_table(data.held_out, seed.probabilities) for seed in fitted}
+    tables = {seed.seed: make_table(data.held_out, seed.probabilities) for seed in fitted}
     write_predictions(of_seeds(tables), folder, model_mark(folder))
     write_history(folder, fitted[0].history)
     facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
     params_read = section.model_dump(mode="json")
     write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
-    for finished in fitted:
-        finished.task.checkpoint.unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
 
 
 def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
@@ -148,19 +150,10 @@ def series_of(features: Features, index: pd.DataFrame, split: str) -> list[Label
 
 
 @dataclass(frozen=True)
-class Task:
-    """One seed to train."""
-
-    seed: int
-    checkpoint: Path
-    key: str
-
-
-@dataclass(frozen=True)
 class Fitted:
     """One seed, trained."""
 
-    task: Task
+    seed: int
     kept: list[Weights]  # of the best epoch, or of the last ones
     history: list[Epoch]
     probabilities: NDArray[np.float64]  # of the held-out rows
@@ -168,7 +161,10 @@ class Fitted:
     seconds: float
 
 
-def _fit(section: SequenceParams, features: Features, data: Data, device: torch.device, task: Task) -> Fitted:
+def train_seed(
+    section: SequenceParams, features: Features, data: Data, device: torch.device, seed: int, checkpoint: Path, key: str
+) -> Fitted:
+    """Train one network with one seed, or go on from its checkpoint, and predict the held-out rows."""
     import torch
 
     from ichpipe.common.device import derive_seed
@@ -177,17 +173,17 @@ def _fit(section: SequenceParams, features: Features, data: Data, device: torch.
     from ichpipe.training.sequence_trainer import SequenceFitting
 
     watch = Stopwatch()
-    torch.manual_seed(derive_seed(task.seed, "weights"))
+    torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(section, features).to(device)
-    fitting = SequenceFitting(model, section, device, data.train, data.val, task.seed)
-    trainer = fitting.trainer(task.checkpoint, task.key)
+    fitting = SequenceFitting(model, section, device, data.train, data.val, seed)
+    trainer = fitting.trainer(checkpoint, key)
     history = trainer.run(fitting.train_epoch, fitting.validate)
     seconds = watch.seconds()
     trained = _assemble(section, features, trainer.kept).to(device)
     probabilities = predict_rows(trained, data.predicted, len(data.held_out), device)
-    log.info("seed %d: %.1f s", task.seed, seconds)
+    log.info("seed %d: %.1f s", seed, seconds)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Fitted(task, trainer.kept, history, probabilities, n_parameters, seconds)
+    return Fitted(seed, trainer.kept, history, probabilities, n_parameters, seconds)
 
 
 def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
@@ -241,7 +237,7 @@ def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
         "best_epoch": best[0].epoch,
         "val_loss": best[0].val_loss,
         "seeds": [
-            {"seed": seed.task.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": seed.seconds}
+            {"seed": seed.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": seed.seconds}
             for seed, line in zip(fitted, best, strict=True)
         ],
     }

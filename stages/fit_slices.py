@@ -18,7 +18,7 @@ from ichpipe.common.files import digest_of, digest_of_file, write_json
 from ichpipe.stages.options import gpu_option, pixels_option, workers_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -115,12 +115,17 @@ def run(
             for part in (train, val)
         ]
         slices = Slices(*datasets, train["series_uid"].tolist())
-        fit = functools.partial(_fit, params, slices, device, workers)
+        fit = functools.partial(train_network, params, slices, device, workers)
         whole = fit(plain)
         if first:
             shutil.rmtree(artifacts.fold_cnns, ignore_errors=True)  # never mix the networks of two runs
             whole.save()
-        parts = [_fit_and_save(fit, task) for task in folds]
+        parts = []
+        for task in folds:
+            log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
+            parts.append(fit(task))
+            if first:
+                parts[-1].save()
     if first:
         write_json(artifacts.fold_cnns / FOLDS_FILE, [fitted.facts for fitted in parts])
         _write_record(params, device, whole, parts)
@@ -190,7 +195,7 @@ def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Ta
     return tasks
 
 
-def _fit(params: Params, slices: Slices, device: torch.device, workers: int, task: Task) -> Fitted:
+def train_network(params: Params, slices: Slices, device: torch.device, workers: int, task: Task) -> Fitted:
     """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
     from ichpipe.training import distributed
     from ichpipe.training.run_record import Stopwatch
@@ -215,16 +220,6 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
         facts["n_out_of_fold_slices"] = len(task.left_out)
         facts["out_of_fold_loss"] = fitting.loss_on(slices.train, task.left_out)
     return Fitted(task, cnn.cpu(), history, facts, watch.seconds())
-
-
-def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
-    from ichpipe.training import distributed
-
-    log.info("slice CNN without fold %s", task.made_from["excluded_fold"])
-    fitted = fit(task)
-    if distributed.rank() == 0:
-        fitted.save()
-    return fitted
 
 
 def _write_record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
