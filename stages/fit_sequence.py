@@ -1,4 +1,4 @@
-"""Stage two: train one arm on the cached embeddings, with each of its seeds, and predict what is held out."""
+"""Stage two: train one arm on the cached embeddings with each of its seeds, and predict the held-out slices."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ log = logging.getLogger("ichpipe")
 
 @click.command("fit-sequence")
 @gpu_option
-@click.option(
-    "--arm", default=None, shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given."
-)
+@click.option("--arm", shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given.")
 @click.pass_obj
 def command(settings: Settings, gpu: str, arm: str | None) -> None:
     """Stage two: train a sequence model on the cached embeddings.
@@ -48,14 +46,14 @@ def command(settings: Settings, gpu: str, arm: str | None) -> None:
     params = settings.params()
     for name in [arm] if arm else list(params.sequence):
         choose_arm(params, name)
-        with settings.alone(f"fit-sequence.{name}", f"sequence/{name}"):
+        with settings.lock_stage(f"fit-sequence.{name}", f"sequence/{name}"):
             run(params, settings.artifacts(), name, gpu)
 
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
     """Train the arm's seeds on the train split and write the arm's model and every seed's predictions.
 
-    Checkpoints stay until all is written: an arm that was interrupted trains no finished seed again.
+    Checkpoints stay until all is written: an interrupted arm trains no finished seed again.
     """
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import open_features
@@ -74,25 +72,27 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     data = Data.of(features, index, section, device)
     made_from = {**split, "embeddings": digest_of(features.made_by)}
     key = digest_of({"params": _identity(section), "made_from": made_from, "device": device.type})
-    fitted = []
-    for seed in range(section.seed, section.seed + section.seeds):
-        checkpoint = artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt")
-        fitted.append(_fit(section, features, data, device, Task(seed, checkpoint, key)))
-    members = [one for each in (fitted if section.average.seeds else fitted[:1]) for one in each.kept]
+    seeds = range(section.seed, section.seed + section.seeds)
+    checkpoints = [artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt") for seed in seeds]
+    fitted = [
+        train_seed(section, features, data, device, seed, checkpoint, key)
+        for seed, checkpoint in zip(seeds, checkpoints, strict=True)
+    ]
+    members = [weights for seed in (fitted if section.average.seeds else fitted[:1]) for weights in seed.kept]
     folder = artifacts.sequence(arm)
     save_model(folder, _assemble(section, features, members), made_from)
-    tables = {each.task.seed: make_table(data.held_out, each.probabilities) for each in fitted}
+    tables = {seed.seed: make_table(data.held_out, seed.probabilities) for seed in fitted}
     write_predictions(of_seeds(tables), folder, model_mark(folder))
     write_history(folder, fitted[0].history)
     facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
     params_read = section.model_dump(mode="json")
     write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
-    for each in fitted:
-        each.task.checkpoint.unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
 
 
 def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
-    """Say whether the arm that `run` would train is there already, with its predictions."""
+    """Say whether the arm that `run` would train exists, with its predictions."""
     from ichpipe.features.generations import made_by
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.provenance import is_fitted
@@ -125,7 +125,7 @@ class Data:
 
     @classmethod
     def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
-        """Join the cache with the index; on a GPU hold what fits."""
+        """Join the embeddings with the index; on a GPU hold as much as fits."""
         from ichpipe.features.sequence_dataset import collect_series, load_to_device
         from ichpipe.models.inputs import stored_inputs
         from ichpipe.scoring.heldout_predictions import held_out
@@ -140,29 +140,20 @@ def series_of(features: Features, index: pd.DataFrame, split: str) -> list[Label
     """Return the series of one split that have a known label."""
     from ichpipe.features.sequence_dataset import collect_series
 
-    found = collect_series(features, index[index["split"] == split])
-    known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
-    if not known:
+    every = collect_series(features, index[index["split"] == split])
+    labelled = [series for series in every if not series.labels.isnan().any(dim=1).all()]
+    if not labelled:
         raise TrainingError(
             f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
         )
-    return known
-
-
-@dataclass(frozen=True)
-class Task:
-    """One seed to train."""
-
-    seed: int
-    checkpoint: Path
-    key: str
+    return labelled
 
 
 @dataclass(frozen=True)
 class Fitted:
     """One seed, trained."""
 
-    task: Task
+    seed: int
     kept: list[Weights]  # of the best epoch, or of the last ones
     history: list[Epoch]
     probabilities: NDArray[np.float64]  # of the held-out rows
@@ -170,7 +161,10 @@ class Fitted:
     seconds: float
 
 
-def _fit(section: SequenceParams, features: Features, data: Data, device: torch.device, task: Task) -> Fitted:
+def train_seed(
+    section: SequenceParams, features: Features, data: Data, device: torch.device, seed: int, checkpoint: Path, key: str
+) -> Fitted:
+    """Train one network with one seed, or go on from its checkpoint, and predict the held-out rows."""
     import torch
 
     from ichpipe.common.device import derive_seed
@@ -179,28 +173,28 @@ def _fit(section: SequenceParams, features: Features, data: Data, device: torch.
     from ichpipe.training.sequence_trainer import SequenceFitting
 
     watch = Stopwatch()
-    torch.manual_seed(derive_seed(task.seed, "weights"))
+    torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(section, features).to(device)
-    fitting = SequenceFitting(model, section, device, data.train, data.val, task.seed)
-    trainer = fitting.trainer(task.checkpoint, task.key)
+    fitting = SequenceFitting(model, section, device, data.train, data.val, seed)
+    trainer = fitting.trainer(checkpoint, key)
     history = trainer.run(fitting.train_epoch, fitting.validate)
     seconds = watch.seconds()
     trained = _assemble(section, features, trainer.kept).to(device)
     probabilities = predict_rows(trained, data.predicted, len(data.held_out), device)
-    log.info("seed %d: %.1f s", task.seed, seconds)
+    log.info("seed %d: %.1f s", seed, seconds)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Fitted(task, trainer.kept, history, probabilities, n_parameters, seconds)
+    return Fitted(seed, trainer.kept, history, probabilities, n_parameters, seconds)
 
 
 def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     """Describe one network of an arm."""
     from ichpipe.models.specs import SequenceSpec
 
-    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
-    chosen = {name: getattr(section, name) for name in names}
+    shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
+    fields = {name: getattr(section, name) for name in shared}
     plain = features.plain
     pca = len(plain.principal_components.components) if "pca" in section.wanted else 0
-    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **chosen)
+    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **fields)
 
 
 def build_model(section: SequenceParams, features: Features) -> AnySequence:
@@ -211,13 +205,13 @@ def build_model(section: SequenceParams, features: Features) -> AnySequence:
 
     model = build_sequence(spec_of(section, features))
     if isinstance(model, SequenceModel) and "pca" in section.wanted:
-        found = features.plain.principal_components
-        model.set_principal_components(torch.from_numpy(found.mean), torch.from_numpy(found.components))
+        components = features.plain.principal_components
+        model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
     return model
 
 
 def _assemble(section: SequenceParams, features: Features, weights: list[Weights]) -> AnySequence:
-    """Build what predicts: one network, or the mean of several."""
+    """Build the predicting model: one network, or the mean of several."""
     from ichpipe.models.sequence import SequenceEnsemble
 
     members = [build_model(section, features) for _ in weights]
@@ -235,7 +229,7 @@ def _identity(section: SequenceParams) -> dict[str, Any]:
 
 
 def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
-    best = [min(each.history, key=lambda line: line.val_loss) for each in fitted]
+    best = [min(seed.history, key=lambda line: line.val_loss) for seed in fitted]
     return {
         "n_train_series": len(data.train),
         "n_val_series": len(data.val),
@@ -243,7 +237,7 @@ def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
         "best_epoch": best[0].epoch,
         "val_loss": best[0].val_loss,
         "seeds": [
-            {"seed": each.task.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": each.seconds}
-            for each, line in zip(fitted, best, strict=True)
+            {"seed": seed.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": seed.seconds}
+            for seed, line in zip(fitted, best, strict=True)
         ],
     }

@@ -183,16 +183,16 @@ def test_a_killed_arm_trains_no_finished_seed_again(run, tmp_path, monkeypatch):
     from ichpipe.stages import fit_sequence
     from ichpipe.training import sequence_trainer
 
-    fit, seen = fit_sequence._fit, []
+    train_seed, seen = fit_sequence.train_seed, []
 
-    def stop_at_the_third(section, features, data, device, task):
-        if task.seed == 2:
+    def stop_at_the_third(section, features, data, device, seed, *rest):
+        if seed == 2:
             raise KeyboardInterrupt
-        return fit(section, features, data, device, task)
+        return train_seed(section, features, data, device, seed, *rest)
 
-    monkeypatch.setattr(fit_sequence, "_fit", stop_at_the_third)
+    monkeypatch.setattr(fit_sequence, "train_seed", stop_at_the_third)
     assert killed(*settings, "fit-sequence", "--arm", "paper").exit_code != 0
-    monkeypatch.setattr(fit_sequence, "_fit", fit)
+    monkeypatch.setattr(fit_sequence, "train_seed", train_seed)
     train = sequence_trainer.SequenceFitting.train_epoch
     monkeypatch.setattr(
         sequence_trainer.SequenceFitting,

@@ -34,7 +34,7 @@ class Spy:
     def __init__(self, monkeypatch, stop_after=None):
         self.fed, self.start, self.seeds, self.epochs = defaultdict(set), {}, {}, []
         self.name, self.training, self.stop_after = None, False, stop_after
-        self.watch_fit(monkeypatch, fit_slices._fit)
+        self.watch_fit(monkeypatch, fit_slices.train_network)
         self.watch_epoch(monkeypatch, SliceFitting.train_epoch)
         self.watch_reading(monkeypatch, SliceDataset.__getitem__)
 
@@ -44,7 +44,7 @@ class Spy:
             self.seeds[self.name] = arguments[-1].seed
             return original(*arguments)
 
-        monkeypatch.setattr(fit_slices, "_fit", fit)
+        monkeypatch.setattr(fit_slices, "train_network", fit)
 
     def watch_epoch(self, monkeypatch, original):
         def train_epoch(fitting, epoch, position):
