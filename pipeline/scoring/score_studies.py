@@ -16,7 +16,7 @@ from ichpipe.common.user_tables import read_table
 from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample
 from ichpipe.scoring.calibration_metrics import brier, calibration_error
 from ichpipe.scoring.delong import interval
-from ichpipe.scoring.metrics import weighted_log_loss
+from ichpipe.scoring.metrics import cross_entropies, weighted_log_loss
 from ichpipe.scoring.operating_points import operating_points
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _KEYS: Final = ("series_uid", "study_uid", "patient_id")
-_CLIP: Final = 1e-15
 
 
 def read_studies(path: Path, key: str, pool: str | None = None) -> pd.DataFrame:
@@ -145,8 +144,7 @@ def _aucs(parts: dict[str, Any], n_patients: int, settings: dict[str, Any]) -> d
 def _log_loss(label: Floats, value: Floats) -> float | None:
     if not len(label):
         return None
-    clipped = np.clip(value, _CLIP, 1.0 - _CLIP)
-    return float(-np.where(label == 1.0, np.log(clipped), np.log1p(-clipped)).mean())
+    return float(cross_entropies(label, value).mean())
 
 
 def _listed(what: str, names: pd.Index) -> dict[str, Any]:
