@@ -1,8 +1,7 @@
-"""RSNA's metric over two tables: predictions joined to labels by SOPInstanceUID, and what did not match, counted."""
+"""Scores slices by RSNA's metric: two tables joined by SOPInstanceUID; counts what did not match."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.metrics import paired_difference, score
-from ichpipe.scoring.slice_tables import GROUPS, named
+from ichpipe.scoring.slice_tables import GROUPS, count_uids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
     from ichpipe.scoring.slice_tables import SliceTable
 
     Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Predictions for labelled slices, sorted by UID."""
-
-    probabilities: Floats  # (n, 6)
-    report: dict[str, Any]
 
 
 def score_slices(
@@ -49,32 +40,41 @@ def score_slices(
     if known.empty:
         raise DataError(f"{labels.title} has no slice whose six labels are all known; check the table")
     uids, true = known.index, known.to_numpy()
-    joined = _join(predictions, labels, uids, missing)
-    groups = _groups((labels, predictions), uids)
+    probabilities, report = _join(predictions, labels, uids, missing)
+    groups = {}  # numbers (n,) of patients, studies and series, by the first table that names one for each slice
+    for name in GROUPS:
+        columns = [table.groups[name].reindex(uids) for table in (labels, predictions) if name in table.groups]
+        whole = next((column for column in columns if column.notna().all()), None)
+        if whole is not None:
+            groups[name] = pd.factorize(whole, sort=True)[0]
     patients = next(iter(groups.values()), np.arange(len(uids)))
-    series = groups.get("series_uid", groups.get("study_uid"))
-    result = score(true, joined.probabilities, patients, series, **settings)
-    result |= reliability(true, joined.probabilities)
+    series_key = next((name for name in ("series_uid", "study_uid") if name in groups), None)
+    series = groups[series_key] if series_key else None
+    result = score(true, probabilities, patients, series, **settings) | reliability(true, probabilities)
     result |= {
         "n_excluded": len(labels.values) - len(known),
         "n_studies": None if series is None else len(np.unique(series)),
         "n_groups": len(np.unique(patients)),
         "resampled_by": next(iter(groups), "slice"),
-        "study_auc_by": next((name for name in ("series_uid", "study_uid") if name in groups), None),
-        "predictions": joined.report,
+        "study_auc_by": series_key,
+        "predictions": report,
         "labels": labels.report,
     }
     if against is not None:
-        other = _join(against, labels, uids, missing)
-        found = paired_difference(true, other.probabilities, joined.probabilities, patients, **settings)
-        result["against"] = {"predictions": other.report, **found}
+        others, report = _join(against, labels, uids, missing)
+        result["against"] = {
+            "predictions": report,
+            **paired_difference(true, others, probabilities, patients, **settings),
+        }
     return result | settings
 
 
-def _join(predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: float | None) -> _Joined:
-    """Find each labelled slice by its UID; refuse or fill what has no prediction."""
-    found = predictions.values.reindex(uids).to_numpy(copy=True)
-    absent = np.isnan(found)
+def _join(
+    predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: float | None
+) -> tuple[Floats, dict[str, Any]]:
+    """Return the predictions (n, 6) of the slices, filled or refused where there is none, and what was counted."""
+    values = predictions.values.reindex(uids).to_numpy(copy=True)
+    absent = np.isnan(values)
     without = uids[absent.any(axis=1)]
     if absent.all():
         raise DataError(
@@ -87,20 +87,7 @@ def _join(predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: 
             f"{predictions.title} has no prediction for {len(without)} of {len(uids)} labelled slices, first of them "
             f"{without[0]} ({', '.join(name for name, gap in gaps if gap)}); add them, or fill them with --missing 0.5"
         )
-    found[absent] = missing
+    values[absent] = missing
     unlabelled = predictions.values.index.difference(uids, sort=False)
-    counts = named("slices_without_label", unlabelled) | named("slices_without_prediction", without)
-    filled = {"filled_with": missing} if len(without) else {}
-    return _Joined(found, predictions.report | counts | filled)
-
-
-def _groups(tables: tuple[SliceTable, ...], uids: pd.Index) -> dict[str, NDArray[np.intp]]:
-    """Number the patients, studies and series (n,) of the slices, by the first table that names one for each slice."""
-    frames = [table.groups.reindex(uids) for table in tables]
-    result = {}
-    for name in GROUPS:
-        columns = [frame[name] for frame in frames if name in frame]
-        whole = next((column for column in columns if column.notna().all()), None)
-        if whole is not None:
-            result[name] = pd.factorize(whole, sort=True)[0]
-    return result
+    counts = count_uids("slices_without_label", unlabelled) | count_uids("slices_without_prediction", without)
+    return values, predictions.report | counts | ({"filled_with": missing} if len(without) else {})

@@ -1,4 +1,4 @@
-"""Labels and predictions of slices in the forms they come in: RSNA's long table, a row a slice, ``evaluate``'s parquet.
+"""Reads labels and predictions of slices: RSNA's long table, one row a slice, or ``evaluate``'s parquet.
 
 Rows are found by SOPInstanceUID and columns by name, never by position: RSNA lists ``any`` last, this project first.
 """
@@ -17,7 +17,7 @@ from ichpipe.common.user_tables import read_table
 from ichpipe.index.rsna_labels import inconsistent_any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ichpipe.common.user_tables import Table
 
     Floats = NDArray[np.float64]
-    _Check = Callable[[Table, str, Floats], None]
+    _Reader = Callable[[Table, str], Floats]
 
 GROUPS: Final = ("patient_id", "study_uid", "series_uid")
-"""Columns that say what a slice belongs to, the widest first."""
+"""Columns that name the patient, study and series of a slice, the widest first."""
 
 _KEYS: Final = ("sop_uid", "ID", "SOPInstanceUID")
 _LONG: Final = ["ID", "Label"]
@@ -54,51 +54,72 @@ def read_predictions(path: Path) -> SliceTable:
     Raises DataError that names file and line: a value that is NaN or out of range, an unknown or absent class, two
     different values for one slice and class. Rows that repeat an earlier one are counted in the report.
     """
-    return _read(read_table(path, "prediction"), _check_probabilities, CLASSES)
+    return _read(read_table(path, "prediction"), read_probabilities, CLASSES)
 
 
 def read_labels(path: Path) -> SliceTable:
     """Read labels 0 or 1 of slices; NaN where unknown. Of ``evaluate``'s parquet the ``label_`` columns are read.
 
-    Raises DataError as ``read_predictions`` does. A slice whose ``any`` is not the maximum of the five is not
-    trusted, as in ``ichpipe.index.rsna_labels``: all six of its labels become unknown, and the report names it.
+    Raises DataError as ``read_predictions`` does. Where ``any`` is not the maximum of the five, all six labels become
+    unknown, as in ``ichpipe.index.rsna_labels``; the report names the slice.
     """
     table = read_table(path, "label")
     prefixed = tuple(f"label_{name}" for name in CLASSES)
-    result = _read(table, _check_labels, prefixed if set(prefixed) <= set(table.names) else CLASSES)
+    result = _read(table, _read_label, prefixed if set(prefixed) <= set(table.names) else CLASSES)
     values = result.values.to_numpy(copy=True)
     odd = inconsistent_any(~np.isnan(values), values == 1.0)
     values[odd] = np.nan
-    report = {**result.report, **named("inconsistent_any_slices", result.values.index[odd])}
+    report = {**result.report, **count_uids("inconsistent_any_slices", result.values.index[odd])}
     trusted = pd.DataFrame(values, index=result.values.index, columns=list(CLASSES))
     return SliceTable(result.title, trusted, result.groups, report)
 
 
-def named(what: str, uids: pd.Index) -> dict[str, Any]:
-    """Return how many there are, and the first of them where there is one."""
-    return {f"n_{what}": len(uids)} | ({f"first_of_{what}": str(uids[0])} if len(uids) else {})
+def read_probabilities(table: Table, column: str) -> Floats:
+    """Read a column (rows,) of probabilities; DataError names the first that is NaN or outside 0 to 1."""
+    values = table.numbers(column)
+    wrong = ~((values >= 0.0) & (values <= 1.0))  # NaN is outside too
+    table.refuse(wrong, f"column {column} is no probability; give numbers from 0 to 1, not logits", values)
+    return values
 
 
-def _read(table: Table, check: _Check, columns: tuple[str, ...]) -> SliceTable:
+def count_uids(title: str, uids: pd.Index) -> dict[str, Any]:
+    """Return how many there are, and the first of them."""
+    return {f"n_{title}": len(uids)} | ({f"first_of_{title}": str(uids[0])} if len(uids) else {})
+
+
+def count_names(title: str, names: Iterable[Any]) -> dict[str, Any]:
+    """Return how many there are, and up to 20 of them."""
+    texts = [str(name) for name in names]
+    return {f"n_{title}": len(texts)} | ({title: texts[:20]} if texts else {})
+
+
+def _read_label(table: Table, column: str) -> Floats:
+    values = table.numbers(column)
+    wrong = ~np.isin(values, (0.0, 1.0)) & ~(np.isnan(values) & (not table.is_csv))
+    remedy = "is neither 0 nor 1; check that PREDICTIONS and LABELS stand in this order"
+    table.refuse(wrong, f"column {column} {remedy}", values)
+    return values
+
+
+def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> SliceTable:
     if sorted(table.names) == sorted(_LONG):
-        return _read_long(table, check)
+        return _read_long(table, read_column)
     key = next((name for name in _KEYS if name in table.names), None)
     absent = [name for name in columns if name not in table.names]
     if key is None or absent:
         raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}")
     uids = pd.Index(table.text(key).to_pandas())
-    values = np.column_stack([_checked(table, name, check) for name in columns])
+    values = np.column_stack([read_column(table, name) for name in columns])
     codes, unique = pd.factorize(uids)
     first = np.zeros(len(unique), dtype=np.intp)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
     _refuse_contradictions(table, values, values[first[codes]], uids)
-    frame = pd.DataFrame(values[first], index=unique, columns=list(CLASSES))
-    found = {name: table.optional_text(name) for name in GROUPS}
-    groups = {name: column.to_numpy()[first] for name, column in found.items() if column is not None}
-    return SliceTable(table.title, frame, pd.DataFrame(groups, index=unique), _report(table, "wide", len(first)))
+    texts = {name: table.optional_text(name) for name in GROUPS}
+    groups = {name: column.to_numpy()[first] for name, column in texts.items() if column is not None}
+    return _make_table(table, "wide", values[first], unique, groups, len(first))
 
 
-def _read_long(table: Table, check: _Check) -> SliceTable:
+def _read_long(table: Table, read_column: _Reader) -> SliceTable:
     """Read rows of one slice and class each."""
     ids = table.text("ID")
     parts = pc.split_pattern(ids, "_", max_splits=1, reverse=True)
@@ -106,39 +127,24 @@ def _read_long(table: Table, check: _Check) -> SliceTable:
     table.refuse(~whole, f"ID is not <SOPInstanceUID>_<class>; {_FORMS}", ids.to_pandas())
     flat = parts.flatten()
     uids, names = flat.take(np.arange(0, len(flat), 2)), flat.take(np.arange(1, len(flat), 2))
-    known = pd.Index(CLASSES).get_indexer(pd.Index(names.to_pandas()))
-    table.refuse(known < 0, f"ID ends in an unknown class (known: {', '.join(CLASSES)})", ids.to_pandas())
+    columns = pd.Index(CLASSES).get_indexer(pd.Index(names.to_pandas()))
+    table.refuse(columns < 0, f"ID ends in an unknown class (known: {', '.join(CLASSES)})", ids.to_pandas())
     table.refuse(np.asarray(pc.equal(uids, "")), "ID has no SOPInstanceUID before the class", ids.to_pandas())
-    values = _checked(table, "Label", check)
+    values = read_column(table, "Label")
     codes, unique = pd.factorize(pd.Index(uids.to_pandas()))
     cells = np.full((len(unique), len(CLASSES)), np.nan)
-    cells[codes, known] = values
-    _refuse_contradictions(table, values[:, None], cells[codes, known][:, None], pd.Index(ids.to_pandas()))
-    frame = pd.DataFrame(cells, index=unique, columns=list(CLASSES))
-    filled = int((~np.isnan(cells)).sum())
-    return SliceTable(table.title, frame, pd.DataFrame(index=unique), _report(table, "long", filled))
+    cells[codes, columns] = values
+    _refuse_contradictions(table, values[:, None], cells[codes, columns][:, None], pd.Index(ids.to_pandas()))
+    return _make_table(table, "long", cells, unique, {}, int((~np.isnan(cells)).sum()))
 
 
-def _report(table: Table, form: str, distinct_rows: int) -> dict[str, Any]:
+def _make_table(
+    table: Table, form: str, values: Floats, uids: pd.Index, groups: dict[str, NDArray[Any]], distinct_rows: int
+) -> SliceTable:
     rows = len(table.content)
-    return {"file": str(table.path), "form": form, "n_rows": rows, "n_duplicate_rows": rows - distinct_rows}
-
-
-def _checked(table: Table, column: str, check: _Check) -> Floats:
-    values = table.numbers(column)
-    check(table, column, values)
-    return values
-
-
-def _check_probabilities(table: Table, column: str, values: Floats) -> None:
-    wrong = ~((values >= 0.0) & (values <= 1.0))  # NaN is outside too
-    table.refuse(wrong, f"column {column} is no probability; give numbers from 0 to 1, not logits", values)
-
-
-def _check_labels(table: Table, column: str, values: Floats) -> None:
-    wrong = ~np.isin(values, (0.0, 1.0)) & ~(np.isnan(values) & (not table.is_csv))
-    remedy = "is neither 0 nor 1; check that PREDICTIONS and LABELS stand in this order"
-    table.refuse(wrong, f"column {column} {remedy}", values)
+    report = {"file": str(table.path), "form": form, "n_rows": rows, "n_duplicate_rows": rows - distinct_rows}
+    frame = pd.DataFrame(values, index=uids, columns=list(CLASSES))
+    return SliceTable(table.title, frame, pd.DataFrame(groups, index=uids), report)
 
 
 def _refuse_contradictions(table: Table, values: Floats, others: Floats, names: pd.Index) -> None:
