@@ -111,8 +111,7 @@ def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> Slice
     uids = pd.Index(table.text(key).to_pandas())
     values = np.column_stack([read_column(table, name) for name in columns])
     codes, unique = pd.factorize(uids)
-    first = np.zeros(len(unique), dtype=np.intp)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    first = np.flatnonzero(~uids.duplicated())
     _refuse_contradictions(table, values, values[first[codes]], uids)
     texts = {name: table.optional_text(name) for name in GROUPS}
     groups = {name: column.to_numpy()[first] for name, column in texts.items() if column is not None}
