@@ -87,9 +87,8 @@ def compare_arms(
     }
     others = [name for name in same if name != baseline]
     patients = first[baseline]["patient_id"].to_numpy()
-    gains = _compare_paired(
-        scores[baseline], [scores[name] for name in others], patients, bootstrap_samples, confidence, seed
-    )
+    arms_scored = [scores[name] for name in others]
+    gains = _compare_paired(scores[baseline], arms_scored, patients, bootstrap_samples, confidence, seed)
     verdicts = dict(zip(others, gains, strict=True)) | {baseline: (BASELINE, {})}
     record = next(arm.record for arm in arms if arm.name == baseline)
     warnings = []
@@ -117,7 +116,7 @@ def _score(tables: list[pd.DataFrame], slices: pd.Series[Any]) -> _Scores:
         patient = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1]
         losses.append(entropies @ WEIGHTS)
         by_class.append(entropies.mean(axis=0))
-        rankings.append([Ranking(true[:, column], predicted[:, column], patient) for column in range(len(CLASSES))])
+        rankings.append([Ranking(*columns, patient) for columns in zip(true.T, predicted.T, strict=True)])
     return _Scores(np.stack(losses), np.stack(by_class), [list(of_class) for of_class in zip(*rankings, strict=True)])
 
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Draws = NDArray[np.float32]
 
-AT_ONCE: Final = 16
-"""Resamples drawn together: the counts of one patient then fill one cache line."""
+AT_ONCE: Final = 16  # resamples; the counts of one patient then fill one cache line
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def resampled_mean(values: Floats, patient: NDArray[np.intp], patients: int) -> 
 
     def means(counts: Draws) -> Floats:
         total, size = np.einsum("sp,pk->sk", sums, counts)  # not @: threads of BLAS that share a core wait by spinning
-        quotient: Floats = total / size
-        return quotient
+        return np.asarray(total / size)
 
     return means
 
@@ -95,10 +93,7 @@ def group_sums(values: Floats, patient: NDArray[np.intp], patients: int) -> Floa
 
 
 def percentile_interval(values: Floats, confidence: float) -> list[float] | None:
-    """Return [low, high] around the middle ``confidence`` of the values (samples,); None where more than half are NaN.
-
-    NaN marks a resample in which the figure is not defined.
-    """
+    """Return the limits of the middle ``confidence`` of the values (samples,); None where more than half are NaN."""
     defined = values[~np.isnan(values)]
     if len(defined) == 0 or 2 * len(defined) < len(values):
         return None
@@ -142,7 +137,7 @@ class Ranking:
     def resample(self, counts: Draws) -> Floats:
         """Return the AUC in each resample of counts (patients, k): (k,); NaN where it has no positive or no negative.
 
-        Exact: every sum is of whole numbers that its type holds (16 million a step, 2**52 in all).
+        It is exact up to 16 million draws a step and 2**52 pairs.
         """
         if not self.n_positive or not self.n_negative:
             return np.full(counts.shape[1], np.nan)

@@ -28,18 +28,14 @@ if TYPE_CHECKING:
 
 Method = Literal["none", "temperature", "isotonic"]
 
-MIN_SLICES: Final = 10
-"""A class with fewer positive or negative validation slices than this stays as it is."""
-
+RANGE: Final = (0.05, 20.0)  # of temperatures
+MIN_SLICES: Final = 10  # positive, and negative, validation slices of a class that gets a map
 MIN_PATIENTS: Final = {"temperature": 5, "isotonic": 20}
-"""… or whose positive slices come from fewer patients: the map would describe these patients, not the class.
+"""Patients with positive slices of a class that gets a map; with fewer, the map describes these patients.
 
 On 55 patients of CT-ICH, with two to four positive ones in a fold, fitting made the held-out log loss worse in nine
 of ten tries (docs/predict.md).
 """
-
-RANGE: Final = (0.05, 20.0)
-"""Lowest and highest temperature."""
 
 
 class Curve(BaseModel):
@@ -90,8 +86,7 @@ def fit_calibration(
 ) -> Calibration:
     """Fit one map a class to labels (n, 6; 0 or 1) and probabilities (n, 6) of the validation split.
 
-    ``patients`` (n,) are identifiers. A class with less than MIN_SLICES positive or negative slices, or with positive
-    ones of less than MIN_PATIENTS patients, gets none.
+    ``patients`` (n,) are identifiers. Classes below MIN_SLICES or MIN_PATIENTS get none.
     """
     facts = {"model_sha256": model_sha256, "patients": len(set(patients)), "slices": len(labels)}
     if method == "none":
@@ -151,10 +146,9 @@ def _cool(probabilities: Floats, temperature: float) -> Floats:
 
 
 def _fit_isotonic(labels: Floats, probabilities: Floats) -> Curve:
-    """Return the isotonic curve, kept from 1 / (n + 2) to (n + 1) / (n + 2).
+    """Return the isotonic curve, kept from 1 / (n + 2) to (n + 1) / (n + 2) by Laplace's rule of succession.
 
-    The curve itself ends at 0 and 1, where one error costs infinite loss. Laplace's rule of succession: after n slices
-    without an exception, the next one is an exception with probability 1 / (n + 2).
+    The curve itself ends at 0 and 1, where one error costs infinite loss.
     """
     from sklearn.isotonic import IsotonicRegression  # noqa: PLC0415 - takes a second, and only fitting needs it
 

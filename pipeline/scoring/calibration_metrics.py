@@ -1,4 +1,4 @@
-"""How far probabilities can be taken at their word: Brier score, expected calibration error, average precision."""
+"""Calibration metrics: Brier score, expected calibration error; and average precision."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-BINS: Final = 15
-"""Equal-width bins of the calibration error, as in Guo et al., ICML 2017 (arXiv 1706.04599)."""
+BINS: Final = 15  # of equal width, as in Guo et al., ICML 2017 (arXiv 1706.04599)
 
 
 def reliability(labels: Floats, probabilities: Floats) -> dict[str, Any]:
     """Return Brier score, calibration error and average precision per class.
 
-    Labels (n, 6) are 0 or 1, probabilities (n, 6) 0 to 1, columns in the order of CLASSES, n at least 1. Average
-    precision is None for a class with no positive or no negative.
+    Labels (n, 6) are 0 or 1, probabilities (n, 6) 0 to 1, columns in the order of CLASSES, n at least 1.
     """
     columns = list(zip(CLASSES, labels.T, probabilities.T, strict=True))
     return {
-        "average_precision": {name: average_precision(true, found) for name, true, found in columns},
-        "brier": {name: brier(true, found) for name, true, found in columns},
-        "calibration_error": {name: calibration_error(true, found) for name, true, found in columns},
+        "average_precision": {name: average_precision(*pair) for name, *pair in columns},
+        "brier": {name: brier(*pair) for name, *pair in columns},
+        "calibration_error": {name: calibration_error(*pair) for name, *pair in columns},
         "calibration_bins": BINS,
     }
 
@@ -45,8 +43,8 @@ def calibration_error(labels: Floats, probabilities: Floats, bins: int = BINS) -
     Bin b holds probabilities from b/bins to below (b+1)/bins, the last one 1 too. The error is the mean over slices of
     |mean probability - share of positives| of their bin (Naeini et al., AAAI 2015): ``sum_b |sum p - sum y| / n``.
     """
-    place = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
-    return float(np.abs(group_sums(probabilities - labels, place, bins)).sum() / len(labels))
+    bin_of = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
+    return float(np.abs(group_sums(probabilities - labels, bin_of, bins)).sum() / len(labels))
 
 
 def average_precision(labels: Floats, probabilities: Floats) -> float | None:

@@ -46,10 +46,7 @@ def areas(labels: ArrayLike, scores: ArrayLike) -> Areas | None:
 
 
 def interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> dict[str, float] | None:
-    """Return ``standard_error``, ``ci_low``, ``ci_high`` of one AUC (scores (n,)); None where ``areas`` is.
-
-    The interval is AUC +- z standard errors, cut to 0 to 1.
-    """
+    """Return ``standard_error``, ``ci_low``, ``ci_high`` of one AUC of scores (n,); None where `areas` is."""
     auc = areas(labels, np.asarray(scores)[:, None])
     if auc is None:
         return None
@@ -62,8 +59,7 @@ def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence:
     """Test whether two models' AUCs differ on the same cases; positive ``difference`` means ``scores`` is better.
 
     Returns ``auc``, ``auc_against``, ``difference``, ``ci_low``, ``ci_high``, ``z`` and the two-sided ``p_value``; all
-    None where ``areas`` is. Where the difference has no variance, as between equal scores, there is no z, and the
-    p-value is 1 for no difference, else None.
+    None where `areas` is. A difference without variance has no z; its p-value is 1 if it is 0, else None.
     """
     aucs = areas(labels, np.column_stack([scores, others]))
     if aucs is None:

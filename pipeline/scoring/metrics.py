@@ -34,10 +34,10 @@ def cross_entropies(labels: Floats, probabilities: Floats) -> Floats:
 
 
 def weighted_log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return RSNA 2019's score: the mean over slices of ``sum_c w_c BCE_c / 7``, in nats, 0 or more.
+    """Return RSNA 2019's score: the mean over slices of ``sum_c w_c BCE_c / 7``, in nats; all 0.5 gives ln 2.
 
-    Labels (n, 6) are 0, 1 or NaN, probabilities (n, 6) 0 to 1; all 0.5 gives ln 2. Raises DataError where
-    shapes or values are wrong or no row has a label.
+    Labels (n, 6) are 0, 1 or NaN, probabilities (n, 6) 0 to 1. Raises DataError where shapes or values are wrong or
+    no row has a label.
     """
     true, predicted, _ = _select_known(labels, probabilities)
     return float((cross_entropies(true, predicted) @ WEIGHTS).mean())
@@ -63,26 +63,25 @@ def score(
 ) -> dict[str, Any]:
     """Score one model: weighted log loss, log loss per class, AUC per class by slice and by series.
 
-    ``patients`` and ``series`` (n,) are identifiers. Intervals come from a percentile bootstrap over patients,
-    whose slices stay together (Efron & Tibshirani 1993, ch. 13). ``study_auc`` pools the slices
-    of a series by ``study_score`` (see `pool`), from ``study_probabilities`` (n, 6) where those are given; a
-    series with an unknown label takes no part in it, and without ``series`` all of it is None.
-    Where a class has no positive or no negative, ``value`` is None. Intervals are None where they mean nothing:
-    with fewer than two patients, or where the class is missing from more than half of the resamples.
+    ``patients`` and ``series`` (n,) are identifiers. Intervals are percentiles of a bootstrap over patients, whose
+    slices stay together (Efron & Tibshirani 1993, ch. 13). ``study_auc`` pools the slices of a series by
+    ``study_score`` (see `pool`), from ``study_probabilities`` (n, 6) where given. It leaves out series with an unknown
+    label; without ``series`` it is None. A class with no positive or no negative has the ``value`` None. An interval
+    is None with fewer than two patients, or where the class is missing from more than half of the resamples.
     """
     true, predicted, known = _select_known(labels, probabilities)
     names, patient = np.unique(_select_column(patients, known, "patients"), return_inverse=True)
     losses = cross_entropies(true, predicted)
     weighted = losses @ WEIGHTS
-    rankings = _rank(true, predicted, patient)
+    rankings = [Ranking(*columns, patient) for columns in zip(true.T, predicted.T, strict=True)]
     of_study = predicted if study_probabilities is None else _select_known(labels, study_probabilities)[1]
     if series is not None:
         group = _select_column(series, known, "series")
         complete = ~np.isin(group, np.asarray(series)[~known])
         _, first, row = np.unique(group[complete], return_index=True, return_inverse=True)
-        study_labels = pool(true[complete], row, len(first))  # the maximum over the slices
-        pooled = pool(of_study[complete], row, len(first), study_score)
-        rankings += _rank(study_labels, pooled, patient[complete][first])
+        highest, pooled = pool(true[complete], row, len(first)), pool(of_study[complete], row, len(first), study_score)
+        owner = patient[complete][first]
+        rankings += [Ranking(*columns, owner) for columns in zip(highest.T, pooled.T, strict=True)]
     statistics = [resampled_mean(weighted, patient, len(names)), *(ranking.resample for ranking in rankings)]
     means, *resampled = resample(statistics, len(names), bootstrap_samples, seed)
     loss = estimate(float(weighted.mean()), means, confidence)
@@ -162,19 +161,14 @@ def _select_column(values: ArrayLike, known: NDArray[np.bool_], name: str) -> ND
     return column[known]
 
 
-def _rank(true: Floats, predicted: Floats, patient: NDArray[np.intp]) -> list[Ranking]:
-    return [Ranking(true[:, column], predicted[:, column], patient) for column in range(len(CLASSES))]
-
-
 def curves(
     labels: ArrayLike, probabilities: ArrayLike, *, max_points: int = 200, bins: int = 10
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the points of three curves per class as rows for a plot, at most ``max_points`` a curve.
 
-    ``roc`` rows hold ``class, fpr, tpr, threshold``; ``precision_recall`` rows ``class, recall, precision,
-    threshold``; a threshold of None calls nothing positive. ``calibration`` rows hold ``class, predicted,
-    observed, n``: mean probability and share of positives in equal bins of probability, empty ones left out.
-    A class with no positive or no negative has no ROC and no precision-recall curve.
+    Rows of ``roc``: ``class, fpr, tpr, threshold``; of ``precision_recall``: ``class, recall, precision, threshold``. A
+    threshold of None calls nothing positive. Both lack classes with no positive or no negative. Rows of
+    ``calibration``: ``class, predicted, observed, n``: mean probability and share of positives of each filled bin.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415 - takes a second; only plots need it
 

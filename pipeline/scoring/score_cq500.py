@@ -15,12 +15,10 @@ from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.delong import compare, interval
 from ichpipe.scoring.metrics import score
 from ichpipe.scoring.operating_points import operating_points
-from ichpipe.scoring.slice_tables import count_names, read_probabilities
+from ichpipe.scoring.score_slices import count_names, read_probabilities
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-POOLINGS: Final = ("max", "mean")
 
 _NAMES: Final = ("name", "scan", "study", "patient_id", "PatientID", "path", "study_uid", "ID")
 
@@ -28,10 +26,9 @@ _NAMES: Final = ("name", "scan", "study", "patient_id", "PatientID", "path", "st
 def read_scans(path: Path, pool: str | None = None) -> ScanTable:
     """Read probabilities of scans: a column that names the scan, and six columns named as FINDINGS or as CLASSES.
 
-    ``studies.csv`` of ``predict`` serves, where its ``patient_id`` is CQ500's. Rows whose name is no scan of CQ500 are
-    left out and counted. Several rows of one scan, such as two series, are an error unless they are equal or ``pool``
-    (``max``, ``mean``) says what to take, per class. Raises DataError that names file and line also for a value that
-    is NaN or out of range.
+    ``studies.csv`` of ``predict`` serves, where its ``patient_id`` is CQ500's. Rows of no scan of CQ500 are counted
+    and left out. Several rows of one scan, such as two series, are an error unless they are equal or ``pool``
+    (``max``, ``mean``) is given. DataError names file and line, also for a value that is NaN or out of range.
     """
     table = read_table(path, "prediction")
     forms = [form for form in (FINDINGS, {name: name for name in CLASSES}) if set(form.values()) <= set(table.names)]
@@ -100,8 +97,9 @@ def score_scans(
             raise DataError(f"{against.title} has no scan in common with the predictions; check its names")
         arrays = (frame.loc[common].to_numpy().T for frame in (labels.values, probabilities, others))
         tests = {name: compare(*column, confidence) for name, *column in zip(CLASSES, *arrays, strict=True)}
-        report = {"n_studies": len(common), "delong_test": tests, "predictions": against.report | matches}
-        result["against"] = report
+        result["against"] = {
+            "n_studies": len(common), "delong_test": tests, "predictions": against.report | matches
+        }  # fmt: skip
     return result | settings
 
 

@@ -18,7 +18,7 @@ from ichpipe.scoring.calibration_metrics import brier, calibration_error
 from ichpipe.scoring.delong import interval
 from ichpipe.scoring.metrics import cross_entropies, weighted_log_loss
 from ichpipe.scoring.operating_points import operating_points
-from ichpipe.scoring.slice_tables import count_names, read_probabilities
+from ichpipe.scoring.score_slices import count_names, read_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Callable
