@@ -12,7 +12,7 @@ import pytest
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import load_params
-from ichpipe.report.blocks import Section, Table, figure, seconds, share, with_interval
+from ichpipe.report.blocks import Section, Table, format_duration, format_interval, format_number, format_share
 from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.page import render_page
@@ -67,16 +67,16 @@ def test_page_holds_the_figures_of_the_run(reported):
     text = Reader(page_of(reported)).text
     metrics = json.loads(reported.metrics())
     summary = json.loads((reported.artifacts / "index" / "summary.json").read_text())
-    assert figure(metrics["finetuned"]["weighted_log_loss"]) in text
-    assert with_interval(*(metrics["slice_cnn"]["auc"]["any"][key] for key in ("value", "ci_low", "ci_high"))) in text
+    assert format_number(metrics["finetuned"]["weighted_log_loss"]) in text
+    assert format_interval(*(metrics["slice_cnn"]["auc"]["any"][key] for key in ("value", "ci_low", "ci_high"))) in text
     positive = summary["splits"]["train"]["prevalence"]["any"]
-    assert share(positive["positive"], positive["known"]) in text
+    assert format_share(positive["positive"], positive["known"]) in text
     for arm in ("paper", "gru-logits", "floor"):
         assert f"sequence, {arm}" in text
     record = json.loads((reported.artifacts / "slice-cnn" / "record.json").read_text())
     assert record["commit"] in text
     assert record["versions"]["torch"] in text
-    assert seconds(record["wall_seconds"]) in text
+    assert format_duration(record["wall_seconds"]) in text
     assert "energy unknown" in text
     assert "resnet10t" in text
 
@@ -314,11 +314,11 @@ def test_ticks_are_round_and_inside():
 
 
 def test_numbers_as_people_write_them():
-    assert with_interval(-0.00001, None, None) == "0.0000"
-    assert figure(None) == "not defined"
-    assert share(3, 0) == "3 of 0"
-    assert share(340, 2211) == "340 of 2,211 (15.4 %)"
-    assert [seconds(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
+    assert format_interval(-0.00001, None, None) == "0.0000"
+    assert format_number(None) == "not defined"
+    assert format_share(3, 0) == "3 of 0"
+    assert format_share(340, 2211) == "340 of 2,211 (15.4 %)"
+    assert [format_duration(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
 
 
 def test_page_of_plain_sections_escapes_everything():
