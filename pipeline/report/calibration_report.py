@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.figures import PALETTE, to_png
-from ichpipe.scoring.calibration_metrics import BINS, brier, calibration_error
-from ichpipe.scoring.metrics import class_log_loss, curves, weighted_log_loss
+from ichpipe.scoring.metrics import BINS, brier, calibration_error, class_log_loss, curves, weighted_log_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -18,8 +18,8 @@ from ichpipe.report.blocks import (
 )  # fmt: skip
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
-from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
+from ichpipe.scoring.metrics import reliability
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
 from ichpipe.scoring.pooling import pool
 

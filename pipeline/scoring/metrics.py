@@ -1,4 +1,4 @@
-"""Metrics: RSNA's weighted log loss, AUC by slice and by study, with confidence intervals over patients.
+"""Metrics: RSNA's weighted log loss, AUC by slice and by study with confidence intervals, and calibration.
 
 Labels and probabilities have shape (n, 6), one row a slice, columns in the order of ``ichpipe.common.classes.CLASSES``
 (``any`` first). A row with an unknown (NaN) label is left out, and counted in ``n_excluded``.
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 WEIGHTS: Final = np.array(METRIC_WEIGHTS) / sum(METRIC_WEIGHTS)
 """2/7 for ``any``, 1/7 for each subtype: the divisor is the sum of the weights, 7, not the number of classes, 6."""
+
+BINS: Final = 15  # of calibration error; equal width, as in Guo et al., ICML 2017 (arXiv 1706.04599)
 
 
 def cross_entropies(labels: Floats, probabilities: Floats) -> Floats:
@@ -128,6 +130,42 @@ def paired_difference(
         "weighted_log_loss": estimate(float(gains.mean()), means, confidence).to_json(),
         "auc_any": estimate(auc, higher - lower, confidence).to_json(),
     }
+
+
+def reliability(labels: Floats, probabilities: Floats) -> dict[str, Any]:
+    """Return Brier score, calibration error and average precision per class.
+
+    Labels (n, 6) are 0 or 1, probabilities (n, 6) 0 to 1, columns in the order of CLASSES, n at least 1.
+    """
+    columns = list(zip(CLASSES, labels.T, probabilities.T, strict=True))
+    return {
+        "average_precision": {name: average_precision(*pair) for name, *pair in columns},
+        "brier": {name: brier(*pair) for name, *pair in columns},
+        "calibration_error": {name: calibration_error(*pair) for name, *pair in columns},
+        "calibration_bins": BINS,
+    }
+
+
+def brier(labels: Floats, probabilities: Floats) -> float:
+    """Return the mean of (probability - label) squared, 0 to 1 (Brier 1950); labels and probabilities (n,)."""
+    return float(np.square(probabilities - labels).mean())
+
+
+def calibration_error(labels: Floats, probabilities: Floats, bins: int = BINS) -> float:
+    """Return the expected calibration error of one class, 0 to 1; labels and probabilities (n,).
+
+    Bin b holds probabilities from b/bins to below (b+1)/bins, the last one 1 too. The error is the mean over slices of
+    |mean probability - share of positives| of their bin (Naeini et al., AAAI 2015): ``sum_b |sum p - sum y| / n``.
+    """
+    bin_of = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
+    return float(np.abs(group_sums(probabilities - labels, bin_of, bins)).sum() / len(labels))
+
+
+def average_precision(labels: Floats, probabilities: Floats) -> float | None:
+    """Return the step-wise area under the precision-recall curve, 0 to 1; None without a positive or a negative."""
+    from sklearn.metrics import average_precision_score  # noqa: PLC0415 - takes a second
+
+    return float(average_precision_score(labels, probabilities)) if 0 < labels.sum() < len(labels) else None
 
 
 def _select_known(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Floats, Floats, NDArray[np.bool_]]:

@@ -17,8 +17,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
 from ichpipe.index.rsna_labels import inconsistent_any
-from ichpipe.scoring.calibration_metrics import reliability
-from ichpipe.scoring.metrics import paired_difference, score
+from ichpipe.scoring.metrics import paired_difference, reliability, score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
