@@ -69,12 +69,6 @@ def format_number(value: float | None, digits: int = 4) -> str:
     return NOT_DEFINED if value is None else f"{value:z.{digits}f}"  # z turns -0 into 0
 
 
-def format_interval(value: float | None, low: float | None, high: float | None, digits: int = 4) -> str:
-    """Return a number with its interval in brackets, where there is one."""
-    text = format_number(value, digits)
-    return text if None in (value, low, high) else f"{text} [{low:z.{digits}f}, {high:z.{digits}f}]"
-
-
 def format_share(part: int, whole: int) -> str:
     """Return ``12 of 80 (15.0 %)``; of none there is no share."""
     return f"{part:,} of {whole:,} ({100 * part / whole:.1f} %)" if whole else f"{part} of 0"

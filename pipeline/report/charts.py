@@ -14,6 +14,8 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ichpipe.scoring.bootstrap import Estimate
+
 WIDTH: Final = 320.0
 HEIGHT: Final = 240.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 40.0
@@ -32,16 +34,6 @@ class Line:
     points: Sequence[tuple[float, float]]
     look: int = 0
     dots: bool = False
-
-
-@dataclass(frozen=True)
-class Interval:
-    """One row of an interval plot: a value with its bounds; None where there is none."""
-
-    name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +86,20 @@ def line_plot(title: str, lines: Sequence[Line], x: Axis, y: Axis, *, diagonal: 
     return frame.svg(title, parts)
 
 
-def interval_plot(title: str, rows: Sequence[Interval], name: str, *, zero: bool = False, digits: int = 3) -> Markup:
-    """Draw one value with its interval per row, the row's name above it; a missing value is "not defined"."""
-    values = [v for row in rows for v in (row.value, row.low, row.high) if v is not None] + ([0.0] if zero else [])
+def interval_plot(
+    title: str, rows: Sequence[tuple[str, Estimate]], name: str, *, zero: bool = False, digits: int = 3
+) -> Markup:
+    """Draw a named value with its interval per row; a missing value is "not defined"."""
+    values = [v for _, row in rows for v in (row.value, row.low, row.high) if v is not None] + ([0.0] if zero else [])
     axis = axis_over(name, values, pad=0.08)
     frame = _Frame(axis, Axis("", 0, 1), height=TOP + ROW * len(rows) + BOTTOM, left=12.0)
     parts = frame.grid(across=False)
     if zero:
         parts.append(frame.segment("chance", 0.0, 0.0, 0.0, 1.0))
-    for number, row in enumerate(rows):
+    for number, (label, row) in enumerate(rows):
         top, look = TOP + ROW * number, number % LOOKS
-        label = row.name if len(row.name) <= NAME_LENGTH else row.name[: NAME_LENGTH - 1] + "…"
-        parts.append(_text(frame.left, top + 12, label, "row"))
+        short = label if len(label) <= NAME_LENGTH else label[: NAME_LENGTH - 1] + "…"
+        parts.append(_text(frame.left, top + 12, short, "row"))
         if row.value is None:
             parts.append(_text(frame.left, top + 28, "not defined", "tick"))
             continue

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import Plot, Section, Table, format_duration, format_interval, format_number, format_share
+from ichpipe.report.blocks import Plot, Section, Table, format_duration, format_number, format_share
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.facts import model_title
 from ichpipe.report.scores import rungs_of
+from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED
 
 if TYPE_CHECKING:
@@ -48,13 +49,11 @@ def _compare_models(metrics: dict[str, Any]) -> list[str]:
     names = " and ".join(name for name, loss in losses if loss == lowest)
     lines = [f"Lowest weighted log loss of {len(losses)} models: {names}, {lowest}."]
     for pair, gains in metrics.get("paired", {}).items():
-        gain = gains["weighted_log_loss"]
-        low, high = gain["ci_low"], gain["ci_high"]
-        if pair.startswith(FINETUNED) and low is not None:
+        gain = Estimate.from_json(gains["weighted_log_loss"])
+        if pair.startswith(FINETUNED) and gain.low is not None and gain.high is not None:
             other = model_title(pair.rpartition(" against ")[2])
-            verdict = "0 lies outside: a difference" if low > 0 or high < 0 else "0 lies inside: noise"
-            text = format_interval(gain["value"], low, high)
-            lines.append(f"Gain of fine-tuned over {other} in weighted log loss: {text} ({verdict}).")
+            verdict = "0 lies outside: a difference" if gain.low > 0 or gain.high < 0 else "0 lies inside: noise"
+            lines.append(f"Gain of fine-tuned over {other} in weighted log loss: {gain.text()} ({verdict}).")
     return lines
 
 

@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import (
-    NOT_DEFINED,
-    Plot,
-    Section,
-    Table,
-    format_interval,
-    format_number,
-    format_share,
-)  # fmt: skip
-from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
+from ichpipe.report.blocks import NOT_DEFINED, Plot, Section, Table, format_number, format_share
+from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
+from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.metrics import reliability
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
@@ -43,16 +36,14 @@ def ladder(facts: Facts) -> Section:
     if metrics is None:
         return Section("ladder", "Models", [NO_SCORES])
     rungs = rungs_of(metrics)
-    losses = [Interval(name, s["weighted_log_loss"], *(s.get("weighted_log_loss_ci") or ())) for name, s in rungs]
+    losses = [Estimate(s["weighted_log_loss"], *(s.get("weighted_log_loss_ci") or ())) for _, s in rungs]
     columns = {"Weighted log loss (lower is better)": losses}
     kinds = {"AUC any, by slice": "auc", "AUC any, by study": "study_auc"}
     for title, kind in kinds.items():
-        aucs = [(name, scores[kind]["any"]) for name, scores in rungs]
-        columns[f"{title} (higher is better)"] = [
-            Interval(name, auc["value"], auc["ci_low"], auc["ci_high"]) for name, auc in aucs
-        ]
-    cells = zip(*columns.values(), strict=True)
-    rows = [[row[0].name, *(format_interval(i.value, i.low, i.high) for i in row)] for row in cells]
+        columns[f"{title} (higher is better)"] = [Estimate.from_json(s[kind]["any"]) for _, s in rungs]
+    names = [name for name, _ in rungs]
+    cells = zip(names, *columns.values(), strict=True)
+    rows = [[name, *(estimate.text() for estimate in row)] for name, *row in cells]
     sizes = dict.fromkeys(("n_slices", "n_studies", "n_patients"), "unknown") | metrics
     evaluate = facts.params["evaluate"]
     lines = [
@@ -63,10 +54,10 @@ def ladder(facts: Facts) -> Section:
     ]  # fmt: skip
     hidden = []
     for caption, kind in (("AUC by slice", "auc"), ("AUC by study", "study_auc")):
-        by_class = [[name, *(_format_estimate(s[kind][label]) for label in CLASSES)] for name, s in rungs]
+        by_class = [[name, *(Estimate.from_json(s[kind][label]).text(3) for label in CLASSES)] for name, s in rungs]
         hidden.append(Table(f"{caption}, per class", ["model", *CLASSES], by_class))
     paired = [
-        [pair, _format_estimate(gain["weighted_log_loss"]), _format_estimate(gain["auc_any"])]
+        [pair, *(Estimate.from_json(gain[key]).text(3) for key in ("weighted_log_loss", "auc_any"))]
         for pair, gain in metrics.get("paired", {}).items()
     ]
     caption = "Paired differences over the same resampled patients; above 0 the first is better"
@@ -76,7 +67,10 @@ def ladder(facts: Facts) -> Section:
         "Models",
         lines,
         tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
-        plots=[Plot(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
+        plots=[
+            Plot(title, interval_plot(title, list(zip(names, column, strict=True)), title.partition(" (")[0]))
+            for title, column in columns.items()
+        ],
         hidden=hidden,
     )
 
@@ -208,8 +202,7 @@ def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshol
     false_pos, true_neg = int((called & ~positive).sum()), int((~called & ~positive).sum())
     rates = []
     for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
-        low, high = proportion_interval(part, whole)
-        rates.append(format_interval(part / whole, low, high, 2) if whole else NOT_DEFINED)
+        rates.append(Estimate(part / whole, *proportion_interval(part, whole)).text(2) if whole else NOT_DEFINED)
     return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
 
 
@@ -223,9 +216,9 @@ def ablation(facts: Facts) -> Section:
     for arm in comparison["arms"]:
         loss, gain, gain_text = arm["weighted_log_loss"], arm["gain"].get("weighted_log_loss"), ""
         if gain is not None:
-            bounds = "" if gain["ci_low"] is None else f" [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]"
-            gain_text = f"{gain['value']:+.4f}{bounds}"
-            gains.append(Interval(arm["arm"], gain["value"], gain["ci_low"], gain["ci_high"]))
+            estimate = Estimate.from_json(gain)
+            gain_text = estimate.text(sign="+")
+            gains.append((arm["arm"], estimate))
         spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
         parameters = "" if arm["n_parameters"] is None else f"{arm['n_parameters']:,}"
         cells = [arm["arm"], str(len(arm["seeds"])), format_number(loss["mean"]) + spread, gain_text, arm["verdict"]]
@@ -249,7 +242,3 @@ def of_studies(table: pd.DataFrame, study_score: StudyScore) -> tuple[NDArray[np
     groups = table.groupby("series_uid", sort=False)
     group, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups
     return pool(table[LABELS].to_numpy(np.float64), group, count), pool(smooth_series(table), group, count, study_score)
-
-
-def _format_estimate(estimate: dict[str, Any]) -> str:
-    return format_interval(estimate["value"], estimate["ci_low"], estimate["ci_high"], 3)
