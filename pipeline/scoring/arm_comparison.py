@@ -54,10 +54,6 @@ class _Scores:
     by_class: Floats  # (seeds, 6)
     rankings: list[list[Ranking]]  # [class][seed]
 
-    def seed_variance(self) -> float:
-        """Return the variance of the mean loss over seeds."""
-        return float(self.losses.mean(axis=1).var(ddof=1) / len(self.losses))
-
     def mean_auc(self, column: int = 0) -> float | None:
         """Return the AUC of a class, mean over seeds; None where a seed has none."""
         values = [ranking.value for ranking in self.rankings[column] if ranking.value is not None]
@@ -76,25 +72,21 @@ def compare_arms(
     if baseline not in names:
         close = did_you_mean(baseline, names)
         raise DataError(f"there is no arm {baseline!r} to compare with; arms here: {', '.join(names) or 'none'}{close}")
-    by_seed = {arm.name: dict(list(arm.table.groupby("seed"))) for arm in arms}
-    first = {arm.name: by_seed[arm.name][arm.table["seed"].iloc[0]] for arm in arms}
-    slices = first[baseline]["sop_uid"]
+    base = arms[names.index(baseline)]
+    first_seed = base.table[base.table["seed"] == base.table["seed"].iloc[0]]
+    slices, patients = first_seed["sop_uid"], first_seed["patient_id"].to_numpy()
     uids = sorted(slices)
-    same = [name for name in names if sorted(first[name]["sop_uid"]) == uids]
-    scores = {
-        name: _score(list(tables.values()), slices if name in same else first[name]["sop_uid"])
-        for name, tables in by_seed.items()
-    }
+    own_slices = {arm.name: arm.table["sop_uid"][arm.table["seed"] == arm.table["seed"].iloc[0]] for arm in arms}
+    same = [name for name in names if sorted(own_slices[name]) == uids]
+    scores = {arm.name: _score(arm.table, slices if arm.name in same else own_slices[arm.name]) for arm in arms}
     others = [name for name in same if name != baseline]
-    patients = first[baseline]["patient_id"].to_numpy()
-    arms_scored = [scores[name] for name in others]
-    gains = _compare_paired(scores[baseline], arms_scored, patients, bootstrap_samples, confidence, seed)
+    scored = [scores[name] for name in others]
+    gains = _compare_paired(scores[baseline], scored, patients, bootstrap_samples, confidence, seed)
     verdicts = dict(zip(others, gains, strict=True)) | {baseline: (BASELINE, {})}
-    record = next(arm.record for arm in arms if arm.name == baseline)
     warnings = []
     if strangers := [name for name in names if name not in same]:
         warnings.append(f"scored on other slices than {baseline}, so not compared with it: {', '.join(strangers)}")
-    if apart := [arm.name for arm in arms if arm.record.get("store") != record.get("store")]:
+    if apart := [arm.name for arm in arms if arm.record.get("store") != base.record.get("store")]:
         warnings.append(f"made from another embedding store than {baseline}: {', '.join(apart)}")
     return {
         "baseline": baseline,
@@ -107,10 +99,10 @@ def compare_arms(
     }
 
 
-def _score(tables: list[pd.DataFrame], slices: pd.Series[Any]) -> _Scores:
+def _score(table: pd.DataFrame, slices: pd.Series[Any]) -> _Scores:
     losses, by_class, rankings = [], [], []
-    for table in tables:
-        rows = table.set_index("sop_uid").loc[slices]
+    for _, part in table.groupby("seed", sort=True):
+        rows = part.set_index("sop_uid").loc[slices]
         true, predicted = rows[LABELS].to_numpy(np.float64), rows[list(CLASSES)].to_numpy(np.float64)
         entropies = cross_entropies(true, predicted)
         patient = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1]
@@ -136,9 +128,9 @@ def _compare_paired(
     widths = _simultaneous_widths(values, losses, confidence)
     base_auc, result = base.mean_auc(), []
     for arm, value, draws, width, auc_draws in zip(others, values, losses, widths, arms_resampled, strict=True):
-        seed_error = None
-        if min(len(base.losses), len(arm.losses)) > 1:
-            seed_error = math.sqrt(base.seed_variance() + arm.seed_variance())
+        seed_means, seed_error = (base.losses.mean(axis=1), arm.losses.mean(axis=1)), None
+        if min(map(len, seed_means)) > 1:
+            seed_error = math.sqrt(sum(means.var(ddof=1) / len(means) for means in seed_means))
         verdict = BETTER if value > 0 else WORSE
         if width is None or abs(value) <= width or (seed_error is not None and abs(value) < 2 * seed_error):
             verdict = NOISE

@@ -50,9 +50,9 @@ def interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> 
     auc = areas(labels, np.asarray(scores)[:, None])
     if auc is None:
         return None
-    error = float(np.sqrt(auc.covariance[0, 0]))
-    low, high = _make_interval(float(auc.values[0]), error, confidence)
-    return {"standard_error": error, "ci_low": max(low, 0.0), "ci_high": min(high, 1.0)}
+    value, error = float(auc.values[0]), float(np.sqrt(auc.covariance[0, 0]))
+    width = float(norm.ppf(0.5 + confidence / 2.0)) * error
+    return {"standard_error": error, "ci_low": max(value - width, 0.0), "ci_high": min(value + width, 1.0)}
 
 
 def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence: float = 0.95) -> dict[str, Any]:
@@ -66,14 +66,9 @@ def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence:
         return dict.fromkeys(("auc", "auc_against", "difference", "ci_low", "ci_high", "z", "p_value"))
     first, second = aucs.values.tolist()
     variance = aucs.covariance[0, 0] + aucs.covariance[1, 1] - 2.0 * aucs.covariance[0, 1]
-    error = float(np.sqrt(max(variance, 0.0)))
-    low, high = _make_interval(first - second, error, confidence)
-    z = (first - second) / error if error > 1e-12 else None
-    p_value = float(2.0 * norm.sf(abs(z))) if z is not None else (1.0 if first == second else None)
-    values = {"auc": first, "auc_against": second, "difference": first - second}
-    return values | {"ci_low": low, "ci_high": high, "z": z, "p_value": p_value}
-
-
-def _make_interval(value: float, error: float, confidence: float) -> tuple[float, float]:
+    difference, error = first - second, float(np.sqrt(max(variance, 0.0)))
     width = float(norm.ppf(0.5 + confidence / 2.0)) * error
-    return value - width, value + width
+    z = difference / error if error > 1e-12 else None
+    p_value = float(2.0 * norm.sf(abs(z))) if z is not None else (1.0 if first == second else None)
+    values = {"auc": first, "auc_against": second, "difference": difference}
+    return values | {"ci_low": difference - width, "ci_high": difference + width, "z": z, "p_value": p_value}

@@ -214,8 +214,9 @@ def curves(
     result: dict[str, list[dict[str, Any]]] = {"roc": [], "precision_recall": [], "calibration": []}
     for name, label, value in zip(CLASSES, true.T, predicted.T, strict=True):
         if 0 < label.sum() < len(label):
-            roc = _thin(*roc_curve(label, value), max_points)
-            result["roc"] += [{"class": name, "fpr": x, "tpr": y, "threshold": limit} for x, y, limit in roc]
+            fpr, tpr, thresholds = roc_curve(label, value)
+            points = _thin(fpr, tpr, thresholds, max_points)
+            result["roc"] += [{"class": name, "fpr": x, "tpr": y, "threshold": limit} for x, y, limit in points]
             precision, recall, thresholds = precision_recall_curve(label, value)
             points = _thin(recall, precision, np.append(thresholds, np.inf), max_points)
             result["precision_recall"] += [

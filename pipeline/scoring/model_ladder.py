@@ -82,8 +82,8 @@ def ladder_text(metrics: dict[str, Any]) -> str:
         lines.append(f"log loss without the {who.format_map(metrics['overlap'])}: {losses}")
     lines.append("paired bootstrap over patients (positive: the first is better)")
     for name, gain in metrics["paired"].items():
-        loss, auc = (Estimate.from_json(gain[key]).text() for key in ("weighted_log_loss", "auc_any"))
-        lines.append(f"  {name}: log loss {loss}, AUC any {auc}")
+        loss, auc = (Estimate.from_json(gain[key]) for key in ("weighted_log_loss", "auc_any"))
+        lines.append(f"  {name}: log loss {loss.text()}, AUC any {auc.text()}")
     return "\n".join(lines)
 
 

@@ -94,8 +94,8 @@ def score_scans(
         common = names.intersection(others.index, sort=False)
         if common.empty:
             raise DataError(f"{against.title} has no scan in common with the predictions; check its names")
-        arrays = (frame.loc[common].to_numpy().T for frame in (labels.values, probabilities, others))
-        tests = {name: compare(*column, confidence) for name, *column in zip(CLASSES, *arrays, strict=True)}
+        truth, first, second = (frame.loc[common] for frame in (labels.values, probabilities, others))
+        tests = {name: compare(truth[name], first[name], second[name], confidence) for name in CLASSES}
         result["against"] = {
             "n_studies": len(common), "delong_test": tests, "predictions": against.report | matches
         }  # fmt: skip
