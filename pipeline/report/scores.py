@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import (
-    NOT_DEFINED,
-    Plot,
-    Section,
-    Table,
-    format_interval,
-    format_number,
-    format_share,
-)  # fmt: skip
+from ichpipe.report.blocks import Plot, Section, Table, format_interval, format_number, format_share
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
 from ichpipe.scoring.calibration_metrics import reliability
@@ -47,27 +39,23 @@ def ladder(facts: Facts) -> Section:
     columns = {"Weighted log loss (lower is better)": losses}
     kinds = {"AUC any, by slice": "auc", "AUC any, by study": "study_auc"}
     for title, kind in kinds.items():
-        aucs = [(name, scores[kind]["any"]) for name, scores in rungs]
-        columns[f"{title} (higher is better)"] = [
-            Interval(name, auc["value"], auc["ci_low"], auc["ci_high"]) for name, auc in aucs
-        ]
+        columns[f"{title} (higher is better)"] = [_make_interval(name, scores[kind]["any"]) for name, scores in rungs]
     cells = zip(*columns.values(), strict=True)
     rows = [[row[0].name, *(format_interval(i.value, i.low, i.high) for i in row)] for row in cells]
     sizes = dict.fromkeys(("n_slices", "n_studies", "n_patients"), "unknown") | metrics
-    evaluate = facts.params["evaluate"]
+    counts = "{n_slices} slices, {n_studies} studies, {n_patients} patients".format_map(sizes)
+    percent, samples = 100 * facts.params["evaluate"]["confidence"], facts.params["evaluate"]["bootstrap_samples"]
     lines = [
-        "Every model is scored on the same held-out {n_slices} slices, {n_studies} studies, {n_patients} patients."
-        .format_map(sizes),
-        f"Brackets and bars: {100 * evaluate['confidence']:g} % intervals, patients resampled "
-        f"{evaluate['bootstrap_samples']} times.",
-    ]  # fmt: skip
+        f"Every model is scored on the same held-out {counts}.",
+        f"Brackets and bars: {percent:g} % intervals, patients resampled {samples} times.",
+    ]
     hidden = []
-    for caption, kind in (("AUC by slice", "auc"), ("AUC by study", "study_auc")):
-        by_class = [[name, *(_format_estimate(s[kind][label]) for label in CLASSES)] for name, s in rungs]
-        hidden.append(Table(f"{caption}, per class", ["model", *CLASSES], by_class))
+    for unit, kind in (("slice", "auc"), ("study", "study_auc")):
+        by_class = [[name, *(_format_estimate(scores[kind][label]) for label in CLASSES)] for name, scores in rungs]
+        hidden.append(Table(f"AUC by {unit}, per class", ["model", *CLASSES], by_class))
+    gains = metrics.get("paired", {}).items()
     paired = [
-        [pair, _format_estimate(gain["weighted_log_loss"]), _format_estimate(gain["auc_any"])]
-        for pair, gain in metrics.get("paired", {}).items()
+        [pair, *(_format_estimate(gain[key]) for key in ("weighted_log_loss", "auc_any"))] for pair, gain in gains
     ]
     caption = "Paired differences over the same resampled patients; above 0 the first is better"
     hidden.append(Table(caption, ["pair", "weighted log loss", "AUC any"], paired))
@@ -91,30 +79,33 @@ def rungs_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
-    recall = ("recall", "recall"), ("precision", "precision")
+    roc, recall = (
+        {"fpr": "false positive rate", "tpr": "true positive rate"},
+        {"recall": "recall", "precision": "precision"},
+    )
     return [
-        _curves(facts, shown, "roc", "ROC", ("fpr", "false positive rate"), ("tpr", "true positive rate")),
-        _curves(facts, shown, "precision_recall", "Precision and recall", *recall),
+        _curves(facts, shown, "roc", "ROC", roc),
+        _curves(facts, shown, "precision_recall", "Precision and recall", recall),
         _calibration(facts, shown),
     ]
 
 
-def _curves(
-    facts: Facts, shown: dict[str, int], kind: str, title: str, x: tuple[str, str], y: tuple[str, str]
-) -> Section:
-    (x_key, x_name), (y_key, y_name), is_roc = x, y, kind == "roc"
+def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: dict[str, str]) -> Section:
+    (x_key, x_name), (y_key, y_name) = axes.items()
+    is_roc = kind == "roc"
     by_class = _lines_by_class(facts, shown, kind, x_key, y_key)
     plots, hidden = [], []
     for name, lines in by_class.items():
-        axes = Axis(x_name, 0, 1), Axis(y_name, 0, 1)
-        plots.append(Plot(name, line_plot(f"{title}, {name}", lines, *axes, diagonal=is_roc)))
+        svg = line_plot(f"{title}, {name}", lines, Axis(x_name, 0, 1), Axis(y_name, 0, 1), diagonal=is_roc)
+        plots.append(Plot(name, svg))
         # The table reads curves off at fixed x: the highest y among points that reach so far (for ROC: not farther).
         rows = []
         for rate in RATES:
-            reached = [
-                [py for px, py in line.points if (px <= rate + 1e-9 if is_roc else px >= rate - 1e-9)] for line in lines
-            ]
-            rows.append([f"{rate:g}", *(format_number(max(values), 3) if values else "" for values in reached)])
+            row = [f"{rate:g}"]
+            for line in lines:
+                reached = [y for x, y in line.points if (x <= rate + 1e-9 if is_roc else x >= rate - 1e-9)]
+                row.append(format_number(max(reached), 3) if reached else "")
+            rows.append(row)
         head = [x_name, *(model_title(line.name) for line in lines)]
         hidden.append(Table(f"{title}, {name}: {y_name} at a given {x_name}", head, rows))
     sentences = ["By slice, on the held-out patients."] if plots else []
@@ -209,7 +200,7 @@ def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshol
     rates = []
     for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
         low, high = proportion_interval(part, whole)
-        rates.append(format_interval(part / whole, low, high, 2) if whole else NOT_DEFINED)
+        rates.append(format_interval(part / whole if whole else None, low, high, 2))
     return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
 
 
@@ -225,7 +216,7 @@ def ablation(facts: Facts) -> Section:
         if gain is not None:
             bounds = "" if gain["ci_low"] is None else f" [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]"
             gain_text = f"{gain['value']:+.4f}{bounds}"
-            gains.append(Interval(arm["arm"], gain["value"], gain["ci_low"], gain["ci_high"]))
+            gains.append(_make_interval(arm["arm"], gain))
         spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
         parameters = "" if arm["n_parameters"] is None else f"{arm['n_parameters']:,}"
         cells = [arm["arm"], str(len(arm["seeds"])), format_number(loss["mean"]) + spread, gain_text, arm["verdict"]]
@@ -249,6 +240,10 @@ def of_studies(table: pd.DataFrame, study_score: StudyScore) -> tuple[NDArray[np
     groups = table.groupby("series_uid", sort=False)
     group, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups
     return pool(table[LABELS].to_numpy(np.float64), group, count), pool(smooth_series(table), group, count, study_score)
+
+
+def _make_interval(name: str, estimate: dict[str, Any]) -> Interval:
+    return Interval(name, estimate["value"], estimate["ci_low"], estimate["ci_high"])
 
 
 def _format_estimate(estimate: dict[str, Any]) -> str:
