@@ -16,6 +16,6 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown
         for cells in (head, *rows)
     ]
     if not markdown:
-        return "\n".join("  ".join(cells) for cells in lines)
+        return "\n".join("  ".join(cells).rstrip() for cells in lines)
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -29,12 +29,11 @@ def glance(facts: Facts) -> Section:
     if facts.metrics is not None:
         lines = _compare_models(facts.metrics)
         final = facts.metrics[FINETUNED]
-        bounds = _format_bounds(*(final.get("weighted_log_loss_ci") or (None, None)))
-        tiles.append(("weighted log loss, fine-tuned", format_number(final["weighted_log_loss"]), bounds))
+        loss = Estimate.of_loss(final)
+        tiles.append(("weighted log loss, fine-tuned", format_number(loss.value), _format_bounds(loss)))
         for name, kind in (("AUC any by slice, fine-tuned", "auc"), ("AUC any by study, fine-tuned", "study_auc")):
-            auc = final[kind]["any"]
-            bounds = _format_bounds(auc["ci_low"], auc["ci_high"]) or "no positive or no negative"
-            tiles.append((name, format_number(auc["value"], 3), bounds))
+            auc = Estimate.from_json(final[kind]["any"])
+            tiles.append((name, format_number(auc.value, 3), _format_bounds(auc) or "no positive or no negative"))
     if facts.summary is not None:
         remark = f"{facts.summary['slices']:,} slices, {facts.summary['rejected']:,} files rejected"
         tiles.append(("patients", f"{facts.summary['patients']:,}", remark))
@@ -57,8 +56,8 @@ def _compare_models(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _format_bounds(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+def _format_bounds(estimate: Estimate) -> str:
+    return " to ".join(f"{limit:.3f}" for limit in estimate.interval or ())
 
 
 def data(facts: Facts) -> Section:

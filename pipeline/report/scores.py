@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import NOT_DEFINED, Plot, Section, Table, format_number, format_share
+from ichpipe.report.blocks import Plot, Section, Table, format_number, format_share
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
 from ichpipe.scoring.bootstrap import Estimate
@@ -36,29 +36,30 @@ def ladder(facts: Facts) -> Section:
     if metrics is None:
         return Section("ladder", "Models", [NO_SCORES])
     rungs = rungs_of(metrics)
-    losses = [Estimate(s["weighted_log_loss"], *(s.get("weighted_log_loss_ci") or ())) for _, s in rungs]
-    columns = {"Weighted log loss (lower is better)": losses}
+    columns = {"Weighted log loss (lower is better)": [(name, Estimate.of_loss(scores)) for name, scores in rungs]}
     kinds = {"AUC any, by slice": "auc", "AUC any, by study": "study_auc"}
     for title, kind in kinds.items():
-        columns[f"{title} (higher is better)"] = [Estimate.from_json(s[kind]["any"]) for _, s in rungs]
-    names = [name for name, _ in rungs]
-    cells = zip(names, *columns.values(), strict=True)
-    rows = [[name, *(estimate.text() for estimate in row)] for name, *row in cells]
+        aucs = [(name, Estimate.from_json(scores[kind]["any"])) for name, scores in rungs]
+        columns[f"{title} (higher is better)"] = aucs
+    cells = zip(*columns.values(), strict=True)
+    rows = [[row[0][0], *(estimate.text() for _, estimate in row)] for row in cells]
     sizes = dict.fromkeys(("n_slices", "n_studies", "n_patients"), "unknown") | metrics
-    evaluate = facts.params["evaluate"]
+    counts = "{n_slices} slices, {n_studies} studies, {n_patients} patients".format_map(sizes)
+    percent, samples = 100 * facts.params["evaluate"]["confidence"], facts.params["evaluate"]["bootstrap_samples"]
     lines = [
-        "Every model is scored on the same held-out {n_slices} slices, {n_studies} studies, {n_patients} patients."
-        .format_map(sizes),
-        f"Brackets and bars: {100 * evaluate['confidence']:g} % intervals, patients resampled "
-        f"{evaluate['bootstrap_samples']} times.",
-    ]  # fmt: skip
+        f"Every model is scored on the same held-out {counts}.",
+        f"Brackets and bars: {percent:g} % intervals, patients resampled {samples} times.",
+    ]
     hidden = []
-    for caption, kind in (("AUC by slice", "auc"), ("AUC by study", "study_auc")):
-        by_class = [[name, *(Estimate.from_json(s[kind][label]).text(3) for label in CLASSES)] for name, s in rungs]
-        hidden.append(Table(f"{caption}, per class", ["model", *CLASSES], by_class))
+    for unit, kind in (("slice", "auc"), ("study", "study_auc")):
+        by_class = [
+            [name, *(Estimate.from_json(scores[kind][label]).text(3) for label in CLASSES)] for name, scores in rungs
+        ]
+        hidden.append(Table(f"AUC by {unit}, per class", ["model", *CLASSES], by_class))
+    gains = metrics.get("paired", {}).items()
     paired = [
         [pair, *(Estimate.from_json(gain[key]).text(3) for key in ("weighted_log_loss", "auc_any"))]
-        for pair, gain in metrics.get("paired", {}).items()
+        for pair, gain in gains
     ]
     caption = "Paired differences over the same resampled patients; above 0 the first is better"
     hidden.append(Table(caption, ["pair", "weighted log loss", "AUC any"], paired))
@@ -67,10 +68,7 @@ def ladder(facts: Facts) -> Section:
         "Models",
         lines,
         tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
-        plots=[
-            Plot(title, interval_plot(title, list(zip(names, column, strict=True)), title.partition(" (")[0]))
-            for title, column in columns.items()
-        ],
+        plots=[Plot(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
         hidden=hidden,
     )
 
@@ -85,30 +83,33 @@ def rungs_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
-    recall = ("recall", "recall"), ("precision", "precision")
+    roc, recall = (
+        {"fpr": "false positive rate", "tpr": "true positive rate"},
+        {"recall": "recall", "precision": "precision"},
+    )
     return [
-        _curves(facts, shown, "roc", "ROC", ("fpr", "false positive rate"), ("tpr", "true positive rate")),
-        _curves(facts, shown, "precision_recall", "Precision and recall", *recall),
+        _curves(facts, shown, "roc", "ROC", roc),
+        _curves(facts, shown, "precision_recall", "Precision and recall", recall),
         _calibration(facts, shown),
     ]
 
 
-def _curves(
-    facts: Facts, shown: dict[str, int], kind: str, title: str, x: tuple[str, str], y: tuple[str, str]
-) -> Section:
-    (x_key, x_name), (y_key, y_name), is_roc = x, y, kind == "roc"
+def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: dict[str, str]) -> Section:
+    (x_key, x_name), (y_key, y_name) = axes.items()
+    is_roc = kind == "roc"
     by_class = _lines_by_class(facts, shown, kind, x_key, y_key)
     plots, hidden = [], []
     for name, lines in by_class.items():
-        axes = Axis(x_name, 0, 1), Axis(y_name, 0, 1)
-        plots.append(Plot(name, line_plot(f"{title}, {name}", lines, *axes, diagonal=is_roc)))
+        svg = line_plot(f"{title}, {name}", lines, Axis(x_name, 0, 1), Axis(y_name, 0, 1), diagonal=is_roc)
+        plots.append(Plot(name, svg))
         # The table reads curves off at fixed x: the highest y among points that reach so far (for ROC: not farther).
         rows = []
         for rate in RATES:
-            reached = [
-                [py for px, py in line.points if (px <= rate + 1e-9 if is_roc else px >= rate - 1e-9)] for line in lines
-            ]
-            rows.append([f"{rate:g}", *(format_number(max(values), 3) if values else "" for values in reached)])
+            row = [f"{rate:g}"]
+            for line in lines:
+                reached = [y for x, y in line.points if (x <= rate + 1e-9 if is_roc else x >= rate - 1e-9)]
+                row.append(format_number(max(reached), 3) if reached else "")
+            rows.append(row)
         head = [x_name, *(model_title(line.name) for line in lines)]
         hidden.append(Table(f"{title}, {name}: {y_name} at a given {x_name}", head, rows))
     sentences = ["By slice, on the held-out patients."] if plots else []
@@ -202,7 +203,7 @@ def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshol
     false_pos, true_neg = int((called & ~positive).sum()), int((~called & ~positive).sum())
     rates = []
     for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
-        rates.append(Estimate(part / whole, *proportion_interval(part, whole)).text(2) if whole else NOT_DEFINED)
+        rates.append(Estimate(part / whole if whole else None, *proportion_interval(part, whole)).text(2))
     return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
 
 
@@ -216,9 +217,8 @@ def ablation(facts: Facts) -> Section:
     for arm in comparison["arms"]:
         loss, gain, gain_text = arm["weighted_log_loss"], arm["gain"].get("weighted_log_loss"), ""
         if gain is not None:
-            estimate = Estimate.from_json(gain)
-            gain_text = estimate.text(sign="+")
-            gains.append((arm["arm"], estimate))
+            gain_text = Estimate.from_json(gain).text(sign="+")
+            gains.append((arm["arm"], Estimate.from_json(gain)))
         spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
         parameters = "" if arm["n_parameters"] is None else f"{arm['n_parameters']:,}"
         cells = [arm["arm"], str(len(arm["seeds"])), format_number(loss["mean"]) + spread, gain_text, arm["verdict"]]

@@ -36,6 +36,11 @@ class Estimate:
         """Read ``value``, ``ci_low`` and ``ci_high``."""
         return cls(fields["value"], fields["ci_low"], fields["ci_high"])
 
+    @classmethod
+    def of_loss(cls, scores: Mapping[str, Any]) -> Estimate:
+        """Read the weighted log loss from what `metrics.score` returns."""
+        return cls(scores["weighted_log_loss"], *(scores.get("weighted_log_loss_ci") or ()))
+
     @property
     def interval(self) -> list[float] | None:
         """Both limits, or None."""

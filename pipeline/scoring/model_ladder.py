@@ -66,7 +66,7 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     models["fine-tuned"] = metrics[FINETUNED]
     rows = []
     for name, scores in models.items():
-        loss = Estimate(scores["weighted_log_loss"], *(scores.get("weighted_log_loss_ci") or ()))
+        loss = Estimate.of_loss(scores)
         aucs = [Estimate.from_json(scores[kind]["any"]) for kind in ("auc", "study_auc")]
         rows.append([name, *(figure.text() for figure in (loss, *aucs))])
     lines = [format_table(["model", "weighted log loss", "AUC any, slice", "AUC any, study"], rows), ""]
