@@ -6,7 +6,7 @@ name, never by position: RSNA lists ``any`` last, this project first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -69,12 +69,9 @@ def read_labels(path: Path) -> SliceTable:
     table = read_table(path, "label")
     prefixed = tuple(f"label_{name}" for name in CLASSES)
     result = _read(table, _read_label, prefixed if set(prefixed) <= set(table.names) else CLASSES)
-    values = result.values.to_numpy(copy=True)
-    odd = inconsistent_any(~np.isnan(values), values == 1.0)
-    values[odd] = np.nan
-    report = {**result.report, **count_uids("inconsistent_any_slices", result.values.index[odd])}
-    trusted = pd.DataFrame(values, index=result.values.index, columns=list(CLASSES))
-    return SliceTable(result.title, trusted, result.groups, report)
+    odd = inconsistent_any(result.values.notna().to_numpy(), result.values.to_numpy() == 1.0)
+    report = result.report | count_uids("inconsistent_any_slices", result.values.index[odd])
+    return replace(result, values=result.values[~odd].reindex(result.values.index), report=report)
 
 
 def read_probabilities(table: Table, column: str) -> Floats:
