@@ -125,8 +125,14 @@ class Ranking:
         positive = np.asarray(labels) == 1
         self.n_positive = int(positive.sum())
         self.n_negative = len(positive) - self.n_positive
-        step, steps = _steps(positive, scores)
-        shape = (steps, int(patient.max()) + 1 if len(patient) else 0)
+        values, rank = np.unique(scores, return_inverse=True)
+        kind = np.zeros(len(values), dtype=np.int8)  # of rows with the same score: 1 negative, 2 positive, 3 both
+        kind[rank[~positive]] |= 1
+        kind[rank[positive]] |= 2
+        begins = np.ones(len(values), dtype=np.bool_)
+        begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == 3)  # a tie of both kinds is a step of its own
+        step = (np.cumsum(begins) - 1)[rank]  # of each row, from the lowest score up
+        shape = (int(begins.sum()), int(patient.max()) + 1 if len(patient) else 0)
         self._positives, self._negatives = (
             sparse.csr_matrix((np.ones(int(rows.sum()), dtype=np.float32), (step[rows], patient[rows])), shape=shape)
             for rows in (positive, ~positive)
@@ -155,14 +161,3 @@ class Ranking:
         won = np.einsum("sk,sk->k", positives, below)
         areas: Floats = np.divide(won, 2.0 * pairs, out=np.full_like(won, np.nan), where=pairs > 0)
         return areas
-
-
-def _steps(positive: NDArray[np.bool_], scores: Floats) -> tuple[NDArray[np.intp], int]:
-    """Number the steps of the ROC curve from the lowest score up: the step of each row (n,), and how many there are."""
-    values, rank = np.unique(scores, return_inverse=True)
-    has_positive, has_negative = (np.bincount(rank[rows], minlength=len(values)) > 0 for rows in (positive, ~positive))
-    kind = has_positive * 2 + has_negative
-    begins = np.ones(len(values), dtype=np.bool_)
-    begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == 3)  # a tie of both kinds is a step of its own
-    step = np.cumsum(begins) - 1
-    return step[rank], int(begins.sum())
