@@ -1,16 +1,16 @@
 """Writes the findings of one series as a DICOM Structured Report for a PACS.
 
-Enhanced SR (PS3.3 A.35.2), content by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID
-1501: finding, site, probability with its source images, present or absent. **This is the one output with the patient's
-identity.** It is copied from the source images, because a PACS files by it, and goes nowhere else.
+Enhanced SR (PS3.3 A.35.2) by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID 1501:
+finding, site, probability with its source images, present or absent. **This is the one output with the patient's
+identity.** A PACS files by it. It is copied from the source images and goes nowhere else.
 
-Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's own dictionary (pydicom.sr.codedict) where it has them. It has
-none for a haemorrhage of the ventricles: that is written as SNOMED CT defines it, by morphology and site.
+Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's dictionary (pydicom.sr.codedict) where it has them. It has no
+haemorrhage of the ventricles: that is written by morphology and site, as SNOMED CT defines it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
@@ -54,17 +54,17 @@ NOT_FOR_DIAGNOSIS: Final = "Research software, not a medical device: not for dia
 SERIES_NUMBER: Final = 9901
 
 _DESCRIBED: Final = ("PixelSpacing", "SliceThickness", "ImagePositionPatient", "ImageOrientationPatient")
-_EMPTY: Final = (  # type 2 of the modules Patient and General Study: there, if empty
+_REQUIRED: Final = (  # type 2 of the modules Patient and General Study: may be empty, not absent
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
-_COPIED: Final = (  # of the same modules, where the source has them: a PACS may tell patients apart by them
+_COPIED: Final = (  # of the same modules, if present: a PACS may tell patients apart by them
     "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "OtherPatientIDsSequence", "PatientBirthTime",
     "PatientAge", "PatientSize", "PatientWeight", "StudyDescription", "IssuerOfAccessionNumberSequence",
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
 _KEPT_CODES: Final = ("Modality", "ImageType", "PatientSex", "PhotometricInterpretation", "SpecificCharacterSet")
-_WORDS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
+_TEXT_VRS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
 _OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence")
 
 
@@ -85,38 +85,35 @@ class SeriesFinding:
 
     probability: Mapping[str, float]  # of the study, by class, 0 to 1
     positive: Mapping[str, Sequence[str]]  # SOPInstanceUIDs of the slices that show it, by class; may be empty
-    highest: Mapping[str, str] = field(default_factory=dict)  # SOPInstanceUID of the slice that shows it most
+    highest: Mapping[str, str]  # SOPInstanceUID of the slice that shows it most, by class
 
 
 def read_source(paths: Sequence[str]) -> list[Dataset]:
-    """Read the headers of a series' images, files or members of archives, without pixels."""
+    """Read the headers of a series' images, files or members of archives, without pixels.
+
+    Text that the report need not repeat is removed: highdicom would copy names of physicians and the like.
+    """
+    kept, sources = {*_REQUIRED, *_COPIED, *_KEPT_CODES}, []
     with quiet_pydicom():
-        sources: list[Dataset] = []
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
-            _remove_other_text(source)
-            for keyword in _EMPTY:
+            for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
+                vr = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+                if vr in _TEXT_VRS and keyword_for_tag(tag) not in kept:
+                    del source[tag]
+            for item in source.get("OtherPatientIDsSequence") or []:
+                for tag in list(item.keys()):
+                    if keyword_for_tag(tag) not in _OF_OTHER_IDS:
+                        del item[tag]
+            for keyword in _REQUIRED:
                 if keyword not in source:
                     setattr(source, keyword, "")
             sources.append(source)
     return sources
 
 
-def _remove_other_text(source: Dataset) -> None:
-    """Remove all text that the report need not repeat: highdicom would copy names of physicians and the like."""
-    needed = {*_EMPTY, *_COPIED, *_KEPT_CODES}
-    for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
-        kind = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
-        if kind in _WORDS and keyword_for_tag(tag) not in needed:
-            del source[tag]
-    for item in source.get("OtherPatientIDsSequence") or []:
-        for tag in list(item.keys()):
-            if keyword_for_tag(tag) not in _OF_OTHER_IDS:
-                del item[tag]
-
-
 def require_reportable(sources: Sequence[Dataset]) -> None:
-    """Raise DataError where a UID is not valid, as in RSNA's files (``ID_…``): a PACS rejects such a report."""
+    """Raise DataError if a UID is invalid, as in RSNA's files (``ID_…``): a PACS rejects such a report."""
     for source in sources:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
             with quiet_pydicom():
@@ -126,19 +123,23 @@ def require_reportable(sources: Sequence[Dataset]) -> None:
 
 
 def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
-    """Return the report of one series; ``sources`` are the headers of all its images.
+    """Make the report of one series; ``sources`` are the headers of all its images.
 
     Each measurement refers to the slices that show the finding, or else to the one with the highest probability. All
-    slices are listed as evidence, and in the image library (TID 1600) where their headers have its attributes. Raises
-    DataError where the report can't refer to the source.
+    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes.
+
+    Raises
+    ------
+    DataError
+        A UID is invalid, or a header holds a value that a report can't repeat.
+
     """
     require_reportable(sources)
     try:
         with quiet_pydicom():
             return _make_document(sources, finding, algorithm)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
-        reason = f"a header has what a report can't repeat ({type(error).__name__})"
-        raise DataError(reason) from None
+        raise DataError(f"a header has what a report can't repeat ({type(error).__name__})") from None
 
 
 def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
@@ -149,6 +150,7 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
 
 def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
     by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    groups = [_make_group(name, by_uid, finding, algorithm) for name in CLASSES]
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid=f"2.25.{int(algorithm.model_sha256[:32], 16)}",  # one UID for one model (PS3.5 B.2)
         name="ichpipe",
@@ -160,12 +162,11 @@ def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm
         source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
         for source in sources
     )
+    observer = hd.sr.ObserverContext(codes.DCM.Device, device)
     content = hd.sr.MeasurementReport(
-        observation_context=hd.sr.ObservationContext(
-            observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
-        ),
+        observation_context=hd.sr.ObservationContext(observer_device_context=observer),
         procedure_reported=codes.SCT.ComputedTomographyOfHead,
-        imaging_measurements=[_make_group(name, by_uid, finding, algorithm) for name in CLASSES],
+        imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources if in_library else None,
     )
@@ -193,11 +194,12 @@ def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm
 
 
 def _make_group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding, algorithm: Algorithm) -> Any:
-    """Return one class as a group of TID 1501."""
-    uids = list(finding.positive[name]) or ([finding.highest[name]] if name in finding.highest else [])
+    """Make the group of TID 1501 for one class."""
+    uids = finding.positive[name] or [finding.highest[name]]
     images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
     value = finding.probability[name]
     percent = float(f"{100 * value:.6g}")
+    measurement = hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images)
     presence = codes.SCT.Present if value >= algorithm.threshold else codes.SCT.Absent
     parameters = [
         f"model SHA-256 {algorithm.model_sha256}",
@@ -208,16 +210,13 @@ def _make_group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding
     if algorithm.forced:
         parameters.append(f"forced, although refused: {algorithm.forced}")
         comment += f" Forced: the series was refused ({algorithm.forced})."
+    software = hd.sr.AlgorithmIdentification("ichpipe", algorithm.version, parameters, manufacturer="ichpipe")
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
         finding_type=FINDINGS[name],
         finding_sites=[hd.sr.FindingSite(SITES[name])],
-        algorithm_id=hd.sr.AlgorithmIdentification(
-            "ichpipe", algorithm.version, parameters=parameters, manufacturer="ichpipe"
-        ),
-        measurements=[
-            hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images or None)
-        ],
+        algorithm_id=software,
+        measurements=[measurement],
         qualitative_evaluations=[hd.sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, presence)],
     )
     contains = hd.sr.RelationshipTypeValues.CONTAINS
