@@ -10,7 +10,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from click.exceptions import NoSuchCommand
@@ -19,7 +19,7 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.common.errors import IchpipeError
 from ichpipe.common.malloc import keep_freed_memory
 from ichpipe.stages.faults import message_of
-from ichpipe.stages.options import Settings, Verdict, complete_key
+from ichpipe.stages.options import FILE, FOLDER, Settings, Verdict, complete_key
 from ichpipe.stages.stopping import stop_cleanly
 
 COMMANDS = (
@@ -55,8 +55,7 @@ class LazyGroup(click.Group):
 @click.option(
     "--params",
     "params_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
+    type=FILE,
     help="Parameter file; params.yaml in this folder if there is one, else the built-in defaults.",
 )
 @click.option(
@@ -70,7 +69,7 @@ class LazyGroup(click.Group):
 @click.option(
     "--artifacts",
     "artifacts_root",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("artifacts"),
     envvar="ICHPIPE_ARTIFACTS",
     show_default=True,
@@ -80,11 +79,7 @@ class LazyGroup(click.Group):
 @click.option("--quiet", is_flag=True, help="No progress, no log lines.")
 @click.pass_context
 def cli(
-    context: click.Context,
-    params_file: Path | None,
-    overrides: tuple[str, ...],
-    artifacts_root: Path,
-    quiet: bool,
+    context: click.Context, params_file: Path | None, overrides: tuple[str, ...], artifacts_root: Path, quiet: bool
 ) -> None:
     """Find intracranial haemorrhage on head CT: slice CNN, cached embeddings, LSTM, end to end.
 
@@ -92,33 +87,27 @@ def cli(
     Example:
       ichpipe phantom --out data/phantom && dvc repro
     """
-    _set_up_logging(quiet)
-    if _plain():
+    log = logging.getLogger("ichpipe")
+    log.handlers[:] = [logging.StreamHandler()]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    if _without_colour():
         context.color = False
     context.obj = Settings(params_file or Path("params.yaml"), params_file is not None, overrides, artifacts_root)
 
 
 @cli.result_callback()
-def _say(said: str | Verdict | None, **_options: Any) -> None:
-    if isinstance(said, Verdict):
-        click.echo(said.text)
-        sys.exit(0 if said.sound else 1)
-    if said is not None:
-        click.echo(said)
+def _print_result(result: str | Verdict | None, **_options: Any) -> None:
+    if isinstance(result, Verdict):
+        click.echo(result.text)
+        sys.exit(0 if result.sound else 1)
+    if result is not None:
+        click.echo(result)
 
 
-def _plain() -> bool:
-    """Say whether colour is unwanted even on a terminal (no-color.org); elsewhere there is none anyway."""
+def _without_colour() -> bool:
+    """Say whether the user wants no colour even on a terminal (no-color.org)."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-
-
-def _set_up_logging(quiet: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("ichpipe")
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -126,37 +115,27 @@ def main(arguments: list[str] | None = None) -> Any:
     if arguments is None:  # a process of our own
         keep_freed_memory()
     with stop_cleanly(leaving=arguments is None):
-        return _run(sys.argv[1:] if arguments is None else arguments)
-
-
-def _run(arguments: list[str]) -> Any:
-    try:
-        return cli.main(arguments, prog_name="ichpipe")
-    except Exception as error:
-        message = _message(error)
-        if message is None or "--debug" in arguments:
-            raise
-        _complain(message)
+        words = sys.argv[1:] if arguments is None else arguments
+        try:
+            return cli.main(words, prog_name="ichpipe")
+        except Exception as error:
+            message = _message(error)
+            if message is None or "--debug" in words:
+                raise
+            color = False if _without_colour() else None
+            click.echo(f"{click.style('ichpipe:', fg='red')} {message}", err=True, color=color)
+            sys.exit(1)
 
 
 def _message(error: Exception) -> str | None:
-    """Return the one line for what input, data or machine caused; None for a mistake in this program."""
+    """Return one line for an error of input, data or machine; None for a fault in this program."""
     if isinstance(error, (IchpipeError, StoreError)):
-        return _without_traceback(str(error))
+        text = str(error)
+        # Torch puts the traceback of a decoding process into the text; its last line names the error.
+        return text.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in text else text
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     return message_of(error)
-
-
-def _complain(message: str) -> NoReturn:
-    click.echo(f"{click.style('ichpipe:', fg='red')} {message}", err=True, color=False if _plain() else None)
-    sys.exit(1)
-
-
-def _without_traceback(message: str) -> str:
-    """Torch puts the traceback of a decoding process into the error's text; the last line says what is wrong."""
-    return message.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in message else message
 
 
 if __name__ == "__main__":

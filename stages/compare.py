@@ -1,4 +1,4 @@
-"""Put arms of stage two beside each other: seeds, paired differences, and what of it is noise."""
+"""``ichpipe compare``: compare arms of stage two: seeds, paired differences, and which of them are noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from ichpipe.common.artifacts import PREDICTIONS_FILE, RECORD_FILE, Artifacts
 from ichpipe.common.errors import DataError
-from ichpipe.common.files import atomic_path, read_json, write_json, write_text
+from ichpipe.common.files import read_json, write_bytes, write_json, write_text
 from ichpipe.stages.options import complete_arm
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ log = logging.getLogger("ichpipe")
 @click.command("compare")
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option(
-    "--baseline",
-    metavar="ARM",
-    default=None,
-    shell_complete=complete_arm,
-    help="Arm to compare with [params: evaluate.baseline].",
+    "--baseline", metavar="ARM", shell_complete=complete_arm, help="Arm to compare with [params: evaluate.baseline]."
 )
 @click.pass_obj
 def command(settings: Settings, runs: tuple[Path, ...], baseline: str | None) -> str:
@@ -56,26 +52,27 @@ def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baselin
     roots = list(runs) or [artifacts.root]
     names = list(params.sequence) if roots == [artifacts.root] else None
     arms = [arm for root in roots for arm in read_arms(root, names, prefixed=len(roots) > 1)]
-    wanted = baseline or _default_baseline(params, arms)
-    found = compare_arms(arms, wanted, **params.evaluate.bootstrap())
-    for warning in found["warnings"]:
+    if baseline is None:
+        name = params.evaluate.baseline or params.finetune.arm
+        baseline = next((arm.name for arm in arms if arm.name.rpartition("/")[2] == name), name)
+    comparison = compare_arms(arms, baseline, **params.evaluate.bootstrap())
+    for warning in comparison["warnings"]:
         log.warning("%s", warning)
-    text = comparison_text(found)
-    write_json(artifacts.comparison / "arms.json", found)
+    text = comparison_text(comparison)
+    write_json(artifacts.comparison / "arms.json", comparison)
     write_text(artifacts.comparison / "arms.md", text + "\n")
-    with atomic_path(artifacts.comparison / "arms.png") as temporary:
-        temporary.write_bytes(arms_figure(found))
+    write_bytes(artifacts.comparison / "arms.png", arms_figure(comparison))
     return text
 
 
 def read_arms(root: Path, names: list[str] | None = None, *, prefixed: bool = False) -> list[Arm]:
-    """Read the arms ``names`` below an artifacts folder (None: all that are there, by name); none is an error."""
+    """Read the arms ``names`` below an artifacts folder (None: all trained arms, by name); none is an error."""
     below = Artifacts(root)
-    there = sorted(path.parent.name for path in below.arms.glob(f"*/{PREDICTIONS_FILE}"))
-    if not there:
+    trained = sorted(path.parent.name for path in below.arms.glob(f"*/{PREDICTIONS_FILE}"))
+    if not trained:
         raise DataError(f"{below.arms} holds no trained arm; run: ichpipe fit-sequence")
-    chosen = there if names is None else names
-    return [_read_arm(below.sequence(name), f"{root}/{name}" if prefixed else name) for name in chosen]
+    names = trained if names is None else names
+    return [_read_arm(below.sequence(name), f"{root}/{name}" if prefixed else name) for name in names]
 
 
 def _read_arm(folder: Path, name: str) -> Arm:
@@ -87,8 +84,3 @@ def _read_arm(folder: Path, name: str) -> Arm:
     if test.empty:
         raise DataError(f"{folder / PREDICTIONS_FILE} holds no test slice with labels; check prepare.test_fraction")
     return Arm(name, test, read_json(folder / RECORD_FILE))
-
-
-def _default_baseline(params: Params, arms: list[Arm]) -> str:
-    wanted = params.evaluate.baseline or params.finetune.arm
-    return next((arm.name for arm in arms if arm.name.rpartition("/")[2] == wanted), wanted)

@@ -1,11 +1,9 @@
-"""``ichpipe completion``: the script that completes commands, options, parameter keys and arms in a shell."""
+"""``ichpipe completion``: print a shell's completion script."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import get_completion_class
-
-VARIABLE = "_ICHPIPE_COMPLETE"
 
 
 @click.command("completion")
@@ -26,8 +24,6 @@ def command(_settings: object, shell: str) -> str:
     Example:
       eval "$(ichpipe completion bash)"
     """
-    root = click.get_current_context().find_root().command
-    found = get_completion_class(shell)
-    if found is None:
-        raise click.UsageError(f"no completion for {shell}")
-    return found(root, {}, "ichpipe", VARIABLE).source()
+    completion = get_completion_class(shell)
+    assert completion is not None  # noqa: S101 - click has a class for each of the three shells
+    return completion(click.get_current_context().find_root().command, {}, "ichpipe", "_ICHPIPE_COMPLETE").source()

@@ -10,13 +10,11 @@ import click
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.errors import ParamsError
 from ichpipe.common.files import digest_of, read_json, write_json, write_text
-from ichpipe.stages.options import gpu_option
+from ichpipe.stages.options import gpu_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    import pandas as pd
 
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
@@ -26,36 +24,37 @@ log = logging.getLogger("ichpipe")
 
 @click.command("cross-validate")
 @gpu_option
+@workers_option
 @click.option("--arms-only", is_flag=True, help="No fine-tuning: the arms of stage two alone, compared.")
 @click.pass_obj
-def command(settings: Settings, gpu: str, *, arms_only: bool) -> str:
+def command(settings: Settings, gpu: str, workers: int, *, arms_only: bool) -> str:
     """Run every step once per fold of patients, and score the pooled held-out predictions.
 
-    What was trained on the same inputs with the same parameters is kept.
+    A model that was trained on the same inputs with the same parameters is kept.
 
     \b
     Example:
       ichpipe --params params/ct-ich.yaml cross-validate
     """
     params = settings.params()
-    with settings.alone("cross-validate", "cv"):
-        return run(params, settings.artifacts(), gpu, arms_only=arms_only)
+    with settings.lock_stage("cross-validate", "cv"):
+        return run(params, settings.artifacts(), gpu, workers, arms_only=arms_only)
 
 
 def run(
     params: Params,
     artifacts: Artifacts,
     gpu: str = "auto",
+    workers: int = 0,
     *,
     arms_only: bool = False,
     only_folds: Sequence[int] | None = None,
 ) -> str:
     """Write ``cv/fold-K/…`` per fold and ``cv/metrics``, ``cv/plots``, ``cv/predictions``, ``cv/compare`` over all.
 
-    Each patient is scored once, by models that never saw that patient. The files are scanned every time; a model that
-    was trained on the same inputs with the same parameters is kept, so that an interrupted run goes on and a changed
-    arm alone is trained again. ``arms_only``: no fine-tuning, and the comparison of arms alone. ``only_folds``: the
-    patients of these folds alone are scored; None: all.
+    Each patient is scored once, by models that never saw this patient. The files are scanned every time. A model that
+    was trained on the same inputs with the same parameters is kept: an interrupted run goes on, and a changed arm
+    alone is trained again. ``arms_only``: no fine-tuning. ``only_folds``: score the patients of these folds alone.
     Returns the ladder of models and the comparison of arms as text.
     """
     from ichpipe.stages import compare, prepare
@@ -66,53 +65,46 @@ def run(
     whole = Artifacts(artifacts.root / "cv")
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
-    prepare.run(params.prepare, whole.index_dir, cache=artifacts.resume("prepare"))
-    folds = [_of_fold(params, whole.root, fold) for fold in numbers]
-    for chosen, fold in folds:
-        _fit_fold(chosen, whole, fold, gpu, arms_only=arms_only)
+    prepare.run(params.prepare, whole.index_dir, workers, artifacts.resume("prepare"))
+    folds = []
+    for number in numbers:  # this fold is the test set
+        prepare_params = params.prepare.model_copy(update={"test_fold": number})
+        folds.append((params.model_copy(update={"prepare": prepare_params}), Artifacts(whole.root / f"fold-{number}")))
+    for fold_params, fold in folds:
+        _fit_fold(fold_params, whole, fold, gpu, workers, arms_only=arms_only)
     for arm in params.sequence:
         _pool_arm([fold.sequence(arm) for _, fold in folds], whole.sequence(arm))
     ladder = "" if arms_only else _score(params, whole, folds) + "\n\n"
     return ladder + compare.run(params, whole)
 
 
-def _of_fold(params: Params, root: Path, fold: int) -> tuple[Params, Artifacts]:
-    """Return the parameters with the fold as the test set, and where its files are."""
-    prepare_params = params.prepare.model_copy(update={"test_fold": fold})
-    return params.model_copy(update={"prepare": prepare_params}), Artifacts(root / f"fold-{fold}")
-
-
 def _name(params: Params) -> str:
     return f"fold {(params.prepare.test_fold or 0) + 1} of {params.prepare.folds}"
 
 
-def _fit_fold(params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, *, arms_only: bool) -> None:
+def _fit_fold(
+    params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, workers: int, *, arms_only: bool
+) -> None:
+    import pandas as pd
+
+    from ichpipe.index import index_writer, splits
+    from ichpipe.index.slice_index import read_index
     from ichpipe.stages import extract, finetune, fit_sequence, fit_slices
 
     name = _name(params)
     log.info(name)
-    _split(whole, params, artifacts)
+    index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), params.prepare)
+    rejected = pd.read_csv(whole.index_dir / "rejected.csv")
+    index_writer.write_outputs(artifacts.index_dir, index, rejected, index_writer.summarise(index, rejected))
     if not fit_slices.is_done(params, artifacts):
-        fit_slices.run(params, artifacts, gpu)
-    extract.run(params, artifacts, gpu)
+        fit_slices.run(params, artifacts, gpu, workers)
+    extract.run(params, artifacts, gpu, workers)
     for arm in params.sequence:
         if not fit_sequence.is_done(params, artifacts, arm):
             log.info("%s, arm %s", name, arm)
             fit_sequence.run(params, artifacts, arm, gpu)
     if not arms_only and not finetune.is_done(params, artifacts):
-        finetune.run(params, artifacts, gpu)
-
-
-def _split(whole: Artifacts, chosen: Params, artifacts: Artifacts) -> None:
-    """Write the fold's index: that of all patients, split anew."""
-    import pandas as pd
-
-    from ichpipe.index import index_writer, splits
-    from ichpipe.index.slice_index import read_index
-
-    index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), chosen.prepare)
-    rejected = pd.read_csv(whole.index_dir / "rejected.csv")
-    index_writer.write_outputs(artifacts.index_dir, index, rejected, index_writer.summarise(index, rejected))
+        finetune.run(params, artifacts, gpu, workers)
 
 
 def _pool_arm(folders: Sequence[Path], target: Path) -> None:
@@ -135,15 +127,20 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
 
 
 def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Artifacts]]) -> str:
+    import pandas as pd
+
     from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name, write_table
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import evaluate
 
-    for chosen, fold in by_fold:
-        log.info("%s\n%s", _name(chosen), evaluate.run(chosen, fold))
+    for fold_params, fold in by_fold:
+        log.info("%s\n%s", _name(fold_params), evaluate.run(fold_params, fold))
     folds = [fold for _, fold in by_fold]
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
-    tables = {name: _pool([fold.predictions / f"{name}.parquet" for fold in folds]) for name in names}
+    tables = {
+        name: pd.concat([pd.read_parquet(fold.predictions / f"{name}.parquet") for fold in folds], ignore_index=True)
+        for name in names
+    }
     metrics = score_all(tables, params.evaluate, params.finetune.arm)
     metrics["folds"] = [read_json(fold.metrics) for fold in folds]
     write_json(whole.metrics, metrics)
@@ -153,9 +150,3 @@ def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Art
     text = ladder_text(metrics)
     write_text(whole.metrics.with_name("ladder.txt"), text + "\n")
     return text
-
-
-def _pool(paths: list[Path]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)

@@ -1,6 +1,6 @@
-"""Score slice CNN, every sequence arm and the fine-tuned model on the same held-out patients.
+"""``ichpipe evaluate``: score slice CNN, sequence arms and fine-tuned model on the same held-out patients.
 
-Each model has predicted them at the end of its training; nothing here runs a network, and torch is not loaded.
+Each model predicted them at the end of its training. Nothing here runs a network or imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import click
 from ichpipe.common.artifacts import HISTORY_FILE, MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.common.files import atomic_path, digest_of, digest_of_file, read_json, write_json, write_text
+from ichpipe.common.files import digest_of, digest_of_file, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.params.schema import EvaluateParams, Params
-    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
 
 
@@ -39,24 +38,31 @@ def command(settings: Settings) -> str:
       ichpipe evaluate
     """
     params = settings.params()
-    with settings.alone("evaluate", "metrics", "plots", "predictions"):
+    with settings.lock_stage("evaluate", "metrics", "plots", "predictions"):
         return run(params, settings.artifacts())
 
 
 def run(params: Params, artifacts: Artifacts) -> str:
     """Write metrics, plots, predictions, the calibration of the fine-tuned model and the comparison of arms.
 
-    Scores are those of the probabilities as the networks give them; what calibration does to them stands beside.
+    Scores are of the networks' own probabilities; the effect of calibration is written beside them.
     Returns ladder, calibration and comparison as text.
     """
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.report.calibration_report import calibration_scores, calibration_text
+    from ichpipe.report.calibration_report import (
+        calibration_scores,
+        calibration_text,
+        reliability_figure,
+        reliability_rows,
+    )
+    from ichpipe.scoring.calibration import fit_calibration, write_calibration
     from ichpipe.scoring.heldout_predictions import (
         FINETUNED,
         SLICE_CNN,
         known_slices,
         make_table,
+        model_mark,
         own_predictions,
         read_predictions,
         sequence_name,
@@ -73,15 +79,21 @@ def run(params: Params, artifacts: Artifacts) -> str:
     _require_one_run(params, artifacts, index)
     tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(features.plain, held_out))}
     for arm, section in params.sequence.items():
-        found = read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
-        tables[sequence_name(arm)] = own_predictions(found, average_seeds=section.average.seeds)
-    found = read_predictions(artifacts.finetuned, "ichpipe finetune")
-    tables[FINETUNED] = found[found["split"] == "test"].reset_index(drop=True)
+        seeds = read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
+        tables[sequence_name(arm)] = own_predictions(seeds, average_seeds=section.average.seeds)
+    finetuned = read_predictions(artifacts.finetuned, "ichpipe finetune")
+    tables[FINETUNED] = finetuned[finetuned["split"] == "test"].reset_index(drop=True)
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
-    calibration = _calibrate(artifacts, found[found["split"] == "val"], params.evaluate)
-    metrics["calibration"] = calibration_scores(*_values(tables[FINETUNED]), calibration)
-    _write_reliability(artifacts.plots, tables[FINETUNED], calibration)
+    val = finetuned[finetuned["split"] == "val"]  # these patients are never scored
+    patients, mark = val["patient_id"].to_numpy(object), model_mark(artifacts.finetuned)
+    calibration = fit_calibration(*_values(val), patients, params.evaluate.calibration, mark)
+    write_calibration(artifacts.finetuned, calibration)
+    test = _values(tables[FINETUNED])
+    metrics["calibration"] = calibration_scores(*test, calibration)
+    rows = reliability_rows(*test, calibration)
+    write_json(artifacts.plots / "reliability.json", rows)
+    write_bytes(artifacts.plots / "reliability.png", reliability_figure(rows))
     write_json(artifacts.metrics, metrics)
     for name, table in tables.items():
         write_table(table, artifacts.predictions / f"{name}.parquet")
@@ -101,29 +113,10 @@ def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.Data
 
     points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
     for kind in ("roc", "precision_recall", "calibration"):
-        rows = [{"model": name, **row} for name, found in points.items() for row in found[kind]]
+        rows = [{"model": name, **row} for name, curve in points.items() for row in curve[kind]]
         write_json(folder / f"{kind}.json", rows)
-    _write_png(folder / "ladder.png", ladder(metrics))
-    _write_png(folder / "roc.png", roc({name: found["roc"] for name, found in points.items()}))
-
-
-def _calibrate(artifacts: Artifacts, val: pd.DataFrame, section: EvaluateParams) -> Calibration:
-    """Fit on the validation patients, who are never scored, and keep the result beside the model."""
-    from ichpipe.scoring.calibration import fit_calibration, write_calibration
-    from ichpipe.scoring.heldout_predictions import model_mark
-
-    mark = model_mark(artifacts.finetuned)
-    calibration = fit_calibration(*_values(val), val["patient_id"].to_numpy(object), section.calibration, mark)
-    write_calibration(artifacts.finetuned, calibration)
-    return calibration
-
-
-def _write_reliability(folder: Path, test: pd.DataFrame, calibration: Calibration) -> None:
-    from ichpipe.report.calibration_report import reliability_figure, reliability_rows
-
-    rows = reliability_rows(*_values(test), calibration)
-    write_json(folder / "reliability.json", rows)
-    _write_png(folder / "reliability.png", reliability_figure(rows))
+    write_bytes(folder / "ladder.png", ladder(metrics))
+    write_bytes(folder / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
 
 
 def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -135,7 +128,7 @@ def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
-    """Refuse models of another split, or of another network's embeddings: their scores would look like any other."""
+    """Refuse models of another split or of another network's embeddings; their scores would look valid."""
     from ichpipe.features.generations import made_by
     from ichpipe.models.provenance import require_made_from
 
@@ -150,13 +143,13 @@ def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame)
 
 
 def _slice_probabilities(store: EmbeddingStore, rows: pd.DataFrame) -> NDArray[np.float64]:
-    """Return the slice CNN's own probabilities; `open_features` has shown that slices and their order are the same."""
+    """Return the slice CNN's own probabilities; `open_features` has checked slices and their order."""
     import numpy as np
     from scipy.special import expit
 
     result = np.full((len(rows), len(CLASSES)), np.nan)
-    for uid, chosen in rows.groupby("series_uid", sort=False).indices.items():
-        result[chosen] = expit(store.read(str(uid), "logit").astype(np.float64))
+    for uid, positions in rows.groupby("series_uid", sort=False).indices.items():
+        result[positions] = expit(store.read(str(uid), "logit").astype(np.float64))
     return result
 
 
@@ -168,7 +161,7 @@ def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
     histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
     rows = [{"model": name, **line} for name, lines in histories.items() for line in lines]
     write_json(artifacts.plots / "learning_curves.json", rows)
-    _write_png(artifacts.plots / "learning_curves.png", learning_curves(histories))
+    write_bytes(artifacts.plots / "learning_curves.png", learning_curves(histories))
 
 
 def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
@@ -183,9 +176,4 @@ def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, p
     hu = [read_hu(path, scanned=True) for path in held_out["path"][rows]]
     probabilities = {name: table[list(CLASSES)].to_numpy()[rows] for name, table in tables.items()}
     labels = held_out[list(CLASSES)].to_numpy()[rows]
-    _write_png(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))
-
-
-def _write_png(target: Path, content: bytes) -> None:
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))

@@ -1,4 +1,4 @@
-"""A contact sheet per study: where the fine-tuned model looked."""
+"""``ichpipe explain``: draw a contact sheet per study with heat maps of the fine-tuned model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import click
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.common.files import atomic_path
+from ichpipe.common.files import write_bytes, write_text
 from ichpipe.common.progress import track
-from ichpipe.stages.options import alone_in, gpu_option, workers_option
+from ichpipe.stages.options import FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
-    import pandas as pd
     from numpy.typing import NDArray
 
     from ichpipe.inference.heat_maps import EmbeddedSeries
@@ -41,19 +40,14 @@ class Options:
 @gpu_option
 @workers_option
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the pictures.")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
-    help="Folder of a fine-tuned model [ARTIFACTS/finetuned].",
-)
+@click.option("--out", type=FOLDER, required=True, help="Folder of the pictures.")
+@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
 @click.option(
     "--class", "class_name", type=click.Choice(CLASSES), default="any", show_default=True, help="Finding to explain."
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=PROBABILITY,
     default=0.5,
     show_default=True,
     help="Slices with at least this probability are framed.",
@@ -77,13 +71,13 @@ def command(
     Example:
       ichpipe explain data/phantom/dicom --out explained
     """
-    chosen = Options(selection=settings.params().prepare.selection, **options)
-    with alone_in(out, "explain"):
-        return run(paths, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
+    given = Options(selection=settings.params().prepare.selection, **options)
+    with lock_folder(out, "explain"):
+        return run(paths, out, model or settings.artifacts().finetuned, given, gpu=gpu, workers=workers)
 
 
 def run(
-    paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
+    paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 0
 ) -> str:
     """Write ``study-NNN.png`` for each study, and ``explained.csv`` of what each shows; return the table as text.
 
@@ -101,36 +95,38 @@ def run(
     chosen = select_series(scanned, rejected, options.selection, one_per_study=not options.all_series)
     groups = chosen.slices.groupby("series_uid", sort=False)
     lines: list[dict[str, object]] = []
-    bad = [*zip(rejected["path"], rejected["reason"], strict=True)]
+    n_bad = len(rejected)
     for uid, group in track(groups, "explain", len(groups), "series"):
         series = explainer.embed(group["path"].tolist(), group["position_mm"].tolist())
-        bad += series.bad
-        if series.paths:
-            name = f"study-{len(lines) + 1:03d}"
-            picture, probabilities = explainer.sheet(
-                series,
-                f"Study {len(lines) + 1}",
-                class_name=options.class_name,
-                threshold=options.threshold,
-                panels=options.panels,
-            )
-            _write(out / f"{name}.png", picture)
-            lines.append({"picture": f"{name}.png", "study_uid": group["study_uid"].iloc[0], "series_uid": uid})
-            lines[-1] |= _facts(series, probabilities, options)
+        n_bad += len(series.bad)
+        if not series.paths:
+            continue
+        number = len(lines) + 1
+        picture, probabilities = explainer.sheet(
+            series, f"Study {number}", class_name=options.class_name, threshold=options.threshold, panels=options.panels
+        )
+        name = f"study-{number:03d}.png"
+        write_bytes(out / name, picture)
+        uids = {"study_uid": group["study_uid"].iloc[0], "series_uid": uid}
+        lines.append({"picture": name, **uids, **_describe(series, probabilities, options)})
     if not lines:
-        raise DataError(f"none of {len(bad)} files is a usable CT slice; `ichpipe predict` lists why for each")
+        raise DataError(f"none of {n_bad} files is a usable CT slice; `ichpipe predict` lists why for each")
     table = pd.DataFrame(lines)
-    _write(out / "explained.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-    said = _as_text(table, options)
-    return f"{said}\n{len(bad)} files were left out; `ichpipe predict` lists why for each" if bad else said
+    write_text(out / "explained.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    text = [f"{'picture':<16}{'slices':>7}{f'P({options.class_name})':>20}{'at, mm':>9}{'positive':>10}"]
+    row = "{picture:<16}{n_slices:>7}{probability:>20.3f}{highest_mm:>9.0f}{n_positive:>10}"
+    text += [row.format_map(line) for line in lines]
+    return "\n".join(
+        [*text, *([f"{n_bad} files were left out; `ichpipe predict` lists why for each"] if n_bad else [])]
+    )
 
 
-def _facts(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: Options) -> dict[str, object]:
-    """Say where a series is positive; mm are positions along the slice normal, empty where it is not."""
+def _describe(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: Options) -> dict[str, object]:
+    """Describe where a series is positive; mm are positions along the slice normal, empty where it is negative."""
     import numpy as np
 
     own = probabilities[:, CLASSES.index(options.class_name)]
-    at = series.position_mm.numpy()
+    position_mm = series.position_mm.numpy()
     positive = np.flatnonzero(own >= options.threshold)
     highest = int(np.argmax(own))
     return {
@@ -139,22 +135,7 @@ def _facts(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: 
         "n_positive": len(positive),
         "probability": float(own[highest]),
         "highest_slice": highest,
-        "highest_mm": float(at[highest]),
-        "first_positive_mm": float(at[positive[0]]) if positive.size else None,
-        "last_positive_mm": float(at[positive[-1]]) if positive.size else None,
+        "highest_mm": float(position_mm[highest]),
+        "first_positive_mm": float(position_mm[positive[0]]) if positive.size else None,
+        "last_positive_mm": float(position_mm[positive[-1]]) if positive.size else None,
     }
-
-
-def _as_text(table: pd.DataFrame, options: Options) -> str:
-    lines = [f"{'picture':<16}{'slices':>7}{f'P({options.class_name})':>20}{'at, mm':>9}{'positive':>10}"]
-    lines += [
-        f"{row['picture']:<16}{row['n_slices']:>7}{row['probability']:>20.3f}{row['highest_mm']:>9.0f}"
-        f"{row['n_positive']:>10}"
-        for row in table.to_dict("records")
-    ]
-    return "\n".join(lines)
-
-
-def _write(target: Path, content: bytes) -> None:
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(content)

@@ -1,10 +1,8 @@
-"""The fine-tuned model as a folder to hand on: weights, model card, and ONNX on demand."""
+"""``ichpipe export``: write the fine-tuned model as a folder to hand on: weights, model card, ONNX on demand."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,14 +10,14 @@ import click
 from ichpipe.common.artifacts import CALIBRATION_FILE, MODEL_FILE
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path, digest_of_file, require_file, write_json, write_text
-from ichpipe.stages.options import alone_in
+from ichpipe.stages.options import FOLDER, lock_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
-
-log = logging.getLogger("ichpipe")
 
 CARD_FILE = "config.json"
 PAGE_FILE = "README.md"
@@ -27,9 +25,7 @@ ONNX_FILE = "model.onnx"
 
 
 @click.command("export")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder [ARTIFACTS/export]."
-)
+@click.option("--out", type=FOLDER, help="Folder [ARTIFACTS/export].")
 @click.option("--onnx", is_flag=True, help="Also model.onnx, compared with the network under onnxruntime.")
 @click.pass_obj
 def command(settings: Settings, out: Path | None, *, onnx: bool) -> str:
@@ -41,7 +37,7 @@ def command(settings: Settings, out: Path | None, *, onnx: bool) -> str:
     """
     params, artifacts = settings.params(), settings.artifacts()
     folder = out or artifacts.root / "export"
-    with alone_in(folder, "export"):
+    with lock_folder(folder, "export"):
         return run(params, artifacts, folder, onnx=onnx)
 
 
@@ -68,7 +64,7 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, onnx: bool = False) 
         write_calibration(out, calibration)
         lines.append(f"{out / CALIBRATION_FILE}: {calibration.method}, applied by predict")
     else:
-        (out / CALIBRATION_FILE).unlink(missing_ok=True)  # of a model that was here before
+        (out / CALIBRATION_FILE).unlink(missing_ok=True)  # of a former model
         lines.append("no calibration: ichpipe evaluate has not run; predict will give uncalibrated probabilities")
     if onnx:
         from ichpipe.models.onnx_export import write_onnx

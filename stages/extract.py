@@ -1,30 +1,28 @@
-"""Write the embedding of every slice of the index to the store; compute only what is not there."""
+"""``ichpipe extract``: write the embedding of every slice of the index to the store; compute only missing rows."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import click
 
 from ichpipe.common.progress import Counter
-from ichpipe.stages.options import ahead_option, gpu_option, workers_option
+from ichpipe.stages.options import gpu_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    import numpy as np
-    import pandas as pd
     from distributed import Client
-    from numpy.typing import NDArray
 
     from ichpipe.cache.location import StoreLocation
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.features.embedder import MakeEmbedder, SliceInputs
-    from ichpipe.features.generations import GenerationSpec, View
+    from ichpipe.features.embedder import MakeEmbedder
+    from ichpipe.features.generations import GenerationSpec
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
 
@@ -33,14 +31,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("ichpipe")
 
 COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")
-"""What is used of the index; the other half of its bytes stays on disk."""
+"""The columns of the index that are read; the other half of its bytes stays on disk."""
 
 
 @click.command("extract")
 @gpu_option
 @workers_option
-@ahead_option
-@click.option("--scheduler", metavar="ADDRESS", default=None, help="Dask scheduler that is there, tcp://HOST:PORT.")
+@click.option(
+    "--loaders",
+    type=click.IntRange(min=0),
+    envvar="ICHPIPE_LOADERS",
+    help="Of each worker: batches side by side on a CPU, decoding processes beside a GPU [all cores].",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, loaders: int | None, scheduler: str | None) -> None:
     """Write one embedding per slice to the Zarr store, with Dask. Goes on where it was stopped.
@@ -56,90 +59,81 @@ def run(
     params: Params,
     artifacts: Artifacts,
     gpu: str = "auto",
-    workers: int = 1,
+    workers: int = 0,
     scheduler: str | None = None,
     loaders: int | None = None,
 ) -> None:
-    """Fill every generation that the parameters ask for; slices whose file and network are known cost nothing.
+    """Fill every generation that the parameters ask for; slices with a known file and network cost nothing.
 
-    ``loaders`` is of each worker: lanes on a CPU, decoding processes beside a GPU; None: all cores of this machine
-    together, or one where a scheduler has workers elsewhere.
+    On a CPU ``workers`` processes of Dask read, decode and compute; 0 and 1 are this process. With GPUs there is one
+    Dask worker a GPU, and ``workers`` processes decode for them. ``loaders`` is per Dask worker: lanes on a CPU,
+    decoding processes beside a GPU. None: what ``workers`` says, else all cores of this machine divided by the number
+    of Dask workers, and 1 where a scheduler has workers elsewhere.
     """
+    from ichpipe.cache import pca
     from ichpipe.cache.location import StoreLocation
+    from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.common.device import choose_devices
+    from ichpipe.features.embedder import MakeEmbedder
     from ichpipe.features.generations import list_generations, store_address
     from ichpipe.features.prefetch import usual_loaders
     from ichpipe.index.slice_index import read_index
 
     devices = tuple(str(device) for device in choose_devices(gpu))
-    workers = max(workers, len(devices))
+    on_cpu = devices[0] == "cpu"
+    n_dask = max(workers, 1) if on_cpu else len(devices)
     if loaders is None:
-        loaders = 1 if scheduler else usual_loaders(devices[0], workers)
+        loaders = 1 if scheduler else usual_loaders(devices[0], n_dask)
+        if workers and not on_cpu and not scheduler:
+            loaders = math.ceil(workers / n_dask)
     index = read_index(artifacts.index, COLUMNS)
-    place = StoreLocation(store_address(params, artifacts))
+    location = StoreLocation(store_address(params, artifacts))
+    section = params.extract
+    generations = list_generations(params, artifacts, index)
     with contextlib.ExitStack() as stack:
-        connect = _once(stack, workers, scheduler)
-        caches = list_generations(params, artifacts, index)
-        for cache in caches:
-            _fill(params, place, cache, _maker(params, cache, devices, loaders), connect)
-    if params.extract.pca is not None:
-        _add_components(params, place, caches, index)
+        connect = _connect_once(stack, n_dask, scheduler)
+        for spec in generations:
+            model = spec.model_dir.resolve()
+            maker = MakeEmbedder(model, devices, section.batch_size, spec.view, spec.precision, loaders)
+            _fill(params, location, spec, maker, connect)
+    if section.pca is None:
+        return
+    # Fitted on the plain train slices alone; one map for every generation keeps them comparable.
+    stores = [EmbeddingStore(location, spec.identity(), spec.rows()) for spec in generations]
+    train = index.loc[index["split"] == "train", "series_uid"].unique().tolist()
+    components = pca.fit(stores[0], train, section.pca)
+    explained = 100 * components.explained_variance_ratio.sum()
+    log.info("%d principal components explain %.1f %%", section.pca, explained)
+    for store in stores:
+        pca.write(location, store, components, section.chunk_rows)
 
 
-def _maker(params: Params, cache: GenerationSpec, devices: tuple[str, ...], loaders: int) -> MakeEmbedder:
-    from ichpipe.features.embedder import MakeEmbedder
-
-    size = params.extract.batch_size
-    return MakeEmbedder(cache.model_dir.resolve(), devices, size, cache.view, cache.precision, loaders)
-
-
-def _fill(params: Params, place: StoreLocation, cache: GenerationSpec, maker: MakeEmbedder, connect: Connect) -> None:
+def _fill(params: Params, location: StoreLocation, spec: GenerationSpec, maker: MakeEmbedder, connect: Connect) -> None:
     from ichpipe.cache.layout import Generation
-    from ichpipe.cache.writer import Work, update
-    from ichpipe.features.embedder import SliceInputs
+    from ichpipe.cache.writer import Work, select_inputs, update
+    from ichpipe.features.embedder import SliceInputs, view_parameters
     from ichpipe.models.weights import load_slice_cnn
 
-    section = params.extract
-    slices = SliceInputs(cache.index)
-    cnn = load_slice_cnn(cache.model_dir)
-    generation = Generation(cache.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
-    known = functools.partial(_parameters, cache.view, slices) if cache.view else None
-    work = Work(slices, maker, connect, known)
-    steps = update(place, generation, cache.rows(), work, keep_vanished=section.keep_vanished, on_wait=_say_waiting)
-    there = next(steps)
-    if there == len(slices):
-        log.info("%s: all %d slices are there", cache.describe(), there)
+    section, view = params.extract, spec.view
+    slices = SliceInputs(spec.index)
+    cnn = load_slice_cnn(spec.model_dir)
+    generation = Generation(spec.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
+    parameters = (lambda rows: view_parameters(view, select_inputs(slices, rows))) if view else None
+    work = Work(slices, maker, connect, parameters)
+    on_wait = functools.partial(log.info, "another process writes this store; waiting for it to finish")
+    steps = update(location, generation, spec.rows(), work, keep_vanished=section.keep_vanished, on_wait=on_wait)
+    missing = len(slices) - next(steps)
+    if missing:
+        log.info("%s: %d of %d slices to compute", spec.describe(), missing, len(slices))
     else:
-        log.info("%s: %d of %d slices to compute", cache.describe(), len(slices) - there, len(slices))
-    counter = Counter("extract", len(slices) - there, "slice")
-    for rows in steps:
-        counter.add(rows)
-    counter.close()
+        log.info("%s: all %d slices are there", spec.describe(), len(slices))
+    with Counter("extract", missing, "slice") as counter:
+        for rows in steps:
+            counter.add(rows)
 
 
-def _add_components(params: Params, place: StoreLocation, caches: list[GenerationSpec], index: pd.DataFrame) -> None:
-    """Fit on the plain train slices alone; the same map for every generation, so that they stay comparable."""
-    from ichpipe.cache import pca
-    from ichpipe.cache.reader import EmbeddingStore
-
-    assert params.extract.pca is not None  # noqa: S101 - the caller asked
-    stores = [EmbeddingStore(place, cache.identity(), cache.rows()) for cache in caches]
-    train = index.loc[index["split"] == "train", "series_uid"].unique().tolist()
-    found = pca.fit(stores[0], train, params.extract.pca)
-    log.info("%d principal components explain %.1f %%", params.extract.pca, 100 * found.explained_variance_ratio.sum())
-    for store in stores:
-        pca.write(place, store, found, params.extract.chunk_rows)
-
-
-def _parameters(view: View, slices: SliceInputs, rows: NDArray[np.intp]) -> dict[str, NDArray[np.generic]]:
-    from ichpipe.cache.writer import select_inputs
-    from ichpipe.features.embedder import view_parameters
-
-    return view_parameters(view, select_inputs(slices, rows))
-
-
-def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:
-    """Return what opens the Dask client at its first call, and lends the same one afterwards."""
+def _connect_once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:
+    """Return a function that opens the Dask client at its first call and lends the same client afterwards."""
     clients: list[Client] = []
 
     @contextlib.contextmanager
@@ -151,7 +145,3 @@ def _once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> C
         yield clients[0]
 
     return lend
-
-
-def _say_waiting() -> None:
-    log.info("another process writes this store; waiting for it to finish")

@@ -1,6 +1,6 @@
-"""Faults of the machine, as one message each: a lost GPU, memory that is not enough, a process that was killed.
+"""Messages for faults of the machine: a lost GPU, too little memory, a killed process.
 
-Libraries raise them as errors of their own. This module imports none of them: it looks at what is loaded already.
+Libraries raise these as their own errors. This module imports no library; it looks at the loaded modules.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ KEPT = "what was finished is kept, and the same command goes on from there"
 
 
 def message_of(error: BaseException) -> str | None:
-    """Return what to say of an error that the machine caused; None for any other one, which is a mistake of ours."""
+    """Return the message for an error that the machine caused; None for any other error, a fault of this program."""
     if _is(error, "distributed", "scheduler", "KilledWorker"):
         return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
     text = str(error)
@@ -31,7 +31,7 @@ def message_of(error: BaseException) -> str | None:
 
 
 def _is(error: BaseException, module: str, *names: str) -> bool:
-    found: object = sys.modules.get(module)
+    kind: object = sys.modules.get(module)
     for name in names:
-        found = getattr(found, name, None)
-    return isinstance(found, type) and isinstance(error, found)
+        kind = getattr(kind, name, None)
+    return isinstance(kind, type) and isinstance(error, kind)

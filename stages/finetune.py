@@ -11,7 +11,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.common.progress import track
-from ichpipe.stages.options import gpu_option, loaders_option, pixels_option
+from ichpipe.stages.options import gpu_option, pixels_option, workers_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("finetune")
 @gpu_option
-@loaders_option
+@workers_option
 @pixels_option
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
@@ -40,7 +40,7 @@ def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None
       ichpipe --set finetune.chunk_slices=8 finetune --gpu 0
     """
     params = settings.params()
-    with settings.alone("finetune", "finetuned"):
+    with settings.lock_stage("finetune", "finetuned"):
         run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
@@ -49,14 +49,17 @@ def run(
 ) -> None:
     """Start from stage one's and stage two's weights; never end worse on validation than they are.
 
-    Under `torchrun` its processes share the series of every batch, and the first writes. ``pixel_cache`` is a folder
-    for decoded slices (`pixels`); the result is the same without it.
+    Under `torchrun` the processes share the series of every batch, and the first writes. ``pixel_cache`` is a folder
+    for decoded slices; the result is the same without it.
     """
+    import numpy as np
+
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import made_by
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.models.header import SPACING
     from ichpipe.models.provenance import require_made_from
     from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
     from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
@@ -68,13 +71,12 @@ def run(
     device = choose_device(distributed.local_gpu(gpu))
     section = params.finetune
     index = read_index(artifacts.index)
-    cnn, sequence = load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))
+    model = EndToEnd(load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))).to(device)
     embeddings = digest_of(made_by(params, artifacts, index, params.sequence[section.arm]))
-    command = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
     split = {"index": digest_of_file(artifacts.index)}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
-    require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, command)
-    model = EndToEnd(cnn, sequence).to(device)
+    remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
+    require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, remedy)
     if section.compile:
         model.cnn.compile()
     train, val = image_series(index, "train"), image_series(index, "val")
@@ -91,21 +93,22 @@ def run(
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
     if not first:
         return
-    save_model(artifacts.finetuned, model, made_from | _spacing(index))
+    # Median distance of neighbouring train slices, mm, for predictions on thinner series.
+    spacing = index.loc[(index["split"] == "train") & (index["slice_index"] > 0), "spacing_mm"].median()
+    save_model(artifacts.finetuned, model, made_from | ({} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}))
     rows = held_out(index)
     table = make_table(rows, predict_held_out(model, rows, device))
     write_predictions(table, artifacts.finetuned, model_mark(artifacts.finetuned))
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
-    write_record(
-        artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=watch.seconds(), facts=facts
-    )
+    seconds = watch.seconds()
+    write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=seconds, facts=facts)
     trainer.finish()
 
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
-    """Say whether the model that `run` would train is there already, with its predictions."""
+    """Say whether the model that `run` would train exists, with its predictions."""
     from ichpipe.models.provenance import is_fitted
 
     section = params.finetune
@@ -120,17 +123,6 @@ def _made_from(artifacts: Artifacts, arm: str) -> dict[str, str]:
     }
 
 
-def _spacing(index: pd.DataFrame) -> dict[str, str]:
-    """Return the median distance of neighbouring train slices, mm, for those who predict on thinner series."""
-    import numpy as np
-
-    from ichpipe.models.header import SPACING
-
-    train = index[(index["split"] == "train") & (index["slice_index"] > 0)]
-    spacing = train["spacing_mm"].median()
-    return {} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}
-
-
 def predict_held_out(model: EndToEnd, rows: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
     """Return probabilities (rows, 6) from the images; rows of one series stand in slice order."""
     import numpy as np
@@ -140,10 +132,10 @@ def predict_held_out(model: EndToEnd, rows: pd.DataFrame, device: torch.device) 
 
     result = np.full((len(rows), len(CLASSES)), np.nan)
     groups = rows.groupby("series_uid", sort=False).indices
-    for chosen in track(groups.values(), "predict", len(groups), "series"):
-        series = one_series(rows.iloc[chosen])
+    for positions in track(groups.values(), "predict", len(groups), "series"):
+        series = one_series(rows.iloc[positions])
         logits, bad = classify_series(model, series.paths, series.position_mm.tolist(), device)
         if bad:
             raise UnreadableDicomError(bad[0][1])
-        result[chosen] = to_probabilities(logits)
+        result[positions] = to_probabilities(logits)
     return result

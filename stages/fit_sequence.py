@@ -1,4 +1,4 @@
-"""Stage two: train one arm on the cached embeddings, with each of its seeds, and predict what is held out."""
+"""Stage two: train one arm on the cached embeddings with each of its seeds, and predict the held-out slices."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ log = logging.getLogger("ichpipe")
 
 @click.command("fit-sequence")
 @gpu_option
-@click.option(
-    "--arm", default=None, shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given."
-)
+@click.option("--arm", shell_complete=complete_arm, help="One arm of params: sequence; all of them if not given.")
 @click.pass_obj
 def command(settings: Settings, gpu: str, arm: str | None) -> None:
     """Stage two: train a sequence model on the cached embeddings.
@@ -48,14 +46,14 @@ def command(settings: Settings, gpu: str, arm: str | None) -> None:
     params = settings.params()
     for name in [arm] if arm else list(params.sequence):
         choose_arm(params, name)
-        with settings.alone(f"fit-sequence.{name}", f"sequence/{name}"):
+        with settings.lock_stage(f"fit-sequence.{name}", f"sequence/{name}"):
             run(params, settings.artifacts(), name, gpu)
 
 
 def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> None:
     """Train the arm's seeds on the train split and write the arm's model and every seed's predictions.
 
-    Checkpoints stay until all is written: an arm that was interrupted trains no finished seed again.
+    Checkpoints stay until all is written: an interrupted arm trains no finished seed again.
     """
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import open_features
@@ -75,24 +73,24 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     made_from = {**split, "embeddings": digest_of(features.made_by)}
     key = digest_of({"params": _identity(section), "made_from": made_from, "device": device.type})
     fitted = []
-    for seed in range(section.seed, section.seed + section.seeds):
-        checkpoint = artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt")
-        fitted.append(_fit(section, features, data, device, Task(seed, checkpoint, key)))
-    members = [one for each in (fitted if section.average.seeds else fitted[:1]) for one in each.kept]
+    for number in range(section.seed, section.seed + section.seeds):
+        checkpoint = artifacts.resume(f"fit-sequence.{arm}.seed-{number}.pt")
+        fitted.append(_fit(section, features, data, device, Task(number, checkpoint, key)))
+    members = [weights for seed in (fitted if section.average.seeds else fitted[:1]) for weights in seed.kept]
     folder = artifacts.sequence(arm)
     save_model(folder, _assemble(section, features, members), made_from)
-    tables = {each.task.seed: make_table(data.held_out, each.probabilities) for each in fitted}
+    tables = {seed.task.seed: make_table(data.held_out, seed.probabilities) for seed in fitted}
     write_predictions(of_seeds(tables), folder, model_mark(folder))
     write_history(folder, fitted[0].history)
     facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
     params_read = section.model_dump(mode="json")
     write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
-    for each in fitted:
-        each.task.checkpoint.unlink(missing_ok=True)
+    for finished in fitted:
+        finished.task.checkpoint.unlink(missing_ok=True)
 
 
 def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
-    """Say whether the arm that `run` would train is there already, with its predictions."""
+    """Say whether the arm that `run` would train exists, with its predictions."""
     from ichpipe.features.generations import made_by
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.provenance import is_fitted
@@ -125,7 +123,7 @@ class Data:
 
     @classmethod
     def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
-        """Join the cache with the index; on a GPU hold what fits."""
+        """Join the embeddings with the index; on a GPU hold as much as fits."""
         from ichpipe.features.sequence_dataset import collect_series, load_to_device
         from ichpipe.models.inputs import stored_inputs
         from ichpipe.scoring.heldout_predictions import held_out
@@ -140,13 +138,13 @@ def series_of(features: Features, index: pd.DataFrame, split: str) -> list[Label
     """Return the series of one split that have a known label."""
     from ichpipe.features.sequence_dataset import collect_series
 
-    found = collect_series(features, index[index["split"] == split])
-    known = [series for series in found if not series.labels.isnan().any(dim=1).all()]
-    if not known:
+    every = collect_series(features, index[index["split"] == split])
+    labelled = [series for series in every if not series.labels.isnan().any(dim=1).all()]
+    if not labelled:
         raise TrainingError(
             f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
         )
-    return known
+    return labelled
 
 
 @dataclass(frozen=True)
@@ -196,11 +194,11 @@ def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     """Describe one network of an arm."""
     from ichpipe.models.specs import SequenceSpec
 
-    names = set(SequenceSpec.model_fields) & set(type(section).model_fields)
-    chosen = {name: getattr(section, name) for name in names}
+    shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
+    fields = {name: getattr(section, name) for name in shared}
     plain = features.plain
     pca = len(plain.principal_components.components) if "pca" in section.wanted else 0
-    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **chosen)
+    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **fields)
 
 
 def build_model(section: SequenceParams, features: Features) -> AnySequence:
@@ -211,13 +209,13 @@ def build_model(section: SequenceParams, features: Features) -> AnySequence:
 
     model = build_sequence(spec_of(section, features))
     if isinstance(model, SequenceModel) and "pca" in section.wanted:
-        found = features.plain.principal_components
-        model.set_principal_components(torch.from_numpy(found.mean), torch.from_numpy(found.components))
+        components = features.plain.principal_components
+        model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
     return model
 
 
 def _assemble(section: SequenceParams, features: Features, weights: list[Weights]) -> AnySequence:
-    """Build what predicts: one network, or the mean of several."""
+    """Build the predicting model: one network, or the mean of several."""
     from ichpipe.models.sequence import SequenceEnsemble
 
     members = [build_model(section, features) for _ in weights]
@@ -235,7 +233,7 @@ def _identity(section: SequenceParams) -> dict[str, Any]:
 
 
 def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
-    best = [min(each.history, key=lambda line: line.val_loss) for each in fitted]
+    best = [min(seed.history, key=lambda line: line.val_loss) for seed in fitted]
     return {
         "n_train_series": len(data.train),
         "n_val_series": len(data.val),
@@ -243,7 +241,7 @@ def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
         "best_epoch": best[0].epoch,
         "val_loss": best[0].val_loss,
         "seeds": [
-            {"seed": each.task.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": each.seconds}
-            for each, line in zip(fitted, best, strict=True)
+            {"seed": seed.task.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": seed.seconds}
+            for seed, line in zip(fitted, best, strict=True)
         ],
     }

@@ -1,4 +1,4 @@
-"""Stage one: train the slice CNN on single slices, and one CNN more per fold that never sees this fold's patients."""
+"""Stage one: train the slice CNN on single slices, and one more CNN per fold without this fold's patients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import operator
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -15,7 +15,7 @@ from ichpipe.common.artifacts import FOLDS_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.common.files import digest_of, digest_of_file, write_json
-from ichpipe.stages.options import gpu_option, loaders_option, pixels_option
+from ichpipe.stages.options import gpu_option, pixels_option, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.images.pixel_cache import PixelCache
-    from ichpipe.images.slice_dataset import SliceDataset
     from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
@@ -38,10 +36,10 @@ log = logging.getLogger("ichpipe")
 
 @dataclass(frozen=True)
 class Task:
-    """One network to train, and where it goes. Rows are positions in ``Slices.train``."""
+    """One network to train and its files. Rows are positions in ``Slices.train``."""
 
-    rows: Sequence[int]  # it is trained on these
-    left_out: Sequence[int]  # and never sees these
+    rows: Sequence[int]  # to train on
+    left_out: Sequence[int]  # of the fold's patients
     seed: int  # of order, augmentation and dropout; all networks start from the same weights
     made_from: dict[str, str]
     folder: Path
@@ -69,7 +67,7 @@ class Fitted:
 
 @click.command("fit-slices")
 @gpu_option
-@loaders_option
+@workers_option
 @pixels_option
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
@@ -80,22 +78,25 @@ def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None
       ichpipe --set fit-slices.epochs=3 fit-slices --gpu 0
     """
     params = settings.params()
-    with settings.alone("fit-slices", "slice-cnn"):
+    with settings.lock_stage("fit-slices", "slice-cnn"):
         run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
 def run(
     params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0, pixel_cache: Path | None = None
 ) -> None:
-    """Train on the index's train split, keep what is best on its validation split, write the model.
+    """Train on the train split, keep the epoch that is best on the validation split, write the model.
 
-    With ``fit-slices.folds`` also one network per fold without that fold's patients (see `folds`). Checkpoints stay
-    until all is written: a stage that was interrupted trains no finished network again, even if DVC removed its files.
-    Under `torchrun` its processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded
-    slices (`pixels`); the result is the same without it.
+    ``fit-slices.folds`` adds one network per fold, trained without that fold's patients. Checkpoints stay until all is
+    written: an interrupted stage trains no finished network again, even if DVC removed its files. Under `torchrun` the
+    processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded slices; the result is
+    the same without it.
     """
+    import numpy as np
+
     from ichpipe.common.device import choose_device
     from ichpipe.images.pixel_cache import fill_pixel_cache
+    from ichpipe.images.slice_dataset import SliceDataset
     from ichpipe.index.slice_index import read_index
     from ichpipe.training import distributed
     from ichpipe.training.slice_trainer import Slices
@@ -109,26 +110,26 @@ def run(
         first = distributed.rank() == 0
         with distributed.first_goes_first():
             pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
-        slices = Slices(_dataset(train, size, pixels), _dataset(val, size, pixels), train["series_uid"].tolist())
+        datasets = [
+            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, pixels)
+            for part in (train, val)
+        ]
+        slices = Slices(*datasets, train["series_uid"].tolist())
         fit = functools.partial(_fit, params, slices, device, workers)
         whole = fit(plain)
         if first:
-            shutil.rmtree(artifacts.fold_cnns, ignore_errors=True)  # networks of two runs never stand together
+            shutil.rmtree(artifacts.fold_cnns, ignore_errors=True)  # never mix the networks of two runs
             whole.save()
         parts = [_fit_and_save(fit, task) for task in folds]
     if first:
-        _write_rest(params, artifacts, device, whole, parts)
-
-
-def _write_rest(params: Params, artifacts: Artifacts, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
-    write_json(artifacts.fold_cnns / FOLDS_FILE, [fitted.facts for fitted in parts])
-    _record(params, device, whole, parts)
-    for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # those of folds no longer wanted, too
-        checkpoint.unlink()
+        write_json(artifacts.fold_cnns / FOLDS_FILE, [fitted.facts for fitted in parts])
+        _write_record(params, device, whole, parts)
+        for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # also of folds that a former run had
+            checkpoint.unlink()
 
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
-    """Say whether the networks that `run` would train are there already."""
+    """Say whether the networks that `run` would train exist."""
     from ichpipe.models.fold_models import fold_models
     from ichpipe.models.provenance import is_fitted
 
@@ -161,13 +162,13 @@ def build(params: Params) -> SliceCnn:
 
 def labelled(index: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return the slices of one split whose labels are known; none at all is an error."""
-    chosen = index[(index["split"] == split) & index[list(CLASSES)].notna().all(axis=1)]
-    if chosen.empty:
+    slices = index[(index["split"] == split) & index[list(CLASSES)].notna().all(axis=1)]
+    if slices.empty:
         raise TrainingError(
             f"the {split} split holds no slice with labels; check prepare.labels and the split's fraction "
             "(index/summary.json counts both), then run: ichpipe prepare"
         )
-    return chosen.reset_index(drop=True)
+    return slices.reset_index(drop=True)
 
 
 def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Task]:
@@ -197,20 +198,18 @@ def _fit(params: Params, slices: Slices, device: torch.device, workers: int, tas
 
     watch = Stopwatch()
     cnn = build(params).to(device)
-    if distributed.count() > 1 and device.type == "cuda":
-        cnn = _with_common_statistics(cnn)
+    if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        cnn = cast("SliceCnn", convert_sync_batchnorm(cnn))  # type: ignore[no-untyped-call] # timm has no types
     if params.fit_slices.compile:
         cnn.compile()
     fitting = SliceFitting(cnn, params.fit_slices, device, workers, slices, task.rows, task.seed)
     key = digest_of({"params": _identity(params), "made_from": task.made_from, "device": device.type})
     history = fitting.trainer(task.checkpoint, key).run(fitting.train_epoch, fitting.validate)
     best = min(history, key=lambda line: line.val_loss)
-    facts: dict[str, Any] = {
-        "n_train_slices": len(task.rows),
-        "n_val_slices": len(slices.val),
-        "best_epoch": best.epoch,
-        "val_loss": best.val_loss,
-    }
+    facts: dict[str, Any] = {"n_train_slices": len(task.rows), "n_val_slices": len(slices.val)}
+    facts |= {"best_epoch": best.epoch, "val_loss": best.val_loss}
     if task.left_out:
         facts["excluded_fold"] = int(task.made_from["excluded_fold"])
         facts["n_out_of_fold_slices"] = len(task.left_out)
@@ -228,16 +227,8 @@ def _fit_and_save(fit: Callable[[Task], Fitted], task: Task) -> Fitted:
     return fitted
 
 
-def _with_common_statistics(cnn: SliceCnn) -> SliceCnn:
-    """Let batch norm see the batches of all processes (GPUs; on a CPU PyTorch has no such layer)."""
-    from timm.layers.norm_act import convert_sync_batchnorm
-
-    converted: SliceCnn = convert_sync_batchnorm(cnn)  # type: ignore[no-untyped-call]
-    return converted
-
-
-def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
-    """Write the record of the stage: wall time is that of the plain network, losses out of fold are pooled by slice."""
+def _write_record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:
+    """Write the record. Its wall time is that of the plain network; out-of-fold losses are pooled by slice."""
     from ichpipe.training.run_record import write_record
 
     facts = dict(whole.facts)
@@ -251,16 +242,8 @@ def _record(params: Params, device: torch.device, whole: Fitted, parts: list[Fit
     write_record(folder, stage="fit-slices", params=identity, device=device, seconds=whole.seconds, facts=facts)
 
 
-def _dataset(index: pd.DataFrame, size_px: int, pixels: PixelCache | None) -> SliceDataset:
-    import numpy as np
-
-    from ichpipe.images.slice_dataset import SliceDataset
-
-    return SliceDataset(index["path"].tolist(), index[list(CLASSES)].to_numpy(np.float32), size_px, pixels)
-
-
 def _identity(params: Params) -> dict[str, object]:
-    """Return the parameters that decide one network's weights; the number of folds is not among them."""
+    """Return the parameters that decide one network's weights; the number of folds does not."""
     return {
         "size_px": params.prepare.size_px,
         "windows": [window.model_dump() for window in params.windows],

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they make of the options before the command."""
+"""Options that several commands share, and the settings that stand before every command."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Settings:
 
         return load_params(self.params_file, self.overrides, must_exist=self.params_named)
 
-    def alone(self, what: str, *outputs: str) -> AbstractContextManager[None]:
-        """Hold the stage ``what`` of this run against other processes; its outputs are these below the artifacts."""
+    def lock_stage(self, stage: str, *outputs: str) -> AbstractContextManager[None]:
+        """Keep other processes from the same stage of this run; ``outputs`` are its files below the artifacts."""
         from ichpipe.common.run_lock import hold_lock
 
         root = self.artifacts_root
-        return hold_lock(root / ".locks", what, [root / output for output in outputs], root / ".resume")
+        return hold_lock(root / ".locks", stage, [root / output for output in outputs], root / ".resume")
 
     def artifacts(self) -> Artifacts:
         """Return where the run's files lie."""
@@ -47,53 +47,42 @@ class Settings:
 
 
 class Verdict(NamedTuple):
-    """What a command that judges returns: text to print, and whether all is well (exit code 0, else 1)."""
+    """The result of a command that judges: the text to print, and whether all is well (exit code 0, else 1)."""
 
     text: str
     sound: bool
 
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+PROBABILITY = click.FloatRange(0, 1)
+
 gpu_option = click.option(
-    "--gpu",
-    default="auto",
-    envvar="ICHPIPE_GPU",
-    show_default=True,
-    metavar="auto|cpu|N[,N]",
-    help="Device to compute on.",
+    "--gpu", default="auto", envvar="ICHPIPE_GPU", show_default=True, metavar="auto|cpu|N[,N]", help="Where to compute."
 )
-loaders_option = click.option(
+workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
-    envvar="ICHPIPE_LOADERS",
+    envvar=["ICHPIPE_WORKERS", "ICHPIPE_LOADERS"],  # the second is the older name
     show_default=True,
-    help="Decoding processes; 0 decodes in this one.",
-)
-ahead_option = click.option(
-    "--loaders",
-    type=click.IntRange(min=0),
-    default=None,
-    envvar="ICHPIPE_LOADERS",
-    help="Of each worker: batches side by side on a CPU, decoding processes beside a GPU [all cores].",
+    help="Processes that read and decode files; 0: this process reads them.",
 )
 pixels_option = click.option(
     "--pixel-cache",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     envvar="ICHPIPE_PIXEL_CACHE",
     help="Folder for decoded slices; pays where files are compressed (JPEG, JPEG 2000).",
 )
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), default=1, envvar="ICHPIPE_WORKERS", show_default=True, help="Processes."
-)
 
 
-def alone_in(folder: Path | None, what: str) -> AbstractContextManager[None]:
-    """Hold a folder that the user named against other processes of the same command; None holds nothing."""
+def lock_folder(folder: Path | None, command: str) -> AbstractContextManager[None]:
+    """Keep other processes of the same command out of a folder that the user named; None locks nothing."""
     if folder is None:
         return nullcontext()
     from ichpipe.common.run_lock import hold_lock
 
-    return hold_lock(folder, what)
+    return hold_lock(folder, command)
 
 
 def complete_arm(context: click.Context, _option: click.Parameter, start: str) -> list[CompletionItem]:
@@ -102,7 +91,7 @@ def complete_arm(context: click.Context, _option: click.Parameter, start: str) -
 
 
 def complete_key(context: click.Context, _option: click.Parameter, start: str) -> list[CompletionItem]:
-    """Complete ``SECTION.KEY=`` of ``--set``, with the arms that there are."""
+    """Complete ``SECTION.KEY=`` of ``--set``, with the arms of the parameter file."""
     from ichpipe.params.schema import known_keys
 
     arms = _arms(context)
@@ -114,8 +103,8 @@ def _arms(context: click.Context) -> list[str]:
     from ichpipe.common.errors import IchpipeError
     from ichpipe.params.schema import load_params
 
-    named = context.find_root().params.get("params_file")
+    params_file = context.find_root().params.get("params_file")
     try:
-        return list(load_params(named or Path("params.yaml")).sequence)
+        return list(load_params(params_file or Path("params.yaml")).sequence)
     except IchpipeError:
-        return []  # a shell that completes is no place for messages; the command itself says what is wrong
+        return []  # a shell that completes shows no messages; the command itself reports the error

@@ -1,27 +1,26 @@
-"""``ichpipe phantom``: make the synthetic data set of the demo."""
+"""``ichpipe phantom``: write the synthetic data set of the demo."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ichpipe.stages.options import alone_in
+from ichpipe.stages.options import FOLDER, lock_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ichpipe.params.schema import PhantomParams
     from ichpipe.stages.options import Settings
 
 
 @click.command("phantom")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to.")
-@click.option(
-    "--studies", type=click.IntRange(min=1), default=None, help="Number of studies [params: phantom.studies]."
-)
-@click.option("--size", type=click.IntRange(32, 1024), default=None, help="Pixels per side [params: phantom.size_px].")
-@click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed [params: phantom.seed].")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write to.")
+@click.option("--studies", type=click.IntRange(min=1), help="Number of studies [params: phantom.studies].")
+@click.option("--size", type=click.IntRange(32, 1024), help="Pixels per side [params: phantom.size_px].")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed [params: phantom.seed].")
 @click.pass_obj
 def command(settings: Settings, out: Path, studies: int | None, size: int | None, seed: int | None) -> None:
     """Make a synthetic head-CT data set: DICOM series and a label table in the RSNA 2019 layout.
@@ -33,7 +32,7 @@ def command(settings: Settings, out: Path, studies: int | None, size: int | None
     given = {"studies": studies, "size_px": size, "seed": seed}
     changes = {key: value for key, value in given.items() if value is not None}
     params = settings.params().phantom.model_copy(update=changes)
-    with alone_in(out, "phantom"):
+    with lock_folder(out, "phantom"):
         run(params, out)
 
 

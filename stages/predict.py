@@ -1,4 +1,4 @@
-"""DICOM to probabilities per slice and per study, from the fine-tuned model alone."""
+"""``ichpipe predict``: DICOM to probabilities per slice and per study, with the fine-tuned model alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import click
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, IchpipeError
-from ichpipe.common.files import atomic_path, digest_of_file, write_json
-from ichpipe.stages.options import alone_in, gpu_option, workers_option
+from ichpipe.common.files import digest_of_file, write_json, write_text
+from ichpipe.stages.options import FILE, FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ichpipe.inference.findings import Extent, Provenance
     from ichpipe.inference.inputs import Inputs
     from ichpipe.params.schema import SelectionParams
-    from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
     from ichpipe.stages.options import Settings
 
@@ -57,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Predicted:
-    """All there is to write and to say."""
+    """The results of all inputs."""
 
     slices: pd.DataFrame  # SLICE_COLUMNS and more
     studies: pd.DataFrame  # STUDY_COLUMNS
@@ -67,10 +66,6 @@ class Predicted:
     provenance: Provenance
 
 
-_file = click.Path(path_type=Path, dir_okay=False)
-_folder = click.Path(path_type=Path, file_okay=False)
-
-
 @click.command("predict")
 @gpu_option
 @workers_option
@@ -78,13 +73,12 @@ _folder = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--list", "listed", type=click.File(encoding="utf-8"), help="Paths from this file, one a line; - is stdin."
 )
-@click.option("--out", type=_folder, default=None, help="Folder of tables and predictions.json; without it, none.")
-@click.option("--model", type=_folder, default=None, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
+@click.option("--out", type=FOLDER, help="Folder of tables and predictions.json; without it, none.")
+@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
 @click.option("--json", "as_json", is_flag=True, help="Print predictions.json instead of the table.")
 @click.option(
     "--sr",
-    type=_folder,
-    default=None,
+    type=FOLDER,
     help="Folder for a DICOM Structured Report per study, as a PACS stores it. It holds the patient's identity.",
 )
 @click.option("--force", is_flag=True, help="Predict also what is no head CT, and mark it `forced` in every output.")
@@ -97,12 +91,11 @@ _folder = click.Path(path_type=Path, file_okay=False)
     help="Probability from which a class is called positive; decides no number in the tables.",
 )
 @click.option("--all-series", is_flag=True, help="Predict every series of a study, not the one that stands for it.")
-@click.option("--kaggle", type=_file, default=None, help="Also write the RSNA 2019 submission, of all series.")
-@click.option("--sample", type=_file, default=None, help="Sample submission whose rows and order --kaggle takes.")
+@click.option("--kaggle", type=FILE, help="Also write the RSNA 2019 submission, of all series.")
+@click.option("--sample", type=FILE, help="Sample submission whose rows and order --kaggle takes.")
 @click.option(
     "--missing",
-    type=click.FloatRange(0, 1),
-    default=None,
+    type=PROBABILITY,
     help="Write this in the submission for slices without a prediction; else they are an error.",
 )
 @click.pass_obj
@@ -140,46 +133,42 @@ def command(
     """
     if options["kaggle"] is None and (options["sample"] is not None or options["missing"] is not None):
         raise click.UsageError("--sample and --missing are for the submission: give --kaggle FILE")
-    named = _named(paths, listed)
+    if not paths and listed is None:
+        raise click.UsageError("name what to predict: a folder, a zip archive, files, @FILE or --list FILE")
+    from ichpipe.inference.inputs import expand, read_list
 
+    inputs = expand(paths) + ([] if listed is None else read_list(listed.read(), listed.name))
     params = settings.params()
-    chosen = Options(
+    given = Options(
         selection=params.prepare.selection,
         study_score=params.evaluate.study_score,
         hash_patient_ids=params.prepare.hash_patient_ids,
         **options,
     )
-    with alone_in(out, "predict"):
-        return run(named, out, model or settings.artifacts().finetuned, chosen, gpu=gpu, workers=workers)
-
-
-def _named(paths: Sequence[Path], listed: TextIO | None) -> list[Path]:
-    if not paths and listed is None:
-        raise click.UsageError("name what to predict: a folder, a zip archive, files, @FILE or --list FILE")
-    from ichpipe.inference.inputs import expand, read_list
-
-    return expand(paths) + ([] if listed is None else read_list(listed.read(), listed.name))
+    with lock_folder(out, "predict"):
+        return run(inputs, out, model or settings.artifacts().finetuned, given, gpu=gpu, workers=workers)
 
 
 def run(
-    paths: Sequence[Path], out: Path | None, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 1
+    paths: Sequence[Path], out: Path | None, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 0
 ) -> str:
-    """Write tables, JSON and reports, as far as there is a folder for them; return the table of studies, or JSON.
+    """Write the tables, JSON and reports that have a folder; return the table of studies, or JSON.
 
-    One series stands for a study unless ``options`` ask for all. What is no head CT is refused, and files that can't be
-    used are listed, each with the reason; the rest goes on. Nothing left at all is an error, after the lists are
-    written. A submission that lacks slices is refused after the other tables are written.
+    One series stands for a study unless ``options`` ask for all. Series that are no head CT are refused and unusable
+    files are listed, each with the reason; the rest is predicted. If nothing is left, the lists are written and a
+    DataError follows. A submission that lacks slices is refused after the other tables are written.
     """
     from ichpipe.common.device import choose_device
     from ichpipe.common.pseudonyms import read_pseudonyms
+    from ichpipe.inference.findings import Provenance, build_document
     from ichpipe.inference.inputs import collect_inputs
     from ichpipe.inference.kaggle_submission import build_submission, read_sample
-    from ichpipe.inference.predictor import predict_slices
+    from ichpipe.inference.predictor import SLICE_COLUMNS, STUDY_COLUMNS, predict_slices
     from ichpipe.models.header import spacing_of
     from ichpipe.models.weights import load_end_to_end
     from ichpipe.scoring.calibration import read_calibration
 
-    # First: what is wrong here is found in seconds, prediction may take hours.
+    # Errors in options and small files come first: prediction may take hours.
     if options.sr is not None and find_spec("highdicom") is None:
         raise IchpipeError("--sr needs the package highdicom; run: pip install 'ichpipe[sr]'")
     sample = None if options.sample is None else read_sample(options.sample)
@@ -188,49 +177,51 @@ def run(
     calibration = None if options.uncalibrated else read_calibration(model_dir)
     spacing = spacing_of(model_dir)
     whole_archive = options.kaggle is not None  # a submission wants every slice
-    one = not (options.all_series or whole_archive)
-    selection, force = options.selection, options.force
-    intake = collect_inputs(
+    inputs = collect_inputs(
         paths,
-        selection,
+        options.selection,
         workers,
-        one_per_study=one,
+        one_per_study=not (options.all_series or whole_archive),
         judged=not whole_archive,
-        force=force,
+        force=options.force,
         pseudonyms=read_pseudonyms(options.hash_patient_ids),
     )
-    slices, undecodable = predict_slices(model, intake.slices, device, spacing, calibration)
-    found = _collect(intake, slices, undecodable, options, _provenance(model_dir, calibration, options))
-    if out is not None:
-        _write_lists(found, intake, out)
-    if found.slices.empty:
-        raise DataError(_nothing_left(found, out))
-    if out is not None:
-        _write_tables(found, intake, out, options)
-    remarks = [] if options.sr is None else _write_reports(found, intake, options.sr)
-    if options.kaggle is not None:
-        submission = build_submission(found.slices, found.rejected, sample, options.missing)
-        for remark in submission.remarks:
-            log.warning(remark)
-        _write_csv(submission.table, options.kaggle)
-    return _as_json(found, intake) if options.as_json else _as_text(found, intake, out, remarks)
-
-
-def _provenance(model_dir: Path, calibration: Calibration | None, options: Options) -> Provenance:
-    from ichpipe.inference.findings import Provenance
-
-    absent = "left out" if options.uncalibrated else "absent"
-    return Provenance(
+    slices, undecodable = predict_slices(model, inputs.slices, device, spacing, calibration)
+    provenance = Provenance(
         model_sha256=digest_of_file(model_dir / MODEL_FILE),
-        calibration=calibration.method if calibration else absent,
+        calibration=calibration.method if calibration else "left out" if options.uncalibrated else "absent",
         calibrated=calibration.mapped if calibration else (),
         threshold=options.threshold,
         study_score=options.study_score,
     )
+    result = _collect(inputs, slices, undecodable, options, provenance)
+    if out is not None:
+        _write_csv(result.rejected, out / "rejected.csv")
+        _write_csv(result.refused, out / "refused.csv")
+        _write_csv(inputs.series, out / "series.csv")
+    if result.slices.empty:
+        raise DataError(_explain_nothing_left(result, out))
+    document = build_document(
+        result.studies, result.slices, result.where, inputs.series, result.refused, inputs.forced, provenance
+    )
+    if out is not None:
+        more = [FORCED] if options.force else []
+        _write_csv(result.slices[SLICE_COLUMNS + more], out / "slices.csv")
+        _write_csv(result.studies[STUDY_COLUMNS + more], out / "studies.csv")
+        write_json(out / "predictions.json", document)
+    remarks = [] if options.sr is None else _write_reports(result, inputs, options.sr)
+    if options.kaggle is not None:
+        submission = build_submission(result.slices, result.rejected, sample, options.missing)
+        for remark in submission.remarks:
+            log.warning(remark)
+        _write_csv(submission.table, options.kaggle)
+    if options.as_json:
+        return json.dumps(document, indent=2, allow_nan=False)
+    return _as_text(result, inputs, out, remarks)
 
 
 def _collect(
-    intake: Inputs, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
+    inputs: Inputs, slices: pd.DataFrame, undecodable: pd.DataFrame, options: Options, provenance: Provenance
 ) -> Predicted:
     import pandas as pd
 
@@ -238,53 +229,38 @@ def _collect(
     from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
     from ichpipe.inference.predictor import IDENTIFIERS, score_series
 
-    lost = intake.slices[~intake.slices["series_uid"].isin(slices["series_uid"])]
+    lost = inputs.slices[~inputs.slices["series_uid"].isin(slices["series_uid"])]
     reasons = undecodable.set_index("path")["reason"]
-    gone = lost.groupby(IDENTIFIERS, sort=False).agg(n_slices=("path", "size"), reason=("path", "first")).reset_index()
-    gone["reason"] = "no slice could be read; the first: " + gone["reason"].map(reasons).astype(str)
-    refused = [table for table in (intake.refused, gone[REFUSED_COLUMNS]) if len(table)]
+    lost = lost.groupby(IDENTIFIERS, sort=False).agg(n_slices=("path", "size"), reason=("path", "first")).reset_index()
+    lost["reason"] = "no slice could be read; the first: " + lost["reason"].map(reasons).astype(str)
+    refused = [table for table in (inputs.refused, lost[REFUSED_COLUMNS]) if len(table)]
     studies = score_series(slices, options.study_score)
     if options.force:
         slices, studies = (
-            table.assign(**{FORCED: table["series_uid"].isin(intake.forced)}) for table in (slices, studies)
+            table.assign(**{FORCED: table["series_uid"].isin(inputs.forced)}) for table in (slices, studies)
         )
     return Predicted(
         slices,
         studies,
-        pd.concat(refused, ignore_index=True) if refused else intake.refused,
-        pd.concat([intake.rejected, undecodable], ignore_index=True)[["path", "reason"]],
+        pd.concat(refused, ignore_index=True) if refused else inputs.refused,
+        pd.concat([inputs.rejected, undecodable], ignore_index=True)[["path", "reason"]],
         extents(slices, options.threshold),
         provenance,
     )
 
 
-def _write_lists(found: Predicted, intake: Inputs, out: Path) -> None:
-    _write_csv(found.rejected, out / "rejected.csv")
-    _write_csv(found.refused, out / "refused.csv")
-    _write_csv(intake.series, out / "series.csv")
-
-
-def _write_tables(found: Predicted, intake: Inputs, out: Path, options: Options) -> None:
-    from ichpipe.inference.predictor import SLICE_COLUMNS, STUDY_COLUMNS
-
-    more = [FORCED] if options.force else []
-    _write_csv(found.slices[SLICE_COLUMNS + more], out / "slices.csv")
-    _write_csv(found.studies[STUDY_COLUMNS + more], out / "studies.csv")
-    write_json(out / "predictions.json", _document(found, intake))
-
-
-def _write_reports(found: Predicted, intake: Inputs, folder: Path) -> list[str]:
-    """Write a DICOM SR per predicted series; warn of those that can't be, and return a line about the others."""
+def _write_reports(result: Predicted, inputs: Inputs, folder: Path) -> list[str]:
+    """Write a DICOM SR per predicted series; warn of series without one, and return a line about the written ones."""
     from ichpipe.inference.findings import package_version
     from ichpipe.inference.findings_text import counted
     from ichpipe.inference.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
-    paths = {str(uid): part["path"].tolist() for uid, part in found.slices.groupby("series_uid")}
-    made = found.provenance
-    for row in found.studies.to_dict("records"):
+    paths = {str(uid): part["path"].tolist() for uid, part in result.slices.groupby("series_uid")}
+    made = result.provenance
+    for row in result.studies.to_dict("records"):
         uid = str(row["series_uid"])
-        where, forced = found.where[uid], intake.forced.get(uid, "")
+        where, forced = result.where[uid], inputs.forced.get(uid, "")
         finding = SeriesFinding(
             {name: float(row[name]) for name in CLASSES},
             {name: where[name].sop_uids for name in CLASSES},
@@ -297,54 +273,44 @@ def _write_reports(found: Predicted, intake: Inputs, folder: Path) -> list[str]:
             failed.setdefault(str(error), []).append(uid)
     for reason, uids in failed.items():
         log.warning("no DICOM report for %d series, %s the first: %s", len(uids), uids[0], reason)
-    written = len(found.studies) - sum(map(len, failed.values()))
+    written = len(result.studies) - sum(map(len, failed.values()))
     return [f"{counted(written, 'DICOM report')} in {folder}, with the patient's identity"] if written else []
 
 
-def _document(found: Predicted, intake: Inputs) -> dict[str, object]:
-    from ichpipe.inference.findings import build_document
-
-    tables = found.studies, found.slices, found.where, intake.series
-    return build_document(*tables, found.refused, intake.forced, found.provenance)
-
-
-def _as_json(found: Predicted, intake: Inputs) -> str:
-    return json.dumps(_document(found, intake), indent=2, allow_nan=False)
-
-
 def _write_csv(table: pd.DataFrame, target: Path) -> None:
-    """Nine significant digits: with six decimals 1e-8 would be 0, which costs 16 nats more where it is wrong."""
-    with atomic_path(target) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+    """Write nine significant digits: six decimals would turn 1e-8 into 0, which costs 16 nats more if it is wrong."""
+    write_text(target, table.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
 
 
-def _nothing_left(found: Predicted, out: Path | None) -> str:
+def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
     from ichpipe.inference.findings_text import counted, format_refused, wrapped
 
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
-    if found.refused.empty:
-        return f"none of {len(found.rejected)} files is a usable CT slice; {why}"
-    head = f"refused: {counted(len(found.refused), 'study', 'studies')}, and nothing else to predict"
+    if result.refused.empty:
+        return f"none of {len(result.rejected)} files is a usable CT slice; {why}"
+    head = f"refused: {counted(len(result.refused), 'study', 'studies')}, and nothing else to predict"
     remedy = "--force predicts what has CT pixels all the same, and marks the result"
-    return "\n".join([head, *format_refused(found.refused), *wrapped(f"{remedy}; {why}")])
+    return "\n".join([head, *format_refused(result.refused), *wrapped(f"{remedy}; {why}")])
 
 
-def _as_text(found: Predicted, intake: Inputs, out: Path | None, remarks: list[str]) -> str:
+def _as_text(result: Predicted, inputs: Inputs, out: Path | None, remarks: list[str]) -> str:
     from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
 
     mark = partial(click.style, fg="red", bold=True)
-    threshold = found.provenance.threshold
-    table = format_studies(found.studies, found.where, intake.series, intake.forced, threshold, mark)
-    lines = wrapped(f"positive from {threshold:g}; {found.provenance.calibration_said()}")
-    usable = intake.series[intake.series["n_slices"] > 0]
+    threshold = result.provenance.threshold
+    table = format_studies(result.studies, result.where, inputs.series, inputs.forced, threshold, mark)
+    lines = wrapped(f"positive from {threshold:g}; {result.provenance.calibration_said()}")
+    usable = inputs.series[inputs.series["n_slices"] > 0]
     if passed_over := int((~usable["chosen"]).sum()):
         lines.append(f"{passed_over} series passed over for another one of their study{_see(out, 'series.csv')}")
-    if len(found.refused):
-        lines.append(f"refused: {counted(len(found.refused), 'study', 'studies')}{_see(out, 'refused.csv')}")
-        lines += format_refused(found.refused)
-    if len(found.rejected):
-        lines.append(f"{counted(len(found.rejected), 'file')} left out{_see(out, 'rejected.csv')}")
-    return "\n".join([table, "", *lines, *(line for one in remarks for line in wrapped(one))])
+    if len(result.refused):
+        lines.append(f"refused: {counted(len(result.refused), 'study', 'studies')}{_see(out, 'refused.csv')}")
+        lines += format_refused(result.refused)
+    if len(result.rejected):
+        lines.append(f"{counted(len(result.rejected), 'file')} left out{_see(out, 'rejected.csv')}")
+    for remark in remarks:
+        lines += wrapped(remark)
+    return "\n".join([table, "", *lines])
 
 
 def _see(out: Path | None, name: str) -> str:

@@ -1,4 +1,4 @@
-"""``ichpipe prepare``: DICOM files and labels in; index, choice of series, rejected files and a summary out."""
+"""``ichpipe prepare``: read DICOM files and labels, write the index, the choice of series and rejected files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ichpipe.stages.options import workers_option
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ichpipe.common.pseudonyms import Pseudonyms
-    from ichpipe.index import label_tables
     from ichpipe.params.schema import PrepareParams
     from ichpipe.stages.options import Settings
 
@@ -33,14 +31,14 @@ def command(settings: Settings, workers: int) -> None:
       ichpipe --set prepare.dicom_dir=data/phantom/dicom prepare
     """
     params, artifacts = settings.params().prepare, settings.artifacts()
-    with settings.alone("prepare", "index", ".resume/prepare"):
+    with settings.lock_stage("prepare", "index", ".resume/prepare"):
         run(params, artifacts.index_dir, workers, artifacts.resume("prepare"))
 
 
-def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None = None) -> None:
+def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path | None = None) -> None:
     """Write ``slices.parquet``, ``series.csv``, ``studies.csv``, ``rejected.csv`` and ``summary.json`` into ``out``.
 
-    With ``cache``, a folder, headers read by a former run that was stopped or has ended are not read again.
+    ``header_cache`` is a folder: headers that a former run read, stopped or complete, are not read again.
     Raises MissingFileError without the folder or table, DataError where nothing usable is in them.
     """
     import pandas as pd
@@ -49,19 +47,20 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
     from ichpipe.index import index_writer, label_tables, splits
     from ichpipe.index.scan import scan
     from ichpipe.index.series_selection import select_series
-    from ichpipe.index.splits import read_test_slices, test_table_path
 
     pseudonyms = read_pseudonyms(params.hash_patient_ids)
     # Tables first: a wrong one is found in seconds, the scan may take an hour.
-    labels = _labels(params, pseudonyms)
-    test_slices = None
-    if params.split == "stage1":
-        test_slices = read_test_slices(test_table_path(params))
-    scanned, rejected = scan([Path(params.dicom_dir)], workers, cache, pseudonyms=pseudonyms)
+    labels = None
+    if params.labels is not None:
+        labels = label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)
+    test_slices = splits.read_test_slices(splits.test_table_path(params)) if params.split == "stage1" else None
+    scanned, rejected = scan([Path(params.dicom_dir)], workers, header_cache, pseudonyms=pseudonyms)
     if scanned.empty:
         index_writer.write_rejected(out, rejected)
         raise DataError(_nothing_usable(params, rejected, out))
-    chosen = select_series(scanned, rejected, params.selection, one_per_study=_one_per_study(params))
+    per_study = params.selection.per_study
+    one_per_study = params.dataset != "rsna" if per_study == "auto" else per_study == "one"
+    chosen = select_series(scanned, rejected, params.selection, one_per_study=one_per_study)
     rejected = pd.concat([rejected, chosen.left_out]).sort_values("path", ignore_index=True)
     index, of_studies, matched = label_tables.join(chosen.slices, labels)
     index = splits.assign_splits(index, params, test_slices)
@@ -71,24 +70,11 @@ def run(params: PrepareParams, out: Path, workers: int = 1, cache: Path | None =
         summary["overlap"] = splits.overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
     index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
-    _tell(index, chosen.series, summary)
+    _log_warnings(index, chosen.series, summary)
 
 
-def _labels(params: PrepareParams, pseudonyms: Pseudonyms | None) -> label_tables.LabelTable | None:
-    from ichpipe.index import label_tables
-
-    if params.labels is None:
-        return None
-    return label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)
-
-
-def _one_per_study(params: PrepareParams) -> bool:
-    wanted = params.selection.per_study
-    return params.dataset != "rsna" if wanted == "auto" else wanted == "one"
-
-
-def _tell(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, Any]) -> None:
-    """Log what changes the meaning of the figures to come."""
+def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, Any]) -> None:
+    """Warn of what changes the meaning of later figures."""
     flawed = series["chosen"] & series["reason"].str.contains("though: ")
     if flawed.any():
         log.warning("%d studies have no series without a fault; series.csv says which faults", int(flawed.sum()))

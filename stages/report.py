@@ -1,11 +1,12 @@
-"""One page of the run: data, learning, scores, cases, and how it was made.
+"""``ichpipe report``: write one HTML page of the run: data, learning, scores, cases, provenance.
 
-The page is a function of the run's files alone: no date, no clock. Wall times are those that the stages recorded.
+The page depends on the run's files alone, not on date or clock. Wall times are those that the stages recorded.
 """
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, IchpipeError
 from ichpipe.common.files import write_text
-from ichpipe.stages.options import gpu_option
+from ichpipe.stages.options import FILE, gpu_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,9 +37,7 @@ TITLE = "ichpipe: report of a run"
 
 @click.command("report")
 @gpu_option
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Page [ARTIFACTS/report/index.html]."
-)
+@click.option("--out", type=FILE, help="Page [ARTIFACTS/report/index.html].")
 @click.option(
     "--cases",
     type=click.IntRange(0, 10),
@@ -60,10 +59,10 @@ def command(settings: Settings, out: Path | None, cases: int, gpu: str) -> str:
 
 
 def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu: str = "auto") -> str:
-    """Write the page to ``out``, whole or not at all; what the run lacks is a sentence on it. Returns where it lies.
+    """Write the page to ``out``, whole or not at all, and return its path and size as text.
 
-    ``cases`` held-out studies of each kind are shown with heat maps of the fine-tuned model; 0: no pictures. A run
-    without any file is a DataError.
+    A missing part of the run is named on the page. ``cases`` held-out studies of each kind are shown with heat maps of
+    the fine-tuned model; 0: no pictures. Raises DataError for a run without any file.
     """
     from ichpipe.report import runs, scores
     from ichpipe.report.facts import read_facts
@@ -90,15 +89,15 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
 
 def shown_params(params: Params) -> dict[str, Any]:
     """Return the parameters as the page shows them: of a path outside the project only its last part."""
-    shown: dict[str, Any] = _without_places(params.model_dump(mode="json", by_alias=True))
+    shown: dict[str, Any] = _shorten_paths(params.model_dump(mode="json", by_alias=True))
     return shown
 
 
-def _without_places(value: Any) -> Any:
+def _shorten_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_places(one) for key, one in value.items()}
+        return {key: _shorten_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_places(one) for one in value]
+        return [_shorten_paths(item) for item in value]
     outside = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
     return f"…/{Path(value).name}" if outside else value
 
@@ -108,35 +107,32 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     from ichpipe.report.blocks import Section
     from ichpipe.report.cases import choose_cases
 
-    section = Section("cases", "Best and worst cases")
+    section = partial(Section, "cases", "Best and worst cases")
     if facts.test is None or not (artifacts.finetuned / MODEL_FILE).exists():
-        return Section(section.key, section.title, ["There is no fine-tuned model to look at; run: ichpipe finetune."])
+        return section(["There is no fine-tuned model to look at; run: ichpipe finetune."])
     if not count:
-        return Section(section.key, section.title, ["Pictures were not asked for (--cases 0)."])
+        return section(["Pictures were not asked for (--cases 0)."])
     truth, score = scores.of_studies(facts.test, params.evaluate.study_score)
     series = facts.test["series_uid"].drop_duplicates()
-    chosen = choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
-    try:
-        pictures = _pictures(artifacts, facts.test, chosen, gpu)
-    except (IchpipeError, OSError) as error:
-        log.warning("no pictures in the report: %s", error)
-        said = "The slices of these studies can't be read here, so there are no pictures."
-        return Section(section.key, section.title, [said])
-    lines = [
-        "Held-out studies by the fine-tuned model's score for any haemorrhage. Orange: slices labelled positive. "
-        "Under each slice the same slice with its heat map, stronger where P is higher. It is no outline of a bleed."
-    ]
-    return Section(section.key, section.title, lines, pictures=pictures)
 
-
-def _pictures(artifacts: Artifacts, test: pd.DataFrame, chosen: list[Case], gpu: str) -> list[Picture]:
     from ichpipe.common.device import choose_device
     from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
-    explainer = Explainer(artifacts.finetuned, choose_device(gpu))
-    paths = read_index(artifacts.index).set_index("sop_uid")["path"]
-    return [_picture(explainer, paths, test[test["series_uid"] == case.series_uid], case) for case in chosen]
+    cases = choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
+    try:
+        explainer = Explainer(artifacts.finetuned, choose_device(gpu))
+        paths = read_index(artifacts.index).set_index("sop_uid")["path"]
+        by_series = facts.test.groupby("series_uid")
+        pictures = [_picture(explainer, paths, by_series.get_group(case.series_uid), case) for case in cases]
+    except (IchpipeError, OSError) as error:
+        log.warning("no pictures in the report: %s", error)
+        return section(["The slices of these studies can't be read here, so there are no pictures."])
+    lines = [
+        "Held-out studies by the fine-tuned model's score for any haemorrhage. Orange: slices labelled positive. "
+        "Under each slice the same slice with its heat map, stronger where P is higher. It is no outline of a bleed."
+    ]
+    return section(lines, pictures=pictures)
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
@@ -161,6 +157,6 @@ def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: C
         width_in=WIDTH_IN,
     )
     findings = [name for name, column in zip(CLASSES[1:], labels.T[1:], strict=True) if column.any()]
-    said = ", ".join(findings) or "none"
+    labelled = ", ".join(findings) or "none"
     alt = f"Contact sheet of {PANELS} of {len(rows)} slices with heat maps, and P along the head."
-    return as_picture(png, alt, f"{case.kind} ({case.score:.3f}). Labelled: {said}. Series {case.series_uid}.")
+    return as_picture(png, alt, f"{case.kind} ({case.score:.3f}). Labelled: {labelled}. Series {case.series_uid}.")

@@ -1,4 +1,4 @@
-"""The official metric over tables: predictions against labels of RSNA 2019 or CQ500, no images needed."""
+"""``ichpipe score``: score tables of predictions against tables of labels; no images needed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_json
+from ichpipe.stages.options import FILE, PROBABILITY
 
 if TYPE_CHECKING:
     from ichpipe.params.schema import EvaluateParams
@@ -53,18 +54,16 @@ class Options:
     required=True,
     help="Slices, CQ500 scans, or any studies.",
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Also write the JSON here.")
-@click.option("--against", type=click.Path(path_type=Path), default=None, help="Another model's table, to compare.")
+@click.option("--out", type=FILE, help="Also write the JSON here.")
+@click.option("--against", type=click.Path(path_type=Path), help="Another model's table, to compare.")
 @click.option(
     "--missing",
-    type=click.FloatRange(0, 1),
-    default=None,
+    type=PROBABILITY,
     help="Score what has no prediction as this; else rsna stops with an error, the others leave it out.",
 )
 @click.option(
     "--pool",
     type=click.Choice(["max", "mean"]),
-    default=None,
     help="cq500, studies: pool several rows of one, as of two series; else they are an error.",
 )
 @click.option(

@@ -1,8 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the command ends soon, says so in one line, and leaves nothing half-written.
+"""Stops a command on Ctrl-C, SIGTERM or a closed terminal, with one line and no half-written file.
 
-What is on disk is whole at any moment, so nothing has to be saved here: a signal ends the work where it stands, and the
-same command goes on from the last checkpoint, chunk or file. Exit codes are those that shells use, 128 and the
-signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
+Files on disk are whole at any moment, so nothing is saved here. The same command goes on from the last checkpoint,
+chunk or file. The exit code is 128 plus the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ class Stopped(BaseException):
 
 class _State:
     signal_number = 0  # of the first signal
+    reported = False
 
 
 _state = _State()
@@ -37,12 +37,11 @@ _state = _State()
 
 @contextmanager
 def stop_cleanly(*, leaving: bool = False) -> Iterator[None]:
-    """Turn the first signal into `Stopped`, and whatever that becomes on its way out into one line and an exit code.
-
-    ``leaving``: the process ends after the block, and a signal that comes while it does so ends it at once.
+    """Raise `Stopped` at the first signal; print one line and exit when the block has ended.
 
     A second signal, or GRACE_S seconds without an end, ends the process at once. A signal that was ignored when the
-    process began (nohup, a shell's background jobs) stays ignored.
+    process began (nohup, a shell's background jobs) stays ignored. ``leaving``: the process ends after the block, and
+    a signal during that time ends it at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +56,7 @@ def stop_cleanly(*, leaving: bool = False) -> Iterator[None]:
     except BaseException as error:
         if not _state.signal_number:
             raise
-        _say(_state.signal_number)
+        _report(_state.signal_number)
         raise SystemExit(128 + _state.signal_number) from (None if isinstance(error, Stopped) else error)
     finally:
         if not _state.signal_number:
@@ -70,7 +69,7 @@ def _handle(number: int, _frame: Any) -> None:
     if _state.signal_number:
         _leave(number)
     _state.signal_number = number
-    for name in ("asyncio", "distributed", "tornado"):  # connections that are cut now are no news
+    for name in ("asyncio", "distributed", "tornado"):  # they report each connection that is cut now
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     timer = threading.Timer(GRACE_S, _leave, (number,))
     timer.daemon = True
@@ -82,20 +81,13 @@ def _leave(number: int) -> NoReturn:
     from ichpipe.common.processes import end_children
 
     end_children()
-    _say(number)
+    _report(number)
     os._exit(128 + number)
 
 
-_said = threading.Event()
-
-
-def _say(number: int) -> None:
-    """Say it once; standard error may be gone with the terminal."""
-    if _said.is_set():
-        return
-    _said.set()
-    try:
-        sys.stderr.write(f"ichpipe: stopped by {signal.Signals(number).name}; the same command goes on\n")
-        sys.stderr.flush()
-    except OSError:
-        pass
+def _report(number: int) -> None:
+    if not _state.reported:
+        _state.reported = True
+        with suppress(OSError):  # standard error may be gone with the terminal
+            sys.stderr.write(f"ichpipe: stopped by {signal.Signals(number).name}; the same command goes on\n")
+            sys.stderr.flush()

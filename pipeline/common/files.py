@@ -88,10 +88,15 @@ def _output_error(target: Path, cause: str) -> OutputError:
     )
 
 
-def write_text(target: Path, text: str) -> None:
-    """Write ``text`` as UTF-8."""
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write ``content``, whole or not at all."""
     with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    write_bytes(target, text.encode())
 
 
 def write_json(target: Path, value: Any) -> None:
