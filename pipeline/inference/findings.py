@@ -41,7 +41,7 @@ class Provenance:
     threshold: float
     study_score: str
 
-    def calibration_said(self) -> str:
+    def describe_calibration(self) -> str:
         """Describe how probabilities were calibrated."""
         texts = {
             "absent": "not calibrated: no calibration.json beside the model (ichpipe evaluate writes it)",
