@@ -18,10 +18,10 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
-from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.slice_dataset import fit_to_size, load_readable
@@ -429,10 +429,10 @@ def _as_hu(images: ArrayLike) -> NDArray[np.int16]:
     if values.dtype.kind not in "iuf":
         raise DataError(f"HU must be whole or floating-point numbers, found {values.dtype}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {AIR_HU}")
-    if values.dtype == np.int16 and values.min() >= AIR_HU:
+        raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+    if values.dtype == np.int16 and values.min() >= MIN_HU:
         return values
-    hu: NDArray[np.int16] = np.clip(np.rint(values), AIR_HU, MAX_HU).astype(np.int16)
+    hu: NDArray[np.int16] = np.clip(np.rint(values), MIN_HU, MAX_HU).astype(np.int16)
     return hu
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.common.pseudonyms import Pseudonyms
-    from ichpipe.dicom.archive import Found
+    from ichpipe.dicom.archive import ListedFile
 
 _TEXTS: Final = (
     "patient_id", "study_uid", "series_uid", "sop_uid", "path", "transfer_syntax", "file_digest", "image_type",
@@ -87,7 +87,7 @@ def scan(
     return slices, table.fillna("").reset_index(drop=True)
 
 
-def _read_all(files: list[Found], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
+def _read_all(files: list[ListedFile], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
     known, unread = cache.split(files)
     chunks = [unread[start : start + CHUNK_FILES] for start in range(0, len(unread), CHUNK_FILES)]
     read, counter = [], Counter("headers", len(unread), "file") if len(chunks) > 1 else None
@@ -115,7 +115,7 @@ def _hidden(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table:
     return headers.set_column(place, "patient_id", values)
 
 
-def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]:
+def _in_processes(chunks: list[list[ListedFile]], workers: int) -> Iterator[pa.Table]:
     if workers <= 1 or sum(map(len, chunks)) < PROCESSES_FROM:
         yield from map(read_headers, chunks)
         return
@@ -129,7 +129,7 @@ def _in_processes(chunks: list[list[Found]], workers: int) -> Iterator[pa.Table]
         ) from error
 
 
-def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:
+def read_headers(files: Sequence[ListedFile], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
     with _no_collection(), TrialDecoder() as trial:
         rows = [_read(one.path, trial, force=force) for one in files]
