@@ -18,10 +18,10 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
-from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.slice_dataset import fit_to_size, load_readable
@@ -278,9 +278,9 @@ class Model:
         if hu.dtype.kind not in "iuf":
             raise DataError(f"HU must be whole or floating-point numbers, found {hu.dtype}")
         if hu.dtype.kind == "f" and not np.isfinite(hu).all():
-            raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {AIR_HU}")
-        if hu.dtype != np.int16 or hu.min() < AIR_HU:
-            hu = np.clip(np.rint(hu), AIR_HU, MAX_HU).astype(np.int16)
+            raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+        if hu.dtype != np.int16 or hu.min() < MIN_HU:
+            hu = np.clip(np.rint(hu), MIN_HU, MAX_HU).astype(np.int16)
         return torch.stack([fit_to_size(image, self.size_px) for image in hu])
 
 

@@ -91,10 +91,9 @@ def one_row_each(table: Table, values: NDArray[Any], numbers: Floats) -> pd.Data
     Raises DataError where two rows of one scan differ.
     """
     frame = pd.DataFrame(values.astype(np.float64), columns=list(CLASSES))
-    groups = frame.groupby(numbers)  # rows of no scan are in none
-    differ = ~np.isnan(numbers) & (frame != groups.transform("first")).any(axis=1).to_numpy()
+    kept = frame.groupby(numbers).first()  # without the rows of no scan
+    differ = ~np.isnan(numbers) & (frame.to_numpy() != kept.reindex(numbers).to_numpy()).any(axis=1)
     remedy = "keep one of them" + (", or pool them with --pool max" if table.role == "prediction" else "")
     names = np.array(["" if np.isnan(number) else scan_name(int(number)) for number in numbers], dtype=object)
     table.refuse(differ, f"contradicts another row of the same scan; {remedy}", names)
-    kept = groups.first()
     return kept.set_axis(pd.Index([scan_name(int(number)) for number in kept.index]))

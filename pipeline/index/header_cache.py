@@ -23,7 +23,7 @@ from ichpipe.dicom import archive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ichpipe.dicom.archive import Found
+    from ichpipe.dicom.archive import ListedFile
 
 _MAKER: Final = b"ichpipe.dicom.slice_header"
 _CODECS: Final = (
@@ -44,7 +44,7 @@ class HeaderCache:
         self._parts = [] if folder is None else sorted(folder.glob(_PARTS))
         self._tables = [table for path in self._parts if (table := self._read(path)) is not None]
 
-    def split(self, files: Sequence[Found]) -> tuple[pa.Table, list[Found]]:
+    def split(self, files: Sequence[ListedFile]) -> tuple[pa.Table, list[ListedFile]]:
         """Return the rows of unchanged ``files``, and the files that must be read."""
         table = pa.concat_tables([self._schema.empty_table(), *self._tables])
         if not len(table):

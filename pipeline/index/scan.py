@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.common.pseudonyms import Pseudonyms
-    from ichpipe.dicom.archive import Found
+    from ichpipe.dicom.archive import ListedFile
 
 _TEXTS: Final = (
     "patient_id", "study_uid", "series_uid", "sop_uid", "path", "transfer_syntax", "file_digest", "image_type",
@@ -90,7 +90,7 @@ def scan(
     return slices, rejected.fillna("").reset_index(drop=True)
 
 
-def _read_all(files: list[Found], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
+def _read_all(files: list[ListedFile], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
     cached, unread = cache.split(files)
     chunks = [unread[start : start + CHUNK_FILES] for start in range(0, len(unread), CHUNK_FILES)]
     parallel = workers > 1 and len(unread) >= PROCESSES_FROM
@@ -125,7 +125,7 @@ def _hide_patients(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table
     return headers.set_column(headers.schema.get_field_index("patient_id"), "patient_id", values)
 
 
-def read_headers(files: Sequence[Found], *, force: bool = False) -> pa.Table:
+def read_headers(files: Sequence[ListedFile], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
     with _no_collection(), TrialDecoder() as trial:
         rows = [_read(file, trial, force=force) for file in files]
@@ -144,7 +144,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(file: Found, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:
+def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:
     """Return what HEADER_SCHEMA holds of one file; columns without a value are left out."""
     path, facts = portable(file.path), {"size": file.size, "stamp": file.stamp}
     if path != file.path:
