@@ -67,7 +67,9 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     rows = patients.get_indexer(pd.Index(index["patient_id"]))  # of each slice
     split = pd.Series(np.where(tested, "test", of_patient[rows]), index=index.index, dtype=object)
     result = index.assign(split=split, fold=folds.astype(np.int32)[rows])
-    require_patients_apart(result)
+    groups = result.groupby("patient_id")[["split", "fold"]].nunique()
+    if torn := int((groups > 1).any(axis=1).sum()):
+        raise DataError(f"{torn} patient(s) are in more than one split or fold; run prepare again")
     return result
 
 
@@ -83,28 +85,15 @@ def overlap(index: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def require_patients_apart(index: pd.DataFrame) -> None:
-    """Raise DataError if a patient is in two splits or two folds."""
-    kinds = index.groupby("patient_id")[["split", "fold"]].nunique()
-    torn = kinds.index[(kinds > 1).any(axis=1)]
-    if len(torn):
-        raise DataError(f"{len(torn)} patient(s) are in more than one split or fold; run prepare again")
-
-
-def test_table_path(params: PrepareParams) -> Path:
-    """Return the path of the table of the stage1 split. Raises ParamsError if none is set."""
-    if params.test_slices is None:
-        raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")
-    return Path(params.test_slices)
-
-
-def read_test_slices(path: Path) -> pd.Index:
+def read_test_slices(path: str | Path | None) -> pd.Index:
     """Read the SOPInstanceUIDs of a test set, each once, such as RSNA's stage-1 test set.
 
     The table has the columns ``ID,Label`` with IDs ``<SOPInstanceUID>_<class>``, or one row a slice with a column
-    ``SOPInstanceUID``, ``sop_uid`` or ``ID``, of which the first counts. Raises DataError.
+    ``SOPInstanceUID``, ``sop_uid`` or ``ID``, of which the first counts. Raises ParamsError without a path, DataError.
     """
-    table = read_table(path, "test slices")
+    if path is None:
+        raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")
+    table = read_table(Path(path), "test slices")
     key = next((name for name in ("SOPInstanceUID", "sop_uid", "ID") if name in table.names), None)
     if key is None:
         raise table.error("names no slices: it needs a column SOPInstanceUID, sop_uid or ID")

@@ -13,6 +13,7 @@ import pandas as pd
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
+from ichpipe.index.rsna_labels import parse_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,14 +52,11 @@ def read_sample(path: Path) -> Sample:
     table = read_table(path, "sample submission")
     if not {"ID", "Label"} <= set(table.names):
         raise table.error("must have the columns ID,Label")
-    ids = pd.Series(table.text("ID").to_pandas())
-    parts = ids.str.rpartition("_")
-    columns = pd.Index(ORDER).get_indexer(pd.Index(parts[2]))
-    malformed = (columns < 0) | (parts[0] == "").to_numpy()
-    table.refuse(malformed, f"ID is not <SOPInstanceUID>_<class> ({', '.join(ORDER)})", ids)
-    table.refuse(ids.duplicated().to_numpy(), "ID appears twice", ids)
-    rows, uids = pd.factorize(parts[0])
-    return Sample(path, pd.Index(uids), rows, columns)
+    ids = table.text("ID")
+    uids, classes = parse_ids(table, ids)
+    table.refuse(pd.Index(ids.to_pandas()).duplicated(), "ID appears twice", ids)
+    rows, unique = pd.factorize(pd.Index(uids.to_pandas()))
+    return Sample(path, unique, rows, (classes - 1) % len(ORDER))  # "any" is first in CLASSES, last in ORDER
 
 
 def build_submission(

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
-from ichpipe.index.rsna_labels import inconsistent_any
+from ichpipe.index.rsna_labels import LONG_COLUMNS, inconsistent_any, parse_ids
 from ichpipe.scoring.metrics import paired_difference, reliability, score
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ GROUPS: Final = ("patient_id", "study_uid", "series_uid")
 """Columns that name the patient, study and series of a slice, the widest first."""
 
 _KEYS: Final = ("sop_uid", "ID", "SOPInstanceUID")
-_LONG: Final = ["ID", "Label"]
 _FORMS: Final = (
     f"a slice table has the columns ID,Label with IDs <SOPInstanceUID>_<class>, or one of {', '.join(_KEYS)} "
     f"and the six classes {', '.join(CLASSES)}"
@@ -102,7 +100,7 @@ def _read_label(table: Table, column: str) -> Floats:
 
 
 def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> SliceTable:
-    if sorted(table.names) == sorted(_LONG):
+    if sorted(table.names) == LONG_COLUMNS:
         return _read_long(table, read_column)
     key = next((name for name in _KEYS if name in table.names), None)
     absent = [name for name in columns if name not in table.names]
@@ -121,14 +119,7 @@ def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> Slice
 def _read_long(table: Table, read_column: _Reader) -> SliceTable:
     """Read rows of one slice and class each."""
     ids = table.text("ID")
-    parts = pc.split_pattern(ids, "_", max_splits=1, reverse=True)
-    whole = np.asarray(pc.equal(pc.list_value_length(parts), 2))
-    table.refuse(~whole, f"ID is not <SOPInstanceUID>_<class>; {_FORMS}", ids.to_pandas())
-    flat = parts.flatten()
-    uids, names = flat.take(np.arange(0, len(flat), 2)), flat.take(np.arange(1, len(flat), 2))
-    columns = pd.Index(CLASSES).get_indexer(pd.Index(names.to_pandas()))
-    table.refuse(columns < 0, f"ID ends in an unknown class (known: {', '.join(CLASSES)})", ids.to_pandas())
-    table.refuse(np.asarray(pc.equal(uids, "")), "ID has no SOPInstanceUID before the class", ids.to_pandas())
+    uids, columns = parse_ids(table, ids)
     values = read_column(table, "Label")
     codes, unique = pd.factorize(pd.Index(uids.to_pandas()))
     cells = np.full((len(unique), len(CLASSES)), np.nan)
