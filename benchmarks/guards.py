@@ -150,8 +150,8 @@ GUARDS = (
     Guard(
         "a series under two patients is rejected whole",
         "pipeline/index/scan.py",
-        "    return slices[~mixed], _refuse(slices[mixed], reason)",
-        "    return slices, _refuse(slices[:0], reason)",
+        "    return slices[~mixed], slices[mixed].assign(reason=reason)[REJECTED]",
+        "    return slices, slices[:0].assign(reason=reason)[REJECTED]",
         "tests/test_scan.py::test_a_series_under_two_patients_is_rejected_whole",
     ),
     Guard(
@@ -179,7 +179,7 @@ GUARDS = (
     Guard(
         "no PatientID leaves the scan where they are hashed",
         "pipeline/index/scan.py",
-        '    return headers.set_column(place, "patient_id", values)',
+        '    return headers.set_column(headers.schema.get_field_index("patient_id"), "patient_id", values)',
         "    return headers",
         "tests/test_safety.py::test_labels_of_patients_are_joined_by_hashed_identifiers_too",
     ),

@@ -25,9 +25,9 @@ from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.files import read_json
 from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
-from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample, resampled_mean
+from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
 from ichpipe.scoring.heldout_predictions import CLASSES, FINETUNED, LABELS
-from ichpipe.scoring.metrics import CLIP, WEIGHTS
+from ichpipe.scoring.metrics import WEIGHTS, cross_entropies
 from ichpipe.stages import cross_validate
 
 if TYPE_CHECKING:
@@ -153,23 +153,20 @@ def own_scores(arm: Arm, settings: dict[str, Any]) -> dict[str, Any]:
     for _, part in arm.table.groupby("seed", sort=True):
         rows = part.sort_values("sop_uid")
         true, predicted = rows[LABELS].to_numpy(np.float64), rows[list(CLASSES)].to_numpy(np.float64)
-        predicted = np.clip(predicted, CLIP, 1.0 - CLIP)
-        losses.append(-np.where(true == 1.0, np.log(predicted), np.log1p(-predicted)) @ WEIGHTS)
+        losses.append(cross_entropies(true, predicted) @ WEIGHTS)
         patient = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1]
         rankings.append(Ranking(true[:, 0], predicted[:, 0], patient))
     loss, patients = np.mean(losses, axis=0), int(patient.max()) + 1
     statistics = [resampled_mean(loss, patient, patients), *(ranking.resample for ranking in rankings)]
     drawn, *aucs = resample(statistics, patients, settings["bootstrap_samples"], settings["seed"])
-    confidence = settings["confidence"]
-    return {
-        "arm": arm.name,
-        "seeds": len(losses),
-        "weighted_log_loss": [float(loss.mean()), *(percentile_interval(drawn, confidence) or (None, None))],
-        "auc_any": [
-            float(np.mean([ranking.value for ranking in rankings])),
-            *(percentile_interval(np.mean(aucs, axis=0), confidence) or (None, None)),
-        ],
+    estimates = {
+        "weighted_log_loss": estimate(float(loss.mean()), drawn, settings["confidence"]),
+        "auc_any": estimate(
+            float(np.mean([ranking.value for ranking in rankings])), np.mean(aucs, axis=0), settings["confidence"]
+        ),
     }
+    figures = {name: [found.value, found.low, found.high] for name, found in estimates.items()}
+    return {"arm": arm.name, "seeds": len(losses), **figures}
 
 
 def as_text(found: dict[str, dict[str, Any]]) -> str:
@@ -178,17 +175,12 @@ def as_text(found: dict[str, dict[str, Any]]) -> str:
     for name, value in found.items():
         own = [
             f"| {row['arm']} | {row['seeds']} | "
-            + " | ".join(_interval(row[key]) for key in ("weighted_log_loss", "auc_any"))
+            + " | ".join(Estimate(*row[key]).text() for key in ("weighted_log_loss", "auc_any"))
             for row in value["own"]
         ]
         head = ["| model | seeds | weighted log loss | AUC any, by slice |", "|---|---|---|---|"]
         parts += [f"## {name}", "", *head, *(f"{line} |" for line in own), "", comparison_text(value), ""]
     return "\n".join(parts)
-
-
-def _interval(values: list[float | None]) -> str:
-    value, low, high = values
-    return f"{value:.4f}" if low is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def loading(params_file: Path, artifacts: Artifacts) -> dict[str, Any]:
     section, index = params.sequence["paper"], read_index(artifacts.index)
     features = open_features(params, artifacts, index, section)
     train = collect_series(features, index[index["split"] == "train"])
-    names = stored_inputs(section.wanted)
+    names = stored_inputs(section.all_inputs)
     held = load_to_device(choose_device("auto"), train, names)
     seconds = []
     for epoch in (1, 2):  # the first also compares every chunk's checksum

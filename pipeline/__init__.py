@@ -1,7 +1,6 @@
 """ichpipe: a two-stage feature-caching pipeline that finds intracranial haemorrhage on head CT.
 
-The names below are the Python interface. Each is imported on first use (PEP 562), so ``import ichpipe`` alone loads
-neither torch nor pydicom.
+The Python interface. Each name is imported on first use (PEP 562): ``import ichpipe`` loads neither torch nor pydicom.
 """
 
 from __future__ import annotations
@@ -30,12 +29,9 @@ __all__ = [
     "Store", "Volume", "find_slices", "load_model", "open_store", "read_hu", "read_series", "read_studies",
 ]  # fmt: skip
 
-_MODULES = {
-    "CLASSES": "common.classes",
-    "IchpipeError": "common.errors",
-    "read_hu": "dicom.hounsfield",
-} | dict.fromkeys(("Found", "Volume", "find_slices", "read_series", "read_studies"), "index.volume")
-"""Module of each name; the others are in ``api``."""
+# Module of each name; the others are in api.
+_MODULES = {"CLASSES": "common.classes", "IchpipeError": "common.errors", "read_hu": "dicom.hounsfield"}
+_MODULES |= dict.fromkeys(("Found", "Volume", "find_slices", "read_series", "read_studies"), "index.volume")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,10 +18,10 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
-from ichpipe.dicom.hounsfield import AIR_HU, MAX_HU
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.slice_dataset import fit_to_size, load_readable
@@ -87,8 +87,7 @@ class Model:
     ) -> None:
         self.folder, self.device, self.calibration = folder, device, calibration
         self.spacing_mm = spacing_of(folder)  # slice distance of the training data, mm
-        network.to(device).eval()
-        self._end_to_end = network if isinstance(network, EndToEnd) else None
+        self._network = network.to(device).eval()
         self._cnn = network.cnn if isinstance(network, EndToEnd) else network
 
     @property
@@ -153,20 +152,20 @@ class Model:
             No slice is usable.
 
         """
-        scanned = find_slices(paths, all_series=all_series, workers=workers)
-        files, parts, bad = scanned.slices["path"].tolist(), [], []
+        scan = find_slices(paths, all_series=all_series, workers=workers)
+        files, parts, undecodable = scan.slices["path"].tolist(), [], []
         starts = range(0, len(files), _BATCH)
         for start in track(starts, "embed", len(starts)):
-            hu, unreadable = load_readable(files[start : start + _BATCH], self.size_px)
-            bad += unreadable
+            hu, bad = load_readable(files[start : start + _BATCH], self.size_px)
+            undecodable += bad
             if len(hu):
                 parts.append(embed_hu(self._cnn, hu, self.device, _BATCH))
-        undecodable = pd.DataFrame(bad, columns=["path", "reason"])
-        rows = scanned.slices[~scanned.slices["path"].isin(undecodable["path"])]
+        rejected = pd.DataFrame(undecodable, columns=["path", "reason"])
+        slices = scan.slices[~scan.slices["path"].isin(rejected["path"])]
         columns = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm"]
-        values = torch.cat(parts) if parts else torch.empty((0, self.embedding_dim))
-        rejected = pd.concat([scanned.rejected, undecodable], ignore_index=True)
-        return Embeddings(values.numpy(), rows[columns].reset_index(drop=True), rejected)
+        values = torch.cat([torch.empty((0, self.embedding_dim)), *parts])
+        rejected = pd.concat([scan.rejected, rejected], ignore_index=True)
+        return Embeddings(values.numpy(), slices[columns].reset_index(drop=True), rejected)
 
     def predict(
         self,
@@ -183,8 +182,8 @@ class Model:
         images : Volume or array_like of shape (n, rows, columns)
             Hounsfield units, slices from feet to head.
         position_mm : array_like of shape (n,), optional
-            Position of each slice along the slice normal, mm, not falling. An array needs this or ``spacing_mm``: the
-            sequence model sees a thin series as several interleaved ones.
+            Position of each slice along the slice normal, mm, not falling. An array needs this or ``spacing_mm``,
+            because the sequence model sees a thin series as several interleaved ones.
         spacing_mm : float, optional
             Distance of neighbouring slices, mm, above 0.
         study_score : {"max", "mean", "mean-of-top-3", "noisy-or"}
@@ -265,16 +264,24 @@ class Model:
         return Prediction(slices[SLICE_COLUMNS], studies, inputs.series, inputs.refused, rejected, self.classes)
 
     def _require_end_to_end(self) -> EndToEnd:
-        if self._end_to_end is None:
-            raise WeightsError(
-                f"{self.folder / MODEL_FILE} is a slice CNN, which embeds; to predict, load a fine-tuned model "
-                "(artifacts/finetuned)"
-            )
-        return self._end_to_end
+        if isinstance(self._network, EndToEnd):
+            return self._network
+        raise WeightsError(
+            f"{self.folder / MODEL_FILE} is a slice CNN, which embeds; to predict, load a fine-tuned model "
+            "(artifacts/finetuned)"
+        )
 
     def _images(self, images: Volume | ArrayLike) -> torch.Tensor:
-        stack = _as_hu(images.hu if isinstance(images, Volume) else images)
-        return torch.stack([fit_to_size(image, self.size_px) for image in stack])
+        hu = np.asarray(images.hu if isinstance(images, Volume) else images)
+        if hu.ndim != 3 or not hu.size:
+            raise DataError(f"HU must have the shape (slices, rows, columns) with at least one slice, found {hu.shape}")
+        if hu.dtype.kind not in "iuf":
+            raise DataError(f"HU must be whole or floating-point numbers, found {hu.dtype}")
+        if hu.dtype.kind == "f" and not np.isfinite(hu).all():
+            raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+        if hu.dtype != np.int16 or hu.min() < MIN_HU:
+            hu = np.clip(np.rint(hu), MIN_HU, MAX_HU).astype(np.int16)
+        return torch.stack([fit_to_size(image, self.size_px) for image in hu])
 
 
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
@@ -376,7 +383,7 @@ class Store:
         return SeriesEmbeddings(series_uid, rows.sop_uids, embedding, rows.logit)
 
     def __iter__(self) -> Iterator[SeriesEmbeddings]:
-        """Yield every series; each is read when it is due."""
+        """Read and yield the series one by one."""
         return map(self.series, self.series_uids)
 
 
@@ -420,20 +427,6 @@ def _store_errors() -> Iterator[None]:
         if "generations" in text:
             text = f"{text}: open_store(address, model='artifacts/slice-cnn')"
         raise StoreUnusableError(text) from error
-
-
-def _as_hu(images: ArrayLike) -> NDArray[np.int16]:
-    values = np.asarray(images)
-    if values.ndim != 3 or not values.size:
-        raise DataError(f"HU must have the shape (slices, rows, columns) with at least one slice, found {values.shape}")
-    if values.dtype.kind not in "iuf":
-        raise DataError(f"HU must be whole or floating-point numbers, found {values.dtype}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {AIR_HU}")
-    if values.dtype == np.int16 and values.min() >= AIR_HU:
-        return values
-    hu: NDArray[np.int16] = np.clip(np.rint(values), AIR_HU, MAX_HU).astype(np.int16)
-    return hu
 
 
 def _positions(count: int, position_mm: ArrayLike | None, spacing_mm: float | None) -> NDArray[np.float64]:

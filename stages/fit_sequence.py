@@ -130,7 +130,7 @@ class Data:
         from ichpipe.models.inputs import stored_inputs
         from ichpipe.scoring.heldout_predictions import held_out
 
-        names = stored_inputs(section.wanted)
+        names = stored_inputs(section.all_inputs)
         train, val = (load_to_device(device, series_of(features, index, split), names) for split in ("train", "val"))
         rows = held_out(index)
         return cls(train, val, rows, collect_series(features, rows))
@@ -193,7 +193,7 @@ def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
     fields = {name: getattr(section, name) for name in shared}
     plain = features.plain
-    pca = len(plain.principal_components.components) if "pca" in section.wanted else 0
+    pca = len(plain.principal_components.components) if "pca" in section.all_inputs else 0
     return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **fields)
 
 
@@ -204,7 +204,7 @@ def build_model(section: SequenceParams, features: Features) -> AnySequence:
     from ichpipe.models.sequence import SequenceModel, build_sequence
 
     model = build_sequence(spec_of(section, features))
-    if isinstance(model, SequenceModel) and "pca" in section.wanted:
+    if isinstance(model, SequenceModel) and "pca" in section.all_inputs:
         components = features.plain.principal_components
         model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
     return model

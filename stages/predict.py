@@ -251,24 +251,17 @@ def _collect(
 
 def _write_reports(result: Predicted, inputs: Inputs, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of series without one, and return a line about the written ones."""
-    from ichpipe.inference.findings import package_version
     from ichpipe.inference.findings_text import counted
-    from ichpipe.inference.structured_report import Algorithm, SeriesFinding, make_report, read_source, write_report
+    from ichpipe.inference.structured_report import make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
     paths = {str(uid): part["path"].tolist() for uid, part in result.slices.groupby("series_uid")}
-    made = result.provenance
     for row in result.studies.to_dict("records"):
         uid = str(row["series_uid"])
-        where, forced = result.where[uid], inputs.forced.get(uid, "")
-        finding = SeriesFinding(
-            {name: float(row[name]) for name in CLASSES},
-            {name: where[name].sop_uids for name in CLASSES},
-            {name: where[name].highest for name in CLASSES},
-        )
-        algorithm = Algorithm(package_version(), made.model_sha256, made.threshold, made.calibration_said(), forced)
+        probability, forced = {name: row[name] for name in CLASSES}, inputs.forced.get(uid, "")
         try:
-            write_report(folder / f"{uid}.dcm", make_report(read_source(paths[uid]), finding, algorithm))
+            report = make_report(read_source(paths[uid]), probability, result.where[uid], result.provenance, forced)
+            write_report(folder / f"{uid}.dcm", report)
         except DataError as error:
             failed.setdefault(str(error), []).append(uid)
     for reason, uids in failed.items():
@@ -299,7 +292,7 @@ def _as_text(result: Predicted, inputs: Inputs, out: Path | None, remarks: list[
     mark = partial(click.style, fg="red", bold=True)
     threshold = result.provenance.threshold
     table = format_studies(result.studies, result.where, inputs.series, inputs.forced, threshold, mark)
-    lines = wrapped(f"positive from {threshold:g}; {result.provenance.calibration_said()}")
+    lines = wrapped(f"positive from {threshold:g}; {result.provenance.describe_calibration()}")
     usable = inputs.series[inputs.series["n_slices"] > 0]
     if passed_over := int((~usable["chosen"]).sum()):
         lines.append(f"{passed_over} series passed over for another one of their study{_see(out, 'series.csv')}")

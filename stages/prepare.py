@@ -53,7 +53,7 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     labels = None
     if params.labels is not None:
         labels = label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)
-    test_slices = splits.read_test_slices(splits.test_table_path(params)) if params.split == "stage1" else None
+    test_slices = splits.read_test_slices(params.test_slices) if params.split == "stage1" else None
     scanned, rejected = scan([Path(params.dicom_dir)], workers, header_cache, pseudonyms=pseudonyms)
     if scanned.empty:
         index_writer.write_rejected(out, rejected)

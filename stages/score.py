@@ -103,8 +103,7 @@ def run(form: str, predictions: Path, labels: Path, out: Path | None, section: E
 
 
 def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
-    from ichpipe.scoring.score_slices import score_slices
-    from ichpipe.scoring.slice_tables import read_labels, read_predictions
+    from ichpipe.scoring.score_slices import read_labels, read_predictions, score_slices
 
     found = score_slices(
         read_predictions(predictions),

@@ -9,8 +9,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders import RLELosslessEncoder
 
 from ichpipe.dicom import decode
-from ichpipe.dicom.dataset import PixelFacts
-from ichpipe.dicom.pixel_data import read_pixel_file
+from ichpipe.dicom.dataset import PixelFacts, read_pixel_file
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 JPEG_LOSSLESS, JPEG_2000, RUN_LENGTH = (

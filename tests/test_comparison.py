@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
+from ichpipe.common.text_table import format_table
 from ichpipe.report.figures import arms_figure
 from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.heldout_predictions import LABELS
@@ -144,6 +145,14 @@ def test_the_text_is_a_markdown_table_and_the_picture_a_picture(tmp_path):
     (tmp_path / "arms.png").write_bytes(arms_figure(found))
     with Image.open(tmp_path / "arms.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_columns_line_up():
+    rows = [["base", "1.5"], ["x", "not defined"]]
+    assert format_table(["arm", "loss"], rows).splitlines() == [
+        "arm          loss", "base          1.5", "x     not defined"
+    ]  # fmt: skip
+    assert format_table(["arm", "loss"], rows[:1], markdown=True).splitlines()[1] == "| ---- | ---: |"
 
 
 def test_one_patient_has_no_interval_and_no_verdict():

@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Los
 
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import decode, hounsfield
+from ichpipe.dicom.dataset import PixelFacts
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.slice_header import read_header
 
@@ -323,7 +324,7 @@ def test_no_shortcut_changes_a_value(data):
     whole = st.integers(-40_000, 40_000).map(float)
     intercept = data.draw(st.one_of(st.sampled_from([0.0, -1024.0, -1000.0, 32767.0, -32768.0]), whole, st.just(0.5)))
     ends = data.draw(st.none() | st.tuples(*[st.integers(np.iinfo(kind).min, np.iinfo(kind).max)] * 2))
-    facts = hounsfield.PixelFacts(
+    facts = PixelFacts(
         3, 5, allocated, data.draw(st.integers(1, allocated)), signed, data.draw(st.sampled_from([1.0, -1.0, 0.7])),
         intercept, None if ends is None else (min(ends), max(ends)), "1.2.840.10008.1.2.1",
     )  # fmt: skip

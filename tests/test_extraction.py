@@ -12,7 +12,7 @@ from pydicom.uid import RLELossless
 
 from ichpipe.cache.worker import numbers_of
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.pixel_data import is_compressed
+from ichpipe.dicom.dataset import is_compressed
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.features import embedder, prefetch

@@ -2,13 +2,14 @@
 
 import os
 import zipfile
+from importlib import metadata
 
 import pandas as pd
 import pytest
 
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import archive
-from ichpipe.index import header_cache, scan
+from ichpipe.index import scan
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def read(monkeypatch):
     """The paths whose headers were read."""
     found, before = [], scan.read_header
 
-    def note(path):
+    def note(path, **options):
         found.append(path.rpartition("/")[2])
-        return before(path)
+        return before(path, **options)
 
     monkeypatch.setattr(scan, "read_header", note)
     return found
@@ -117,14 +118,14 @@ def test_a_damaged_part_is_read_anew(folder, tmp_path, read, damage):
 def test_other_code_or_codecs_read_anew(folder, tmp_path, read, monkeypatch):
     scan.scan([folder], cache=tmp_path / "cache")
     del read[:]
-    before = header_cache._version
-    monkeypatch.setattr(header_cache, "_version", lambda name: "0" if name == "python-gdcm" else before(name))
+    before = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == "python-gdcm" else before(name))
     scan.scan([folder], cache=tmp_path / "cache")
     assert len(read) == 6
 
 
 def test_a_file_that_could_not_be_opened_is_tried_again(folder, tmp_path, read, monkeypatch):
-    def refuse(path):
+    def refuse(_path, **_options):
         raise UnreadableDicomError(f"{archive.UNREADABLE}: Input/output error")
 
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ from sklearn.metrics import auc, average_precision_score, log_loss, roc_auc_scor
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.scoring.bootstrap import Ranking, draw_patients, percentile_interval
+from ichpipe.scoring.bootstrap import Estimate, Ranking, draw_patients, percentile_interval
 from ichpipe.scoring.metrics import curves, paired_difference, score, weighted_log_loss
 
 SETTINGS = {"bootstrap_samples": 200, "confidence": 0.95, "seed": 0}
@@ -178,6 +178,20 @@ def test_interval_of_the_mean_is_about_that_of_normal_theory():
     ]
     each = [weighted_log_loss(labels[row : row + 1], probabilities[row : row + 1]) for row in range(400)]
     assert high - low == pytest.approx(2 * 1.96 * np.std(each) / math.sqrt(400), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.5, 0.41, 0.59), "+0.500 [+0.410, +0.590]"),
+        (Estimate(-0.0001, -0.1), "+0.000"),
+        (Estimate(None, 0.1, 0.2), "not defined"),
+    ],
+)
+def test_an_estimate_is_text_and_json(estimate, text):
+    assert estimate.text(3, "+") == text
+    assert estimate.text(3) == text.replace("+", "")
+    assert Estimate.from_json(json.loads(json.dumps(estimate.to_json()))) == estimate
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0])

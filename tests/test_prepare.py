@@ -172,9 +172,9 @@ def test_rsna_keeps_every_series_and_folder_one(data_set, tmp_path, write_series
 
 
 def test_a_second_run_reads_no_header_and_gives_the_same_bytes(data_set, tmp_path, monkeypatch):
-    prepare.run(data_set, tmp_path / "one", cache=tmp_path / "cache")
+    prepare.run(data_set, tmp_path / "one", header_cache=tmp_path / "cache")
     monkeypatch.setattr(scan, "read_header", None)
-    prepare.run(data_set, tmp_path / "two", cache=tmp_path / "cache")
+    prepare.run(data_set, tmp_path / "two", header_cache=tmp_path / "cache")
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
@@ -189,7 +189,7 @@ def test_no_name_or_free_text_reaches_a_file(tmp_path, write_series):
     for number in range(6):
         write_series(f"data/{number}", [0, 5, 10], series=f"1.2.{number}", patient=f"P{number}", **secret)
     params = PrepareParams(dataset="folder", dicom_dir=str(tmp_path / "data"), labels=None, folds=2)
-    prepare.run(params, tmp_path / "index", cache=tmp_path / "cache")
+    prepare.run(params, tmp_path / "index", header_cache=tmp_path / "cache")
     assert pd.read_csv(tmp_path / "index/series.csv")["marks"].eq("plain").all()
     for path in [*(tmp_path / "index").iterdir(), *(tmp_path / "cache").iterdir()]:
         content = path.read_bytes() if path.suffix != ".parquet" else pd.read_parquet(path).to_csv().encode()

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.scoring.calibration_metrics import BINS, average_precision, brier, calibration_error, reliability
+from ichpipe.scoring.metrics import BINS, average_precision, brier, calibration_error, reliability
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
 
 

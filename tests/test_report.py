@@ -12,11 +12,12 @@ import pytest
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import load_params
-from ichpipe.report.blocks import Section, Table, figure, seconds, share, with_interval
+from ichpipe.report.blocks import Section, Table, format_duration, format_number, format_share
 from ichpipe.report.cases import as_picture, choose_cases
-from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
+from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.page import render_page
 from ichpipe.report.scores import of_studies
+from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import LABELS
 from ichpipe.stages.report import run as make_report
 
@@ -67,16 +68,16 @@ def test_page_holds_the_figures_of_the_run(reported):
     text = Reader(page_of(reported)).text
     metrics = json.loads(reported.metrics())
     summary = json.loads((reported.artifacts / "index" / "summary.json").read_text())
-    assert figure(metrics["finetuned"]["weighted_log_loss"]) in text
-    assert with_interval(*(metrics["slice_cnn"]["auc"]["any"][key] for key in ("value", "ci_low", "ci_high"))) in text
+    assert format_number(metrics["finetuned"]["weighted_log_loss"]) in text
+    assert Estimate.from_json(metrics["slice_cnn"]["auc"]["any"]).text() in text
     positive = summary["splits"]["train"]["prevalence"]["any"]
-    assert share(positive["positive"], positive["known"]) in text
+    assert format_share(positive["positive"], positive["known"]) in text
     for arm in ("paper", "gru-logits", "floor"):
         assert f"sequence, {arm}" in text
     record = json.loads((reported.artifacts / "slice-cnn" / "record.json").read_text())
     assert record["commit"] in text
     assert record["versions"]["torch"] in text
-    assert seconds(record["wall_seconds"]) in text
+    assert format_duration(record["wall_seconds"]) in text
     assert "energy unknown" in text
     assert "resnet10t" in text
 
@@ -289,14 +290,16 @@ def test_plot_puts_points_in_their_place():
 def test_plot_escapes_what_comes_in():
     for svg in (
         line_plot(HOSTILE, [Line(HOSTILE, [(0, 0)])], Axis(HOSTILE, 0, 1), Axis(HOSTILE, 0, 1)),
-        interval_plot(HOSTILE, [Interval(HOSTILE, 0.5, 0.4, 0.6)], HOSTILE),
+        interval_plot(HOSTILE, [(HOSTILE, Estimate(0.5, 0.4, 0.6))], HOSTILE),
     ):
         assert not Reader(str(svg)).all("script")
         assert not Reader(str(svg)).all("img")
         assert "alert(1)" in str(svg)
 
 
-@pytest.mark.parametrize("rows", [[], [Interval("a", None)], [Interval("a", 0.0)], [Interval("a", 1e-9, -1e-9, 2e-9)]])
+@pytest.mark.parametrize(
+    "rows", [[], [("a", Estimate(None))], [("a", Estimate(0.0))], [("a", Estimate(1e-9, -1e-9, 2e-9))]]
+)
 def test_interval_plot_of_odd_rows_is_finite(rows):
     svg = str(interval_plot("t", rows, "n", zero=True))
     assert "nan" not in svg
@@ -314,11 +317,11 @@ def test_ticks_are_round_and_inside():
 
 
 def test_numbers_as_people_write_them():
-    assert with_interval(-0.00001, None, None) == "0.0000"
-    assert figure(None) == "not defined"
-    assert share(3, 0) == "3 of 0"
-    assert share(340, 2211) == "340 of 2,211 (15.4 %)"
-    assert [seconds(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
+    assert format_number(-0.00001) == "0.0000"
+    assert format_number(None) == "not defined"
+    assert format_share(3, 0) == "3 of 0"
+    assert format_share(340, 2211) == "340 of 2,211 (15.4 %)"
+    assert [format_duration(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
 
 
 def test_page_of_plain_sections_escapes_everything():

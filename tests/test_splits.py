@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, ParamsError
 from ichpipe.index.splits import assign_splits, overlap, read_test_slices
-from ichpipe.index.splits import test_table_path as table_of
 from ichpipe.params.schema import PrepareParams
 
 
@@ -89,7 +88,7 @@ def test_a_table_that_does_not_fit_is_an_error(uids, complaint):
 
 def test_stage1_without_a_table_is_an_error():
     with pytest.raises(ParamsError, match=r"needs prepare\.test_slices"):
-        table_of(PrepareParams(split="stage1"))
+        read_test_slices(PrepareParams(split="stage1").test_slices)
 
 
 @pytest.mark.parametrize(

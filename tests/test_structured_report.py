@@ -12,19 +12,12 @@ from conftest import save_dicom
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.inference.structured_report import (
-    FINDINGS,
-    SITES,
-    Algorithm,
-    SeriesFinding,
-    make_report,
-    read_source,
-    write_report,
-)
+from ichpipe.inference.findings import Extent, Provenance, package_version
+from ichpipe.inference.structured_report import FINDINGS, make_report, read_source, write_report
 
 hd = pytest.importorskip("highdicom")
 
-ALGORITHM = Algorithm("1.2.3", "ab" * 32, 0.5, "calibrated: temperature", "")
+PROVENANCE = Provenance("ab" * 32, "temperature", CLASSES, 0.5, "max")
 COPIED = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "StudyInstanceUID", "ReferringPhysicianName", "IssuerOfPatientID", "StudyDescription",
@@ -56,18 +49,17 @@ def series(write_series):
     return [str(path) for path in paths], [f"1.2.3.1.{number}" for number in range(1, 6)]
 
 
-def finding_of(uids, probability=0.9):
-    return SeriesFinding(
-        {**dict.fromkeys(CLASSES, 0.01), "any": probability, "subdural": 0.5},
-        {**dict.fromkeys(CLASSES, ()), "any": uids[1:4], "subdural": uids[2:3]},
-        dict.fromkeys(CLASSES, uids[4]),
-    )
+def report_of(paths, uids, forced=""):
+    """Return the report of a series whose last slice shows each class most."""
+    positive = {"any": uids[1:4], "subdural": uids[2:3]}
+    where = {name: Extent(tuple(positive.get(name, ())), None, None, uids[-1]) for name in CLASSES}
+    probability = {**dict.fromkeys(CLASSES, 0.01), "any": 0.9, "subdural": 0.5}
+    return make_report(read_source(paths), probability, where, PROVENANCE, forced)
 
 
-def written(paths, uids, tmp_path, algorithm=ALGORITHM, **changes):
-    target = tmp_path / "report.dcm"
-    write_report(target, make_report(read_source(paths), finding_of(uids, **changes), algorithm))
-    return target
+def written(paths, uids, tmp_path, forced=""):
+    write_report(tmp_path / "report.dcm", report_of(paths, uids, forced))
+    return tmp_path / "report.dcm"
 
 
 def groups_of(path):
@@ -82,8 +74,9 @@ def test_each_class_is_a_finding_with_probability_presence_site_and_images(serie
     assert report.SOPClassUID == ENHANCED_SR
     assert list(groups) == list(CLASSES)
     for name, group in groups.items():
-        assert (group.finding_type.value, group.finding_type.scheme_designator) == (FINDINGS[name].value, "SCT")
-        assert [site.value.value for site in group.finding_sites] == [SITES[name].value]
+        finding, site = FINDINGS[name]
+        assert (group.finding_type.value, group.finding_type.scheme_designator) == (finding.value, "SCT")
+        assert [item.value.value for item in group.finding_sites] == [site.value]
         (measured,) = group.get_measurements()
         assert (measured.name.value, measured.unit.value) == ("122157", "%")
         (present,) = group.get_qualitative_evaluations()
@@ -121,9 +114,8 @@ def test_the_image_library_is_there_where_headers_describe_the_images(series, wr
     bare = [str(path) for path in write_series("bare", [0.0, 5.0, 10.0, 15.0, 20.0])]
     report = pydicom.dcmread(written(bare, uids, tmp_path))
     assert "Image Library" not in report.to_json()
-    assert (
-        len(report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence) == 5
-    )
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    assert len(study.ReferencedSeriesSequence[0].ReferencedSOPSequence) == 5
 
 
 def test_patient_and_study_are_those_of_the_source(series, tmp_path):
@@ -140,7 +132,14 @@ def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
     paths, uids = series
     report, _ = groups_of(written(paths, uids, tmp_path))
     text = report.to_json()
-    for word in ("ichpipe", "1.2.3", "ab" * 32, "calibrated: temperature", "at least 0.5", "not for diagnosis"):
+    for word in (
+        "ichpipe",
+        package_version(),
+        "ab" * 32,
+        "calibrated: temperature",
+        "at least 0.5",
+        "not for diagnosis",
+    ):
         assert word in text
     contexts = report.content.get_observer_contexts()
     assert [context.observer_type.meaning for context in contexts] == ["Device"]
@@ -149,8 +148,7 @@ def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
 
 def test_what_was_forced_says_so(series, tmp_path):
     paths, uids = series
-    forced = Algorithm("1.2.3", "ab" * 32, 0.5, "none", forced="not a head: CHEST")
-    text = pydicom.dcmread(written(paths, uids, tmp_path, forced)).to_json()
+    text = pydicom.dcmread(written(paths, uids, tmp_path, forced="not a head: CHEST")).to_json()
     assert "Forced: the series was refused (not a head: CHEST)" in text
     assert "research, FORCED" in text
 
@@ -168,17 +166,14 @@ def test_names_in_other_alphabets_survive(series, tmp_path):
 
 def test_a_source_without_patient_data_gives_empty_ones(write_series, tmp_path):
     paths = [str(path) for path in write_series("bare", [0.0, 5.0], PatientID=None)]
-    uids = ["1.2.3.1.1", "1.2.3.1.2"]
-    finding = SeriesFinding(dict.fromkeys(CLASSES, 0.1), dict.fromkeys(CLASSES, ()), dict.fromkeys(CLASSES, uids[0]))
-    report = make_report(read_source(paths), finding, ALGORITHM)
+    report = report_of(paths, ["1.2.3.1.1", "1.2.3.1.2"])
     assert (report.PatientID or "", str(report.PatientName or "")) == ("", "")
 
 
 def test_uids_that_are_none_are_refused(write_series):
     paths = [str(path) for path in write_series("rsna", [0.0], series="ID_a1b2c3")]
-    finding = SeriesFinding(dict.fromkeys(CLASSES, 0.1), dict.fromkeys(CLASSES, ()))
     with pytest.raises(DataError, match="is no DICOM UID"):
-        make_report(read_source(paths), finding, ALGORITHM)
+        report_of(paths, ["ID_a1b2c3.1"])
 
 
 @pytest.mark.skipif(shutil.which("dsrdump") is None, reason="dcmtk is not installed")
@@ -190,7 +185,7 @@ def test_dcmtk_reads_it_without_a_complaint(series, tmp_path):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith("Enhanced SR Document")
-    for code in FINDINGS.values():
+    for code, _ in FINDINGS.values():
         assert f"({code.value},SCT," in done.stdout
     assert '(122157,DCM,"Probability")="90.0" (%,UCUM,"Percent")' in done.stdout
 

@@ -11,3 +11,6 @@ SUBTYPES: Final = CLASSES[1:]
 
 METRIC_WEIGHTS: Final = (2.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 """RSNA 2019 weights per class, in the order of CLASSES; the metric divides by their sum, 7."""
+
+METRIC_CLIP: Final = 1e-15
+"""RSNA 2019 clips probabilities to [1e-15, 1 - 1e-15]; logarithms and logits of these are finite."""

@@ -9,6 +9,9 @@ from ichpipe.common.classes import CLASSES
 MIN_HU: Final = -1024
 """The lowest Hounsfield unit that the DICOM reader returns; padding gets this value."""
 
+MAX_HU: Final = 32767
+"""The highest Hounsfield unit that the DICOM reader returns."""
+
 AIR_HU: Final = -1000.0
 """Hounsfield units of air, by definition."""
 

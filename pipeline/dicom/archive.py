@@ -1,4 +1,4 @@
-"""Files below folders and inside zip archives, found and read; nothing is ever unpacked to disk.
+"""Lists and reads files below folders and inside zip archives; nothing is unpacked to disk.
 
 A member of an archive is named by a path that goes through it: ``rsna.zip/stage_2_train/ID_000039fa0.dcm``.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ichpipe.common.errors import MissingFileError, UnreadableDicomError
 
@@ -18,14 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-SUFFIX: Final = ".zip"
 UNREADABLE: Final = "file can't be read"  # begins the reason where the operating system refused; it may pass
+_SUFFIX: Final = ".zip"
 _ENCRYPTED: Final = 0x1  # bit of a member's flags
 _DAMAGED: Final = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 
 
-@dataclass(frozen=True)
-class Found:
+class ListedFile(NamedTuple):
     """One file, or one member of an archive."""
 
     path: str  # with forward slashes; undecodable bytes as surrogates, as the operating system gives them
@@ -33,29 +31,35 @@ class Found:
     stamp: int  # changes with the content: time of the last change in ns, or a member's CRC-32
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What was found, sorted by path, each once; and the archives that can't be opened, with the reason."""
+class Listing(NamedTuple):
+    """Files, sorted by path, each once; and the archives that can't be opened, with the reason."""
 
-    files: list[Found]
+    files: list[ListedFile]
     damaged: list[tuple[str, str]]
 
 
 def list_files(roots: Sequence[Path]) -> Listing:
     """List the files below ``roots`` whatever their names; zip archives are opened, and count as folders.
 
-    A root may be a folder, a file, an archive or a folder within one. Names that begin with a dot
-    (``.DS_Store``, ``._x``, half-written temporaries) or are ``__MACOSX``, and what lies in such folders, are
-    left out; links to folders are not followed; archives within archives are not opened. Raises
-    MissingFileError for a root that does not exist.
+    Left out are names that begin with a dot (``.DS_Store``, ``._x``, half-written temporaries) or are ``__MACOSX``,
+    and everything in such folders. Links to folders are not followed; archives within archives are not opened.
+
+    Parameters
+    ----------
+    roots
+        Folders, files, archives, or folders within an archive.
+
+    Raises
+    ------
+    MissingFileError
+        A root does not exist.
+
     """
-    found: dict[str, Found] = {}
+    files: dict[str, ListedFile] = {}
     damaged: dict[str, str] = {}
     for root in roots:
-        for one in _below(root, damaged):
-            found[one.path] = one
-    files = sorted(found.values(), key=lambda one: os.fsencode(one.path))
-    return Listing(files, sorted(damaged.items()))
+        files |= {file.path: file for file in _list_root(root, damaged)}
+    return Listing(sorted(files.values(), key=lambda file: os.fsencode(file.path)), sorted(damaged.items()))
 
 
 def read_file(path: str, largest: int) -> bytes:
@@ -66,8 +70,7 @@ def read_file(path: str, largest: int) -> bytes:
     """
     try:
         with open(path, "rb", buffering=0) as handle:  # noqa: PTH123  (a Path costs as much as the open)
-            size = os.fstat(handle.fileno()).st_size
-            _require_size(size, largest)
+            _require_size(os.fstat(handle.fileno()).st_size, largest)
             return handle.readall()
     except OSError as error:
         inside = _split(path)
@@ -81,74 +84,67 @@ def portable(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _below(root: Path, damaged: dict[str, str]) -> Iterator[Found]:
+def _list_root(root: Path, damaged: dict[str, str]) -> Iterator[ListedFile]:
     if root.is_file() and root.name.upper() == "DICOMDIR":  # a table of contents stands for what lies beside it
         root = root.parent
     if root.is_dir():
         yield from _walk(os.fspath(root), damaged)
     elif root.is_file():
-        yield from _file(root.as_posix(), damaged)
+        yield from _list_file(root.as_posix(), os.stat(root), damaged)  # noqa: PTH116
+    elif (inside := _split(root.as_posix())) is None:
+        raise MissingFileError(f"{root} does not exist; name a folder or file with DICOM images")
     else:
-        inside = _split(root.as_posix())
-        if inside is None:
-            raise MissingFileError(f"{root} does not exist; name a folder or file with DICOM images")
-        yield from _folder_of_archive(root, *inside, damaged)
+        archive, member = inside
+        members = list(_list_members(archive, member, damaged))
+        if not members and archive not in damaged:
+            raise MissingFileError(f"{root}: the archive {archive} has no {member}; see: unzip -l {archive}")
+        yield from members
 
 
-def _walk(folder: str, damaged: dict[str, str]) -> Iterator[Found]:
-    below = []
+def _walk(folder: str, damaged: dict[str, str]) -> Iterator[ListedFile]:
+    subfolders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _hidden(entry.name):
+            if _is_hidden(entry.name):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                below.append(entry.path)
+                subfolders.append(entry.path)
             elif entry.is_file():
-                yield from _file(entry.path, damaged, entry.stat())
-    for path in below:
+                yield from _list_file(entry.path, entry.stat(), damaged)
+    for path in subfolders:
         yield from _walk(path, damaged)
 
 
-def _file(path: str, damaged: dict[str, str], status: os.stat_result | None = None) -> Iterator[Found]:
-    if path.lower().endswith(SUFFIX):
-        yield from _members(path, "", damaged)
+def _list_file(path: str, status: os.stat_result, damaged: dict[str, str]) -> Iterator[ListedFile]:
+    if path.lower().endswith(_SUFFIX):
+        yield from _list_members(path, "", damaged)
     else:
-        status = status or os.stat(path)  # noqa: PTH116
-        yield Found(path.replace(os.sep, "/"), status.st_size, status.st_mtime_ns)
+        yield ListedFile(path.replace(os.sep, "/"), status.st_size, status.st_mtime_ns)
 
 
-def _folder_of_archive(root: Path, archive: str, member: str, damaged: dict[str, str]) -> Iterator[Found]:
-    count = 0
-    for one in _members(archive, member, damaged):
-        count += 1
-        yield one
-    if not count and archive not in damaged:
-        raise MissingFileError(f"{root}: the archive {archive} has no {member}; see: unzip -l {archive}")
-
-
-def _members(archive: str, below: str, damaged: dict[str, str]) -> Iterator[Found]:
+def _list_members(archive: str, below: str, damaged: dict[str, str]) -> Iterator[ListedFile]:
     """List an archive's files whose name is ``below`` or lies below it."""
     try:
-        opened = _open(archive)
+        members = _open(archive).NameToInfo
     except _DAMAGED as error:
-        damaged[archive.replace(os.sep, "/")] = f"damaged zip archive ({_why(error)}); get it again"
+        damaged[archive.replace(os.sep, "/")] = f"damaged zip archive ({_cause(error)}); get it again"
         return
     prefix = f"{below.rstrip('/')}/" if below else ""
-    for name, info in opened.NameToInfo.items():
-        wanted = name.startswith(prefix) or name == below
-        if wanted and not info.is_dir() and not any(_hidden(part) for part in name.split("/")):
-            yield Found(f"{archive}/{name}".replace(os.sep, "/"), info.file_size, info.CRC)
+    for name, info in members.items():
+        is_below = name.startswith(prefix) or name == below
+        if is_below and not info.is_dir() and not any(map(_is_hidden, name.split("/"))):
+            yield ListedFile(f"{archive}/{name}".replace(os.sep, "/"), info.file_size, info.CRC)
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _split(path: str) -> tuple[str, str] | None:
     """Split a path that goes through an archive: the archive's path, and the rest; None if there is none."""
     lower, start = path.lower(), 0
-    while (end := lower.find(f"{SUFFIX}/", start)) >= 0:
-        start = end + len(SUFFIX)
+    while (end := lower.find(f"{_SUFFIX}/", start)) >= 0:
+        start = end + len(_SUFFIX)
         if os.path.isfile(path[:start]):  # noqa: PTH113
             return path[:start], path[start + 1 :]
     return None
@@ -156,11 +152,11 @@ def _split(path: str) -> tuple[str, str] | None:
 
 def _open(archive: str) -> zipfile.ZipFile:
     status = os.stat(archive)  # noqa: PTH116
-    return _opened(archive, status.st_size, status.st_mtime_ns, os.getpid())
+    return _open_once(archive, status.st_size, status.st_mtime_ns, os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _opened(archive: str, _size: int, _stamp: int, _process: int) -> zipfile.ZipFile:
+def _open_once(archive: str, _size: int, _stamp: int, _process: int) -> zipfile.ZipFile:
     """Open an archive once per process: a forked one would share the position in the file."""
     return zipfile.ZipFile(archive)
 
@@ -170,21 +166,17 @@ def _read_member(archive: str, member: str, largest: int) -> bytes:
         opened = _open(archive)
         info = opened.NameToInfo.get(member)
     except _DAMAGED as error:
-        raise UnreadableDicomError(f"its archive is damaged ({_why(error)})") from error
+        raise UnreadableDicomError(f"its archive is damaged ({_cause(error)})") from error
     if info is None:
         raise UnreadableDicomError(f"the archive {archive} has no such file")
     if info.flag_bits & _ENCRYPTED:
         raise UnreadableDicomError("encrypted in its archive; unpack it first")
     _require_size(info.file_size, largest)
-    return _unfold(opened, info)
-
-
-def _unfold(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with opened.open(info) as handle:
             data = handle.read(info.file_size)  # no more than the directory says: a bomb does not unfold
     except _DAMAGED as error:
-        raise UnreadableDicomError(f"damaged in its archive ({_why(error)})") from error
+        raise UnreadableDicomError(f"damaged in its archive ({_cause(error)})") from error
     if len(data) < info.file_size:
         raise UnreadableDicomError("damaged in its archive (cut short)")
     return data
@@ -195,6 +187,6 @@ def _require_size(size: int, largest: int) -> None:
         raise UnreadableDicomError(f"file of {size} bytes is too large for one CT slice")
 
 
-def _why(error: Exception) -> str:
-    """Say what is wrong without quoting names or content: messages of zipfile may hold both."""
+def _cause(error: Exception) -> str:
+    """Name the cause without names or content, which messages of zipfile may quote."""
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Coded values as they may be shown: where DICOM wants a term, a hospital may have typed a name.
+"""Terms of the DICOM standard. No other coded value is shown: a hospital may have typed a name there.
 
-Code strings reach tables and messages only as far as they are terms of the standard. Terms: DICOM PS3.3, C.7.3.1.1.1
+Terms: DICOM PS3.3, C.7.3.1.1.1
 (Modality), C.11.1.1.2 (Rescale Type); PS3.16, annex L (Body Part Examined), with words that scanners write instead.
 """
 
@@ -49,6 +49,6 @@ def body_part(value: str) -> str:
     """Return the terms in a BodyPartExamined (0018,0015), upper case; OTHER where there is only other text."""
     upper = value.upper()
     words = [word for word in re.findall(r"[A-Z]+", upper) if word in BODY_PARTS]
-    if not any(_HEAD.search(word) for word in words) and (found := _HEAD.search(upper)):
-        words.append(found.group())
+    if not any(map(_HEAD.search, words)) and (head := _HEAD.search(upper)):
+        words.append(head.group())
     return " ".join(words) or (OTHER if upper else "")

@@ -1,4 +1,4 @@
-"""DICOM files opened, and how their pixels are laid out: what both reading a header and decoding need.
+"""Parses DICOM files and checks the tags that describe their pixels.
 
 Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) and C.8.2.1 (CT image).
 """
@@ -13,13 +13,15 @@ from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.coded_terms import RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.entropy_check import require_complete
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -39,18 +41,15 @@ pydicom makes an object of every item of every sequence: two megabytes of empty 
 """
 
 _PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
-DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
+_DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
 DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
 UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE})
-MIN_SLOPE, MAX_SLOPE, MAX_INTERCEPT = 1e-3, 1e3, 1e5
-"""CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone."""
-
-HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
-
-
+# CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone.
+_MIN_SLOPE, _MAX_SLOPE, _MAX_INTERCEPT = 1e-3, 1e3, 1e5
+_HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 PIXEL_TAGS: Final = tags(
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",
@@ -58,13 +57,15 @@ PIXEL_TAGS: Final = tags(
 )  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
-_PACKED_BYTES: Final = 2**16  # of a deflated data set at a time
-_INFLATED_BYTES: Final = 2**20
 _SYNTAX_TAG: Final = 0x00020010
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
 
-class BoundedFile(BytesIO):
+class TooManyElementsError(ValueError):
+    """A header has more elements and items than any image needs."""
+
+
+class _BoundedFile(BytesIO):
     """Bytes that can be read in MAX_PARTS pieces, and those that long values need, and then TooManyElementsError."""
 
     def __init__(self, data: bytes) -> None:
@@ -72,15 +73,10 @@ class BoundedFile(BytesIO):
         self.left = MAX_PARTS + len(data) // _PART_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read as BytesIO does."""
         self.left -= 1
         if self.left < 0:
             raise TooManyElementsError
         return BytesIO.read(self, size)
-
-
-class TooManyElementsError(ValueError):
-    """A header has more elements and items than any image needs."""
 
 
 class PixelFacts(NamedTuple):
@@ -107,15 +103,49 @@ class PixelFacts(NamedTuple):
         return Claim(self.rows, self.columns, self.bits_allocated, self.signed)
 
     @property
-    def pixel_bytes(self) -> int:
-        """Length of the uncompressed pixels."""
-        return self.rows * self.columns * self.bits_allocated // 8
+    def stored_type(self) -> str:
+        """The numpy type of stored pixels, little-endian."""
+        return f"<{'i' if self.signed else 'u'}{self.bits_allocated // 8}"
 
 
-def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
-    """Parse ``data`` as DICOM, keeping the elements of the wanted tags; a missing DICM prefix is tolerated.
+class PixelFile(NamedTuple):
+    """What decoding needs of one file."""
 
-    Raises UnreadableDicomError. The parser's own message is left out: it may quote a patient's data.
+    dataset: Dataset
+    elements: Elements  # PIXEL_TAGS
+    facts: PixelFacts
+
+    @property
+    def pixel_data(self) -> bytes:
+        """PixelData (7FE0,0010) as it is stored."""
+        return self.elements.value_bytes("PixelData")
+
+
+def read_pixel_file(path: Path | str) -> PixelFile:
+    """Read what decoding needs, with the checks of ``read_header``. Call it inside ``quiet_pydicom``.
+
+    Raises UnreadableDicomError.
+    """
+    dataset = parse(read_file(path if isinstance(path, str) else path.as_posix(), MAX_FILE_BYTES), PIXEL_TAGS)
+    elements = Elements(dataset)
+    facts = pixel_facts(elements, transfer_syntax(dataset))
+    require_pixels(elements, facts)
+    return PixelFile(dataset, elements, facts)
+
+
+def is_compressed(path: Path | str) -> bool:
+    """Whether the pixels of a file need a codec; False for a file that can't be read, which decoding reports."""
+    try:
+        with quiet_pydicom():
+            return read_pixel_file(path).facts.compressed
+    except UnreadableDicomError:
+        return False
+
+
+def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
+    """Parse the bytes of a DICOM file and keep the elements of ``kept_tags``; the DICM prefix may be missing.
+
+    Raises UnreadableDicomError without the parser's own message, which may quote a patient's data.
     """
     if not data:
         raise UnreadableDicomError("file is empty")
@@ -123,7 +153,7 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
         inflated = _inflated(data)
-        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=wanted)  # a bare dcmread
+        dataset = read_partial(_BoundedFile(inflated or data), force=True, specific_tags=kept_tags)  # a bare dcmread
         if inflated:
             dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
     except UnreadableDicomError:
@@ -131,7 +161,7 @@ def parse(data: bytes, wanted: list[BaseTag | int]) -> Dataset:
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from None  # nor in a traceback
-    if Elements(dataset.file_meta).text("MediaStorageSOPClassUID") == DIRECTORY_CLASS:
+    if Elements(dataset.file_meta).text("MediaStorageSOPClassUID") == _DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     return dataset
 
@@ -140,36 +170,26 @@ def _inflated(data: bytes) -> bytes | None:
     """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
     if DEFLATED_LITTLE.encode() not in data:
         return None
-    file = BoundedFile(data)
+    file = _BoundedFile(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
     meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
-    stated = next((one for one in meta if one.tag == _SYNTAX_TAG), None)
-    if stated is None or (stated.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
+    syntax = next((element for element in meta if element.tag == _SYNTAX_TAG), None)
+    if syntax is None or (syntax.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
         return None
-    end = stated.value_tell + len(stated.value)
-    plain = EXPLICIT_LITTLE.encode().ljust(len(stated.value), b"\0")
-    return data[: stated.value_tell] + plain + data[end : file.tell()] + _inflate(data[file.tell() :])
+    end = syntax.value_tell + len(syntax.value)
+    explicit = EXPLICIT_LITTLE.encode().ljust(len(syntax.value), b"\0")
+    return data[: syntax.value_tell] + explicit + data[end : file.tell()] + inflate(data[file.tell() :])
 
 
-def _inflate(packed: bytes) -> bytes:
-    size = sum(map(len, _pieces(packed)))  # counted first: the memory for a bomb costs more than its inflating
-    return b"".join(_pieces(packed)) if size else b""
-
-
-def _pieces(packed: bytes) -> Iterator[bytes]:
-    """Inflate by the megabyte, to MAX_FILE_BYTES at most; a stream that does not end is damaged."""
-    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    for start in range(0, len(packed), _PACKED_BYTES):
-        rest, more = packed[start : start + _PACKED_BYTES], True
-        while more and not inflater.eof:
-            piece = inflater.decompress(rest, _INFLATED_BYTES)
-            rest, size = inflater.unconsumed_tail, size + len(piece)
-            more = bool(rest) or len(piece) == _INFLATED_BYTES  # a full piece may have left some behind
-            if size > MAX_FILE_BYTES:
-                raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
-            yield piece
+def inflate(packed: bytes) -> bytes:
+    """Inflate a deflated data set, to MAX_FILE_BYTES at most. Raises UnreadableDicomError."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(packed, MAX_FILE_BYTES + 1)
+    if len(body) > MAX_FILE_BYTES:
+        raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
     if not inflater.eof:
         raise UnreadableDicomError("its deflated data set is cut short")
+    return body
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
@@ -193,11 +213,6 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
 
 
-def stored_type(facts: PixelFacts) -> str:
-    """Return the numpy type of stored pixels, little-endian."""
-    return f"<{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}"
-
-
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:
     """Raise UnreadableDicomError unless PixelData (7FE0,0010) can hold the image that the header claims."""
     pixels = elements.value_bytes("PixelData")
@@ -208,8 +223,8 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
             syntax = facts.transfer_syntax
             raise UnreadableDicomError(f"transfer syntax {syntax} is compressed, but PixelData is not encapsulated")
         require_stream(pixels, facts)
-    elif len(pixels) < facts.pixel_bytes:
-        raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {facts.pixel_bytes} bytes")
+    elif len(pixels) < (size := facts.rows * facts.columns * facts.bits_allocated // 8):
+        raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {size} bytes")
 
 
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:
@@ -230,12 +245,12 @@ def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer]
 def _rescale(elements: Elements) -> tuple[float, float]:
     slope = elements.floats("RescaleSlope", 1)[0]
     intercept = elements.floats("RescaleIntercept", 1)[0]
-    if not MIN_SLOPE <= slope <= MAX_SLOPE:
+    if not _MIN_SLOPE <= slope <= _MAX_SLOPE:
         raise UnreadableDicomError(f"RescaleSlope (0028,1053) is {slope:g}: no Hounsfield units")
-    if abs(intercept) > MAX_INTERCEPT:
+    if abs(intercept) > _MAX_INTERCEPT:
         raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
     kind = elements.text("RescaleType").upper()
-    if kind not in HOUNSFIELD_TYPES:
+    if kind not in _HOUNSFIELD_TYPES:
         raise UnreadableDicomError(
             f"RescaleType (0028,1054) is {shown(kind, RESCALE_TYPES)}: values are not Hounsfield units"
         )
@@ -247,14 +262,10 @@ def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] 
     if first is None:
         return None
     last = elements.whole("PixelPaddingRangeLimit")
-    low, high = sorted(_as_stored(value, bits, signed=signed) for value in (first, first if last is None else last))
-    return low, high
-
-
-def _as_stored(value: int, bits: int, *, signed: bool) -> int:
-    """Read a tag's number the way pixels are: 63536 beside signed 16-bit pixels means -2000."""
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if signed and value >> (bits - 1) else value
+    values = [value & ((1 << bits) - 1) for value in (first, first if last is None else last)]
+    if signed:  # 63536 beside signed 16-bit pixels means -2000
+        values = [value - (1 << bits) if value >> (bits - 1) else value for value in values]
+    return min(values), max(values)
 
 
 def transfer_syntax(dataset: Dataset) -> str:

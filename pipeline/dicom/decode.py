@@ -15,7 +15,6 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.dataset import stored_type
 from ichpipe.dicom.stream_checks import JPEG_LOSSLESS, RUN_LENGTH, frame_bytes, is_plain
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def decode(pixel_data: bytes, facts: PixelFacts) -> NDArray[np.integer] | None:
     Never raises: pydicom's decoders report what is wrong with a stream. Left to pydicom are also JPEG-LS, where CharLS
     in imagecodecs 2026.3.6 took 16 s to refuse a truncated stream, and lossy syntaxes, where two decoders may differ.
     """
-    library, syntax, kind = imagecodecs(), facts.transfer_syntax, np.dtype(stored_type(facts))
+    library, syntax, kind = imagecodecs(), facts.transfer_syntax, np.dtype(facts.stored_type)
     try:
         stream = frame_bytes(pixel_data)
         if library is None or not is_plain(stream, syntax, facts.claim):
@@ -52,7 +51,7 @@ def decode(pixel_data: bytes, facts: PixelFacts) -> NDArray[np.integer] | None:
 
 @functools.cache
 def imagecodecs() -> Any:
-    """Return the module, or None where it is not installed; imported by the first compressed file."""
+    """Import imagecodecs at the first compressed file; None where it is not installed."""
     try:
         import imagecodecs as module  # noqa: PLC0415 - optional
     except ImportError:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
@@ -21,18 +21,13 @@ from ichpipe.dicom import hounsfield
 if sys.platform != "win32":
     import resource
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
-TIMEOUT_S: Final = 30.0
-"""A slice takes milliseconds, one of 4096 pixels a side takes some seconds."""
-
+TIMEOUT_S: Final = 30.0  # a slice takes milliseconds, one of 4096 pixels a side some seconds
 STARTING_S: Final = 120.0  # imports on a loaded machine
 MEMORY_BYTES: Final = 4 * 2**30  # beyond what the process has when it starts
 _SERVE: Final = "from ichpipe.dicom.decode_sandbox import serve; serve()"
 
 
-class TrialDecoder:
+class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
     """Decodes files in a child process. The first file starts the child; a child that died is replaced."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -40,12 +35,7 @@ class TrialDecoder:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    def __enter__(self) -> TrialDecoder:
-        """Start nothing yet."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the child."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def require(self, path: str) -> None:
@@ -56,8 +46,8 @@ class TrialDecoder:
             reason = pipe.recv_bytes().decode() if pipe.poll(self._timeout_s) else None
         except (EOFError, OSError):
             code = self.close(kill=False)
-            how = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-            raise UnreadableDicomError(f"its decoder crashed ({how}): the stream is damaged") from None
+            cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+            raise UnreadableDicomError(f"its decoder crashed ({cause}): the stream is damaged") from None
         if reason is None:
             self.close()
             raise UnreadableDicomError(f"decoding takes longer than {self._timeout_s:.0f} s: given up")
@@ -73,13 +63,13 @@ class TrialDecoder:
         """Start the child unless it runs. Raises DataError where that fails."""
         if self._pipe is not None:
             return self._pipe
-        self._pipe, theirs = Pipe()
-        with theirs:
+        self._pipe, child_end = Pipe()
+        with child_end:
             # Not multiprocessing.Process: its child imports the user's script again.
             # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
             self._child = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-c", _SERVE],
-                stdin=theirs.fileno(),
+                stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,  # codecs print
                 stderr=subprocess.DEVNULL,
             )

@@ -1,4 +1,4 @@
-"""A parsed DICOM header's values, read from the bytes that pydicom leaves undecoded until they are asked for.
+"""Reads a DICOM header's values from the bytes that pydicom has not decoded yet.
 
 pydicom's own conversion costs ten times as much as parsing on a header of 30 elements; an index of 750,000 slices
 needs none of its types. Tags and value representations: DICOM PS3.5, 6.2.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
@@ -21,17 +21,14 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6.1.2.5.1)
-_WHOLE: Final = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "US or SS": 2, "UN": 0, "OB": 0, "OW": 0}
-"""Bytes of one number in the value representations that hold whole numbers in binary; 0: as many as there are."""
-
+# Bytes of one number in the value representations that hold whole numbers in binary; 0: as many as there are.
+_BINARY_BYTES: Final = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "US or SS": 2, "UN": 0, "OB": 0, "OW": 0}
+# Representations of numbers as text; None where the file states none. Digits under another are another number.
 _DECIMALS: Final = frozenset({None, "DS", "IS", "UN", "LO", "SH", "CS", "ST", "LT", "UT", "UC"})
-"""Representations of numbers as text; None where the file states none. Digits under another are another number."""
-
-_BINARY: Final = frozenset({
+_BINARY: Final = frozenset({  # where the file does not state a representation (implicit VR)
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PixelPaddingValue", "PixelPaddingRangeLimit",
 })  # fmt: skip
-"""Binary where the file does not state a representation (implicit VR)."""
 
 
 def tags(*keywords: str) -> list[BaseTag | int]:
@@ -57,12 +54,12 @@ class Elements:
         if element is None:
             return ""
         value = element.value
-        if isinstance(value, str):  # pydicom has looked at it already
+        if isinstance(value, str):  # pydicom has converted it already
             return value.strip(" \0")
         if element.VR == "SQ":  # not parsed: its items may be any number
             raise UnreadableDicomError(f"{keyword} is not text")
         if not isinstance(value, bytes) or not value.isascii() or _ESCAPE in value:
-            return "" if value is None else self._converted(keyword)
+            return "" if value is None else self._convert(keyword)
         text = value.decode("ascii").strip(" \0")
         return "\\".join(part.strip(" \0") for part in text.split("\\")) if "\\" in text else text
 
@@ -79,9 +76,19 @@ class Elements:
         if element is None or element.value is None or element.value == b"":
             return None
         representation = element.VR or ("US" if keyword in _BINARY else "IS")
-        if isinstance(element, RawDataElement) and representation in _WHOLE:
-            return _binary(element, representation, keyword)
-        return _whole_text(self._decimals(keyword), keyword)
+        if isinstance(element, RawDataElement) and representation in _BINARY_BYTES:
+            length = len(element.value)
+            if length != (_BINARY_BYTES[representation] or length) or length > 4:
+                raise UnreadableDicomError(f"{keyword} is not a whole number")
+            order: Literal["little", "big"] = "little" if element.is_little_endian else "big"
+            return int.from_bytes(element.value, order, signed=representation in {"SS", "SL"})
+        text = self._decimals(keyword)
+        if not text:
+            return None
+        number = _float(text, keyword, "a whole number")
+        if not number.is_integer():  # neither a fraction nor infinite
+            raise UnreadableDicomError(f"{keyword} is not a whole number")
+        return int(number)
 
     def required_whole(self, keyword: str) -> int:
         """Return one whole number that may not be absent."""
@@ -119,7 +126,7 @@ class Elements:
             raise UnreadableDicomError(f"{keyword} is stored as {element.VR}, which is no decimal text")
         return self.text(keyword)
 
-    def _converted(self, keyword: str) -> str:
+    def _convert(self, keyword: str) -> str:
         """Let pydicom decode what is not plain ASCII: (0008,0005) names its character set."""
         try:
             value = self._dataset.get(keyword)
@@ -129,23 +136,6 @@ class Elements:
             raise UnreadableDicomError(f"{keyword} is not text")
         parts = value if isinstance(value, MultiValue) else [] if value is None else [value]
         return "\\".join(str(part).strip(" \0") for part in parts)
-
-
-def _binary(element: RawDataElement, representation: str, keyword: str) -> int:
-    size, value = _WHOLE[representation], element.value or b""
-    if len(value) != (size or len(value)) or len(value) > 4:
-        raise UnreadableDicomError(f"{keyword} is not a whole number")
-    order = "little" if element.is_little_endian else "big"
-    return int.from_bytes(value, order, signed=representation in {"SS", "SL"})  # type: ignore[arg-type]
-
-
-def _whole_text(text: str, keyword: str) -> int | None:
-    if not text:
-        return None
-    number = _float(text, keyword, "a whole number")
-    if not number.is_integer():  # neither a fraction nor infinite
-        raise UnreadableDicomError(f"{keyword} is not a whole number")
-    return int(number)
 
 
 def _float(text: str, keyword: str, kind: str = "a number") -> float:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.stream_checks import JPEG_LOSSLESS, RUN_LENGTH, Claim, JpegScan, read_jpeg, run_segments
+from ichpipe.dicom.stream_checks import JPEG_LOSSLESS, MAX_CATEGORIES, MAX_PADDING, RUN_LENGTH, read_jpeg, run_segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-_MAX_PADDING: Final = 16  # bytes after the last run: one is usual, to make the length even
-_CATEGORIES: Final = 17  # bit lengths of a difference, T.81 table H.2
+    from ichpipe.dicom.stream_checks import Claim, JpegScan
+
 _RESTARTS: Final = re.compile(rb"\xff[\xd0-\xd7]")
 
 
@@ -36,7 +36,7 @@ def require_complete(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np
         for segment in run_segments(frame, claim):
             _require_runs(segment, claim.rows * claim.columns)
     elif syntax in JPEG_LOSSLESS:
-        _require_differences(read_jpeg(frame, syntax, claim), claim, stored)
+        _require_codes(read_jpeg(frame, syntax, claim), claim, stored)
 
 
 def _require_runs(segment: bytes, expected: int) -> None:
@@ -52,42 +52,41 @@ def _require_runs(segment: bytes, expected: int) -> None:
             offset += 2
         else:
             offset += 1
-    if count != expected or not 0 <= length - offset <= _MAX_PADDING:
-        _damaged(f"its runs give {count} of {expected} bytes")
+    if count != expected or not 0 <= length - offset <= MAX_PADDING:
+        raise UnreadableDicomError(f"its runs give {count} of {expected} bytes")
 
 
-def _require_differences(scan: JpegScan, claim: Claim, stored: NDArray[np.integer]) -> None:
+def _require_codes(scan: JpegScan, claim: Claim, stored: NDArray[np.integer]) -> None:
     if scan.restart % claim.columns:
-        _damaged("its restart interval is no whole number of lines")  # T.81, H.1.1
+        raise UnreadableDicomError("its restart interval is no whole number of lines")  # T.81, H.1.1
     shift = scan.header[5] & 15  # point transform
     bits = scan.precision - shift
     samples: NDArray[np.uint16] = stored.astype(np.uint16) >> np.uint16(shift)
     if claim.signed:
         samples &= np.uint16((1 << bits) - 1)  # a decoder may have extended the sign
     elif int(samples.max()) >> bits:
-        _damaged(f"samples of more than {bits} bits")
+        raise UnreadableDicomError(f"samples of more than {bits} bits")
     lines = scan.restart // claim.columns or claim.rows
-    lengths = _code_lengths(scan.table)[_differences(samples, scan.header[3], 1 << (bits - 1), lines)]
+    lengths = _count_bits(scan.table)[_subtract_predictions(samples, scan.header[3], 1 << (bits - 1), lines)]
     if not lengths.all():
-        _damaged("its Huffman table has no code for some of its pixels")
+        raise UnreadableDicomError("its Huffman table has no code for some of its pixels")
     needed = np.add.reduceat(lengths.sum(axis=1, dtype=np.int64), range(0, claim.rows, lines))
     parts = _RESTARTS.split(scan.coded) if scan.restart else [scan.coded]
     if len(parts) != len(needed):
-        _damaged(f"{len(parts)} of {len(needed)} intervals between restart markers")
+        raise UnreadableDicomError(f"{len(parts)} of {len(needed)} intervals between restart markers")
     rest = 8 * np.array([len(part) - part.count(b"\xff\x00") for part in parts]) - needed
     if rest.min() < 0 or rest.max() >= 8:
-        _damaged("its codes do not end where its bytes do")
+        raise UnreadableDicomError("its codes do not end where its bytes do")
 
 
-def _differences(samples: NDArray[np.uint16], predictor: int, middle: int, lines: int) -> NDArray[np.uint16]:
+def _subtract_predictions(samples: NDArray[np.uint16], predictor: int, middle: int, lines: int) -> NDArray[np.uint16]:
     """Subtract the prediction of each sample, modulo 65536 (T.81, H.1.2.1).
 
     The left neighbour predicts the first line, and the first one after each restart (every ``lines``).
     """
-    kind = np.uint16 if predictor < 5 else np.int32  # halves need the sign
-    neighbours = (samples[1:, :-1], samples[:-1, 1:], samples[:-1, :-1])
-    left, above, corner = (cast("NDArray[np.int32]", each.astype(kind, copy=False)) for each in neighbours)
-    formulas: dict[int, Callable[[], NDArray[np.int32]]] = {
+    signed: NDArray[Any] = samples if predictor < 5 else samples.astype(np.int32)  # halves need the sign
+    left, above, corner = signed[1:, :-1], signed[:-1, 1:], signed[:-1, :-1]
+    formulas: dict[int, Callable[[], NDArray[Any]]] = {
         1: lambda: left,
         2: lambda: above,
         3: lambda: corner,
@@ -97,7 +96,7 @@ def _differences(samples: NDArray[np.uint16], predictor: int, middle: int, lines
         7: lambda: (left + above) >> 1,
     }
     if predictor not in formulas:
-        _damaged(f"predictor {predictor} is not defined")
+        raise UnreadableDicomError(f"predictor {predictor} is not defined")
     differences = np.empty_like(samples)
     differences[1:, 1:] = samples[1:, 1:] - formulas[predictor]().astype(np.uint16)
     differences[1:, 0] = samples[1:, 0] - samples[:-1, 0]
@@ -107,20 +106,16 @@ def _differences(samples: NDArray[np.uint16], predictor: int, middle: int, lines
 
 
 @lru_cache(maxsize=16)
-def _code_lengths(table: bytes) -> NDArray[np.uint8]:
+def _count_bits(table: bytes) -> NDArray[np.uint8]:
     """Return the bits of each difference modulo 65536 (65536,): its Huffman code and its value; 0 without a code."""
     counts, symbols = np.frombuffer(table[:16], dtype=np.uint8), np.frombuffer(table[16:], dtype=np.uint8)
     codes = np.repeat(np.arange(1, 17), counts)
-    if len(codes) != len(symbols) or (symbols >= _CATEGORIES).any() or (2.0**-codes).sum() > 1:
-        _damaged("its Huffman table is out of range")
-    lengths = np.zeros(_CATEGORIES, dtype=np.uint8)
+    if len(codes) != len(symbols) or (symbols >= MAX_CATEGORIES).any() or (2.0**-codes).sum() > 1:
+        raise UnreadableDicomError("its Huffman table is out of range")
+    lengths = np.zeros(MAX_CATEGORIES, dtype=np.uint8)
     # Category 16 is the difference 32768, without further bits (T.81, H.1.2.2).
-    lengths[symbols] = codes + np.where(symbols < _CATEGORIES - 1, symbols, 0)
+    lengths[symbols] = codes + np.where(symbols < MAX_CATEGORIES - 1, symbols, 0)
     values = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float64)
     categories = np.frexp(np.abs(values))[1]  # the bit length
-    by_difference: NDArray[np.uint8] = lengths[categories]
-    return by_difference
-
-
-def _damaged(what: str) -> NoReturn:
-    raise UnreadableDicomError(what)
+    bits: NDArray[np.uint8] = lengths[categories]
+    return bits

@@ -1,16 +1,15 @@
-"""One DICOM file to Hounsfield units."""
+"""Converts one DICOM file to Hounsfield units."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichpipe.common.constants import MIN_HU as AIR_HU
+from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import decode
-from ichpipe.dicom.dataset import EXPLICIT_BIG, PixelFacts, require_stream, stored_type
-from ichpipe.dicom.pixel_data import PixelFile, read_pixel_file
+from ichpipe.dicom.dataset import EXPLICIT_BIG, PixelFacts, PixelFile, read_pixel_file, require_stream
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 if TYPE_CHECKING:
@@ -18,19 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = [
-    "AIR_HU",
-    "MAX_HU",
-    "PixelFacts",
-    "read_hu",
-    "stored_to_hu",
-]
-
-MAX_HU: Final = 32767
-
 
 def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
-    """Decode one CT slice to Hounsfield units (rows, columns), from -1024 to 32767.
+    """Decode one CT slice to Hounsfield units.
 
     Parameters
     ----------
@@ -38,6 +27,11 @@ def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
         The file, or a member of a zip archive.
     scanned
         ``scan`` has accepted the file: its compressed stream need not be checked again for completeness.
+
+    Returns
+    -------
+    NDArray[np.int16]
+        HU (rows, columns), from -1024 to 32767.
 
     Raises
     ------
@@ -62,44 +56,37 @@ def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.i
     HU = RescaleSlope (0028,1053) * stored + RescaleIntercept (0028,1052), PS3.3 C.11.1. Padding becomes
     -1024. PhotometricInterpretation MONOCHROME1 turns the display round, not the HU (C.7.6.3.1.2).
     """
-    values, intercept = _pixel_values(stored, facts), facts.intercept
-    if wraps := _wraps_at_12_bits(facts):
+    values, intercept = _drop_unused_bits(stored, facts), facts.intercept
+    # Some RSNA 2019 files: 12 bits, offset by 1000, wrapped at 4096; their intercept would leave nothing below 0 HU.
+    wraps = facts.bits_stored == 12 and not facts.signed and intercept > -100
+    if wraps:
         values = values + values.dtype.type(1000)
         np.subtract(values, 4096, out=values, where=values >= 4096)
         intercept = -1000.0
     hu = _rescale(values, facts.slope, intercept)
-    if facts.padding is not None and (wraps or not _padding_is_clipped(facts, facts.padding[1])):
+    if facts.padding is not None:
         low, high = facts.padding
-        hu[(stored >= low) & (stored <= high)] = AIR_HU
+        # Most padding values end below -1024 HU anyway; bits that are dropped only lower them.
+        if wraps or facts.slope <= 0 or high * facts.slope + facts.intercept > MIN_HU:
+            hu[(stored >= low) & (stored <= high)] = MIN_HU
     return hu
 
 
 def _rescale(values: NDArray[np.integer], slope: float, intercept: float) -> NDArray[np.int16]:
-    if slope == 1.0 and intercept.is_integer() and abs(intercept) <= MAX_HU:  # nearly every file
-        return _shift(values, int(intercept))
-    scaled = values.astype(np.float64) * slope + intercept
-    hu: NDArray[np.int16] = np.clip(np.rint(scaled), AIR_HU, MAX_HU).astype(np.int16)
-    return hu
+    if slope != 1.0 or not intercept.is_integer() or abs(intercept) > MAX_HU or values.dtype.itemsize != 2:
+        scaled = values.astype(np.float64) * slope + intercept
+        hu: NDArray[np.int16] = np.clip(np.rint(scaled), MIN_HU, MAX_HU).astype(np.int16)
+        return hu
+    # Nearly every file: whole numbers of 16 bits, clipped before the sum so that it does not overflow.
+    low, high = MIN_HU - int(intercept), MAX_HU - int(intercept)
+    if values.min() < low:  # then the limit lies within the type, as the values do
+        values = np.maximum(values, low)
+    if values.max() > high:
+        values = np.minimum(values, high)
+    return values.view(np.int16) + np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
 
 
-def _shift(values: NDArray[np.integer], intercept: int) -> NDArray[np.int16]:
-    """Add a whole intercept, in 16 bits where the values have 16: they are clipped before, so that none overflows."""
-    low, high = AIR_HU - intercept, MAX_HU - intercept
-    if values.dtype.itemsize == 2:  # limits that are wanted here lie within the type, as the values do
-        below, above = values.min() < low, values.max() > high
-        inside = np.maximum(values, low) if below else values
-        inside = np.minimum(inside, high) if above else inside
-        return inside.view(np.int16) + np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
-    wide: NDArray[np.int16] = (np.clip(values.astype(np.int64), low, high) + intercept).astype(np.int16)
-    return wide
-
-
-def _padding_is_clipped(facts: PixelFacts, highest: int) -> bool:
-    """Whether padding values end below -1024 HU anyway, as in most files; bits that are dropped only lower them."""
-    return facts.slope > 0 and highest * facts.slope + facts.intercept <= AIR_HU
-
-
-def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.integer]:
+def _drop_unused_bits(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.integer]:
     """Drop bits above BitsStored (0028,0101); they are no part of the pixel (PS3.5, 8.1.1).
 
     Negative numbers that were written whole stay as they are: -3024 is common beside BitsStored 12. The type is that
@@ -120,32 +107,19 @@ def _pixel_values(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.
     return extended
 
 
-def _wraps_at_12_bits(facts: PixelFacts) -> bool:
-    """Whether values are offset by 1000 and wrapped at 4096, as in some RSNA 2019 files.
-
-    Such headers say BitsStored 12, unsigned, and an intercept that would leave nothing below 0 HU.
-    """
-    return facts.bits_stored == 12 and not facts.signed and facts.intercept > -100
-
-
 def _stored_pixels(file: PixelFile) -> NDArray[np.integer]:
     """Pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
-    facts = file.facts
+    facts, pixels = file.facts, file.pixel_data
     if facts.compressed:
-        stored = decode.decode(file.pixel_data, facts)
+        stored = decode.decode(pixels, facts)
         return decode.decode_by_pydicom(file.dataset, facts) if stored is None else stored
+    kind = np.dtype(facts.stored_type)
     if facts.transfer_syntax == EXPLICIT_BIG:
-        return _big_endian(file)
-    pixels = np.frombuffer(file.pixel_data, dtype=stored_type(facts), count=facts.rows * facts.columns)
-    return pixels.reshape(facts.rows, facts.columns)
-
-
-def _big_endian(file: PixelFile) -> NDArray[np.integer]:
-    """Turn samples round; 8-bit ones in words (OW) stand in pairs that are turned round, too (PS3.5, 8.1.1)."""
-    facts, element = file.facts, file.dataset["PixelData"]
-    pixels = element.value
-    if facts.bits_allocated == 8 and element.VR == "OW":
-        pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
-    kind = np.dtype(stored_type(facts))
-    found = np.frombuffer(pixels, dtype=kind.newbyteorder(">"), count=facts.rows * facts.columns)
-    return found.astype(kind).reshape(facts.rows, facts.columns)
+        element = file.dataset["PixelData"]
+        pixels = element.value
+        if facts.bits_allocated == 8 and element.VR == "OW":  # 8-bit samples in swapped pairs (PS3.5, 8.1.1)
+            pixels = np.frombuffer(pixels[: len(pixels) // 2 * 2], dtype=">u2").astype("<u2").tobytes()
+        samples = np.frombuffer(pixels, kind.newbyteorder(">"), count=facts.rows * facts.columns).astype(kind)
+    else:
+        samples = np.frombuffer(pixels, kind, count=facts.rows * facts.columns)
+    return samples.reshape(facts.rows, facts.columns)

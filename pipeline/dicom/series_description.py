@@ -1,7 +1,7 @@
-"""What a series' description and kernel say about it, as words of a fixed vocabulary and never as free text.
+"""Turns a series' descriptions and kernel into words of a fixed vocabulary, never free text.
 
-SeriesDescription (0008,103E), ProtocolName (0018,1030) and StudyDescription (0008,1030) are typed by people and may
-hold names; only the marks below leave this module.
+People type SeriesDescription (0008,103E), ProtocolName (0018,1030) and StudyDescription (0008,1030), which may hold
+names; only the marks below leave this module.
 """
 
 from __future__ import annotations
@@ -74,26 +74,20 @@ def marks_of(series: str, *others: str) -> str:
     them only ``plain`` or ``contrast`` is taken, and only where nothing nearer says either. A text with both (``HEAD
     W/O & W CONTRAST``) says neither. Case, accents and underscores don't matter.
     """
-    texts = [_normal(text) for text in (series, *others)]
-    found = {name for name, pattern in _MARKS.items() if pattern.search(texts[0])}
-    said = next((one for text in texts if (one := _contrast_of(text)) is not None), "")
-    return " ".join(sorted(found | ({said} if said else set())))
-
-
-def _normal(text: str) -> str:
-    letters = unicodedata.normalize("NFKD", text.upper()).encode("ascii", "ignore").decode("ascii")
-    return " ".join(letters.replace("_", " ").split())
-
-
-def _contrast_of(text: str) -> str | None:
-    """Return ``plain``, ``contrast``, an empty text for both, or None for neither."""
-    if _BOTH.search(text):
-        return ""
-    rest, plain = _PLAIN.subn(" ", text)
-    contrast = _CONTRAST.search(rest)
-    if plain and contrast:
-        return ""
-    return PLAIN if plain else CONTRAST if contrast else None
+    texts = []
+    for text in (series, *others):
+        letters = unicodedata.normalize("NFKD", text.upper()).encode("ascii", "ignore").decode("ascii")
+        texts.append(" ".join(letters.replace("_", " ").split()))
+    marks = {name for name, pattern in _MARKS.items() if pattern.search(texts[0])}
+    for text in texts:
+        rest, plain = _PLAIN.subn(" ", text)
+        contrast = _CONTRAST.search(rest)
+        if _BOTH.search(text) or (plain and contrast):
+            break
+        if plain or contrast:
+            marks.add(PLAIN if plain else CONTRAST)
+            break
+    return " ".join(sorted(marks))
 
 
 def kernel_kind(kernel: str) -> str:
@@ -109,9 +103,9 @@ def kernel_kind(kernel: str) -> str:
         return "soft"
     if code in _BONE:
         return "bone"
-    if found := _TOSHIBA.fullmatch(code):
-        return _TOSHIBA_KINDS.get(found[1], "unknown")
-    if found := _SIEMENS.fullmatch(code):
-        number = int(found[1])
+    if match := _TOSHIBA.fullmatch(code):
+        return _TOSHIBA_KINDS.get(match[1], "unknown")
+    if match := _SIEMENS.fullmatch(code):
+        number = int(match[1])
         return "soft" if number < _SIEMENS_SOFT_BELOW else "bone" if number >= _SIEMENS_BONE_FROM else "unknown"
     return "unknown"

@@ -1,4 +1,4 @@
-"""Headers of DICOM files: what is one usable CT slice, and why another file is not.
+"""Reads the header of one CT slice, or gives the reason why a file is not a usable one.
 
 Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) and C.8.2.1 (CT image).
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
 FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
-"""How the reasons begin that ``force`` overrules."""
+"""Beginnings of the reasons that ``force`` overrules."""
 
 _NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "OFF", "N/A", "NO CONTRAST", "WITHOUT", "WITHOUT CONTRAST"})
 _SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
@@ -82,10 +82,20 @@ class SliceHeader(NamedTuple):
 def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
     """Read one file's header and digest; the pixels are measured, not decoded.
 
-    With ``force`` neither modality nor kind of image counts (FORCEABLE), but Hounsfield units there must be.
-    Raises UnreadableDicomError whose message is the reason: not DICOM, damaged, not an axial-type CT
-    slice, a needed tag missing, pixel data too short. docs/data.md lists them all. The error's ``series`` holds
-    StudyInstanceUID and SeriesInstanceUID where they could be read.
+    Parameters
+    ----------
+    path
+        The file, or a member of a zip archive.
+    force
+        Accept any modality and kind of image (FORCEABLE); Hounsfield units are still required.
+
+    Raises
+    ------
+    UnreadableDicomError
+        The message is the reason: not DICOM, damaged, not an axial-type CT slice, a needed tag missing, pixel data
+        too short (docs/data.md lists them all). ``series`` holds StudyInstanceUID and SeriesInstanceUID where they
+        could be read.
+
     """
     name = path if isinstance(path, str) else path.as_posix()
     data = read_file(name, MAX_FILE_BYTES)
@@ -105,18 +115,23 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
     facts = pixel_facts(elements, syntax)
     require_pixels(elements, facts)
     study_uid = elements.required_text("StudyInstanceUID")
-    row_direction, column_direction = _directions(elements)
+    directions = elements.floats("ImageOrientationPatient", 6)
+    row, column = _vector(directions[:3]), _vector(directions[3:])
+    dot = sum(a * b for a, b in zip(row, column, strict=True))
+    if any(abs(math.hypot(*direction) - 1) > 0.05 for direction in (row, column)) or abs(dot) > 0.05:
+        raise UnreadableDicomError("ImageOrientationPatient (0020,0037) is not two perpendicular unit vectors")
+    loss = elements.text("LossyImageCompression")
     return SliceHeader(
         patient_id=elements.text("PatientID") or study_uid,
         study_uid=study_uid,
         series_uid=elements.required_text("SeriesInstanceUID"),
         sop_uid=elements.required_text("SOPInstanceUID"),
         path=path,
-        transfer_syntax=facts.transfer_syntax,
+        transfer_syntax=syntax,
         file_digest=hashlib.sha256(data).hexdigest(),
         rows=facts.rows,
         columns=facts.columns,
-        lossy=_lossy(elements, facts.transfer_syntax),
+        lossy=loss == "01" or syntax in LOSSY_SYNTAXES or (syntax in MAYBE_LOSSY_SYNTAXES and not loss),
         image_type=image_type,
         kernel=elements.text("ConvolutionKernel"),
         marks=_marks(*map(elements.text, _SERIES_TEXTS)),
@@ -125,25 +140,20 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
         body_part=body_part(elements.text("BodyPartExamined")),
         instance_number=elements.whole("InstanceNumber"),
         position=_vector(elements.floats("ImagePositionPatient", 3)),
-        row_direction=row_direction,
-        column_direction=column_direction,
+        row_direction=row,
+        column_direction=column,
     )
 
 
 _marks = lru_cache(maxsize=4096)(marks_of)
 
 
-def _lossy(elements: Elements, transfer_syntax: str) -> bool:
-    said = elements.text("LossyImageCompression")
-    return said == "01" or transfer_syntax in LOSSY_SYNTAXES or (transfer_syntax in MAYBE_LOSSY_SYNTAXES and not said)
-
-
 def _require_ct_slice(elements: Elements) -> str:
     """Refuse what is no CT slice; return ImageType (0008,0008)."""
     modality = elements.text("Modality")
     if modality != "CT":
-        said = f"is {shown(modality, MODALITIES)}" if modality else "is missing"
-        raise UnreadableDicomError(f"Modality (0008,0060) {said}, not CT")
+        fault = f"is {shown(modality, MODALITIES)}" if modality else "is missing"
+        raise UnreadableDicomError(f"Modality (0008,0060) {fault}, not CT")
     if elements.text("SOPClassUID").startswith(SECONDARY_CAPTURE):
         raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
     image_type = elements.text("ImageType").upper()
@@ -151,16 +161,6 @@ def _require_ct_slice(elements: Elements) -> str:
         if mark := next((mark for mark in NOT_A_SLICE if mark in word), None):
             raise UnreadableDicomError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
     return image_type
-
-
-def _directions(elements: Elements) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    values = elements.floats("ImageOrientationPatient", 6)
-    row, column = _vector(values[:3]), _vector(values[3:])
-    lengths = [math.hypot(*row), math.hypot(*column)]
-    dot = sum(a * b for a, b in zip(row, column, strict=True))
-    if any(abs(length - 1) > 0.05 for length in lengths) or abs(dot) > 0.05:
-        raise UnreadableDicomError("ImageOrientationPatient (0020,0037) is not two perpendicular unit vectors")
-    return row, column
 
 
 def _vector(values: Sequence[float]) -> tuple[float, float, float]:

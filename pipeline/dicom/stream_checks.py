@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 import struct
 from itertools import pairwise
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple
 
 from pydicom.encaps import generate_fragments, parse_fragments
 
 from ichpipe.common.errors import UnreadableDicomError
 
-RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
-JPEG_LOSSLESS: Final = frozenset(f"1.2.840.10008.1.2.4.{number}" for number in (57, 70))
 _JPEG: Final = "1.2.840.10008.1.2.4."
+RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
+JPEG_LOSSLESS: Final = frozenset({f"{_JPEG}57", f"{_JPEG}70"})
+MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to make the length even
 # Frame headers (SOFn) that a transfer syntax allows: baseline 0, extended 1, lossless 3, JPEG-LS 55.
 _FRAMES: Final = {
     f"{_JPEG}50": {0xC0}, f"{_JPEG}51": {0xC0, 0xC1}, f"{_JPEG}57": {0xC3}, f"{_JPEG}70": {0xC3},
@@ -28,12 +29,11 @@ _JPEG_LS: Final = frozenset({f"{_JPEG}80", f"{_JPEG}81"})
 _ANY_FRAME: Final = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 _TABLES, _RESTART, _SCAN = 0xC4, 0xDD, 0xDA  # DHT, DRI, SOS
 _PLAIN_MARKERS: Final = frozenset({0xC3, _TABLES, _SCAN, *range(0xE0, 0xF0), 0xFE})  # and APPn, COM
-_MAX_CODES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
+MAX_CATEGORIES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _JPEG_2000: Final = frozenset(f"{_JPEG}{number}" for number in (90, 91, 201, 202, 203))
 _MAX_TILES: Final = 4096  # 64 pixels a side in the largest image; each tile costs a decoder memory and time
 _MAX_LAYERS: Final = 256
 _MAX_BLOCKS: Final = 2**19  # precincts of all levels; a pixel each, as damage may claim, takes minutes
-_MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to make the length even
 
 
 class Claim(NamedTuple):
@@ -61,13 +61,13 @@ def frame_bytes(pixels: bytes) -> bytes:
         starts = parse_fragments(pixels)[1]
         offsets, *fragments = generate_fragments(pixels)
     except ValueError:
-        _damaged("a fragment does not begin as an item, or has no length")
+        raise UnreadableDicomError("a fragment does not begin as an item, or has no length") from None
     if not fragments:
-        _damaged("PixelData has no fragment")
+        raise UnreadableDicomError("PixelData has no fragment")
     if len(offsets) not in {0, 4} or offsets.strip(b"\0"):
-        _damaged("its table of offsets is not that of one frame")
+        raise UnreadableDicomError("its table of offsets is not that of one frame")
     if int.from_bytes(pixels[starts[-1] + 4 : starts[-1] + 8], "little") > len(fragments[-1]):
-        _damaged("a fragment is cut short")
+        raise UnreadableDicomError("a fragment is cut short")
     return b"".join(fragments)
 
 
@@ -94,7 +94,7 @@ def is_plain(frame: bytes, syntax: str, claim: Claim) -> bool:
     if claim.bits_allocated != 16:
         return False
     if syntax in JPEG_LOSSLESS:
-        segments, start = _jpeg_segments(frame)
+        segments, start = _read_jpeg_segments(frame)
         return (
             {marker for marker, _ in segments} <= _PLAIN_MARKERS
             and sum(4 + len(body) for _, body in segments) + 2 == start  # no fill bytes
@@ -104,10 +104,10 @@ def is_plain(frame: bytes, syntax: str, claim: Claim) -> bool:
     if syntax != f"{_JPEG}90" or not frame.startswith(b"\xff\x4f\xff\x51\x00\x29"):
         return False
     *grid, components, depth, across, down = struct.unpack_from(">8LHBBB", frame, 8)
-    whole = grid[:4] == [claim.columns, claim.rows, 0, 0] and grid[6:] == [0, 0]
-    one_tile = grid[4] >= claim.columns and grid[5] >= claim.rows
-    bits = bool(depth >> 7) == claim.signed and (depth & 127) + 1 <= 16
-    return whole and one_tile and components == across == down == 1 and bits
+    is_whole = grid[:4] == [claim.columns, claim.rows, 0, 0] and grid[6:] == [0, 0]
+    is_one_tile = grid[4] >= claim.columns and grid[5] >= claim.rows
+    fits = bool(depth >> 7) == claim.signed and (depth & 127) + 1 <= 16
+    return is_whole and is_one_tile and components == across == down == 1 and fits
 
 
 def _is_plain_jpeg(segments: list[tuple[int, bytes]], claim: Claim) -> bool:
@@ -120,84 +120,84 @@ def _is_plain_jpeg(segments: list[tuple[int, bytes]], claim: Claim) -> bool:
         free = 1  # codes of a length that no shorter one begins; a code of all ones is none
         for count in counts:
             free = 2 * free - count if free > 0 else 0
-        distinct = 0 < sum(counts) == len(symbols) == len(set(symbols)) <= _MAX_CODES
-        if len(counts) != 16 or free < 1 or not distinct or max(symbols) >= _MAX_CODES or number > 3:
+        are_distinct = 0 < sum(counts) == len(symbols) == len(set(symbols)) <= MAX_CATEGORIES
+        if len(counts) != 16 or free < 1 or not are_distinct or max(symbols) >= MAX_CATEGORIES or number > 3:
             return False
         tables.add(number)
     scan = segments[-1][1]
-    size = (rows, columns) == (claim.rows, claim.columns) and components == 1 and sampling == 0x11
-    sound = len(scan) == 6 and scan[0] == 1 and scan[2] & 15 == 0 and scan[2] >> 4 in tables
-    return size and 8 < precision <= 16 and sound and 1 <= scan[3] <= 7 and scan[4:] == b"\0\0"
+    is_claimed = (rows, columns) == (claim.rows, claim.columns) and components == 1 and sampling == 0x11
+    has_table = len(scan) == 6 and scan[0] == 1 and scan[2] & 15 == 0 and scan[2] >> 4 in tables
+    return is_claimed and 8 < precision <= 16 and has_table and 1 <= scan[3] <= 7 and scan[4:] == b"\0\0"
 
 
 def run_segments(frame: bytes, claim: Claim) -> list[bytes]:
     """Return the coded segments of a run-length frame, most significant byte of the samples first (PS3.5, G.5)."""
     if len(frame) < 64:
-        _damaged("no header of 64 bytes")
+        raise UnreadableDicomError("no header of 64 bytes")
     count, *starts = struct.unpack_from("<16L", frame)
     expected = claim.bits_allocated // 8
     if count != expected:
-        _damaged(f"{min(count, 99)} segments, BitsAllocated {claim.bits_allocated} needs {expected}")
+        raise UnreadableDicomError(f"{min(count, 99)} segments, BitsAllocated {claim.bits_allocated} needs {expected}")
     offsets = [*starts[:count], len(frame)]
     if offsets[0] != 64 or any(low >= high for low, high in pairwise(offsets)):
-        _damaged("the offsets of its segments are not in order")
+        raise UnreadableDicomError("the offsets of its segments are not in order")
     return [frame[low:high] for low, high in pairwise(offsets)]
 
 
 def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
     """Split a JPEG or JPEG-LS stream: one frame of one component in one scan, and complete."""
-    segments, start = _jpeg_segments(frame)
+    segments, start = _read_jpeg_segments(frame)
     precision, restart = 0, 0
     tables: dict[int, bytes] = {}
     for marker, body in segments[:-1]:
         if marker == _TABLES:
-            tables |= _huffman_tables(body)
+            tables |= _read_huffman_tables(body)
         elif marker in _ANY_FRAME:
             if precision or marker not in _FRAMES[syntax]:
-                _damaged(f"JPEG frame {marker:02X} does not belong to this transfer syntax")
+                raise UnreadableDicomError(f"JPEG frame {marker:02X} does not belong to this transfer syntax")
             if len(body) != 9:
-                _damaged("not an image of one component")
+                raise UnreadableDicomError("not an image of one component")
             precision, rows, columns, components = struct.unpack_from(">BHHB", body)
             _require_claim(rows, columns, components, precision, claim)
             if syntax in _JPEG_LS and body[7:] != b"\x11\x00":
-                _damaged("its component is sampled otherwise than once a pixel")
+                raise UnreadableDicomError("its component is sampled otherwise than once a pixel")
         elif marker == _RESTART and len(body) == 2:
             restart = int.from_bytes(body, "big")
     scan = segments[-1][1]
     _require_scan(scan, precision, syntax)
     table = tables.get(scan[2] >> 4, b"")
-    coded = _coded(frame, start, restart, syntax)
+    coded = _read_coded_pixels(frame, start, restart, syntax)
     if syntax in JPEG_LOSSLESS and not table:
-        _damaged("its Huffman table is missing")
+        raise UnreadableDicomError("its Huffman table is missing")
     if syntax in JPEG_LOSSLESS and len(coded) * 8 < claim.rows * claim.columns:  # a bit each at least
-        _damaged("fewer coded bits than pixels")
+        raise UnreadableDicomError("fewer coded bits than pixels")
     return JpegScan(precision, restart, table, scan, coded)
 
 
 def _require_scan(scan: bytes, precision: int, syntax: str) -> None:
     if not precision or len(scan) != 6 or scan[0] != 1:
-        _damaged("no scan of one component")
+        raise UnreadableDicomError("no scan of one component")
     if syntax == f"{_JPEG}80" and scan[3]:
-        _damaged(f"coded with an error of up to {scan[3]} (NEAR), its transfer syntax is lossless")
+        raise UnreadableDicomError(f"coded with an error of up to {scan[3]} (NEAR), its transfer syntax is lossless")
     if syntax in _JPEG_LS and any(scan[offset] for offset in (2, 4, 5)):  # ISO 14495-1 C.2.3: not for one component
-        _damaged("a scan of one component names a mapping table, interleaving or a point transform")
+        raise UnreadableDicomError("a scan of one component names a mapping table, interleaving or a point transform")
 
 
-def _jpeg_segments(frame: bytes) -> tuple[list[tuple[int, bytes]], int]:
+def _read_jpeg_segments(frame: bytes) -> tuple[list[tuple[int, bytes]], int]:
     """Return the markers up to SOS, each with its segment without the length, and the offset of the coded pixels."""
     if not frame.startswith(b"\xff\xd8"):
-        _damaged("does not begin as JPEG")
+        raise UnreadableDicomError("does not begin as JPEG")
     offset = 2
     segments: list[tuple[int, bytes]] = []
     while not segments or segments[-1][0] != _SCAN:
         while frame.startswith(b"\xff\xff", offset):  # fill bytes
             offset += 1
         if offset + 4 > len(frame) or frame[offset] != 0xFF:
-            _damaged("its JPEG markers are cut short")
+            raise UnreadableDicomError("its JPEG markers are cut short")
         marker, length = frame[offset + 1], int.from_bytes(frame[offset + 2 : offset + 4], "big")
         end = offset + 2 + length
         if marker in {0x00, 0x01} or 0xD0 <= marker <= 0xD9 or length < 2 or end > len(frame):
-            _damaged("a JPEG segment is cut short or out of place")
+            raise UnreadableDicomError("a JPEG segment is cut short or out of place")
         segments.append((marker, frame[offset + 4 : end]))
         offset = end
     return segments, offset
@@ -205,14 +205,15 @@ def _jpeg_segments(frame: bytes) -> tuple[list[tuple[int, bytes]], int]:
 
 def _require_claim(rows: int, columns: int, components: int, precision: int, claim: Claim) -> None:
     if (rows, columns) != (claim.rows, claim.columns):
-        _damaged(f"the stream claims {rows} x {columns} pixels, the header says {claim.rows} x {claim.columns}")
+        size = f"{claim.rows} x {claim.columns}"
+        raise UnreadableDicomError(f"the stream claims {rows} x {columns} pixels, the header says {size}")
     if components != 1:
-        _damaged(f"{components} components, CT has one")
+        raise UnreadableDicomError(f"{components} components, CT has one")
     if not max(claim.bits_allocated - 8, 1) <= precision <= claim.bits_allocated:
-        _damaged(f"{precision} bits a sample, BitsAllocated is {claim.bits_allocated}")
+        raise UnreadableDicomError(f"{precision} bits a sample, BitsAllocated is {claim.bits_allocated}")
 
 
-def _huffman_tables(segment: bytes) -> dict[int, bytes]:
+def _read_huffman_tables(segment: bytes) -> dict[int, bytes]:
     tables, offset = {}, 0
     while offset + 17 <= len(segment):
         end = offset + 17 + sum(segment[offset + 1 : offset + 17])
@@ -222,45 +223,44 @@ def _huffman_tables(segment: bytes) -> dict[int, bytes]:
             tables[segment[offset]] = segment[offset + 1 : end]
         offset = end
     if offset != len(segment):
-        _damaged("a Huffman table is cut short")
+        raise UnreadableDicomError("a Huffman table is cut short")
     return tables
 
 
-def _coded(frame: bytes, start: int, restart: int, syntax: str) -> bytes:
+def _read_coded_pixels(frame: bytes, start: int, restart: int, syntax: str) -> bytes:
     """Return what lies between the scan's header and EOI; any other marker in it means damage."""
     # A coded FF is stuffed: by a zero byte, in JPEG-LS by a zero bit (T.87, A.1).
     markers = rb"\xff([\x80-\xfe])" if syntax in _JPEG_LS else rb"\xff([\x01-\xfe])"
     for match in re.compile(markers).finditer(frame, start):
         code = match[1][0]
         if code == 0xD9:
-            if len(frame) - match.end() > _MAX_PADDING:
-                _damaged("bytes after its end marker")
+            if len(frame) - match.end() > MAX_PADDING:
+                raise UnreadableDicomError("bytes after its end marker")
             return frame[start : match.start()]
         if not (restart and 0xD0 <= code <= 0xD7):
-            _damaged(f"marker {code:02X} amid the coded pixels")
-    return _damaged("ends without its end marker: cut short")
+            raise UnreadableDicomError(f"marker {code:02X} amid the coded pixels")
+    raise UnreadableDicomError("ends without its end marker: cut short")
 
 
 def _require_jpeg_2000(frame: bytes, claim: Claim) -> None:
-    stream = _unwrapped(frame)
+    stream = _unwrap_jp2(frame)
     if not stream.startswith(b"\xff\x4f\xff\x51") or len(stream) < 43:
-        _damaged("does not begin as JPEG 2000")
+        raise UnreadableDicomError("does not begin as JPEG 2000")
     width, height, left, top, tile_x, tile_y, tile_left, tile_top, components = struct.unpack_from(">8LH", stream, 8)
     if int.from_bytes(stream[4:6], "big") != 38 + 3 * components or not (left < width and top < height):
-        _damaged("its size segment contradicts itself")
-    depth, *steps = stream[42], *stream[43:45]
-    _require_claim(height - top, width - left, components, (depth & 0x7F) + 1, claim)
-    if steps != [1, 1]:
-        _damaged("its samples are subsampled")
+        raise UnreadableDicomError("its size segment contradicts itself")
+    _require_claim(height - top, width - left, components, (stream[42] & 0x7F) + 1, claim)
+    if stream[43:45] != b"\1\1":
+        raise UnreadableDicomError("its samples are subsampled")
     if not (tile_left <= left < tile_left + tile_x and tile_top <= top < tile_top + tile_y):
-        _damaged("its first tile lies outside the image")
+        raise UnreadableDicomError("its first tile lies outside the image")
     tiles = -(-(width - tile_left) // tile_x) * -(-(height - tile_top) // tile_y)
     if tiles > _MAX_TILES:
-        _damaged(f"{tiles} tiles")
-    _require_tile_parts(stream, _main_header(stream, claim), tiles)
+        raise UnreadableDicomError(f"{tiles} tiles")
+    _require_tile_parts(stream, _read_main_header(stream, claim), tiles)
 
 
-def _unwrapped(frame: bytes) -> bytes:
+def _unwrap_jp2(frame: bytes) -> bytes:
     """Return the codestream; some writers keep the boxes of a JP2 file around it, which PS3.5 A.4.4 forbids."""
     if not frame.startswith(b"\x00\x00\x00\x0cjP  "):
         return frame
@@ -273,61 +273,56 @@ def _unwrapped(frame: bytes) -> bytes:
     return b""
 
 
-def _main_header(stream: bytes, claim: Claim) -> int:
+def _read_main_header(stream: bytes, claim: Claim) -> int:
     """Check the coding style of the main header; return the offset of the first tile part."""
     offset, styles = 2, 0
     while not stream.startswith(b"\xff\x90", offset):
         if offset + 4 > len(stream) or stream[offset] != 0xFF:
-            _damaged("its main header is cut short")
+            raise UnreadableDicomError("its main header is cut short")
         length = int.from_bytes(stream[offset + 2 : offset + 4], "big")
         if stream[offset + 1] == 0x52:
             _require_coding_style(stream[offset + 4 : offset + 2 + length], claim)
             styles += 1
         offset += 2 + max(length, 2)
     if styles != 1:
-        _damaged("it states no coding style, or several")
+        raise UnreadableDicomError("it states no coding style, or several")
     return offset
 
 
 def _require_coding_style(segment: bytes, claim: Claim) -> None:
     """COD (T.800, A.6.1): bounded layers and precincts, which multiply to the work that a decoder does."""
     if len(segment) < 10:
-        _damaged("its coding style is cut short")
+        raise UnreadableDicomError("its coding style is cut short")
     style, _, layers, _, levels, width, height = struct.unpack_from(">BBHBBBB", segment)
     if not 1 <= layers <= _MAX_LAYERS or levels > 32 or width > 8 or height > 8 or width + height > 8:
-        _damaged("its coding style is out of range")
+        raise UnreadableDicomError("its coding style is out of range")
     if not style & 1:
         return
     sizes = segment[10 : 11 + levels]
     if len(sizes) != levels + 1:
-        _damaged("its precincts are cut short")
+        raise UnreadableDicomError("its precincts are cut short")
     blocks = 0
     for level, size in enumerate(sizes):
         shrink = levels - level
         blocks += ((claim.columns >> shrink >> (size & 15)) + 1) * ((claim.rows >> shrink >> (size >> 4)) + 1)
     if blocks * layers > _MAX_BLOCKS:
-        _damaged("too many precincts")
+        raise UnreadableDicomError("too many precincts")
 
 
 def _require_tile_parts(stream: bytes, offset: int, tiles: int) -> None:
     """Follow the lengths of the tile parts (SOT, T.800 A.4.2): cut off, and one of them points beyond the end."""
-    seen = set()
+    numbers = set()
     while stream.startswith(b"\xff\x90\x00\x0a", offset):
         if offset + 12 > len(stream):
-            _damaged("a tile is cut short")
+            raise UnreadableDicomError("a tile is cut short")
         number, length = struct.unpack_from(">HL", stream, offset + 4)
         if number >= tiles or (length and length < 14):
-            _damaged("a tile is out of range")
-        seen.add(number)
+            raise UnreadableDicomError("a tile is out of range")
+        numbers.add(number)
         offset = offset + length if length else len(stream.rstrip(b"\xff\0")) - 2  # 0: the last part, up to the end
         if offset > len(stream):
-            _damaged("a tile is cut short")
-    if len(seen) != tiles:
-        _damaged(f"{len(seen)} of {tiles} tiles: cut short")
-    rest = stream[offset:]
-    if rest and not rest.startswith(b"\xff\xd9"):
-        _damaged("bytes that are no tile after its last tile")
-
-
-def _damaged(what: str) -> NoReturn:
-    raise UnreadableDicomError(what)
+            raise UnreadableDicomError("a tile is cut short")
+    if len(numbers) != tiles:
+        raise UnreadableDicomError(f"{len(numbers)} of {tiles} tiles: cut short")
+    if offset < len(stream) and not stream.startswith(b"\xff\xd9", offset):
+        raise UnreadableDicomError("bytes that are no tile after its last tile")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ichpipe.common.device import autocast, derive_seed, generator
-from ichpipe.dicom.pixel_data import is_compressed
+from ichpipe.dicom.dataset import is_compressed
 from ichpipe.features.prefetch import Lanes, Loader
 from ichpipe.images import augmentation
 from ichpipe.images.slice_dataset import load_readable, load_slices

@@ -192,7 +192,7 @@ def arm_caches(
     params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
 ) -> Iterator[GenerationSpec]:
     """Yield the generations that an arm reads; ParamsError where it asks for views that are not extracted."""
-    if section is not None and "pca" in section.wanted and params.extract.pca is None:
+    if section is not None and "pca" in section.all_inputs and params.extract.pca is None:
         raise ParamsError("an arm has the input pca, but extract.pca is null; set it to a number of components")
     views = section.views if section else 0
     there = params.extract.views.count
@@ -222,5 +222,5 @@ def _made_by(
 ) -> dict[str, Any]:
     names = ("series_uid", "sop_uid", "file_digest")
     rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))
-    pca = params.extract.pca if section is not None and "pca" in section.wanted else None
+    pca = params.extract.pca if section is not None and "pca" in section.all_inputs else None
     return {"rows": rows, "generations": [cache.identity() for cache in caches], "pca": pca}

@@ -90,14 +90,10 @@ def one_row_each(table: Table, values: NDArray[Any], numbers: Floats) -> pd.Data
 
     Raises DataError where two rows of one scan differ.
     """
-    rows = np.flatnonzero(~np.isnan(numbers))
-    unique, first, codes = np.unique(numbers[rows], return_index=True, return_inverse=True)
-    index = pd.Index([scan_name(int(number)) for number in unique])
-    kept = values[rows[first]]
-    differ = np.zeros(len(values), dtype=np.bool_)
-    differ[rows] = (values[rows] != kept[codes]).any(axis=1)
-    names = np.full(len(values), "", dtype=object)
-    names[rows] = index.to_numpy()[codes]
+    frame = pd.DataFrame(values.astype(np.float64), columns=list(CLASSES))
+    kept = frame.groupby(numbers).first()  # without the rows of no scan
+    differ = ~np.isnan(numbers) & (frame.to_numpy() != kept.reindex(numbers).to_numpy()).any(axis=1)
     remedy = "keep one of them" + (", or pool them with --pool max" if table.role == "prediction" else "")
+    names = np.array(["" if np.isnan(number) else scan_name(int(number)) for number in numbers], dtype=object)
     table.refuse(differ, f"contradicts another row of the same scan; {remedy}", names)
-    return pd.DataFrame(kept.astype(np.float64), index=index, columns=list(CLASSES))
+    return kept.set_axis(pd.Index([scan_name(int(number)) for number in kept.index]))

@@ -1,7 +1,7 @@
-"""Headers that were read before, kept between runs: a file of the same path, size and time is not read again.
+"""Cache of headers between scans: a file of the same path, size and time is not read again.
 
-One folder of Parquet parts. A part is written whole or not at all, so a scan that was stopped goes on after its last
-part. Parts name the code and the decoders that made them; others are dropped.
+One folder of Parquet parts. A part is written whole or not at all, so a stopped scan goes on after its last part.
+Parts name the code and the codecs that made them; others are deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ichpipe.dicom import archive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ichpipe.dicom.archive import Found
+    from ichpipe.dicom.archive import ListedFile
 
 _MAKER: Final = b"ichpipe.dicom.slice_header"
 _CODECS: Final = (
@@ -35,51 +35,50 @@ _PARTS: Final = "headers-*.parquet"
 
 
 class HeaderCache:
-    """Rows of HEADER_SCHEMA by path, size and stamp, below one folder; None keeps nothing."""
+    """Rows of HEADER_SCHEMA by path, size and stamp, in one folder; None keeps nothing."""
 
     def __init__(self, folder: Path | None, schema: pa.Schema, mark: str = "") -> None:
-        """Read what is there; a damaged part, or one by other code or with another ``mark``, is deleted."""
+        """Read all parts; a damaged part, or one by other code or with another ``mark``, is deleted."""
         self._folder = folder
-        self._schema = schema.with_metadata({_MAKER: f"{_maker()}{mark}".encode()})
+        self._schema = schema.with_metadata({_MAKER: f"{_identify_reader()}{mark}".encode()})
         self._parts = [] if folder is None else sorted(folder.glob(_PARTS))
         self._tables = [table for path in self._parts if (table := self._read(path)) is not None]
 
-    def split(self, files: Sequence[Found]) -> tuple[pa.Table, list[Found]]:
-        """Return the rows of ``files`` that are known, and the files that must be read."""
-        if not any(map(len, self._tables)):
-            return self._schema.empty_table(), list(files)
-        table = pa.concat_tables(self._tables)
-        last = _last_of_each(table["path"])
-        table = table.take(last)
-        place = pc.index_in(pa.array([archive.portable(one.path) for one in files], pa.string()), table["path"])
-        row = np.asarray(pc.fill_null(place, -1), dtype=np.int64)
-        sizes, stamps = (np.array([getattr(one, name) for one in files], dtype=np.int64) for name in ("size", "stamp"))
+    def split(self, files: Sequence[ListedFile]) -> tuple[pa.Table, list[ListedFile]]:
+        """Return the rows of unchanged ``files``, and the files that must be read."""
+        table = pa.concat_tables([self._schema.empty_table(), *self._tables])
+        if not len(table):
+            return table, list(files)
+        rows = pa.table({"path": table["path"], "row": np.arange(len(table))})
+        last = rows.group_by("path").aggregate([("row", "max")])
+        matches = pc.index_in(pa.array([archive.portable(file.path) for file in files], pa.string()), last["path"])
+        row = np.asarray(pc.fill_null(last["row_max"].take(matches), -1), dtype=np.int64)
+        sizes, stamps = (np.array([getattr(file, name) for file in files], np.int64) for name in ("size", "stamp"))
         same = (row >= 0) & (np.asarray(table["size"])[row] == sizes) & (np.asarray(table["stamp"])[row] == stamps)
-        return table.take(row[same]), [files[int(number)] for number in np.flatnonzero(~same)]
+        return table.take(row[same]), [files[number] for number in np.flatnonzero(~same).tolist()]
 
     def add(self, table: pa.Table) -> None:
-        """Keep a chunk of rows, at once on disk. Files that could not be opened are tried again next time."""
-        if self._folder is None:
-            return
-        opened = pc.invert(pc.fill_null(pc.starts_with(table["reason"], archive.UNREADABLE), fill_value=False))
-        number = 1 + max((int(path.stem.rpartition("-")[2]) for path in self._parts), default=0)
-        self._parts.append(self._write(self._folder, number, table.filter(opened)))
+        """Write a chunk of rows to disk at once."""
+        if self._folder is not None:
+            number = 1 + max((int(path.stem.rpartition("-")[2]) for path in self._parts), default=0)
+            self._parts.append(self._write(self._folder, number, table))
 
     def compact(self, table: pa.Table) -> None:
         """Put all rows that still stand for a file into one part, and delete the others."""
         if self._folder is None or self._parts == [self._folder / _PART.format(0)]:
             return
-        opened = pc.invert(pc.fill_null(pc.starts_with(table["reason"], archive.UNREADABLE), fill_value=False))
-        kept = self._write(self._folder, 0, table.filter(opened))
+        kept = self._write(self._folder, 0, table)
         for path in self._parts:
             if path != kept:
                 path.unlink(missing_ok=True)
         self._parts = [kept]
 
     def _write(self, folder: Path, number: int, table: pa.Table) -> Path:
+        """Write all rows but those of files that could not be opened: the next scan tries these again."""
+        opened = pc.invert(pc.fill_null(pc.starts_with(table["reason"], archive.UNREADABLE), fill_value=False))
         path = folder / _PART.format(number)
         with atomic_path(path) as temporary:
-            parquet.write_table(table.cast(self._schema), temporary, compression="zstd")
+            parquet.write_table(table.filter(opened).cast(self._schema), temporary, compression="zstd")
         return path
 
     def _read(self, path: Path) -> pa.Table | None:
@@ -93,23 +92,14 @@ class HeaderCache:
         return None
 
 
-def _last_of_each(paths: pa.ChunkedArray) -> np.ndarray:
-    codes = np.asarray(paths.combine_chunks().dictionary_encode().indices)
-    _, first = np.unique(codes[::-1], return_index=True)
-    return np.sort(len(codes) - 1 - first)
-
-
-def _maker() -> str:
-    """Name what decides the content of a row: our reading code, and the codecs that are installed."""
+def _identify_reader() -> str:
+    """Return a digest of what decides the content of a row: our reading code and the installed codecs."""
     room = Path(str(dicom.__file__)).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(room.glob("*.py"))))
     for name in _CODECS:
-        digest.update(f"{name} {_version(name)}\n".encode())
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = "none"
+        digest.update(f"{name} {version}\n".encode())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"

@@ -27,9 +27,11 @@ def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
         r"^(duplicate: a copy|duplicate: same|series not chosen).*", r"\1", regex=True
     )
     spacing = index.loc[index["slice_index"] > 0, "spacing_mm"]
+    counts = _describe(index)
+    prevalence = counts.pop("prevalence")
     return {
         "files": len(index) + len(rejected),
-        **_count_rows(index),
+        **counts,
         "rejected": len(rejected),
         "lossy": int(index["lossy"].sum()),
         "rejected_by_reason": {str(reason): int(n) for reason, n in sorted(kinds.value_counts().items())},
@@ -38,32 +40,22 @@ def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
         "gaps": int(gap.sum()),
         "series_with_gaps": int(index.loc[gap, "series_uid"].nunique()),
         "largest_step_mm": float(spacing.max()) if len(spacing) else None,
-        "prevalence": _prevalence(index),
+        "prevalence": prevalence,
         "splits": {name: _describe(index[index["split"] == name]) for name in SPLITS},
         "folds": {str(fold): _describe(rows) for fold, rows in index.groupby("fold")},
     }
 
 
-def _count_rows(index: pd.DataFrame) -> dict[str, int]:
-    columns = {"series": "series_uid", "studies": "study_uid", "patients": "patient_id"}
-    return {"slices": len(index), **{name: int(index[column].nunique()) for name, column in columns.items()}}
-
-
 def _describe(index: pd.DataFrame) -> dict[str, Any]:
-    return {**_count_rows(index), "prevalence": _prevalence(index)}
-
-
-def _prevalence(index: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
-    """Return for each class the share of positive slices among those with a label; None without a label."""
-    labels = {name: index[name].dropna().astype(np.float64) for name in CLASSES}
-    return {
-        name: {
-            "known": len(values),
-            "positive": int(values.sum()),
-            "share": float(values.mean()) if len(values) else None,
-        }
-        for name, values in labels.items()
-    }
+    """Count rows, and for each class the positive slices among those with a label; their share is None without one."""
+    columns = {"series": "series_uid", "studies": "study_uid", "patients": "patient_id"}
+    prevalence: dict[str, dict[str, Any]] = {}
+    for name in CLASSES:
+        values = index[name].dropna().astype(np.float64)
+        share = float(values.mean()) if len(values) else None
+        prevalence[name] = {"known": len(values), "positive": int(values.sum()), "share": share}
+    counts = {name: int(index[column].nunique()) for name, column in columns.items()}
+    return {"slices": len(index), **counts, "prevalence": prevalence}
 
 
 def write_outputs(

@@ -1,4 +1,4 @@
-"""Label tables of every format that ``prepare`` reads, joined to the index by identifier.
+"""Reads label tables of every format of ``prepare`` and joins them to the index by identifier.
 
 A table labels slices or whole studies. A study without a kind of bleed has none on any slice: these get 0. A study with
 one does not say on which slices: these labels stay unknown. So training and scores of slices use known labels only.
@@ -47,11 +47,6 @@ class LabelTable:
     values: pd.DataFrame  # index: identifiers, unique, sorted; the columns of CLASSES, float32; 0, 1 or NaN
     report: dict[str, Any]
 
-    @property
-    def of_slices(self) -> bool:
-        """Whether a row is one slice."""
-        return self.key == "sop_uid"
-
     def hidden(self, pseudonyms: Pseudonyms | None) -> LabelTable:
         """Replace each PatientID by its pseudonym."""
         if pseudonyms is None or self.key != "patient_id":
@@ -82,33 +77,29 @@ def _read_simple(path: Path) -> LabelTable:
         return LabelTable("sop_uid", *read_rsna_labels(path))
     columns = [(key, column) for key, names in KEYS.items() for column in names if column in table.names]
     if not columns:
-        known = ", ".join(names[0] for names in KEYS.values())
-        raise table.error(f"names no slice, series, study or patient: it needs one column of {known}")
+        keys = ", ".join(names[0] for names in KEYS.values())
+        raise table.error(f"names no slice, series, study or patient: it needs one column of {keys}")
     if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
-    (key, column), *_ = columns
-    names = pd.Index(table.text(column).to_pandas())
-    codes, unique = pd.factorize(names, sort=True)
-    zeros, ones = (np.zeros((len(unique), len(CLASSES)), dtype=np.int64) for _ in range(2))
-    for number, name in enumerate(CLASSES):
-        if name not in table.names:
-            continue
+    key, column = columns[0]
+    names = table.text(column).to_pandas()
+    labels = pd.DataFrame(np.nan, index=pd.Index(names, name=key), columns=list(CLASSES))
+    for name in [name for name in CLASSES if name in table.names]:
         cells = table.content[name].combine_chunks()
         if pa.types.is_string(cells.type):  # CSV: an empty cell is unknown
             text = pc.utf8_trim_whitespace(cells)
             cells = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
         shown = cells.to_pandas()
-        values = pd.to_numeric(shown.astype(object), errors="coerce").to_numpy(np.float64)
-        wrong = ~np.isin(values, (0.0, 1.0)) & shown.notna().to_numpy()
+        labels[name] = pd.to_numeric(shown.astype(object), errors="coerce").to_numpy(np.float64)
+        wrong = ~np.isin(labels[name], (0.0, 1.0)) & shown.notna().to_numpy()
         table.refuse(wrong, f"column {name} is neither 0, 1 nor empty", shown)
-        for counts, label in ((zeros, 0.0), (ones, 1.0)):
-            counts[:, number] = np.bincount(codes[values == label], minlength=len(unique))
-    labels, contradictory, odd_any = resolve_labels(zeros, ones, derive_any=True)
-    frame = pd.DataFrame(labels.astype(np.float32), index=pd.Index(unique, name=key), columns=list(CLASSES))
-    report: dict[str, Any] = {"file": str(path), "key": key, "rows": len(names), "names": len(unique)}
-    report["duplicate_rows"] = len(names) - len(unique)
+    zeros, ones = ((labels == label).groupby(level=0).sum() for label in (0, 1))
+    values, contradictory, odd_any = resolve_labels(zeros.to_numpy(), ones.to_numpy(), derive_any=True)
+    report: dict[str, Any] = {"file": str(path), "key": key, "rows": len(names), "names": len(zeros)}
+    report["duplicate_rows"] = len(names) - len(zeros)
     for kind, marked in (("contradictory", contradictory), ("inconsistent_any", odd_any)):
-        report |= {kind: int(marked.sum()), f"{kind}_names": first_names(unique[marked])}
+        report |= {kind: int(marked.sum()), f"{kind}_names": first_names(zeros.index[marked])}
+    frame = pd.DataFrame(values.astype(np.float32), index=zeros.index, columns=list(CLASSES))
     return LabelTable(key, frame, report)
 
 
@@ -121,18 +112,19 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     if labels is None:
         joined = index.assign(**dict.fromkeys(CLASSES, np.float32(np.nan)))
         return joined, _reduce_to_series(joined, joined[list(CLASSES)]), {}
-    names = _names(index, labels.key)
+    of_slices = labels.key == "sop_uid"
+    names = index[labels.key] if labels.key != SCAN else _name_scans(index)
     matched = names.isin(labels.values.index)
     if not matched.any():
-        what = f"{len(index)} slices" if labels.of_slices else f"{index['study_uid'].nunique()} studies"
+        count = f"{len(index)} slices" if of_slices else f"{index['study_uid'].nunique()} studies"
         raise DataError(
-            f"none of {what} is in the label table (first {labels.key}: {names.iloc[0]!r}, first in the table: "
+            f"none of {count} is in the label table (first {labels.key}: {names.iloc[0]!r}, first in the table: "
             f"{labels.values.index[0]!r}); check prepare.labels and prepare.dicom_dir"
         )
     values = labels.values[list(CLASSES)].reindex(names).set_axis(index.index)
-    of_slice = values if labels.of_slices else values.where(values == 0.0)
-    joined = index.assign(**{name: of_slice[name].astype(np.float32) for name in CLASSES})
-    if labels.of_slices:
+    kept = values if of_slices else values.where(values == 0.0)
+    joined = index.assign(**{name: kept[name].astype(np.float32) for name in CLASSES})
+    if of_slices:
         unmatched = len(labels.values) - int(matched.sum())
         counts = {"slices_without_label": int((~matched).sum()), "labels_without_slice": unmatched}
     else:
@@ -143,16 +135,15 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     return joined, _reduce_to_series(joined, values), counts
 
 
-def _names(index: pd.DataFrame, key: str) -> pd.Series:
-    """Return the identifier of each row (n,); for CQ500 the scan that PatientID names, or else the path."""
-    if key != SCAN:
-        return index[key]
+def _name_scans(index: pd.DataFrame) -> pd.Series:
+    """Return the name of CQ500's scan in each row (n,): that in PatientID, else in the path, else an empty one."""
     by_patient = {patient: scan_number(patient) for patient in index["patient_id"].drop_duplicates()}
-    numbers = [
-        number if (number := by_patient[patient]) is not None else scan_number(path)
-        for patient, path in zip(index["patient_id"], index["path"], strict=True)
-    ]
-    return pd.Series(["" if number is None else scan_name(number) for number in numbers], index=index.index)
+    names = []
+    for patient, path in zip(index["patient_id"], index["path"], strict=True):
+        number = by_patient[patient]
+        number = scan_number(path) if number is None else number
+        names.append("" if number is None else scan_name(number))
+    return pd.Series(names, index=index.index)
 
 
 def _reduce_to_series(index: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:

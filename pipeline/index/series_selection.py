@@ -1,9 +1,9 @@
-"""Which series stands for a study: a table of every series, the one that is chosen, and why.
+"""Selects the series that stands for a study, by rule, and says why.
 
 Each series has faults, from grave to light. The series whose gravest fault is lightest is chosen, then the one whose
-next fault is lighter, and so on; among equals one that says it is plain, then the one whose thickness is nearest to
-the one wanted, then the one with more slices, then the first by SeriesInstanceUID. Each series is judged for itself:
-neither the order of files nor a further, worse series changes the choice.
+next fault is lighter, and so on. Among equals, these decide in turn: a series that says it is plain, the thickness
+nearest to the parameter, more slices, the first SeriesInstanceUID. Each series is judged for itself: neither the order
+of files nor a further, worse series changes the choice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pandas as pd
 from ichpipe.common.constants import TIE_MM
 from ichpipe.common.user_tables import read_table
 from ichpipe.dicom.series_description import kernel_kind
+from ichpipe.index.scan import REJECTED
 from ichpipe.index.slice_order import DIRECTIONS, order_series
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ _KEYS: Final = ["study_uid", "series_uid"]
 _HEAD: Final = re.compile("HEAD|BRAIN|SKULL|CRANI|CEREB|NEURO|UNKNOWN|^$")  # BodyPartExamined (0018,0015); often wrong
 _OTHER_PARTS: Final = ("spine", "neck", "chest", "abdomen", "face")
 _OTHER_EXAMINATIONS: Final = ("perfusion", "monitoring", "report")
-_REFORMATTED: Final = ("MPR", "MIP", "VRT", "VOLREN", "REFORMATTED", "PROJECTION IMAGE", "MINIP", "SSD")
-_PERFUSION: Final = ("CBF", "CBV", "MTT", "TTP", "TMAX", "PERFUSION")
+_REFORMATTED: Final = frozenset({"MPR", "MIP", "VRT", "VOLREN", "REFORMATTED", "PROJECTION IMAGE", "MINIP", "SSD"})
+_PERFUSION: Final = frozenset({"CBF", "CBV", "MTT", "TTP", "TMAX", "PERFUSION"})
 _AXIAL_COSINE: Final = 0.7  # the normal within 45 degrees of the body's axis
 MIN_SPAN_MM: Final = 80.0  # of a head's 130 to 180; a lone slab of a scan in two slabs covers less
 MAX_SAME_PLACE: Final = 0.05  # share of slices at the place of another; RSNA has single pairs
@@ -55,34 +56,41 @@ def describe_series(slices: pd.DataFrame, rejected: pd.DataFrame) -> pd.DataFram
     SliceThickness (0018,0050), the spacing where that is absent or 0. A series is one row, also where some of its
     refused files name another study, or none.
     """
-    refused = _with_series(slices, rejected)
-    facts = _facts(slices).join(refused.groupby(_KEYS).size().rename("n_refused"), how="outer")
-    table = facts.join(_commonest(refused, "refused_because")).reset_index().reindex(columns=SERIES_COLUMNS)
+    refused = rejected[rejected["series_uid"] != ""].assign(refused_because=rejected["reason"])
+    # The study of a refused file is that of the slices of its series, else the first one named.
+    named = refused.loc[refused["study_uid"] != "", _KEYS].sort_values("study_uid")
+    studies = pd.concat([slices[_KEYS], named]).drop_duplicates("series_uid").set_index("series_uid")["study_uid"]
+    refused["study_uid"] = refused["series_uid"].map(studies).fillna("").astype(object)
+    facts = _collect_facts(slices).join(refused.groupby(_KEYS).size().rename("n_refused"), how="outer")
+    table = facts.join(_find_commonest(refused, "refused_because")).reset_index().reindex(columns=SERIES_COLUMNS)
     for name in ("n_slices", "n_refused", "n_same_place"):
         table[name] = table[name].fillna(0).astype(int)
     for name in ("patient_id", "kernel", "marks", "body_part", "refused_because"):
         table[name] = table[name].astype(object).where(table[name].notna(), "")
     table["kernel_kind"] = [kernel_kind(kernel) for kernel in table["kernel"]]
     table["lossy"] = table["lossy"].eq(True)
-    said = zip(table["marks"], table["contrast"].eq(True), strict=True)
-    table["contrast"] = [_contrast(marks, agent=agent) for marks, agent in said]
+    agent, marks = table["contrast"].eq(True), table["marks"].str.split().map(set)
+    plain, contrast = marks.map({"plain"}.issubset), agent | ~marks.map({"contrast", "angio"}.isdisjoint)
+    table["contrast"] = np.select([plain & ~agent, ~plain & contrast], ["no", "yes"], "unknown")
     return table.sort_values(_KEYS, ignore_index=True)
 
 
-def _with_series(slices: pd.DataFrame, rejected: pd.DataFrame) -> pd.DataFrame:
-    """Return the refused files that name a series, under its study: that of its slices, else the first one named."""
-    refused = rejected[rejected["series_uid"] != ""].assign(refused_because=rejected["reason"])
-    named = refused.loc[refused["study_uid"] != "", _KEYS].sort_values("study_uid")
-    studies = pd.concat([slices[_KEYS], named]).drop_duplicates("series_uid").set_index("series_uid")["study_uid"]
-    return refused.assign(study_uid=refused["series_uid"].map(studies).fillna("").astype(object))
-
-
-def _facts(slices: pd.DataFrame) -> pd.DataFrame:
+def _collect_facts(slices: pd.DataFrame) -> pd.DataFrame:
     """Return what the slices of each series have in common, indexed by study and series."""
     step = slices["spacing_mm"].where(slices["slice_index"] > 0)
     thickness = slices["thickness_mm"].where(slices["thickness_mm"] > 0)
     rows = slices.assign(_step=step.where(step >= TIE_MM), _same=step < TIE_MM, thickness_mm=thickness)
     groups = rows.groupby(_KEYS, sort=True)
+    types = rows["image_type"].str.split("\\", regex=False)
+    marked = {
+        "reformatted": ~axial(rows) | ~types.map(_REFORMATTED.isdisjoint),
+        "perfusion": ~types.map(_PERFUSION.isdisjoint),
+        "turned": ~upright(rows),
+        "sizes": groups[["rows", "columns"]].transform("nunique").max(axis=1) > 1,
+    }
+    words = rows["marks"]
+    for mark, present in marked.items():
+        words = words.where(~np.asarray(present, dtype=np.bool_), words + f" {mark}")
     facts = groups.agg(
         patient_id=("patient_id", "first"),
         n_slices=("sop_uid", "size"),
@@ -94,34 +102,18 @@ def _facts(slices: pd.DataFrame) -> pd.DataFrame:
         n_same_place=("_same", "sum"),
         lossy=("lossy", "any"),
     )
-    facts = facts.assign(span_mm=facts["top"] - facts["bottom"])
+    facts["span_mm"] = facts["top"] - facts["bottom"]
     facts["thickness_mm"] = facts["thickness_mm"].fillna(facts["spacing_mm"])
-    facts = facts.join(_commonest(rows, "kernel")).join(_commonest(rows, "body_part"))
-    words = rows["marks"] + " " + rows["image_type"].map(_marks_of_type)
-    words = words.where(axial(rows), words + " reformatted")
-    words = words.where(upright(rows), words + " turned")
-    sizes = rows.groupby(_KEYS)[["rows", "columns"]].nunique().max(axis=1)
-    words = words.where(sizes.reindex(pd.MultiIndex.from_frame(rows[_KEYS])).to_numpy() == 1, words + " sizes")
-    unique = rows[_KEYS].assign(marks=words).drop_duplicates()
-    return facts.join(unique.groupby(_KEYS)["marks"].agg(_union))
+    marks = rows[_KEYS].assign(marks=words).drop_duplicates().groupby(_KEYS)["marks"]
+    union = marks.agg(lambda texts: " ".join(sorted(set(" ".join(texts).split()))))
+    return facts.join([_find_commonest(rows, "kernel"), _find_commonest(rows, "body_part"), union])
 
 
-def _commonest(rows: pd.DataFrame, column: str) -> pd.Series:
+def _find_commonest(rows: pd.DataFrame, column: str) -> pd.Series:
     """Return each series' commonest text of a column; of equals the first in the alphabet."""
     counts = rows.groupby([*_KEYS, column]).size().rename("_n").reset_index()
     ranked = counts.sort_values([*_KEYS, "_n", column], ascending=[True, True, False, True])
     return ranked.drop_duplicates(_KEYS).set_index(_KEYS)[column]
-
-
-def _union(texts: pd.Series) -> str:
-    return " ".join(sorted(set(" ".join(texts).split())))
-
-
-def _marks_of_type(image_type: str) -> str:
-    """Return the marks that ImageType (0008,0008) adds."""
-    words = set(image_type.split("\\"))
-    found = {"reformatted": words & set(_REFORMATTED), "perfusion": words & set(_PERFUSION)}
-    return " ".join(mark for mark, there in found.items() if there)
 
 
 def axial(slices: pd.DataFrame) -> NDArray[np.bool_]:
@@ -138,15 +130,8 @@ def upright(slices: pd.DataFrame) -> NDArray[np.bool_]:
     mirrored or turned, do not; nothing here turns them back. Slices of another plane are not judged.
     """
     straight = (slices["row_x"] > _AXIAL_COSINE) & (slices["column_y"] > _AXIAL_COSINE)
-    found: NDArray[np.bool_] = straight.to_numpy() | ~axial(slices)
-    return found
-
-
-def _contrast(marks: str, *, agent: bool) -> str:
-    words = set(marks.split())
-    if "plain" in words:
-        return "unknown" if agent else "no"
-    return "yes" if agent or words & {"contrast", "angio"} else "unknown"
+    marked: NDArray[np.bool_] = straight.to_numpy() | ~axial(slices)
+    return marked
 
 
 def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[str, str] | None = None) -> pd.DataFrame:
@@ -155,114 +140,83 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
     ``choices`` (study UID to series UID) overrules; both come from ``read_choices``.
     """
     table = series.sort_values(_KEYS, ignore_index=True)
-    rows: list[dict[str, Any]] = [dict(row) for row in table.to_dict("records")]  # type: ignore[arg-type]
-    studies = groupby(rows, key=itemgetter("study_uid"))
-    decided = [one for _, study in studies for one in _choose_one(list(study), params, choices or {})]
-    chosen = np.array([is_chosen for is_chosen, _ in decided], dtype=np.bool_)
-    return table.assign(chosen=chosen, reason=pd.Series([reason for _, reason in decided], dtype=object))
-
-
-def _choose_one(rows: list[dict[str, Any]], params: SelectionParams, choices: dict[str, str]) -> list[tuple[bool, str]]:
-    """Return whether each series of one study is chosen, and why or why not."""
-    faults = [find_faults(row, params) for row in rows]
-    ranked = sorted(range(len(rows)), key=lambda number: _rank(rows[number], faults[number], params))
-    best = ranked[0]
-    named = choices.get(str(rows[best]["study_uid"]))
-    if named is not None:
-        best = next(number for number in ranked if rows[number]["series_uid"] == named)
-    reasons = [_why_not(row, found, rows[best]) for row, found in zip(rows, faults, strict=True)]
-    usable = rows[best]["n_slices"] > 0
-    if usable:
-        reasons[best] = f"named in {params.choices}" if named else _why(best, rows, faults, params)
-    return [(usable and number == best, reason) for number, reason in enumerate(reasons)]
+    records: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+    chosen, reasons = [], []
+    for study, group in groupby(records, key=itemgetter("study_uid")):
+        rows = list(group)
+        faults = [find_faults(row, params) for row in rows]
+        best = min(range(len(rows)), key=lambda number: _rank(rows[number], faults[number], params))
+        named = (choices or {}).get(str(study))
+        if named is not None:
+            best = [row["series_uid"] for row in rows].index(named)
+        explained = [_why_not(row, found, rows[best]) for row, found in zip(rows, faults, strict=True)]
+        if usable := rows[best]["n_slices"] > 0:
+            explained[best] = f"named in {params.choices}" if named else _why(best, rows, faults, params)
+        reasons += explained
+        chosen += [usable and number == best for number in range(len(rows))]
+    return table.assign(chosen=np.array(chosen, dtype=np.bool_), reason=pd.Series(reasons, dtype=object))
 
 
 def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     """Return the faults of a series, a row of ``describe_series``, as keys of FAULTS with the words for each."""
-    if not row["n_slices"]:
+    count, span, same, kernel = row["n_slices"], row["span_mm"], row["n_same_place"], row["kernel_kind"]
+    if not count:
         return {"unusable": row["refused_because"] or "no usable slice"}
-    return _faults_of_kind(row) | _faults_of_extent(row, params)
-
-
-def _faults_of_kind(row: dict[str, Any]) -> dict[str, str]:
-    marks, found = set(row["marks"].split()), {}
+    marks = set(row["marks"].split())
     parts = [mark for mark in _OTHER_PARTS if mark in marks]
-    if "brain" not in marks and (parts or not _HEAD.search(row["body_part"])):
-        found["not a head"] = f"not a head: {', '.join(parts) or row['body_part'][:16]}"
-    if other := [mark for mark in _OTHER_EXAMINATIONS if mark in marks]:
-        found["other examination"] = f"another examination: {', '.join(other)}"
-    if row["contrast"] == "yes":
-        found["contrast"] = "contrast"
-    elif row["contrast"] == "unknown" and "plain" in marks:
-        found["perhaps contrast"] = "perhaps contrast: called plain, but its header names an agent"
-    if "reformatted" in marks:
-        found["reformatted"] = "reformatted"
-    if row["kernel_kind"] == "bone" or ("bone" in marks and row["kernel_kind"] != "soft"):
-        found["bone kernel"] = f"bone kernel {row['kernel']}".strip()
-    return found
-
-
-def _faults_of_extent(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
-    found = {}
-    if row["n_slices"] < params.min_slices:
-        found["too little"] = f"fewer than {params.min_slices} slices ({row['n_slices']})"
-    elif row["span_mm"] < MIN_SPAN_MM:
-        found["too little"] = f"covers only {row['span_mm']:.0f} mm"
-    if row["n_same_place"] > MAX_SAME_PLACE * row["n_slices"]:
-        found["same places"] = f"{row['n_same_place']} of {row['n_slices']} slices at the place of another"
-    marks = row["marks"].split()
-    if "sizes" in marks:
-        found["several sizes"] = "slices of several sizes, as of two series under one SeriesInstanceUID"
-    if "turned" in marks:
-        found["turned"] = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
-    if row["lossy"]:
-        found["lossy"] = "compressed with loss"
-    if params.head_mm is not None and row["span_mm"] > params.head_mm:
-        found["too long"] = f"covers {row['span_mm']:.0f} mm, more than a head"
-    return found
+    other = [mark for mark in _OTHER_EXAMINATIONS if mark in marks]
+    not_head = "brain" not in marks and (parts or not _HEAD.search(row["body_part"]))
+    perhaps = row["contrast"] == "unknown" and "plain" in marks
+    bone = kernel == "bone" or ("bone" in marks and kernel != "soft")
+    few, long = count < params.min_slices, params.head_mm is not None and span > params.head_mm
+    turned = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
+    checks = (
+        ("not a head", not_head, f"not a head: {', '.join(parts) or row['body_part'][:16]}"),
+        ("other examination", other, f"another examination: {', '.join(other)}"),
+        ("contrast", row["contrast"] == "yes", "contrast"),
+        ("perhaps contrast", perhaps, "perhaps contrast: called plain, but its header names an agent"),
+        ("reformatted", "reformatted" in marks, "reformatted"),
+        ("bone kernel", bone, f"bone kernel {row['kernel']}".strip()),
+        ("too little", few, f"fewer than {params.min_slices} slices ({count})"),
+        ("too little", not few and span < MIN_SPAN_MM, f"covers only {span:.0f} mm"),
+        ("same places", same > MAX_SAME_PLACE * count, f"{same} of {count} slices at the place of another"),
+        ("several sizes", "sizes" in marks, "slices of several sizes, as of two series under one SeriesInstanceUID"),
+        ("turned", "turned" in marks, turned),
+        ("lossy", row["lossy"], "compressed with loss"),
+        ("too long", long, f"covers {span:.0f} mm, more than a head"),
+    )
+    return {name: words for name, present, words in checks if present}
 
 
 def _rank(row: dict[str, Any], faults: dict[str, str], params: SelectionParams) -> tuple[Any, ...]:
     weights = sorted((len(FAULTS) - FAULTS.index(name) for name in faults), reverse=True)
     gravest_first = (*weights, *[0] * (len(FAULTS) - len(weights)))
-    distance = round(_distance(row, params), 2)
+    distance = round(abs(float(row["thickness_mm"]) - params.thickness_mm), 2)
+    distance = np.inf if np.isnan(distance) else distance
     return gravest_first, row["contrast"] != "no", distance, -row["n_slices"], row["series_uid"]
-
-
-def _distance(row: dict[str, Any], params: SelectionParams) -> float:
-    distance = abs(float(row["thickness_mm"]) - params.thickness_mm)
-    return np.inf if np.isnan(distance) else distance
 
 
 def _why(best: int, rows: list[dict[str, Any]], faults: list[dict[str, str]], params: SelectionParams) -> str:
     row, usable = rows[best], sum(other["n_slices"] > 0 for other in rows)
-    if faults[best]:
-        start = "the only usable series" if usable == 1 else f"the best of {usable} usable series"
-        return f"{start}, though: {'; '.join(faults[best].values())}"
-    facts = [f"{row['thickness_mm']:.4g} mm"] if row["thickness_mm"] == row["thickness_mm"] else []
-    facts += [text for text in (_plain(row), _kernel(row)) if text]
-    about = f" ({', '.join(facts)})" if facts else ""
-    return f"{_which(row, [one for one, found in zip(rows, faults, strict=True) if not found], usable, params)}{about}"
-
-
-def _which(row: dict[str, Any], fit: list[dict[str, Any]], usable: int, params: SelectionParams) -> str:
+    fit = [other for other, other_faults in zip(rows, faults, strict=True) if not other_faults]
+    alike = [other for other in fit if other["contrast"] == row["contrast"]]
     if usable == 1:
-        return "the only usable series"
-    if len(fit) == 1:
-        return "the only one without a fault"
-    alike = [one for one in fit if one["contrast"] == row["contrast"]]
-    if len(alike) == 1:
-        return f"the only one of {len(fit)} without a fault that says it is plain"
-    said = "" if len(alike) == len(fit) else " that says it is plain"
-    return f"nearest to {params.thickness_mm:g} mm of {len(alike)} without a fault{said}"
-
-
-def _plain(row: dict[str, Any]) -> str:
-    return "plain" if row["contrast"] == "no" else ""
-
-
-def _kernel(row: dict[str, Any]) -> str:
-    return f"kernel {row['kernel']}" if row["kernel"] else ""
+        text = "the only usable series"
+    elif faults[best]:
+        text = f"the best of {usable} usable series"
+    elif len(fit) == 1:
+        text = "the only one without a fault"
+    elif len(alike) == 1:
+        text = f"the only one of {len(fit)} without a fault that says it is plain"
+    else:
+        text = f"nearest to {params.thickness_mm:g} mm of {len(alike)} without a fault"
+        text += "" if len(alike) == len(fit) else " that says it is plain"
+    if faults[best]:
+        return f"{text}, though: {'; '.join(faults[best].values())}"
+    facts = [] if np.isnan(row["thickness_mm"]) else [f"{row['thickness_mm']:.4g} mm"]
+    facts += ["plain"] if row["contrast"] == "no" else []
+    facts += [f"kernel {row['kernel']}"] if row["kernel"] else []
+    return f"{text} ({', '.join(facts)})" if facts else text
 
 
 def _why_not(row: dict[str, Any], faults: dict[str, str], best: dict[str, Any]) -> str:
@@ -270,7 +224,7 @@ def _why_not(row: dict[str, Any], faults: dict[str, str], best: dict[str, Any]) 
         return "; ".join(faults.values())
     if row["contrast"] != best["contrast"] == "no":
         return "does not say whether it is plain; the chosen one does"
-    mine, other = (float(one["thickness_mm"]) for one in (row, best))
+    mine, other = float(row["thickness_mm"]), float(best["thickness_mm"])
     if mine != other and not (np.isnan(mine) and np.isnan(other)):
         return f"{mine:.4g} mm thick; the chosen one has {other:.4g} mm"
     if row["n_slices"] != best["n_slices"]:
@@ -316,7 +270,7 @@ def head_slices(slices: pd.DataFrame, head_mm: float | None) -> pd.Series:
 
 @dataclass(frozen=True)
 class Selection:
-    """The result of ``choose``; every input slice is in ``slices`` or in ``left_out``."""
+    """The result of ``select_series``; every input slice is in ``slices`` or in ``left_out``."""
 
     slices: pd.DataFrame  # as ``scan`` returns them
     series: pd.DataFrame  # one row a series: its facts, ``chosen``, ``reason``
@@ -333,26 +287,19 @@ def select_series(
     series = describe_series(slices, rejected)
     if not one_per_study:
         usable = series["n_slices"] > 0
-        every = series.assign(
-            chosen=usable, reason=usable.map({True: "every series is used", False: "no usable slice"})
-        )
-        return Selection(slices, every, rejected.iloc[:0])
+        reason = np.where(usable, "every series is used", "no usable slice").astype(object)
+        return Selection(slices, series.assign(chosen=usable, reason=reason), rejected.iloc[:0])
     choices = read_choices(Path(params.choices), series) if params.choices else None
     series = choose_series(series, params, choices)
-    reason = slices["series_uid"].map(series.set_index("series_uid")["reason"])
-    not_chosen = ~slices["series_uid"].isin(series.loc[series["chosen"], "series_uid"])
-    below = ~not_chosen & ~head_slices(slices, params.head_mm)
-    kept = slices[~not_chosen & ~below]
+    reasons = slices["series_uid"].map(series.set_index("series_uid")["reason"])
+    chosen = slices["series_uid"].isin(series.loc[series["chosen"], "series_uid"])
+    below = chosen & ~head_slices(slices, params.head_mm)
+    kept = slices[chosen & ~below]
     if below.any():  # numbers and distances of what is left
         kept, _ = order_series(kept.drop(columns=["slice_index", "position_mm", "spacing_mm"]))
-    parts = [
-        _left_out(slices[not_chosen], "series not chosen: " + reason[not_chosen]),
-        _left_out(slices[below], f"more than {params.head_mm} mm below the topmost slice: no head"),
-    ]
-    return Selection(kept.reset_index(drop=True), series, pd.concat(parts, ignore_index=True))
-
-
-def _left_out(slices: pd.DataFrame, reason: pd.Series | str) -> pd.DataFrame:
-    return slices[["path", "study_uid", "series_uid"]].assign(reason=reason)[
-        ["path", "reason", "study_uid", "series_uid"]
-    ]
+    too_low = f"more than {params.head_mm} mm below the topmost slice: no head"
+    left_out = pd.concat(
+        [slices[~chosen].assign(reason="series not chosen: " + reasons[~chosen]), slices[below].assign(reason=too_low)],
+        ignore_index=True,
+    )
+    return Selection(kept.reset_index(drop=True), series, left_out[REJECTED])

@@ -7,7 +7,7 @@ docs/data.md the rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -85,14 +85,7 @@ class TextColumn(Sequence[str]):
         """Return the number of rows."""
         return len(self._values)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        """Return one text, or several."""
-        values: Any = self._values[row]
-        texts: str | list[str] = values.tolist() if isinstance(row, slice) else values
-        return texts
+    def __getitem__(self, row: int | slice) -> Any:
+        """Return one text, or a list of several."""
+        values = self._values[row]
+        return values.tolist() if isinstance(row, slice) else values

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
 from ichpipe.common.constants import TIE_MM
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 POSITION: Final = ("position_x", "position_y", "position_z")
 DIRECTIONS: Final = ("row_x", "row_y", "row_z", "column_x", "column_y", "column_z")
@@ -38,48 +35,33 @@ def order_series(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     (0020,0013), absent ones last, then by SOPInstanceUID.
     """
     slices = slices.sort_values(["series_uid", "sop_uid"], kind="stable").reset_index(drop=True)
-    normals = _normals(slices)
-    leading = normals[_majority_row(slices["series_uid"], normals)]
-    cosine = np.einsum("ij,ij->i", normals, leading)
-    tilted = cosine < np.cos(np.radians(MAX_TILT_DEG))
-    positions = np.einsum("ij,ij->i", slices[list(POSITION)].to_numpy(np.float64), leading)
-    reason = "orientation differs from that of most slices of its series"
-    rejected = pd.DataFrame({"path": slices.loc[tilted, "path"], "reason": reason})
-    return _sort(slices.assign(position_mm=positions)[~tilted]), rejected
-
-
-def _normals(slices: pd.DataFrame) -> NDArray[np.float64]:
-    """Unit normals (n, 3) whose largest component is positive."""
     directions = slices[list(DIRECTIONS)].to_numpy(np.float64)
     normals = np.cross(directions[:, :3], directions[:, 3:])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     # Rounded, so that noise does not choose between two equal components (a 45 degree tilt).
-    largest = np.abs(normals).round(3)[:, ::-1].argmax(axis=1)
-    signs = np.sign(normals[np.arange(len(normals)), 2 - largest])
-    oriented: NDArray[np.float64] = normals * signs[:, None]
-    return oriented
+    largest = 2 - np.abs(normals).round(3)[:, ::-1].argmax(axis=1)
+    normals *= np.sign(normals[np.arange(len(normals)), largest])[:, None]
 
+    # Each series is ordered along its commonest normal; of equals the one nearest to axial.
+    axes = ["x", "y", "z"]
+    table = pd.DataFrame(normals.round(2) + 0.0, columns=axes).assign(series=slices["series_uid"], row=slices.index)
+    counts = table.groupby(["series", *axes], as_index=False).agg(row=("row", "min"), size=("row", "size"))
+    best = counts.sort_values(["series", "size", "z", "y", "x"], kind="stable").drop_duplicates("series", keep="last")
+    leading = normals[table["series"].map(best.set_index("series")["row"]).to_numpy(np.int64)]
+    tilted = np.einsum("ij,ij->i", normals, leading) < np.cos(np.radians(MAX_TILT_DEG))
+    reason = "orientation differs from that of most slices of its series"
+    rejected = pd.DataFrame({"path": slices.loc[tilted, "path"], "reason": reason})
 
-def _majority_row(series: pd.Series, normals: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return for each row (n,) a row with the commonest normal of its series; of equals the one nearest to axial."""
-    keys = ["x", "y", "z"]
-    table = pd.DataFrame(normals.round(2) + 0.0, columns=keys).assign(series=series.to_numpy(), row=range(len(series)))
-    groups = table.groupby(["series", *keys], as_index=False).agg(row=("row", "min"), size=("row", "size"))
-    best = groups.sort_values(["series", "size", "z", "y", "x"], kind="stable").drop_duplicates("series", keep="last")
-    rows: NDArray[np.int64] = table["series"].map(best.set_index("series")["row"]).to_numpy(np.int64)
-    return rows
-
-
-def _sort(slices: pd.DataFrame) -> pd.DataFrame:
+    position = np.einsum("ij,ij->i", slices[list(POSITION)].to_numpy(np.float64), leading)
+    kept = slices.assign(position_mm=position, _position=(position / TIE_MM).round())[~tilted]
     keys = ["series_uid", "_position", "instance_number", "sop_uid"]
-    rounded = slices.assign(_position=(slices["position_mm"] / TIE_MM).round())
-    ordered = rounded.sort_values(keys, kind="stable", na_position="last").drop(columns="_position")
-    ordered = ordered.reset_index(drop=True)
+    ordered = kept.sort_values(keys, kind="stable", na_position="last", ignore_index=True).drop(columns="_position")
     by_series = ordered.groupby("series_uid", sort=False)
+    number = by_series.cumcount()
     steps = by_series["position_mm"].diff().clip(lower=0.0)
     followed = ordered["series_uid"].eq(ordered["series_uid"].shift(-1))  # by a slice of the same series
-    spacing = steps.where(by_series.cumcount() > 0, steps.shift(-1).where(followed))
-    return ordered.assign(slice_index=by_series.cumcount().astype(np.int32), spacing_mm=spacing.astype(np.float64))
+    spacing = steps.where(number > 0, steps.shift(-1).where(followed))
+    return ordered.assign(slice_index=number.astype(np.int32), spacing_mm=spacing.astype(np.float64)), rejected
 
 
 def find_ties_and_gaps(index: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

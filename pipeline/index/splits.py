@@ -40,26 +40,36 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     highest = index.groupby("patient_id", sort=True)[present].max()
     unknown = highest.isna().all(axis=1).to_numpy(bool)
     patients, labels = highest.index, np.column_stack([highest.fillna(0).to_numpy(np.float32) > 0, unknown])
-    rows = patients.get_indexer(pd.Index(index["patient_id"]))  # of each slice
-    needs_folds = params.test_fold is not None or params.split == "patient-kfold"
-    count = params.folds if needs_folds else min(params.folds, len(patients))
+    kfold, val = params.split == "patient-kfold", params.val_fraction
+    test_fold = params.test_fold or 0 if kfold else params.test_fold
+    count = params.folds if kfold or params.test_fold is not None else min(params.folds, len(patients))
     folds = _deal(labels, np.full(count, 1 / count), params.seed, "prepare.folds")
+
+    tested, dealt = np.zeros(len(index), dtype=np.bool_), np.ones(len(labels), dtype=np.bool_)
+    shares, keys = np.array([1 - val, val, 0.0]), "prepare.val_fraction"
     if params.split == "stage1":
-        if test_slices is None:
-            raise ParamsError("prepare.split stage1 needs the slices of the test set; set prepare.test_slices")
-        tested = _test_rows(index, test_slices)
-        outside = ~patients.isin(index.loc[tested, "patient_id"])
-        of_patient = np.full(len(patients), None, dtype=object)
-        shares = np.array([1 - params.val_fraction, params.val_fraction])
-        dealt = _deal(labels[outside], shares, params.seed + 1, "prepare.val_fraction")
-        of_patient[outside] = np.array(SPLITS[:2], dtype=object)[dealt]
-        split = np.where(tested, "test", of_patient[rows])
+        tested = _mark_test_slices(index, test_slices)
+        dealt = ~patients.isin(index.loc[tested, "patient_id"])
+    elif test_fold is not None:
+        dealt = folds != test_fold
+        share = val * len(labels) / max(int(dealt.sum()), 1)
+        if share >= 1:
+            raise DataError("prepare.val_fraction leaves no patient to train on beside prepare.test_fold; lower it")
+        shares = np.array([1 - share, share, 0.0])
     else:
-        test_fold = params.test_fold or 0 if params.split == "patient-kfold" else params.test_fold
-        split = _split_patients(labels, folds, params, test_fold)[rows]
-    fold = folds.astype(np.int32)[rows]
-    result = index.assign(split=pd.Series(split, index=index.index, dtype=object), fold=fold)
-    require_patients_apart(result)
+        shares = np.array([1 - val - params.test_fraction, val, params.test_fraction])
+        keys += " and prepare.test_fraction"
+        if len(labels) < np.count_nonzero(shares):
+            shares = np.array([0.0, 0.0, 1.0])
+    of_patient = np.full(len(patients), None if params.split == "stage1" else "test", dtype=object)
+    groups = _deal(labels[dealt], shares, params.seed + 1, keys)  # draws other than those of the folds
+    of_patient[dealt] = np.array(SPLITS, dtype=object)[groups]
+    rows = patients.get_indexer(pd.Index(index["patient_id"]))  # of each slice
+    split = pd.Series(np.where(tested, "test", of_patient[rows]), index=index.index, dtype=object)
+    result = index.assign(split=split, fold=folds.astype(np.int32)[rows])
+    groups = result.groupby("patient_id")[["split", "fold"]].nunique()
+    if torn := int((groups > 1).any(axis=1).sum()):
+        raise DataError(f"{torn} patient(s) are in more than one split or fold; run prepare again")
     return result
 
 
@@ -75,28 +85,15 @@ def overlap(index: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def require_patients_apart(index: pd.DataFrame) -> None:
-    """Raise DataError if a patient is in two splits or two folds."""
-    kinds = index.groupby("patient_id")[["split", "fold"]].nunique()
-    torn = kinds.index[(kinds > 1).any(axis=1)]
-    if len(torn):
-        raise DataError(f"{len(torn)} patient(s) are in more than one split or fold; run prepare again")
-
-
-def test_table_path(params: PrepareParams) -> Path:
-    """Return the path of the table of the stage1 split. Raises ParamsError if none is set."""
-    if params.test_slices is None:
-        raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")
-    return Path(params.test_slices)
-
-
-def read_test_slices(path: Path) -> pd.Index:
+def read_test_slices(path: str | Path | None) -> pd.Index:
     """Read the SOPInstanceUIDs of a test set, each once, such as RSNA's stage-1 test set.
 
     The table has the columns ``ID,Label`` with IDs ``<SOPInstanceUID>_<class>``, or one row a slice with a column
-    ``SOPInstanceUID``, ``sop_uid`` or ``ID``, of which the first counts. Raises DataError.
+    ``SOPInstanceUID``, ``sop_uid`` or ``ID``, of which the first counts. Raises ParamsError without a path, DataError.
     """
-    table = read_table(path, "test slices")
+    if path is None:
+        raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")
+    table = read_table(Path(path), "test slices")
     key = next((name for name in ("SOPInstanceUID", "sop_uid", "ID") if name in table.names), None)
     if key is None:
         raise table.error("names no slices: it needs a column SOPInstanceUID, sop_uid or ID")
@@ -107,8 +104,10 @@ def read_test_slices(path: Path) -> pd.Index:
     return names
 
 
-def _test_rows(index: pd.DataFrame, test_slices: pd.Index) -> NDArray[np.bool_]:
+def _mark_test_slices(index: pd.DataFrame, test_slices: pd.Index | None) -> NDArray[np.bool_]:
     """Mark the slices (n,) of the test set, which must be whole series."""
+    if test_slices is None:
+        raise ParamsError("prepare.split stage1 needs the slices of the test set; set prepare.test_slices")
     tested = index["sop_uid"].isin(test_slices)
     if not tested.any():
         raise DataError(
@@ -120,25 +119,6 @@ def _test_rows(index: pd.DataFrame, test_slices: pd.Index) -> NDArray[np.bool_]:
     if len(torn):
         raise DataError(f"prepare.test_slices names only some slices of {len(torn)} series, first {torn[0]}; name all")
     return tested.to_numpy()
-
-
-def _split_patients(
-    labels: NDArray[np.bool_], folds: NDArray[np.int64], params: PrepareParams, test_fold: int | None
-) -> NDArray[np.object_]:
-    names = np.array(SPLITS, dtype=object)
-    val, seed = params.val_fraction, params.seed + 1  # draws other than those of the folds
-    splits = np.full(len(labels), "test", dtype=object)
-    if test_fold is None:
-        shares = np.array([1 - val - params.test_fraction, val, params.test_fraction])
-        if len(labels) < np.count_nonzero(shares):
-            return splits
-        return names[_deal(labels, shares, seed, "prepare.val_fraction and prepare.test_fraction")]
-    rest = folds != test_fold
-    share = val * len(labels) / max(int(rest.sum()), 1)
-    if share >= 1:
-        raise DataError("prepare.val_fraction leaves no patient to train on beside prepare.test_fold; lower it")
-    splits[rest] = names[_deal(labels[rest], np.array([1 - share, share]), seed, "prepare.val_fraction")]
-    return splits
 
 
 def _deal(labels: NDArray[np.bool_], shares: NDArray[np.float64], seed: int, keys: str) -> NDArray[np.int64]:

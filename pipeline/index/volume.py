@@ -1,4 +1,4 @@
-"""A CT series as an array: Hounsfield units of its slices in anatomical order, and where each slice lies."""
+"""Reads a CT series as an array of Hounsfield units, slices in anatomical order, with their positions."""
 
 from __future__ import annotations
 
@@ -51,43 +51,62 @@ class Volume:
 
 
 def read_series(paths: Paths, series_uid: str | None = None, *, workers: int = 1) -> Volume:
-    """Read one series from a folder, a zip archive, a file, or several of them.
+    """Read one series; slices are ordered by position, never by file name or InstanceNumber.
 
-    Without ``series_uid`` the series that stands for the study is taken, by the rules of ``ichpipe predict``
-    (docs/cq500.md); one that is named is taken whole. Slices are ordered by position, never by file name or
-    InstanceNumber. ``workers`` processes read headers, which pays from some thousand files.
+    Parameters
+    ----------
+    paths
+        A folder, a zip archive, a file, or several of them.
+    series_uid
+        The series, read whole. Without it the series that stands for the study is read, selected by the rules of
+        ``ichpipe predict`` (docs/cq500.md).
+    workers
+        Processes that read headers; more than one pays from some thousand files.
 
-    Raises MissingFileError (no such path), DataError (nothing usable; several studies and no ``series_uid``; an unknown
-    ``series_uid``; slices of different size) and UnreadableDicomError (a slice that can't be decoded). All are
-    IchpipeError.
+    Returns
+    -------
+    Volume
+        Hounsfield units (n, rows, columns) and where each slice lies, in mm.
+
+    Raises
+    ------
+    MissingFileError
+        A path does not exist.
+    DataError
+        No slice is usable, ``paths`` hold several studies and no ``series_uid`` is given, ``series_uid`` is unknown, or
+        slices differ in size.
+    UnreadableDicomError
+        A slice can't be decoded.
+
     """
     index = find_slices(paths, all_series=series_uid is not None, workers=workers).slices
     if series_uid is not None:
         index = index[index["series_uid"] == series_uid]
         if index.empty:
-            raise DataError(f"{_named(paths)}: no usable slice of series {series_uid}; ichpipe.find_slices lists all")
-    found = index["series_uid"].unique()
-    if len(found) > 1:
+            raise DataError(f"{_name(paths)}: no usable slice of series {series_uid}; ichpipe.find_slices lists all")
+    uids = index["series_uid"].unique()
+    if len(uids) > 1:
         raise DataError(
-            f"{_named(paths)} holds {len(found)} studies; name one by series_uid (the first is {found[0]}), "
+            f"{_name(paths)} holds {len(uids)} studies; name one by series_uid (the first is {uids[0]}), "
             "or take them one by one from ichpipe.read_studies"
         )
-    return _volume(index)
+    return _read_volume(index)
 
 
 def read_studies(paths: Paths, *, all_series: bool = False, workers: int = 1) -> Iterator[Volume]:
     """Yield the series that stands for each study, or with ``all_series`` every series, one in memory at a time.
 
-    In the order of SeriesInstanceUID. Raises as `read_series` does; an unreadable series stops the iteration.
+    The order is that of SeriesInstanceUID. Parameters and errors are those of `read_series`; an unreadable series stops
+    the iteration.
     """
     index = find_slices(paths, all_series=all_series, workers=workers).slices
     for _, rows in index.groupby("series_uid", sort=False):
-        yield _volume(rows)
+        yield _read_volume(rows)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below some paths. Every file stands in ``slices`` or in ``rejected``."""
+    """The slices below some paths. Every file stands in ``slices`` or in ``rejected``."""
 
     slices: pd.DataFrame  # a row a usable slice of a chosen series, by series_uid and slice_index; docs/architecture.md
     series: pd.DataFrame  # a row a series: its facts, whether it was chosen, and why
@@ -99,21 +118,16 @@ def find_slices(
 ) -> Found:
     """Read the headers below ``paths`` and choose one series a study, or with ``all_series`` all; no pixels.
 
-    Raises MissingFileError for a path that is not there, DataError where not one slice is usable.
+    ``selection`` holds the rules, by default those of ``ichpipe predict``. Raises MissingFileError for a path that does
+    not exist, DataError where no slice is usable.
     """
     scanned, rejected = scan(listed(paths), workers)
     chosen = select_series(scanned, rejected, selection or SelectionParams(), one_per_study=not all_series)
     left_out = pd.concat([rejected, chosen.left_out], ignore_index=True)[["path", "reason"]]
     if chosen.slices.empty:
-        raise DataError(f"{_named(paths)}: none of {len(left_out)} files is a usable CT slice{_first(left_out)}")
+        first = "" if left_out.empty else f"; the first is {left_out['path'][0]}: {left_out['reason'][0]}"
+        raise DataError(f"{_name(paths)}: none of {len(left_out)} files is a usable CT slice{first}")
     return Found(chosen.slices, chosen.series, left_out)
-
-
-def _first(rejected: pd.DataFrame) -> str:
-    if rejected.empty:
-        return ""
-    row = rejected.iloc[0]
-    return f"; the first is {row['path']}: {row['reason']}"
 
 
 def listed(paths: Paths) -> list[Path]:
@@ -121,40 +135,33 @@ def listed(paths: Paths) -> list[Path]:
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
 
 
-def _named(paths: Paths) -> str:
+def _name(paths: Paths) -> str:
     first, *more = listed(paths) or [Path()]
     return f"{first} and {len(more)} more" if more else str(first)
 
 
-def _volume(index: pd.DataFrame) -> Volume:
-    first = index.iloc[0]
+def _read_volume(index: pd.DataFrame) -> Volume:
     paths = tuple(index["path"])
     slices = [hounsfield.read_hu(path, scanned=True) for path in paths]
-    shapes = {one.shape for one in slices}
+    shapes = {image.shape for image in slices}
     if len(shapes) > 1:
         sizes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))
         raise DataError(
-            f"series {first['series_uid']} has slices of {sizes} pixels, which make no array; "
+            f"series {index['series_uid'].iloc[0]} has slices of {sizes} pixels, which make no array; "
             "ichpipe.read_hu reads one file, Model.predict_folder takes such a series"
         )
+    with quiet_pydicom():
+        elements = Elements(parse(read_file(paths[0], MAX_FILE_BYTES), tags("PixelSpacing")))
+        try:
+            between_rows, between_columns = elements.floats("PixelSpacing", 2)
+        except UnreadableDicomError:
+            between_rows = between_columns = math.nan
     return Volume(
-        patient_id=str(first["patient_id"]),
-        study_uid=str(first["study_uid"]),
-        series_uid=str(first["series_uid"]),
+        **{name: str(index[name].iloc[0]) for name in ("patient_id", "study_uid", "series_uid")},
         sop_uids=tuple(index["sop_uid"]),
         paths=paths,
         hu=np.stack(slices),
         position_mm=index["position_mm"].to_numpy(np.float64),
         spacing_mm=index["spacing_mm"].to_numpy(np.float64),
-        pixel_mm=_pixel_mm(paths[0]),
+        pixel_mm=(between_rows, between_columns),
     )
-
-
-def _pixel_mm(path: str) -> tuple[float, float]:
-    with quiet_pydicom():
-        elements = Elements(parse(read_file(path, MAX_FILE_BYTES), tags("PixelSpacing")))
-        try:
-            between_rows, between_columns = elements.floats("PixelSpacing", 2)
-        except UnreadableDicomError:
-            return math.nan, math.nan
-    return between_rows, between_columns

@@ -1,4 +1,4 @@
-"""Contact sheet of one study: chosen slices in the brain window with their heat maps, and P along the head.
+"""Draws a contact sheet of one study: chosen slices in the brain window with heat maps, and P along the head.
 
 The picture holds no identifier: slices have a number and a position in mm.
 """
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-COLUMNS: Final = 6
-WIDTH_IN: Final = 11.0
-HEAT: Final = "inferno"
+HEAT_COLOURS: Final = "inferno"
 SKIN_HU: Final = -300  # above: head or headrest; below: air
-STRONGEST: Final = 0.65  # opacity of the heat map where heat and probability are 1
+MAX_OPACITY: Final = 0.65  # of the heat map, where heat and probability are 1
 NOTE: Final = (
     "Under each slice the same slice with its heat map: which places raise P above the mean of the series. "
     "Stronger colour, higher P.\nA heat map is no outline of a bleed, and shows the model's reasons, right or wrong."
@@ -38,7 +36,7 @@ class SheetData:
     """Content of a sheet: a series of T slices, k of which have a panel."""
 
     hu: NDArray[np.int16]  # (k, S, S)
-    heat: NDArray[np.float32] | None  # (k, S, S), 0 to 1; None: plain slices
+    heat: NDArray[np.float32]  # (k, S, S), 0 to 1
     rows: NDArray[np.intp]  # (k,) rows of the slices with a panel, 0 to T - 1
     position_mm: Floats  # (T,)
     probabilities: Floats  # (T, 6), in the order of CLASSES
@@ -48,10 +46,12 @@ class SheetData:
     class_name: str = "any"
     threshold: float | None = None  # drawn as a line
     note: str = NOTE
+    columns: int = 6  # of panels
+    width_in: float = 11.0
 
 
 def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDArray[np.intp]:
-    """Choose at most ``panels`` of the slices (T,): of equal stretches in mm, the slice with the highest P, in order.
+    """Choose at most ``panels`` of the slices (T,), in order: the one with the highest P of each equal stretch in mm.
 
     A series with no more slices than panels is shown whole.
     """
@@ -64,33 +64,32 @@ def choose_panels(probability: Floats, position_mm: Floats, panels: int) -> NDAr
     return np.array(sorted(rows[np.argmax(probability[rows])] for rows in members if rows.size), dtype=np.intp)
 
 
-def contact_sheet(data: SheetData, columns: int = COLUMNS, width_in: float = WIDTH_IN) -> bytes:
+def contact_sheet(data: SheetData) -> bytes:
     """Draw the sheet as PNG, 100 pixels an inch: each slice plain, and beneath it the same under its heat map."""
-    rows, box = -(-len(data.rows) // columns), head_box(data.hu)
+    rows, box = -(-len(data.rows) // data.columns), head_box(data.hu)
     height, width = data.hu[0][box].shape
-    panel_in = width_in / columns * height / width * (2.0 if data.heat is not None else 1.0) + 0.3
+    panel_in = data.width_in / data.columns * 2.0 * height / width + 0.3
     tiles_in, below_in = (0.5 if data.title else 0.1) + rows * panel_in, 2.9
-    figure = Figure(figsize=(width_in, tiles_in + below_in), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(data.width_in, tiles_in + below_in), layout="constrained", facecolor="white")
     sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[tiles_in, below_in]).flat
     if data.title:
         sheet.suptitle(data.title, fontsize=12)
-    grid = sheet.subplots(rows, columns, squeeze=False)
+    grid = sheet.subplots(rows, data.columns, squeeze=False)
     sheet.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
-    for number, axes in enumerate(grid.flat):
-        if number < len(data.rows):
-            _draw_panel(axes, data, number, box)
-        else:
-            axes.set_axis_off()
+    for number, axes in enumerate(grid.flat[: len(data.rows)]):
+        _draw_panel(axes, data, number, box)
+    for axes in grid.flat[len(data.rows) :]:
+        axes.set_axis_off()
     _draw_curve(below.subplots(), data)
-    if data.heat is not None and data.note:
+    if data.note:
         below.supxlabel(data.note, fontsize=8.5, color="0.3")
     return to_png(figure)
 
 
 def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floats:
     """Lay a heat map (S, S) over a grey slice (S, S): RGB (S, S, 3). Opacity grows with heat and probability."""
-    colour = colormaps[HEAT](0.25 + 0.75 * heat)[..., :3]
-    weight = (STRONGEST * probability * heat)[..., None]
+    colour = colormaps[HEAT_COLOURS](0.25 + 0.75 * heat)[..., :3]
+    weight = (MAX_OPACITY * probability * heat)[..., None]
     mixed: Floats = np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0)
     return mixed
 
@@ -107,14 +106,13 @@ def head_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:
 
 
 def _draw_panel(axes: Axes, data: SheetData, number: int, box: tuple[slice, slice]) -> None:
-    row = int(data.rows[number])
+    row = data.rows[number]
     probability, framed = float(data.probabilities[row, CLASSES.index(data.class_name)]), bool(data.framed[row])
     level, width = BRAIN_WINDOW
     grey = np.clip((data.hu[number].astype(np.float64) - (level - width / 2)) / width, 0.0, 1.0)
-    picture = np.repeat(grey[..., None], 3, axis=2)[box]
-    if data.heat is not None:
-        picture = np.concatenate([picture, overlay(grey, data.heat[number], probability)[box]])
-    axes.imshow(picture, vmin=0, vmax=1, interpolation="antialiased")
+    plain = np.repeat(grey[..., None], 3, axis=2)
+    pictures = np.concatenate([plain[box], overlay(grey, data.heat[number], probability)[box]])
+    axes.imshow(pictures, vmin=0, vmax=1, interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
     label = f"{row} · {data.position_mm[row]:.0f} mm · P {probability:.2f}"
     axes.set_xlabel(label, fontsize=9, labelpad=2, color="#B34700" if framed else "black")
@@ -139,11 +137,10 @@ def _draw_curve(axes: Axes, data: SheetData) -> None:
         axes.plot(position_mm, data.probabilities[order, number], label=name, marker=marker, markersize=4, **style)
     if data.threshold is not None:
         axes.axhline(data.threshold, color="0.4", linewidth=1, linestyle="--")
-    ticks = np.full(len(data.rows), -0.045)
-    axes.plot(data.position_mm[data.rows], ticks, "|", color="0.3", markersize=6, clip_on=False)
-    handles, names = axes.get_legend_handles_labels()
-    handles.append(Line2D([], [], color=POSITIVE, alpha=0.3, linewidth=8))
-    names.append(data.framed_means)
-    axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    shown_mm = data.position_mm[data.rows]
+    axes.plot(shown_mm, np.full(len(shown_mm), -0.045), "|", color="0.3", markersize=6, clip_on=False)
+    handles, _ = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=POSITIVE, alpha=0.3, linewidth=8, label=data.framed_means))
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     axes.set(ylim=(-0.06, 1.03), xlabel="position along the slice normal, mm  (ticks: slices shown)", ylabel="P")
     plain_axes(axes, grid="y")

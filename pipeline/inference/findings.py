@@ -1,4 +1,4 @@
-"""Findings of `predict`: where along the head each class is positive, and the document predictions.json."""
+"""Finds where along the head each class is positive, and builds the document predictions.json."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Provenance:
     threshold: float
     study_score: str
 
-    def calibration_said(self) -> str:
-        """Return how probabilities were calibrated, in words."""
+    def describe_calibration(self) -> str:
+        """Describe how probabilities were calibrated."""
         texts = {
             "absent": "not calibrated: no calibration.json beside the model (ichpipe evaluate writes it)",
             "left out": "not calibrated, as asked",
@@ -57,16 +57,15 @@ class Provenance:
 
 
 def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Extent]]:
-    """Return the extent of each class by series UID, then class.
+    """Return the extent of each class, by series UID and class.
 
-    ``slices`` are predicted ones: identifiers, ``position_mm`` and the six classes (probabilities), a series in slice
-    order. A slice counts from ``threshold`` on. Thin series are averaged along z first, as for the study's score.
+    ``slices`` holds identifiers, ``position_mm`` and six probabilities, each series in slice order. Slices from
+    ``threshold`` on are positive. Thin series are averaged along z first, as for the study's score.
     """
     values = smooth_series(slices)
     position_mm, uids = slices["position_mm"].to_numpy(np.float64), slices["sop_uid"].to_numpy(object)
     by_series: dict[str, dict[str, Extent]] = {}
-    for series_uid, indices in slices.groupby("series_uid", sort=False).indices.items():
-        rows = np.asarray(indices, dtype=np.intp)
+    for series_uid, rows in slices.groupby("series_uid", sort=False).indices.items():
         by_class = by_series[str(series_uid)] = {}
         for name, column in zip(CLASSES, values[rows].T, strict=True):
             positive = rows[column >= threshold]
@@ -85,7 +84,7 @@ def build_document(
     forced: Mapping[str, str],
     provenance: Provenance,
 ) -> dict[str, Any]:
-    """Return everything as JSON-like data, as docs/predict.md lists it. No date: same input, same document."""
+    """Build predictions.json as docs/predict.md lists it. It holds no date: same input, same document."""
     reasons = series.set_index("series_uid")["reason"]
     parts = {str(uid): part for uid, part in slices.groupby("series_uid", sort=False)}
     return {
@@ -104,12 +103,20 @@ def build_document(
                 "n_slices": int(row["n_slices"]),
                 "forced": row["series_uid"] in forced,
                 "forced_despite": forced.get(row["series_uid"]),
-                "findings": {name: _finding(row[name], extent) for name, extent in where[row["series_uid"]].items()},
+                "findings": {
+                    name: {
+                        "probability": _round(row[name]),
+                        "first_mm": _round(extent.first_mm),
+                        "last_mm": _round(extent.last_mm),
+                        "n_slices": len(extent.sop_uids),
+                    }
+                    for name, extent in where[row["series_uid"]].items()
+                },
                 "slices": [
                     {
                         "sop_uid": item["sop_uid"],
                         "slice_index": int(item["slice_index"]),
-                        **{name: _rounded(item[name]) for name in ("position_mm", *CLASSES)},
+                        **{name: _round(item[name]) for name in ("position_mm", *CLASSES)},
                     }
                     for item in parts[row["series_uid"]].to_dict("records")
                 ],
@@ -128,12 +135,5 @@ def package_version() -> str:
         return "unknown"
 
 
-def _finding(probability: float, extent: Extent) -> dict[str, float | None]:
-    first, last = (None if mm is None else _rounded(mm) for mm in (extent.first_mm, extent.last_mm))
-    return {
-        "probability": _rounded(probability), "first_mm": first, "last_mm": last, "n_slices": len(extent.sop_uids)
-    }  # fmt: skip
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{DIGITS}g}")

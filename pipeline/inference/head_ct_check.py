@@ -1,7 +1,4 @@
-"""Rejects series that are not plain head CT: other modality or body part, localizer, contrast, too few slices.
-
-A network gives a probability for any image. The check reads headers and measures the extent, but not the pixels.
-"""
+"""Rejects series that are not plain head CT, by headers and extent: a network gives a probability for any image."""
 
 from __future__ import annotations
 
@@ -17,16 +14,15 @@ if TYPE_CHECKING:
 
     from ichpipe.params.schema import SelectionParams
 
-REFUSED_FOR: Final = ("unusable", "not a head", "other examination", "too little", "contrast", "turned")
+REFUSING_FAULTS: Final = ("unusable", "not a head", "other examination", "too little", "contrast", "turned")
 """Keys of the faults that refuse a series. With other faults (bone kernel, loss, thin) it is still a head CT."""
 
-NOT_AXIAL: Final = "coronal or sagittal slices; the models know axial ones"
 REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "reason"]
 
 
 @dataclass(frozen=True)
 class HeadCtCheck:
-    """Result of ``judge``."""
+    """Result of ``check_head_ct``."""
 
     slices: pd.DataFrame  # of the series to predict
     refused: pd.DataFrame  # REFUSED_COLUMNS: refused series, and studies without a usable one
@@ -41,24 +37,24 @@ def check_head_ct(
     *,
     force: bool = False,
 ) -> HeadCtCheck:
-    """Check the chosen series; ``slices`` and ``series`` are those of ``choose``.
+    """Check the chosen series; ``slices`` and ``series`` are those of ``select_series``.
 
     ``overruled`` gives the reason, by UID, of series that were read only by force. A series without a usable slice is
     refused even by force. Series that were passed over are not listed: another one stands for their study.
     """
     is_axial = dict(zip(slices["series_uid"], axial(slices), strict=True))
     # Of a study without a chosen series, the largest one gives the most useful reason.
-    chosen = series["chosen"]
-    rest = series[~series["study_uid"].isin(series.loc[chosen, "study_uid"])]
+    chosen = series[series["chosen"]]
+    rest = series[~series["study_uid"].isin(chosen["study_uid"])]
     rest = rest.sort_values(["study_uid", "n_refused"], ascending=[True, False]).drop_duplicates("study_uid")
-    candidates = pd.concat([series[chosen], rest]).sort_index().to_dict("records")
     refused, forced = [], {}
-    for row in candidates:
+    for row in pd.concat([chosen, rest]).sort_index().to_dict("records"):
         uid = str(row["series_uid"])
         faults = find_faults({str(key): value for key, value in row.items()}, params)
         reasons = [overruled[uid]] if overruled and uid in overruled else []
-        reasons += [faults[name] for name in REFUSED_FOR if name in faults]
-        reasons += [] if is_axial.get(uid, True) else [NOT_AXIAL]
+        reasons += [faults[name] for name in REFUSING_FAULTS if name in faults]
+        if not is_axial.get(uid, True):
+            reasons.append("coronal or sagittal slices; the models know axial ones")
         if reasons and force and row["n_slices"]:
             forced[uid] = "; ".join(reasons)
         elif reasons:

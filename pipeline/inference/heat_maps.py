@@ -1,14 +1,12 @@
 """Heat maps of the fine-tuned network's score of a slice, and contact sheets that show them.
 
-A map explains the logit of the whole network, CNN and sequence model, as a function of one slice's image. The
-embeddings of the neighbours stay fixed. There are two steps, and only a few images are in memory at a time:
+A map explains the logit of CNN and sequence model as a function of one slice's image; its neighbours stay fixed.
 
-1. Through the sequence model: integrated gradients (Sundararajan et al., ICML 2017) of the logit with respect to the
-   slice's embedding, from the mean embedding of its series to its own. They tell which features make the slice stand
-   out. A single gradient at the slice's own embedding localises less well.
+1. Through the sequence model: integrated gradients (Sundararajan et al., ICML 2017) of the logit, from the mean
+   embedding of the series to the slice's own. A single gradient at the slice's own embedding localises less well.
 2. Through the CNN: LayerCAM (Jiang et al., IEEE TIP 2021) of the output along that direction.
 
-docs/report.md has the measurements on the phantom, and why the slice CNN's own head is not explained instead.
+docs/report.md has measurements on the phantom, and why the slice CNN's own head is not explained.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ from ichpipe.common.errors import WeightsError
 from ichpipe.features.embedder import to_probabilities
 from ichpipe.images.slice_dataset import load_readable, load_slices
 from ichpipe.index.thin_slices import stride_of
-from ichpipe.inference.contact_sheet import COLUMNS, WIDTH_IN, SheetData, choose_panels, contact_sheet
+from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet
 from ichpipe.models.header import spacing_of
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_end_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -55,9 +53,9 @@ CHUNK_SLICES: Final = 16
 
 @dataclass(frozen=True)
 class EmbeddedSeries:
-    """One series as the sequence model sees it; holds no image."""
+    """One series of T readable slices as the sequence model sees it; holds no image."""
 
-    paths: list[str]  # readable files in order
+    paths: list[str]  # in order
     position_mm: Tensor  # (T,)
     looks: list[Look]
     stride: int  # the sequence model sees every stride-th slice (``ichpipe.index.thin_slices.stride_of``)
@@ -75,8 +73,7 @@ class EmbeddedSeries:
     def directions(self, model: EndToEnd, row: int, class_index: int) -> list[Look]:
         """Return the integrated gradients of one slice's logit, (D,) and (6,) for each look.
 
-        Direction times (own - mean), summed over looks and features, is the logit minus the logit of the same series
-        with the mean in the slice's place, except for the error of the integration.
+        The sum of direction times (own - mean) is the rise of the logit over a series with the mean in that slice.
         """
         part, at = slice(row % self.stride, None, self.stride), row // self.stride
         inputs = [values[part] for look in self.looks for values in look]
@@ -88,10 +85,11 @@ class EmbeddedSeries:
                     torch.cat([values[:at], new[None], values[at + 1 :]])
                     for values, new in zip(inputs, own, strict=True)
                 ]
-                logits = _score(model, _pairs(replaced), self.position_mm[part])
+                looks = zip(replaced[::2], replaced[1::2], strict=True)
+                logits = _score(model, looks, self.position_mm[part])
                 grads = torch.autograd.grad(logits[at, class_index], own, allow_unused=True)
             total = [whole if grad is None else whole + grad / STEPS for whole, grad in zip(total, grads, strict=True)]
-        return _pairs(total)
+        return list(zip(total[::2], total[1::2], strict=True))
 
 
 @torch.no_grad()
@@ -100,8 +98,7 @@ def embed_series(
 ) -> EmbeddedSeries:
     """Embed a series' files, given in anatomical order; at most CHUNK_SLICES images are in memory."""
     model.eval()
-    parts: list[list[Look]] = []
-    bad: list[tuple[str, str]] = []
+    parts, bad = [], []
     for start in range(0, len(paths), CHUNK_SLICES):
         hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.size_px)
         bad += unreadable
@@ -120,8 +117,8 @@ class HeatMaps:
 
     def __init__(self, model: EndToEnd) -> None:
         self.model = model.eval()
-        layer, to_map = target_layer(model.cnn)
-        self._cam = LayerCAM(_OneOutput(model.cnn), [layer], to_map)
+        layer, to_maps = target_layer(model.cnn)
+        self._cam = LayerCAM(_JoinedOutputs(model.cnn), [layer], to_maps)
 
     def __call__(self, series: EmbeddedSeries, rows: Sequence[int], class_index: int) -> NDArray[np.float32]:
         """Return maps (len(rows), size, size), each scaled to 0 … 1; all 0 where nothing speaks for the class."""
@@ -143,8 +140,8 @@ class HeatMaps:
         return np.concatenate(chunks)
 
 
-class _OneOutput(nn.Module):
-    """HU (N, 1, S, S) to embedding and logits side by side (N, D + 6), since LayerCAM follows one output."""
+class _JoinedOutputs(nn.Module):
+    """HU (N, 1, S, S) to embedding and logits side by side (N, D + 6): LayerCAM takes one output."""
 
     def __init__(self, cnn: SliceCnn) -> None:
         super().__init__()
@@ -159,11 +156,10 @@ def target_layer(cnn: SliceCnn) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
     The layer is the last stage of timm's ``feature_info`` with maps of MAP_SIDE pixels a side or more. For a
     transformer without stages it is the input of the last block, because patches that are not pooled have no gradient
-    after it. Raises WeightsError, which names the backbone, where there is neither.
+    after it. Raises WeightsError where the backbone has neither.
     """
     backbone: Any = cnn.backbone
-    name = cnn.spec.backbone
-    info = getattr(backbone, "feature_info", None) or []
+    name, info = cnn.spec.backbone, getattr(backbone, "feature_info", None) or []
     modules = dict(backbone.named_modules())
     stages = [stage for stage in (info if isinstance(info, list) else info.info) if stage["module"] in modules]
     if not stages:
@@ -205,9 +201,9 @@ class Explainer:
         return embed_series(self.model, paths, position_mm, self.device, stride)
 
     def sheet(
-        self, series: EmbeddedSeries, title: str, *, class_name: str, threshold: float, panels: int
+        self, series: EmbeddedSeries, title: str, class_name: str, threshold: float, panels: int
     ) -> tuple[bytes, NDArray[np.float64]]:
-        """Return the picture and the probabilities (T, 6); slices at the threshold or above have a frame."""
+        """Return the sheet as PNG and the probabilities (T, 6); slices at the threshold or above have a frame."""
         probabilities = to_probabilities(series.logits(self.model))
         own = probabilities[:, CLASSES.index(class_name)]
         highest = int(np.argmax(own))
@@ -229,15 +225,13 @@ class Explainer:
         *,
         probabilities: NDArray[np.float64],
         panels: int,
-        columns: int = COLUMNS,
-        width_in: float = WIDTH_IN,
         framed: NDArray[np.bool_],
         class_name: str = "any",
-        **texts: Any,
+        **fields: Any,
     ) -> bytes:
-        """Choose slices, make their heat maps and draw; ``texts`` are further fields of SheetData.
+        """Choose slices, make their heat maps and draw them as PNG; ``fields`` are further ones of SheetData.
 
-        Each stretch of the head shows a framed slice, if it has one, and the slice with the highest P among those.
+        Each stretch of the head shows the framed slice with the highest P, or any slice if none is framed.
         """
         position_mm, column = series.position_mm.numpy(), CLASSES.index(class_name)
         rows = choose_panels(probabilities[:, column] + framed, position_mm, panels)
@@ -249,16 +243,12 @@ class Explainer:
             probabilities=probabilities,
             framed=framed,
             class_name=class_name,
-            **texts,
+            **fields,
         )
-        return contact_sheet(data, columns, width_in)
+        return contact_sheet(data)
 
 
-def _pairs(flat: list[Tensor]) -> list[Look]:
-    return list(zip(flat[0::2], flat[1::2], strict=True))
-
-
-def _score(model: EndToEnd, looks: Sequence[Look], position_mm: Tensor) -> Tensor:
+def _score(model: EndToEnd, looks: Iterable[Look], position_mm: Tensor) -> Tensor:
     logits = [model.sequence.one_series(embedding, cnn_logits, position_mm) for embedding, cnn_logits in looks]
     return (mean_logits(torch.stack(logits)) if len(logits) > 1 else logits[0]).float()
 

@@ -1,4 +1,4 @@
-"""Collects the inputs of `predict`: finds, orders, chooses and checks series, and accounts for every file."""
+"""Collects and checks the inputs of `predict`: the series to predict, and a reason for every other file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Slices to predict, and all other files with the reason."""
+    """Slices to predict, and the reason for every other file."""
 
     slices: pd.DataFrame  # as ``scan`` returns them
     series: pd.DataFrame  # one row a series: facts, ``chosen``, ``reason``
@@ -49,25 +49,29 @@ def collect_inputs(
     """
     slices, rejected = scan(list(paths), workers, pseudonyms=pseudonyms)
     overruled: dict[str, str] = {}
-    if force:
-        slices, rejected, overruled = _read_by_force(slices, rejected, pseudonyms)
+    if force:  # read again what was rejected for modality or kind, of studies that have no usable slice
+        again = rejected["reason"].str.startswith(FORCEABLE) & ~rejected["study_uid"].isin(slices["study_uid"])
+        if again.any():
+            reasons = rejected[again].set_index("path")["reason"]
+            read, unread = scan([Path(path) for path in reasons.index], force=True, pseudonyms=pseudonyms)
+            first_paths = read.drop_duplicates("series_uid").set_index("series_uid")["path"]
+            overruled = {str(uid): str(reason) for uid, reason in first_paths.map(reasons).items()}
+            slices = pd.concat([table for table in (slices, read) if len(table)] or [slices], ignore_index=True)
+            rejected = pd.concat([rejected[~again], unread], ignore_index=True)
     chosen = select_series(slices, rejected, params, one_per_study=one_per_study)
     rejected = pd.concat([rejected, chosen.left_out], ignore_index=True)
     if not judged:
         return Inputs(chosen.slices, chosen.series, pd.DataFrame(columns=REFUSED_COLUMNS), rejected, {})
-    verdict = check_head_ct(chosen.slices, chosen.series, params, overruled, force=force)
-    reasons = verdict.refused.set_index("series_uid")["reason"]
-    stopped = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
-    stopped = stopped.assign(reason="refused: " + stopped["series_uid"].map(reasons).astype(str))
-    rejected = pd.concat([rejected, stopped[REJECTED]], ignore_index=True)
-    return Inputs(verdict.slices, chosen.series, verdict.refused, rejected, verdict.forced)
+    check = check_head_ct(chosen.slices, chosen.series, params, overruled, force=force)
+    reasons = check.refused.set_index("series_uid")["reason"]
+    refused = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
+    refused = refused.assign(reason="refused: " + refused["series_uid"].map(reasons).astype(str))
+    rejected = pd.concat([rejected, refused[REJECTED]], ignore_index=True)
+    return Inputs(check.slices, chosen.series, check.refused, rejected, check.forced)
 
 
 def read_list(text: str, source: str) -> list[Path]:
-    """Return the paths of a list, one a line; blank lines and lines that begin with # don't count.
-
-    Relative paths start from the current folder. Raises DataError where there is none.
-    """
+    """Return the paths of a list, one a line, without blank lines and remarks (#). Raises DataError if none is left."""
     lines = [line.strip() for line in text.lstrip("\ufeff").splitlines()]
     paths = [Path(line) for line in lines if line and not line.startswith("#")]
     if not paths:
@@ -79,33 +83,14 @@ def expand(arguments: Iterable[Path]) -> list[Path]:
     """Replace each ``@FILE`` by the paths that FILE lists, unless a file named ``@FILE`` exists."""
     paths: list[Path] = []
     for argument in arguments:
-        name = str(argument)
-        if not name.startswith("@") or argument.exists():
+        if not str(argument).startswith("@") or argument.exists():
             paths.append(argument)
             continue
-        source = Path(name[1:])
+        source = str(argument)[1:]
         try:
-            paths += read_list(source.read_text(encoding="utf-8"), str(source))
+            paths += read_list(Path(source).read_text(encoding="utf-8"), source)
         except FileNotFoundError as error:
             raise MissingFileError(f"{source} does not exist; @FILE names a list of paths, one a line") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{source} is not UTF-8 text; @FILE names a list of paths, one a line") from error
     return paths
-
-
-def _read_by_force(
-    slices: pd.DataFrame, rejected: pd.DataFrame, pseudonyms: Pseudonyms | None
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
-    """Read files again that were rejected for modality or kind, of studies that have no usable slice."""
-    forceable = rejected["reason"].str.startswith(FORCEABLE) & ~rejected["study_uid"].isin(slices["study_uid"])
-    if not forceable.any():
-        return slices, rejected, {}
-    reasons = rejected[forceable].set_index("path")["reason"]
-    read, still_rejected = scan([Path(path) for path in reasons.index], force=True, pseudonyms=pseudonyms)
-    first_paths = read.drop_duplicates("series_uid").set_index("series_uid")["path"]
-    filled = [table for table in (slices, read) if len(table)]
-    return (
-        pd.concat(filled, ignore_index=True) if filled else slices,
-        pd.concat([rejected[~forceable], still_rejected], ignore_index=True),
-        {str(uid): str(reason) for uid, reason in first_paths.map(reasons).items()},
-    )

@@ -1,4 +1,4 @@
-"""The RSNA 2019 submission: ``ID,Label``, six rows a slice; a missing prediction is an error or filled on request."""
+"""Builds the RSNA 2019 submission: ``ID,Label``, six rows a slice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pandas as pd
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
+from ichpipe.index.rsna_labels import parse_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +26,7 @@ ORDER: Final = (*SUBTYPES, "any")
 DECIMALS: Final = 9
 """With six decimals 1e-8 is written as 0, which the metric reads as 1e-15: 16 nats more where it is wrong."""
 
-_RSNA_NAME: Final = re.compile(r"ID_[0-9a-f]{9}")
-_NAMED: Final = 3  # slices that a message quotes
+MAX_QUOTED: Final = 3  # slices that a message quotes
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,28 @@ def read_sample(path: Path) -> Sample:
     table = read_table(path, "sample submission")
     if not {"ID", "Label"} <= set(table.names):
         raise table.error("must have the columns ID,Label")
-    ids = pd.Series(table.text("ID").to_pandas())
-    parts = ids.str.rpartition("_")
-    columns = pd.Index(ORDER).get_indexer(pd.Index(parts[2]))
-    malformed = (columns < 0) | (parts[0] == "").to_numpy()
-    table.refuse(malformed, f"ID is not <SOPInstanceUID>_<class> ({', '.join(ORDER)})", ids)
-    table.refuse(ids.duplicated().to_numpy(), "ID appears twice", ids)
-    rows, uids = pd.factorize(parts[0])
-    return Sample(path, pd.Index(uids), rows, columns)
+    ids = table.text("ID")
+    uids, classes = parse_ids(table, ids)
+    table.refuse(pd.Index(ids.to_pandas()).duplicated(), "ID appears twice", ids)
+    rows, unique = pd.factorize(pd.Index(uids.to_pandas()))
+    return Sample(path, unique, rows, (classes - 1) % len(ORDER))  # "any" is first in CLASSES, last in ORDER
 
 
 def build_submission(
     slices: pd.DataFrame, rejected: pd.DataFrame, sample: Sample | None = None, missing: float | None = None
 ) -> Submission:
-    """Lay out predictions in the competition's format.
+    """Lay out predictions in the competition's format, with nine decimals, from 1e-9 to 1 - 1e-9.
 
-    ``slices`` has ``sop_uid`` and the columns of CLASSES (probabilities), ``rejected`` ``path, reason``. With
-    ``sample`` rows and their order are the sample's. Without it they are the slices, sorted, and every rejected file
-    with the name of a slice, ``<UID>.dcm``. Probabilities have nine decimals, from 1e-9 to 1 - 1e-9. Slices without a
-    finite prediction (fp16 can overflow) get ``missing`` (0 to 1) six times; without ``missing`` they are a DataError.
+    ``slices`` holds ``sop_uid`` and six probabilities, ``rejected`` ``path, reason``. ``sample`` gives rows and order.
+    Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``. Slices
+    without a finite prediction (fp16 can overflow) get ``missing`` (0 to 1); without ``missing`` they are a DataError.
     """
     predicted = slices.set_index("sop_uid")[list(ORDER)]
     finite = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
     values, reasons = predicted[finite], dict.fromkeys(predicted.index[~finite], "its prediction is not a number")
     for name, reason in zip(rejected["path"].map(PurePath), rejected["reason"], strict=True):
-        slice_like = name.suffix.lower() == ".dcm" or _RSNA_NAME.fullmatch(name.stem)
-        if slice_like and not reason.startswith("duplicate: a copy"):  # the slice itself was read
+        is_slice = name.suffix.lower() == ".dcm" or re.fullmatch(r"ID_[0-9a-f]{9}", name.stem)
+        if is_slice and not reason.startswith("duplicate: a copy"):  # the slice itself was read
             reasons.setdefault(name.stem, reason)
     remarks = []
     if sample is None:
@@ -89,13 +85,12 @@ def build_submission(
             remarks.append(f"{extra} predicted slices are not in {sample.path} and are left out of the submission")
     absent = uids[~uids.isin(values.index)]
     if len(absent):
-        quoted = ", ".join(f"{uid} ({reasons.get(uid, 'no such file')})" for uid in absent[:_NAMED])
-        text = f"{len(absent)} slices of the submission have no prediction: {quoted}"
-        text += ", …" if len(absent) > _NAMED else ""
+        quoted = [f"{uid} ({reasons.get(uid, 'no such file')})" for uid in absent[:MAX_QUOTED]]
+        quoted += ["…"] if len(absent) > MAX_QUOTED else []
+        text = f"{len(absent)} slices of the submission have no prediction: {', '.join(quoted)}"
         if missing is None:
-            raise DataError(
-                f"{text}; add the files, or fill them by --missing 0.5. slices.csv and studies.csv are written"
-            )
+            remedy = "add the files, or fill them by --missing 0.5. slices.csv and studies.csv are written"
+            raise DataError(f"{text}; {remedy}")
         remarks.append(f"{text}; written as {missing}")
     filled = values.reindex(uids, fill_value=missing).to_numpy(np.float64)
     labels = np.clip(filled[rows, columns], 10.0**-DECIMALS, 1.0 - 10.0**-DECIMALS)

@@ -1,4 +1,4 @@
-"""Predicts an index of slices with the fine-tuned model: tables of probabilities."""
+"""Predicts an index of slices with the fine-tuned model, as tables of probabilities."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def predict_slices(
     spacing_mm: float,
     calibration: Calibration | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predict every series of ``index``, slices ordered: its readable rows with six probabilities (float64), 0 to 1.
+    """Predict every series of ``index``, slices in order: its readable rows with six probabilities (float64), 0 to 1.
 
     ``spacing_mm`` is the slice distance of the training data (``models.header.spacing_of``). Without ``calibration``
     probabilities are the network's own. Also returns ``path, reason`` of slices that can't be decoded, or whose
@@ -48,9 +48,7 @@ def predict_slices(
         readable = group[~group["path"].isin([path for path, _ in bad])]
         values = to_probabilities(logits)
         finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
-        rejected += bad + [
-            (path, "its prediction is not a number") for path in readable["path"].iloc[np.flatnonzero(~finite)]
-        ]
+        rejected += bad + [(path, "its prediction is not a number") for path in readable.loc[~finite, "path"]]
         values = calibration.apply(values[finite]) if calibration else values[finite]
         parts.append(readable[finite].assign(**dict(zip(CLASSES, values.T, strict=True))))
         counter.add(len(group))
@@ -61,7 +59,7 @@ def predict_slices(
 
 
 def score_series(slices: pd.DataFrame, study_score: StudyScore = "max") -> pd.DataFrame:
-    """Pool the slices of each series: STUDY_COLUMNS, a row a series; thin ones are averaged along z before."""
+    """Pool the slices of each series to a row with STUDY_COLUMNS; thin series are averaged along z before."""
     groups = slices.groupby(IDENTIFIERS, sort=False)
     table = groups.size().rename("n_slices").reset_index()
     values = pool(smooth_series(slices), np.asarray(groups.ngroup(), dtype=np.intp), len(table), study_score)

@@ -1,16 +1,15 @@
 """Writes the findings of one series as a DICOM Structured Report for a PACS.
 
-Enhanced SR (PS3.3 A.35.2), content by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID
-1501: finding, site, probability with its source images, present or absent. **This is the one output with the patient's
-identity.** It is copied from the source images, because a PACS files by it, and goes nowhere else.
+Enhanced SR (PS3.3 A.35.2) by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID 1501:
+finding, site, probability with its source images, present or absent. **This is the one output with the patient's
+identity.** A PACS files by it. It is copied from the source images and goes nowhere else.
 
-Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's own dictionary (pydicom.sr.codedict) where it has them. It has
-none for a haemorrhage of the ventricles: that is written as SNOMED CT defines it, by morphology and site.
+Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's dictionary (pydicom.sr.codedict) where it has them. It has no
+haemorrhage of the ventricles: that is written by morphology and site, as SNOMED CT defines it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +26,7 @@ from ichpipe.common.files import atomic_path
 from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.inference.findings import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,89 +34,63 @@ if TYPE_CHECKING:
 
     from pydicom.dataset import Dataset
 
-FINDINGS: Final = {
-    "any": Code("1386000", "SCT", "Intracranial hemorrhage"),
-    "epidural": Code("82999001", "SCT", "Epidural intracranial hemorrhage"),
-    "intraparenchymal": Code("274100004", "SCT", "Cerebral hemorrhage"),
-    "intraventricular": codes.SCT.Hemorrhage,
-    "subarachnoid": Code("21454007", "SCT", "Subarachnoid intracranial hemorrhage"),
-    "subdural": Code("35486000", "SCT", "Subdural intracranial hemorrhage"),
-}
-SITES: Final = {
-    "any": codes.SCT.Intracranial,
-    "epidural": codes.SCT.Intracranial,
-    "intraparenchymal": codes.SCT.Brain,
-    "intraventricular": codes.SCT.BrainVentricle,
-    "subarachnoid": codes.SCT.CranialSubarachnoidSpace,
-    "subdural": codes.SCT.Intracranial,
+    from ichpipe.inference.findings import Extent, Provenance
+
+FINDINGS: Final = {  # finding and site
+    "any": (Code("1386000", "SCT", "Intracranial hemorrhage"), codes.SCT.Intracranial),
+    "epidural": (Code("82999001", "SCT", "Epidural intracranial hemorrhage"), codes.SCT.Intracranial),
+    "intraparenchymal": (Code("274100004", "SCT", "Cerebral hemorrhage"), codes.SCT.Brain),
+    "intraventricular": (codes.SCT.Hemorrhage, codes.SCT.BrainVentricle),
+    "subarachnoid": (
+        Code("21454007", "SCT", "Subarachnoid intracranial hemorrhage"),
+        codes.SCT.CranialSubarachnoidSpace,
+    ),
+    "subdural": (Code("35486000", "SCT", "Subdural intracranial hemorrhage"), codes.SCT.Intracranial),
 }
 NOT_FOR_DIAGNOSIS: Final = "Research software, not a medical device: not for diagnosis."
 SERIES_NUMBER: Final = 9901
 
 _DESCRIBED: Final = ("PixelSpacing", "SliceThickness", "ImagePositionPatient", "ImageOrientationPatient")
-_EMPTY: Final = (  # type 2 of the modules Patient and General Study: there, if empty
+_REQUIRED: Final = (  # type 2 of the modules Patient and General Study: may be empty, not absent
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
-_COPIED: Final = (  # of the same modules, where the source has them: a PACS may tell patients apart by them
+_COPIED: Final = (  # of the same modules, if present: a PACS may tell patients apart by them
     "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "OtherPatientIDsSequence", "PatientBirthTime",
     "PatientAge", "PatientSize", "PatientWeight", "StudyDescription", "IssuerOfAccessionNumberSequence",
     "TimezoneOffsetFromUTC",
 )  # fmt: skip
 _KEPT_CODES: Final = ("Modality", "ImageType", "PatientSex", "PhotometricInterpretation", "SpecificCharacterSet")
-_WORDS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
+_TEXT_VRS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
 _OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence")
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """The software and model that made the prediction; each group repeats it."""
-
-    version: str
-    model_sha256: str
-    threshold: float  # a probability of at least this is called present
-    calibration: str  # how probabilities were calibrated, in words
-    forced: str = ""  # why the series would have been refused without --force; empty: it is plain head CT
-
-
-@dataclass(frozen=True)
-class SeriesFinding:
-    """The predictions for one series."""
-
-    probability: Mapping[str, float]  # of the study, by class, 0 to 1
-    positive: Mapping[str, Sequence[str]]  # SOPInstanceUIDs of the slices that show it, by class; may be empty
-    highest: Mapping[str, str] = field(default_factory=dict)  # SOPInstanceUID of the slice that shows it most
-
-
 def read_source(paths: Sequence[str]) -> list[Dataset]:
-    """Read the headers of a series' images, files or members of archives, without pixels."""
+    """Read the headers of a series' images, files or members of archives, without pixels.
+
+    Text that the report need not repeat is removed: highdicom would copy names of physicians and the like.
+    """
+    kept, sources = {*_REQUIRED, *_COPIED, *_KEPT_CODES}, []
     with quiet_pydicom():
-        sources: list[Dataset] = []
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
-            _remove_other_text(source)
-            for keyword in _EMPTY:
+            for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
+                vr = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+                if vr in _TEXT_VRS and keyword_for_tag(tag) not in kept:
+                    del source[tag]
+            for item in source.get("OtherPatientIDsSequence") or []:
+                for tag in list(item.keys()):
+                    if keyword_for_tag(tag) not in _OF_OTHER_IDS:
+                        del item[tag]
+            for keyword in _REQUIRED:
                 if keyword not in source:
                     setattr(source, keyword, "")
             sources.append(source)
     return sources
 
 
-def _remove_other_text(source: Dataset) -> None:
-    """Remove all text that the report need not repeat: highdicom would copy names of physicians and the like."""
-    needed = {*_EMPTY, *_COPIED, *_KEPT_CODES}
-    for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
-        kind = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
-        if kind in _WORDS and keyword_for_tag(tag) not in needed:
-            del source[tag]
-    for item in source.get("OtherPatientIDsSequence") or []:
-        for tag in list(item.keys()):
-            if keyword_for_tag(tag) not in _OF_OTHER_IDS:
-                del item[tag]
-
-
 def require_reportable(sources: Sequence[Dataset]) -> None:
-    """Raise DataError where a UID is not valid, as in RSNA's files (``ID_…``): a PACS rejects such a report."""
+    """Raise DataError if a UID is invalid, as in RSNA's files (``ID_…``): a PACS rejects such a report."""
     for source in sources:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
             with quiet_pydicom():
@@ -125,20 +99,35 @@ def require_reportable(sources: Sequence[Dataset]) -> None:
                 raise DataError(f"{keyword} is no DICOM UID, so a report could not refer to the images")
 
 
-def make_report(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
-    """Return the report of one series; ``sources`` are the headers of all its images.
+def make_report(
+    sources: Sequence[Dataset],
+    probability: Mapping[str, float],
+    where: Mapping[str, Extent],
+    provenance: Provenance,
+    forced: str = "",
+) -> hd.sr.EnhancedSR:
+    """Make the report of one series.
 
+    ``sources`` are the headers of all its images. ``forced`` tells why it would have been refused without ``--force``.
     Each measurement refers to the slices that show the finding, or else to the one with the highest probability. All
-    slices are listed as evidence, and in the image library (TID 1600) where their headers have its attributes. Raises
-    DataError where the report can't refer to the source.
+    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes.
+
+    Raises
+    ------
+    DataError
+        A UID is invalid, or a header holds a value that a report can't repeat.
+
     """
     require_reportable(sources)
     try:
         with quiet_pydicom():
-            return _make_document(sources, finding, algorithm)
+            by_uid = {str(source.SOPInstanceUID): source for source in sources}
+            groups = [
+                _make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES
+            ]
+            return _make_document(sources, groups, provenance, forced)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
-        reason = f"a header has what a report can't repeat ({type(error).__name__})"
-        raise DataError(reason) from None
+        raise DataError(f"a header has what a report can't repeat ({type(error).__name__})") from None
 
 
 def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
@@ -147,29 +136,26 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
         report.save_as(temporary, enforce_file_format=True)
 
 
-def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm: Algorithm) -> hd.sr.EnhancedSR:
-    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+def _make_document(
+    sources: Sequence[Dataset], groups: list[Any], provenance: Provenance, forced: str
+) -> hd.sr.EnhancedSR:
+    model = provenance.model_sha256
+    uid = f"2.25.{int(model[:32], 16)}"  # one UID for one model (PS3.5 B.2)
     device = hd.sr.DeviceObserverIdentifyingAttributes(
-        uid=f"2.25.{int(algorithm.model_sha256[:32], 16)}",  # one UID for one model (PS3.5 B.2)
-        name="ichpipe",
-        manufacturer_name="ichpipe",
-        model_name="ichpipe",
-        serial_number=algorithm.model_sha256,
+        uid, name="ichpipe", manufacturer_name="ichpipe", model_name="ichpipe", serial_number=model
     )
     in_library = all(
         source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
         for source in sources
     )
+    observer = hd.sr.ObserverContext(codes.DCM.Device, device)
     content = hd.sr.MeasurementReport(
-        observation_context=hd.sr.ObservationContext(
-            observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
-        ),
+        observation_context=hd.sr.ObservationContext(observer_device_context=observer),
         procedure_reported=codes.SCT.ComputedTomographyOfHead,
-        imaging_measurements=[_make_group(name, by_uid, finding, algorithm) for name in CLASSES],
+        imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources if in_library else None,
     )
-    mark = ", FORCED" if algorithm.forced else ""
     report = hd.sr.EnhancedSR(
         evidence=sources,
         content=content[0],
@@ -179,9 +165,9 @@ def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm
         instance_number=1,
         manufacturer="ichpipe",
         manufacturer_model_name="ichpipe",
-        software_versions=algorithm.version,
-        device_serial_number=algorithm.model_sha256,
-        series_description=f"ichpipe haemorrhage (research{mark})",
+        software_versions=package_version(),
+        device_serial_number=model,
+        series_description=f"ichpipe haemorrhage (research{', FORCED' if forced else ''})",
         is_complete=True,
         is_final=False,
         is_verified=False,
@@ -192,32 +178,32 @@ def _make_document(sources: Sequence[Dataset], finding: SeriesFinding, algorithm
     return report
 
 
-def _make_group(name: str, by_uid: Mapping[str, Dataset], finding: SeriesFinding, algorithm: Algorithm) -> Any:
-    """Return one class as a group of TID 1501."""
-    uids = list(finding.positive[name]) or ([finding.highest[name]] if name in finding.highest else [])
+def _make_group(
+    name: str, probability: float, where: Extent, by_uid: Mapping[str, Dataset], provenance: Provenance, forced: str
+) -> Any:
+    """Make the group of TID 1501 for one class."""
+    finding, site = FINDINGS[name]
+    uids = where.sop_uids or [where.highest]
     images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
-    value = finding.probability[name]
-    percent = float(f"{100 * value:.6g}")
-    presence = codes.SCT.Present if value >= algorithm.threshold else codes.SCT.Absent
+    percent = float(f"{100 * probability:.6g}")
+    measurement = hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images)
+    presence = codes.SCT.Present if probability >= provenance.threshold else codes.SCT.Absent
     parameters = [
-        f"model SHA-256 {algorithm.model_sha256}",
-        f"present: probability of at least {algorithm.threshold:g}",
-        algorithm.calibration,
+        f"model SHA-256 {provenance.model_sha256}",
+        f"present: probability of at least {provenance.threshold:g}",
+        provenance.describe_calibration(),
     ]
     comment = NOT_FOR_DIAGNOSIS
-    if algorithm.forced:
-        parameters.append(f"forced, although refused: {algorithm.forced}")
-        comment += f" Forced: the series was refused ({algorithm.forced})."
+    if forced:
+        parameters.append(f"forced, although refused: {forced}")
+        comment += f" Forced: the series was refused ({forced})."
+    software = hd.sr.AlgorithmIdentification("ichpipe", package_version(), parameters, manufacturer="ichpipe")
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
-        finding_type=FINDINGS[name],
-        finding_sites=[hd.sr.FindingSite(SITES[name])],
-        algorithm_id=hd.sr.AlgorithmIdentification(
-            "ichpipe", algorithm.version, parameters=parameters, manufacturer="ichpipe"
-        ),
-        measurements=[
-            hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images or None)
-        ],
+        finding_type=finding,
+        finding_sites=[hd.sr.FindingSite(site)],
+        algorithm_id=software,
+        measurements=[measurement],
         qualitative_evaluations=[hd.sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, presence)],
     )
     contains = hd.sr.RelationshipTypeValues.CONTAINS

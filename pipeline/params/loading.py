@@ -1,4 +1,4 @@
-"""YAML as parameters are written in: safe, bounded, and no key twice."""
+"""Reads YAML as parameters are written: plain values, of bounded size, no key twice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import yaml
 from yaml import YAMLError
 
 MAX_CHARACTERS: Final = 2**20  # the longest recipe here has some thousand
-MAX_KEYS: Final = 10_000
-"""Keys that merging (``<<``) may put into one mapping: ten lines of it can ask for a billion."""
+MAX_KEYS: Final = 10_000  # that merging (``<<``) may put into one mapping: ten lines of it can ask for a billion
 
 
 def read_yaml(text: str) -> Any:
@@ -36,17 +35,14 @@ class _Loader(yaml.SafeLoader):
         """Resolve merge keys, up to MAX_KEYS; before that, refuse a key that is written twice."""
         if id(node) not in self._flat:  # a node that is merged twice holds what was merged into it
             self._flat.add(id(node))
-            _require_each_once(node)
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if len(set(keys)) < len(keys):
+                twice = next(key for key in keys if keys.count(key) > 1)
+                fault = f"the key {twice[:40]!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
         super().flatten_mapping(node)
         if len(node.value) > MAX_KEYS:
             raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_KEYS} keys merged", node.start_mark)
-
-
-def _require_each_once(node: yaml.MappingNode) -> None:
-    written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-    if len(set(written)) < len(written):
-        twice = next(key for key in written if written.count(key) > 1)
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[:40]!r} stands twice", node.start_mark)
 
 
 _Loader.add_implicit_resolver(

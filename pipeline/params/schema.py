@@ -5,13 +5,12 @@ An unknown or missing key, a wrong type or a value out of range is an error that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from ichpipe.common.errors import MissingFileError, ParamsError, did_you_mean
-from ichpipe.params.keys import key_hint, written_out
 from ichpipe.params.loading import read_yaml
 
 if TYPE_CHECKING:
@@ -20,7 +19,11 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
 
 
 class Section(BaseModel):
@@ -90,24 +93,24 @@ PAPER_WINDOWS = (  # Nguyen et al. 2020, section 2: brain, subdural, bone
 class AugmentParams(Section):
     """Ranges from which one random change per slice is drawn (see ``augment``)."""
 
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # left-right
-    rotation_deg: Annotated[float, Field(ge=0.0)] = 15.0  # plus or minus
-    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # plus or minus this share
-    shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # of the image side, plus or minus
-    offset_hu: Annotated[float, Field(ge=0.0)] = 2.0  # plus or minus, one value for the whole slice
-    noise_hu: Annotated[float, Field(ge=0.0)] = 3.0  # largest standard deviation of added Gaussian noise
-    vertical_flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # upside down
+    flip_probability: Probability = 0.5  # left-right
+    rotation_deg: NotNegative = 15.0  # plus or minus
+    scale: Fraction = 0.1  # plus or minus this share
+    shift: Fraction = 0.05  # of the image side, plus or minus
+    offset_hu: NotNegative = 2.0  # plus or minus, one value for the whole slice
+    noise_hu: NotNegative = 3.0  # largest standard deviation of added Gaussian noise
+    vertical_flip_probability: Probability = 0.0  # upside down
     crop_area: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # smallest share of the image that a random crop keeps
     crop_aspect: Annotated[float, Field(ge=1.0)] = 1.0  # widest ratio of a crop's sides; it is stretched to a square
     distortion: Annotated[float, Field(ge=0.0, lt=0.2)] = 0.0  # of the image side, at the nodes of a 5 x 5 grid
-    blur_px: Annotated[float, Field(ge=0.0)] = 0.0  # largest standard deviation of a Gaussian blur
+    blur_px: NotNegative = 0.0  # largest standard deviation of a Gaussian blur
 
 
 class CutMixParams(Section):
     """CutMix over the slices of a batch (Yun et al. 2019; the paper: alpha 1)."""
 
-    alpha: Annotated[float, Field(ge=0.0)] = 0.0  # of the Beta distribution; 0: none
-    probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # share of the batches that are mixed
+    alpha: NotNegative = 0.0  # of the Beta distribution; 0: none
+    probability: Probability = 1.0  # share of the batches that are mixed
 
 
 class SliceParams(Section):
@@ -121,13 +124,13 @@ class SliceParams(Section):
     accumulate: Positive = 1  # batches per optimiser step
     sample_slices: Positive | None = None  # an epoch is one sample of so many contiguous slices a series; null: all
     learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2  # none on biases and norms
+    weight_decay: NotNegative = 1e-2  # none on biases and norms
     adam_eps: PositiveFloat = 1e-8
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    warmup_epochs: NotNegative = 1.0
     ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
     dropout: Fraction = 0.0  # on the embedding, before the classifier
     max_grad_norm: PositiveFloat = 5.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
     cutmix: CutMixParams = CutMixParams()
@@ -148,16 +151,12 @@ class ExtractParams(Section):
 
     chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
     batch_size: Positive = 64  # slices per forward pass on a GPU; on a CPU 16 at most
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     views: ViewParams = ViewParams()
     mirror: bool = False  # also the left-right mirror image of every slice; an arm asks for it by `average.mirrored`
     pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)
     keep_vanished: bool = False  # series that left the index stay readable
     store: str | None = None  # an fsspec address (s3://…); null: embeddings.zarr below the artifacts
-
-
-Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class RegularizeParams(Section):
@@ -166,7 +165,7 @@ class RegularizeParams(Section):
     reverse_probability: Probability = 0.0  # slices from the other end (RSNA 2019's 1st place)
     stride2_probability: Probability = 0.0  # every second slice alone (1st place)
     crop_slices: Positive | None = None  # contiguous slices around a random one (the paper: 10); null: the whole series
-    feature_noise: Annotated[float, Field(ge=0.0)] = 0.0  # features times 1 + noise of this standard deviation
+    feature_noise: NotNegative = 0.0  # features times 1 + noise of this standard deviation
     feature_dropout: Fraction = 0.0  # share of features that are 0 throughout a series (2nd place)
 
 
@@ -200,16 +199,16 @@ class SequenceParams(Section):
     epochs: Positive = 30
     batch_series: Positive = 8
     learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    weight_decay: NotNegative = 1e-2
     adam_eps: PositiveFloat = 1e-8
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    warmup_epochs: NotNegative = 1.0
     max_grad_norm: PositiveFloat = 5.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
     seed: Count = 0
     seeds: Positive = 1  # trained with seed, seed + 1, …; `compare` shows their spread
 
     @property
-    def wanted(self) -> tuple[Input, ...]:
+    def all_inputs(self) -> tuple[Input, ...]:
         """Every input that the network is given, each once."""
         return tuple(dict.fromkeys(self.inputs + self.skip))
 
@@ -221,7 +220,7 @@ class SequenceParams(Section):
             raise ValueError("residual is for two layers of lstm or gru")
         if self.cell == "transformer" and self.hidden % self.heads:
             raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
-        if self.cell == "average" and self.wanted != ("logits",):
+        if self.cell == "average" and self.all_inputs != ("logits",):
             raise ValueError("the moving average is over the slice CNN's probabilities: write inputs: [logits]")
         return self
 
@@ -235,15 +234,15 @@ class FinetuneParams(Section):
     accumulate: Positive = 1  # batches per optimiser step
     sample_slices: Positive | None = None  # contiguous slices of each series and epoch (the paper: 10); null: all
     chunk_slices: Positive = 16  # slices held with a graph at one time
-    learning_rate_cnn: Annotated[float, Field(ge=0.0)] = 3e-5  # 0: the slice CNN stays as it is
+    learning_rate_cnn: NotNegative = 3e-5  # 0: the slice CNN stays as it is
     learning_rate_sequence: PositiveFloat = 1e-4
     unfreeze_epochs: Count = 0  # the CNN's parts join from the last to the first, one every so many; 0: all at once
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    weight_decay: NotNegative = 1e-2
     adam_eps: PositiveFloat = 1e-8
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.2
+    warmup_epochs: NotNegative = 0.2
     ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
     max_grad_norm: PositiveFloat = 5.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     compile: bool = False  # torch.compile of the slice CNN; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
     augment_together: bool = True  # slices of a series move alike; false: each for itself (the paper)
@@ -278,20 +277,6 @@ class Params(Section):
     finetune: FinetuneParams = FinetuneParams()
     evaluate: EvaluateParams = EvaluateParams()
 
-    @model_validator(mode="after")
-    def _finetune_names_an_arm(self) -> Params:
-        if self.finetune.arm not in self.sequence:
-            close = did_you_mean(self.finetune.arm, self.sequence)
-            raise ValueError(
-                f"finetune.arm is {self.finetune.arm!r}, but sequence has {', '.join(self.sequence)}{close}"
-            )
-        if self.evaluate.baseline not in (None, *self.sequence):
-            close = did_you_mean(str(self.evaluate.baseline), self.sequence)
-            raise ValueError(
-                f"evaluate.baseline is {self.evaluate.baseline!r}, sequence has {', '.join(self.sequence)}{close}"
-            )
-        return self
-
     @field_validator("sequence")
     @classmethod
     def _arms_are_folder_names(cls, arms: dict[str, SequenceParams]) -> dict[str, SequenceParams]:
@@ -301,25 +286,60 @@ class Params(Section):
         return arms
 
     @model_validator(mode="after")
-    def _folds_agree(self) -> Params:
-        wanted, there = self.fit_slices.folds, self.prepare.folds
-        if wanted not in (0, there):
-            raise ValueError(f"fit-slices.folds is {wanted}, but prepare.folds is {there}; write 0 (none) or {there}")
+    def _sections_agree(self) -> Params:
+        arm, baseline, arms = self.finetune.arm, self.evaluate.baseline, ", ".join(self.sequence)
+        if arm not in self.sequence:
+            raise ValueError(f"finetune.arm is {arm!r}, but sequence has {arms}{did_you_mean(arm, self.sequence)}")
+        if baseline is not None and baseline not in self.sequence:
+            close = did_you_mean(baseline, self.sequence)
+            raise ValueError(f"evaluate.baseline is {baseline!r}, but sequence has {arms}{close}")
+        models, folds = self.fit_slices.folds, self.prepare.folds
+        if models not in (0, folds):
+            raise ValueError(f"fit-slices.folds is {models}, but prepare.folds is {folds}; write 0 (none) or {folds}")
         return self
 
 
 def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool = False) -> Params:
-    """Read ``path`` (the defaults where it is absent), apply ``SECTION.KEY=VALUE`` overrides, validate."""
-    raw = _read_yaml(path) if path.exists() or must_exist else {}
+    """Read a parameter file and apply ``--set`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file; where it is absent, the defaults count.
+    overrides
+        ``SECTION.KEY=VALUE``, the value in YAML.
+    must_exist
+        An absent file is an error.
+
+    Raises
+    ------
+    MissingFileError, ParamsError
+        The message names the file or override, and each wrong key.
+
+    """
+    raw = _read_file(path) if path.exists() or must_exist else {}
     for override in overrides:
         _apply_override(raw, override)
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError(_explain(error, str(path))) from error
+        lines = [f"parameters ({path}) are not valid:"]
+        for problem in error.errors(include_url=False):
+            key, fault = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                fault = f"unknown key{_key_hint(problem['loc'])}"
+            lines.append(f"  {key}: {fault}" if key else f"  {fault}")
+        raise ParamsError("\n".join(lines)) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def known_keys() -> list[str]:
+    """Return every key that holds a value, written out as for ``--set``; the name of an arm stands as ARM."""
+    sections = _sections(Params)
+    keys = {f"{name}.{key}" for name, names in sections.items() if name not in ("", "windows") for key in names}
+    return sorted(keys - set(sections))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -351,20 +371,28 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"parameters ({source}) are not valid:"]
-    for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"])
-        unknown = problem["type"] == "extra_forbidden"
-        what = (
-            f"unknown key{key_hint(Params, problem['loc'])}"
-            if unknown
-            else problem["msg"].removeprefix("Value error, ")
-        )
-        lines.append(f"  {place}: {what}" if place else f"  {what}")
-    return "\n".join(lines)
+def _key_hint(location: tuple[int | str, ...]) -> str:
+    """Say which key was meant: one of the same section, else where a key of this name belongs, else what there is."""
+    *parents, word = map(str, location)
+    if len(parents) > 1 and parents[0] == "sequence":
+        parents[1] = "ARM"
+    sections = _sections(Params)
+    siblings = sections.get(".".join(name for name in parents if not name.isdigit()), [])
+    if close := did_you_mean(word, siblings):
+        return close
+    if owners := [name or "the top" for name, keys in sections.items() if word in keys]:
+        return f"; it is a key of {', '.join(owners)}"
+    every_key = [key for keys in sections.values() for key in keys]
+    return did_you_mean(word, every_key) or f"; there are {', '.join(siblings)}"
 
 
-def known_keys() -> list[str]:
-    """Return every key that holds a value, written out as for ``--set``; the name of an arm stands as ARM."""
-    return written_out(Params)
+def _sections(model: type[BaseModel], name: str = "") -> dict[str, list[str]]:
+    """Return the keys of each section, and of the sections within, by name with dots; an arm's name stands as ARM."""
+    fields = {field.alias or key: field.annotation for key, field in model.model_fields.items()}
+    sections = {name: list(fields)}
+    for key, annotation in fields.items():
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                path = f"{key}.ARM" if get_origin(annotation) is dict else key
+                sections |= _sections(kind, f"{name}.{path}" if name else path)
+    return sections

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ichpipe.common.constants import AIR_HU
-from ichpipe.phantom.fields import Points, RandomField, capsule, ellipsoid, inside, lay
-from ichpipe.phantom.skull_base import lay_face, skull_base_height
+from ichpipe.phantom.fields import Floats, Points, RandomField, Triple, blend, capsule, ellipsoid, inside
+from ichpipe.phantom.skull_base import add_face, skull_base_height
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ichpipe.phantom.fields import Floats
     from ichpipe.phantom.geometry import Geometry
 
 FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = 5.0, 28.0, 37.0, 52.0
@@ -34,7 +33,7 @@ TEMPORAL_HORN = (((21.0, 28.0, 31.0), 5.0), ((30.0, 12.0, 10.0), 2.4), ((28.0, -
 class Head:
     """One patient's proportions; the same in all studies of that patient."""
 
-    scale: tuple[float, float, float]  # of the standard head along x, y, z
+    scale: Triple  # of the standard head along x, y, z
     egg: float  # how much wider the back is than the front
     skew: float  # one-sided flattening at the back
     skull_mm: float
@@ -48,21 +47,20 @@ class Head:
     folds: RandomField  # sulci: its zeros
     slow: RandomField  # thickness of bone, density of tissue
 
-    def axes_mm(self) -> tuple[float, float]:
-        """Half width and half length of the inner skull, mm."""
-        return 66.0 * self.scale[0], 83.0 * self.scale[1]
-
     def inner_table(self, points: Points) -> Floats:
         """Signed distance to the inner surface of the skull vault, mm, negative inside."""
-        a, b = self.axes_mm()
-        shift = points.y * np.float32(1 / b)
-        x = points.x / (1 + self.egg * shift) + self.skew * np.maximum(points.y, 0) ** 2 * np.float32(1 / b)
-        z = points.z - np.float32(20)
-        squeezed = Points(x, points.y, np.where(z > 0, z, z * np.float32(74 / 92)))
+        half_width, half_length = 66.0 * self.scale[0], 83.0 * self.scale[1]
+        shift = points.y * np.float32(1 / half_length)
+        flat = self.skew * np.maximum(points.y, 0) ** 2 * np.float32(1 / half_length)
         # A little more than an ellipse: foreheads are blunt.
         blunt = np.maximum(np.abs(points.y) - 45, 0) * np.float32(0.06)
-        squeezed = Points(squeezed.x, squeezed.y - np.sign(squeezed.y) * blunt, squeezed.z)
-        return ellipsoid(squeezed, (0, 0, 0), (a, b - 1.0, 74.0 * self.scale[2]))
+        z = points.z - np.float32(20)
+        squeezed = Points(
+            points.x / (1 + self.egg * shift) + flat,
+            points.y - np.sign(points.y) * blunt,
+            np.where(z > 0, z, z * np.float32(74 / 92)),
+        )
+        return ellipsoid(squeezed, (0, 0, 0), (half_width, half_length - 1.0, 74.0 * self.scale[2]))
 
 
 def draw_head(rng: np.random.Generator) -> Head:
@@ -70,9 +68,9 @@ def draw_head(rng: np.random.Generator) -> Head:
     atrophy = float(rng.beta(1.3, 1.8))
     wide = rng.uniform(0.75, 1.0) + 0.75 * atrophy
     size = rng.normal(1.0, 0.025)
-    scale = tuple(float(np.clip(size * rng.normal(1, 0.02), 0.93, 1.07)) for _ in range(3))
+    x, y, z = (float(np.clip(size * rng.normal(1, 0.02), 0.93, 1.07)) for _ in range(3))
     return Head(
-        scale=(scale[0], scale[1], scale[2]),
+        scale=(x, y, z),
         egg=float(rng.uniform(0.03, 0.09)),
         skew=float(rng.normal(0, 0.03)),
         skull_mm=float(rng.uniform(5.5, 8.0)),
@@ -115,10 +113,9 @@ def build_anatomy(head: Head, geometry: Geometry) -> Anatomy:
     brain = inside(-np.minimum(depth, above))
     ventricle = _ventricles(head, points)
     fluid = _fluid_spaces(head, points, depth) * (1 - inside(ventricle))
-    content = _brain(head, points, depth, fluid, ventricle)
     base = hu.ravel()[voxels]
-    lay_face(base, points, above, depth, head.slow.at(points), head.sinus)
-    lay(base, content, brain)
+    add_face(base, points, above, depth, head.slow.sample(points), head.sinus)
+    blend(base, _brain(head, points, depth, fluid, ventricle), brain)
     hu.ravel()[voxels] = base
     return Anatomy(hu, voxels, points, depth, brain, ventricle, fluid, geometry, head)
 
@@ -127,18 +124,18 @@ def _shells(head: Head, points: Points, distance: Floats) -> Floats:
     """Air, scalp and skull, [slices, rows, columns]; what lies inside the skull is filled in later."""
     hu = np.full(distance.shape, AIR_HU, dtype=np.float32)
     near = np.flatnonzero((distance > -3) & (distance < 45))
-    at, gap = points.take(near), distance.ravel()[near]
+    points, gap = points.take(near), distance.ravel()[near]
     # Neck and temple muscles thicken the soft tissue low down at the sides and at the back.
-    low = np.clip((np.float32(12) - at.z) / 45, 0, 1)
-    muscle = low * (0.35 + np.clip(at.y / 80, 0, 1))
-    bone = head.skull_mm * (1 + 0.12 * head.slow.at(at) + 0.25 * np.clip(np.abs(at.y) / 85 - 0.75, 0, 1))
+    low = np.clip((np.float32(12) - points.z) / 45, 0, 1)
+    muscle = low * (0.35 + np.clip(points.y / 80, 0, 1))
+    bone = head.skull_mm * (1 + 0.12 * head.slow.sample(points) + 0.25 * np.clip(np.abs(points.y) / 85 - 0.75, 0, 1))
     skin = bone + head.scalp_mm + 22 * muscle
     shell = np.full(near.shape, AIR_HU, dtype=np.float32)
-    lay(shell, 25.0, inside(gap - skin))
-    lay(shell, -75.0, inside(gap - skin + 2.2) * (1 - 0.5 * np.clip(3 * muscle, 0, 1)))
-    lay(shell, 55.0, inside(gap - bone - 20 * muscle - 0.5) * np.clip(6 * low, 0, 1))
-    lay(shell, head.bone_hu, inside(gap - bone))
-    lay(shell, 0.45 * head.bone_hu, inside(np.abs(gap - 0.5 * bone) - 0.2 * bone, 1.5))  # diploe
+    blend(shell, 25.0, inside(gap - skin))
+    blend(shell, -75.0, inside(gap - skin + 2.2) * (1 - 0.5 * np.clip(3 * muscle, 0, 1)))
+    blend(shell, 55.0, inside(gap - bone - 20 * muscle - 0.5) * np.clip(6 * low, 0, 1))
+    blend(shell, head.bone_hu, inside(gap - bone))
+    blend(shell, 0.45 * head.bone_hu, inside(np.abs(gap - 0.5 * bone) - 0.2 * bone, 1.5))  # diploe
     hu.ravel()[near] = shell
     hu[distance < -1.5] = 40.0
     return hu
@@ -149,7 +146,7 @@ def _ventricles(head: Head, points: Points) -> Floats:
     size = np.where(points.x < 0, np.float32(head.ventricles[0]), np.float32(head.ventricles[1]))
     nearest = np.full(points.x.shape, 99.0, dtype=np.float32)
     core = np.flatnonzero((np.abs(points.x) < 48) & (np.abs(points.y) < 66) & (points.z < 58))
-    half = points.take(core).mirrored()
+    half = points.take(core).mirror()
     grown = np.float32(4.5) * (size[core] - 1)
     lateral = nearest[core]
     for tube in (HORNS, TEMPORAL_HORN):
@@ -165,39 +162,31 @@ def _ventricles(head: Head, points: Points) -> Floats:
 
 def _fluid_spaces(head: Head, points: Points, depth: Floats) -> Floats:
     """Weight of sulci, fissures and basal cisterns in [0, 1]."""
-    half, loss = points.mirrored(), np.float32(head.atrophy)
+    half, loss = points.mirror(), np.float32(head.atrophy)
     shallow = np.clip(1 - depth / (16 + 8 * loss), 0, 1)
     # Near its zeros a field of wavelength L and deviation 1 is about L / (2 pi) times the distance to them.
-    crease = np.abs(head.folds.at(points)) * np.float32(15 / (2 * np.pi))
+    crease = np.abs(head.folds.sample(points)) * np.float32(15 / (2 * np.pi))
     width = (0.35 + 1.15 * loss) * shallow + 0.5 * shallow - 0.7 * (1 - shallow)
     sulci = inside(crease - width, 2.2) * np.clip(3 * shallow, 0, 1) * (0.45 + 0.55 * loss)
     sulci *= 1 - 0.75 * cerebellum(points)
     rim = inside(depth - (0.6 + 1.8 * loss))
-    # Nothing in a brain is a straight line: bend the fissures with the patient's own slow field.
-    bend, wave = 2.5 * head.slow.at(points), 0.7 * head.folds.at(points)
+    # The patient's own fields bend the fissures: a brain has no straight lines.
+    bend, wave = 2.5 * head.slow.sample(points), 0.7 * head.folds.sample(points)
     bent = Points(half.x + 0.6 * bend * (half.x > 12) + wave * (half.x > 12), half.y + bend + wave, half.z + bend)
-    cisterns = inside(_cisterns(bent)) * (0.65 + 0.35 * loss)
-    return np.asarray(np.maximum.reduce([sulci, rim, inside(_fissures(bent, loss), 3.0), cisterns]))
-
-
-def _fissures(half: Points, loss: np.float32) -> Floats:
-    """Signed distance to the Sylvian and interhemispheric fissures, mm."""
-    x, y, z = half.x, half.y, half.z
+    x, y, z = bent.x, bent.y, bent.z
+    # Sylvian and interhemispheric fissures
     cleft = np.maximum(np.abs(y + 10 - 0.6 * (z - 15)) - (0.7 + 1.5 * loss), np.float32(37) - x)
     insula = np.maximum(np.abs(x - 38 - 0.002 * (y + 2) ** 2) - (0.5 + 1.3 * loss), np.abs(y + 2) - 20)
     sylvian = np.maximum(np.minimum(cleft, insula), np.abs(z - 21) - 13)
     midline = np.maximum(x - (0.5 + 1.6 * loss), np.minimum(y + 34, np.float32(46) - z))
-    return np.asarray(np.minimum(sylvian, midline), dtype=np.float32)
-
-
-def _cisterns(half: Points) -> Floats:
-    """Signed distance to the suprasellar, prepontine, ambient, quadrigeminal and great cisterns, mm."""
-    suprasellar = ellipsoid(half, (0, -12, 7), (13, 10, 7))
-    prepontine = ellipsoid(half, (0, -6, -8), (11, 3.5, 14))
-    radius = np.sqrt(half.x**2 + (half.y - 8) ** 2)
-    ambient = np.maximum.reduce([np.abs(radius - 16) - 1.2, np.abs(half.z - 12) - 7, 6 - half.y])
-    back = np.minimum(ellipsoid(half, (0, 25, 16), (9, 4, 7)), ellipsoid(half, (0, 58, -28), (13, 6, 9)))
-    return np.asarray(np.minimum.reduce([suprasellar, prepontine, ambient, back]), dtype=np.float32)
+    fissures = np.asarray(np.minimum(sylvian, midline), dtype=np.float32)
+    suprasellar = ellipsoid(bent, (0, -12, 7), (13, 10, 7))
+    prepontine = ellipsoid(bent, (0, -6, -8), (11, 3.5, 14))
+    ambient = np.maximum.reduce([np.abs(np.sqrt(x**2 + (y - 8) ** 2) - 16) - 1.2, np.abs(z - 12) - 7, 6 - y])
+    quadrigeminal, great = ellipsoid(bent, (0, 25, 16), (9, 4, 7)), ellipsoid(bent, (0, 58, -28), (13, 6, 9))
+    cisterns = np.minimum.reduce([suprasellar, prepontine, ambient, np.minimum(quadrigeminal, great)])
+    pools = inside(np.asarray(cisterns, dtype=np.float32)) * (0.65 + 0.35 * loss)
+    return np.asarray(np.maximum.reduce([sulci, rim, inside(fissures, 3.0), pools]))
 
 
 def tentorium_mm(points: Points) -> Floats:
@@ -214,44 +203,33 @@ def cerebellum(points: Points) -> Floats:
 
 def _brain(head: Head, points: Points, depth: Floats, fluid: Floats, ventricle: Floats) -> Floats:
     """HU of everything inside the dura, shape [m]."""
-    half = points.mirrored()
-    slow = head.slow.at(points)
+    half = points.mirror()
+    slow = head.slow.sample(points)
     hu = WHITE_HU + 0.8 * slow
-    crease = np.abs(head.folds.at(points)) * np.float32(15 / (2 * np.pi))
+    crease = np.abs(head.folds.sample(points)) * np.float32(15 / (2 * np.pi))
     reach = np.clip(1.6 - depth / 18, 0, 1)
     ribbon = np.maximum(inside(crease - 2.6 * reach, 2.5) * np.clip(2 * reach, 0, 1), inside(depth - 5.5, 3.0))
-    insula = inside(
-        np.maximum(np.abs(half.x - 36) - 2.5, np.maximum(np.abs(half.y + 2) - 22, np.abs(half.z - 21) - 14))
-    )
-    lay(hu, GREY_HU, np.maximum(ribbon, insula))
-    lay(hu, GREY_HU + 1.0, inside(_deep_nuclei(half), 2.5))
-    small = cerebellum(points)
-    lay(hu, GREY_HU - 2.5 + 1.5 * np.sin(0.9 * points.z - 0.5 * points.y), small)
-    lay(hu, 31.0, inside(ellipsoid(half, (0, 8, -8), (15, 12, 30))))
-    lay(hu, FLUID_HU, fluid)
-    _lay_dura(hu, points, depth, small)
-    lay(hu, FLUID_HU, inside(ventricle))
-    for value, centre, size in ((head.pineal_hu, (0, 19, 22), 2.6), (head.plexus_hu, (21, 30, 31), 3.0)):
-        if value:
-            lay(hu, value, inside(ellipsoid(half, centre, (size, size * 1.3, size * 1.3))))
-    return hu
-
-
-def _deep_nuclei(half: Points) -> Floats:
-    """Signed distance to caudate head, lentiform nucleus and thalamus, mm."""
+    insula = np.maximum(np.abs(half.x - 36) - 2.5, np.maximum(np.abs(half.y + 2) - 22, np.abs(half.z - 21) - 14))
+    blend(hu, GREY_HU, np.maximum(ribbon, inside(insula)))
     turned = Points(half.x - 0.35 * (half.y + 4), half.y, half.z)
     caudate = ellipsoid(half, (13, -23, 27), (4.5, 9, 11))
     lentiform = ellipsoid(turned, (25, -5, 22), (5.5, 16, 10))
     thalamus = ellipsoid(half, (11, 10, 25), (7.5, 13, 9))
-    return np.minimum(np.minimum(caudate, lentiform), thalamus)
-
-
-def _lay_dura(hu: Floats, points: Points, depth: Floats, below: Floats) -> None:
-    """Falx, tentorium and the superior sagittal sinus, which runs inside the vault along the midline."""
+    blend(hu, GREY_HU + 1.0, inside(np.minimum(np.minimum(caudate, lentiform), thalamus), 2.5))
+    below = cerebellum(points)
+    blend(hu, GREY_HU - 2.5 + 1.5 * np.sin(0.9 * points.z - 0.5 * points.y), below)
+    blend(hu, 31.0, inside(ellipsoid(half, (0, 8, -8), (15, 12, 30))))  # brain stem
+    blend(hu, FLUID_HU, fluid)
+    # Dura: falx, tentorium, and the superior sagittal sinus, which runs inside the vault along the midline
     edge = np.minimum(np.float32(44) - 0.3 * points.y - points.z, np.float32(42) - np.abs(points.y))
     falx = np.maximum(np.maximum(np.abs(points.x) - 0.6, edge), 8 - points.z)
-    lay(hu, DURA_HU, 0.8 * inside(falx, 1.6))
+    blend(hu, DURA_HU, 0.8 * inside(falx, 1.6))
     tent = np.maximum(np.abs(tentorium_mm(points)) - 0.8, 22 - points.y)
-    lay(hu, DURA_HU - 4, 0.7 * inside(tent, 2.5) * np.clip(below * 2, 0, 1))
+    blend(hu, DURA_HU - 4, 0.7 * inside(tent, 2.5) * np.clip(below * 2, 0, 1))
     sinus = np.maximum(np.abs(points.x) + 0.8 * depth - 4.5, np.float32(15) - points.z)
-    lay(hu, DURA_HU + 3, inside(np.maximum(sinus, 20 - points.y)))
+    blend(hu, DURA_HU + 3, inside(np.maximum(sinus, 20 - points.y)))
+    blend(hu, FLUID_HU, inside(ventricle))
+    for value, centre, size in ((head.pineal_hu, (0, 19, 22), 2.6), (head.plexus_hu, (21, 30, 31), 3.0)):
+        if value:
+            blend(hu, value, inside(ellipsoid(half, centre, (size, size * 1.3, size * 1.3))))
+    return hu

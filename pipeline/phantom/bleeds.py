@@ -1,6 +1,6 @@
 """The bleeds of a study, each kind in its anatomical location and shape; and mimics, bleeds cut down to one slice.
 
-One function a kind draws bleeds and mimics, so within its slice a mimic has the shape, position and HU of a true bleed.
+One function per kind draws bleeds and mimics, so a mimic has the shape, position and HU of one slice of a true bleed.
 Only the neighbouring slices show the difference. On CT, streaks, partial volume, vessels and calcium look like this.
 """
 
@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ichpipe.common.classes import SUBTYPES
-from ichpipe.phantom.anatomy import cerebellum
-from ichpipe.phantom.fields import ellipsoid, inside, lay, ripple
+from ichpipe.phantom.anatomy import Anatomy, cerebellum
+from ichpipe.phantom.fields import Floats, ellipsoid, inside, ripple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-
-    from ichpipe.phantom.anatomy import Anatomy
-    from ichpipe.phantom.fields import Floats
-
-    Draw = Callable[[np.random.Generator, Anatomy], tuple[Floats, Floats | None]]
 
 MIN_SLICES = 3  # a true bleed lies in at least so many neighbouring slices
 MIN_AREA_MM2 = 30.0  # less of a bleed than this in a slice is not drawn and not labelled
@@ -46,11 +41,6 @@ class Lesion:
     slices: tuple[int, int]  # first and last slice, both included
     is_mimic: bool = False
 
-    @property
-    def n_slices(self) -> int:
-        """How many slices it lies in."""
-        return self.slices[1] - self.slices[0] + 1
-
 
 def draw_lesions(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Lesion, ...]:
     """Draw the bleeds and mimics of one study. No two lesions of a kind touch or share a slice."""
@@ -58,8 +48,7 @@ def draw_lesions(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Lesion, ..
     if rng.random() < BLEED_SHARE:
         count = 2 if rng.random() < SECOND_KIND_SHARE else 1
         kinds = rng.choice(SUBTYPES, size=count, replace=False, p=KIND_SHARE)
-        drawn = [draw_lesion(rng, anatomy, str(kind)) for kind in kinds]
-        lesions += [lesion for lesion in drawn if lesion is not None]
+        lesions += [bleed for kind in kinds if (bleed := draw_lesion(rng, anatomy, str(kind))) is not None]
     for _ in range(int(rng.poisson(MIMICS_PER_STUDY))):
         mimic = draw_mimic(rng, anatomy, str(rng.choice(SUBTYPES, p=KIND_SHARE)), lesions)
         if mimic is not None:
@@ -68,15 +57,16 @@ def draw_lesions(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Lesion, ..
 
 
 def draw_mimic(rng: np.random.Generator, anatomy: Anatomy, kind: str, others: list[Lesion]) -> Lesion | None:
-    """Cut one slice out of a drawn bleed; None if none was found at a distance from its like."""
+    """Cut one slice out of a drawn bleed; None if every attempt lies too close to a lesion of its kind."""
     for _ in range(ATTEMPTS):
         source = draw_lesion(rng, anatomy, kind)
         if source is None:
             return None
         # Most slices of true bleeds belong to long bleeds: weigh sources by their length.
-        if rng.random() * LONGEST_SLICES > source.n_slices:
+        first, last = source.slices
+        if rng.random() * LONGEST_SLICES > last - first + 1:
             continue
-        level = int(rng.integers(source.slices[0], source.slices[1] + 1))
+        level = int(rng.integers(first, last + 1))
         close = (o.slices[0] - MIN_SLICES < level < o.slices[1] + MIN_SLICES for o in others if o.kind == kind)
         if not any(close):
             return replace(keep_slices(anatomy, source, (level, level)), is_mimic=True)
@@ -86,8 +76,9 @@ def draw_mimic(rng: np.random.Generator, anatomy: Anatomy, kind: str, others: li
 def draw_lesion(rng: np.random.Generator, anatomy: Anatomy, kind: str) -> Lesion | None:
     """Draw a bleed of ``kind`` that spans at least MIN_SLICES neighbouring slices; None if it won't fit."""
     for _ in range(ATTEMPTS):
-        blood, oedema = DRAW[kind](rng, anatomy)
-        hu = float(rng.uniform(*HU_RANGE[kind]))
+        draw_blood, hu_range = KINDS[kind]
+        blood, oedema = draw_blood(rng, anatomy)
+        hu = float(rng.uniform(*hu_range))
         present = slice_area_mm2(anatomy, blood) >= MIN_AREA_MM2
         edges = np.flatnonzero(np.diff(np.concatenate([[False], present, [False]]).astype(np.int8)))
         runs = [(int(start), int(stop) - 1) for start, stop in edges.reshape(-1, 2)]
@@ -114,13 +105,6 @@ def slice_area_mm2(anatomy: Anatomy, blood: Floats) -> NDArray[np.float64]:
     """Area of the mask (weight above one half) in each slice, mm2, shape [slices]."""
     counted = np.bincount(slice_of_voxel(anatomy)[blood > 0.5], minlength=anatomy.geometry.n_slices)
     return np.asarray(counted * anatomy.geometry.pixel_mm**2, dtype=np.float64)
-
-
-def lay_lesion(values: Floats, lesion: Lesion, texture: Floats) -> None:
-    """Write a lesion into ``values`` (HU, shape [m]), in place. ``texture``: unevenness of clot, deviation 1."""
-    if lesion.oedema is not None:
-        lay(values, 19.0, lesion.oedema)
-    lay(values, lesion.hu + 2.0 * texture, lesion.blood)
 
 
 def _epidural(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, None]:
@@ -207,7 +191,11 @@ def _subarachnoid(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, N
     return np.asarray(inside(ball, 8.0) * filled * anatomy.brain, dtype=np.float32), None
 
 
-DRAW: dict[str, Draw] = dict(
-    zip(SUBTYPES, (_epidural, _intraparenchymal, _intraventricular, _subarachnoid, _subdural), strict=True)
-)
-HU_RANGE = dict(zip(SUBTYPES, ((58, 76), (56, 80), (50, 74), (50, 68), (48, 74)), strict=True))
+# Per kind the function that draws it and the range of its HU.
+KINDS: dict[str, tuple[Callable[[np.random.Generator, Anatomy], tuple[Floats, Floats | None]], tuple[int, int]]] = {
+    "epidural": (_epidural, (58, 76)),
+    "intraparenchymal": (_intraparenchymal, (56, 80)),
+    "intraventricular": (_intraventricular, (50, 74)),
+    "subarachnoid": (_subarachnoid, (50, 68)),
+    "subdural": (_subdural, (48, 74)),
+}

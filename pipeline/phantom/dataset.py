@@ -41,89 +41,90 @@ class PhantomSummary:
 
 
 def write_dataset(out: Path, studies: int, size_px: int, seed: int) -> PhantomSummary:
-    """Write ``studies`` synthetic head CTs of ``size_px`` rows and columns below ``out``.
+    """Write synthetic head CTs below ``out``. Same seed, same bytes; study k does not depend on ``studies``.
 
     The DICOM folder is renamed when it is complete and the table is written last, so a folder with a table is
-    complete. An earlier phantom is replaced. Same seed, same bytes; study k does not depend on the number of studies.
-    Raises DataError, and changes nothing, where ``out`` holds a ``dicom`` folder or a table of another origin.
+    complete. An earlier phantom is replaced.
+
+    Parameters
+    ----------
+    out : Path
+        Folder that receives ``dicom/`` and ``stage_2_train.csv``.
+    studies, size_px, seed : int
+        Number of studies (1 or more), rows and columns of a slice (32 or more), and the seed of all draws.
+
+    Raises
+    ------
+    DataError
+        ``out`` holds a ``dicom`` folder or a table of another origin; nothing is changed.
+
     """
     if studies < 1 or size_px < 32:
         raise DataError(f"the phantom needs studies >= 1 and size_px >= 32, not {studies} and {size_px}")
-    folder, filling, table = out / "dicom", out / ".dicom.tmp", out / TABLE_NAME
-    _refuse_foreign(out, folder, filling, table)
-    shutil.rmtree(filling, ignore_errors=True)  # what an interrupted run left
-    filling.mkdir(parents=True)
+    folder, partial, table = out / "dicom", out / ".dicom.tmp", out / TABLE_NAME
+    _refuse_foreign_files(out, folder, partial, table)
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    partial.mkdir(parents=True)
+    labels: dict[str, list[int]] = {}
+    patients, mimics = set(), 0
     try:
-        labels, summary = _write_studies(filling, studies, size_px, seed)
+        for study_index in range(studies):
+            study = make_study(seed, study_index, size_px)
+            write_study(partial, study)
+            patients.add(study.patient_id)
+            mimics += sum(lesion.is_mimic for lesion in study.lesions)
+            labels.update(zip(study.sop_uids, study.labels.tolist(), strict=True))
         table.unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
-        filling.rename(folder)
+        partial.rename(folder)
     finally:
-        shutil.rmtree(filling, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     rows = [f"{uid}_{name},{labels[uid][CLASSES.index(name)]}\n" for uid in sorted(labels) for name in TABLE_CLASSES]
     write_text(table, "ID,Label\n" + "".join(rows))
-    return summary
-
-
-def _write_studies(
-    folder: Path, studies: int, size_px: int, seed: int
-) -> tuple[dict[str, tuple[int, ...]], PhantomSummary]:
-    labels: dict[str, tuple[int, ...]] = {}
-    patients, mimics = set(), 0
-    for study_index in range(studies):
-        study = make_study(seed, study_index, size_px)
-        write_study(folder, study)
-        patients.add(study.patient_id)
-        mimics += sum(lesion.is_mimic for lesion in study.lesions)
-        labels.update(zip(study.sop_uids, (tuple(map(int, row)) for row in study.labels), strict=True))
-    positive = {name: sum(row[column] for row in labels.values()) for column, name in enumerate(CLASSES)}
-    return labels, PhantomSummary(studies, len(patients), len(labels), mimics, positive)
+    positive = dict(zip(CLASSES, map(sum, zip(*labels.values(), strict=True)), strict=True))
+    return PhantomSummary(studies, len(patients), len(labels), mimics, positive)
 
 
 def write_study(folder: Path, study: Study) -> None:
-    """Write one DICOM file per slice of ``study`` into ``folder``, named by SOP Instance UID (0008,0018)."""
-    stored = encode(study.hu, study.scanner.encoding)
+    """Write one DICOM file per slice of ``study`` into ``folder``, named by SOP Instance UID (0008,0018).
+
+    As in RSNA 2019 there is no InstanceNumber and no SliceThickness.
+    """
+    geometry, encoding = study.geometry, study.scanner.encoding
+    stored = encode(study.hu, encoding)
     # RSNA's identifiers (ID_...) are no valid UIDs; pydicom would warn at each.
     with config.disable_value_validation():
         for slice_index, sop_uid in enumerate(study.sop_uids):
-            dataset = _header(study, slice_index)
+            meta = FileMetaDataset()
+            meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID(sop_uid)
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, MAKER
+            dataset = FileDataset(f"{sop_uid}.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
+            dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, UID(sop_uid)
+            dataset.Modality, dataset.PatientID, dataset.StudyID = "CT", study.patient_id, ""
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study.study_uid, study.series_uid
+            dataset.ImagePositionPatient = [f"{value:.6f}" for value in geometry.position_mm(slice_index)]
+            dataset.ImageOrientationPatient = [f"{value:.6f}" for value in geometry.orientation]
+            dataset.PixelSpacing = [f"{geometry.pixel_mm:.6f}"] * 2
+            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+            dataset.Rows, dataset.Columns = study.hu.shape[1:]
+            dataset.BitsAllocated, dataset.BitsStored = 16, encoding.bits_stored
+            dataset.HighBit, dataset.PixelRepresentation = encoding.bits_stored - 1, encoding.pixel_representation
+            if encoding.padding is not None:
+                dataset.PixelPaddingValue = encoding.padding
+            dataset.WindowCenter, dataset.WindowWidth = "40", "80"
+            dataset.RescaleIntercept, dataset.RescaleSlope = str(encoding.intercept), "1"
             dataset.PixelData = stored[slice_index].astype(stored.dtype.newbyteorder("<")).tobytes()
             dataset.save_as(folder / f"{sop_uid}.dcm", enforce_file_format=True)
 
 
-def _header(study: Study, slice_index: int) -> FileDataset:
-    """All elements but the pixels. As in RSNA 2019 there is no InstanceNumber and no SliceThickness."""
-    sop_uid, geometry = study.sop_uids[slice_index], study.geometry
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID(sop_uid)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID, meta.ImplementationVersionName = _IMPLEMENTATION, MAKER
-    dataset = FileDataset(f"{sop_uid}.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, UID(sop_uid)
-    dataset.Modality, dataset.PatientID = "CT", study.patient_id
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.StudyID = study.study_uid, study.series_uid, ""
-    dataset.ImagePositionPatient = [f"{value:.6f}" for value in geometry.position_mm(slice_index)]
-    dataset.ImageOrientationPatient = [f"{value:.6f}" for value in geometry.orientation]
-    dataset.PixelSpacing = [f"{geometry.pixel_mm:.6f}"] * 2
-    encoding = study.scanner.encoding
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.Rows, dataset.Columns = study.hu.shape[1:]
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, encoding.bits_stored, encoding.bits_stored - 1
-    dataset.PixelRepresentation = encoding.pixel_representation
-    if encoding.padding is not None:
-        dataset.PixelPaddingValue = encoding.padding
-    dataset.WindowCenter, dataset.WindowWidth = "40", "80"
-    dataset.RescaleIntercept, dataset.RescaleSlope = str(encoding.intercept), "1"
-    return dataset
-
-
-def _refuse_foreign(out: Path, folder: Path, filling: Path, table: Path) -> None:
+def _refuse_foreign_files(out: Path, folder: Path, partial: Path, table: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out must name a folder")
-    # Files of the temporary folder may be cut short, so only their names are checked.
-    for path, is_ours in ((folder, _is_ours), (filling, _has_our_name)):
-        foreign = next((entry for entry in _entries(path) if not is_ours(entry)), None)
+    # Files of the partial folder may be cut short, so only their names are checked.
+    for path, read_header in ((folder, True), (partial, False)):
+        foreign = next((entry for entry in _entries(path) if not _is_ours(entry, read_header)), None)
         if foreign is not None:
             raise DataError(
                 f"{foreign} was not written by the phantom, so {path} is not replaced; choose another --out"
@@ -138,13 +139,9 @@ def _entries(path: Path) -> list[Path]:
     return [path] if path.exists() or path.is_symlink() else []
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, read_header: bool) -> bool:
     """Tell the phantom's slice from a real one: RSNA's files have the same names."""
-    if not _has_our_name(path):
+    if not path.is_file() or path.is_symlink() or not _FILE_NAME.fullmatch(path.name):
         return False
     with path.open("rb") as handle:
-        return MAKER.encode() in handle.read(512)
-
-
-def _has_our_name(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and _FILE_NAME.fullmatch(path.name) is not None
+        return not read_header or MAKER.encode() in handle.read(512)

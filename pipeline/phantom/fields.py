@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.floating[Any]]  # float32 in practice; the stubs promote to float64
-    Triple = tuple[float, float, float]
+Floats = NDArray[np.floating[Any]]  # float32 in practice; the stubs promote to float64
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,11 @@ class Points:
     y: Floats
     z: Floats
 
-    def take(self, chosen: NDArray[np.int64]) -> Points:
-        """Return the points at flat positions ``chosen``, shape [m]."""
-        return Points(self.x.ravel()[chosen], self.y.ravel()[chosen], self.z.ravel()[chosen])
+    def take(self, positions: NDArray[np.int64]) -> Points:
+        """Return the points at flat ``positions``, shape [m]."""
+        return Points(self.x.ravel()[positions], self.y.ravel()[positions], self.z.ravel()[positions])
 
-    def mirrored(self) -> Points:
+    def mirror(self) -> Points:
         """Return the points with the right half folded onto the left: x becomes its magnitude."""
         return Points(np.abs(self.x), self.y, self.z)
 
@@ -37,7 +35,7 @@ def inside(distance_mm: Floats, edge_mm: float = 2.0) -> Floats:
     return np.asarray(np.clip(0.5 - distance_mm / np.float32(edge_mm), 0.0, 1.0), dtype=np.float32)
 
 
-def lay(hu: Floats, value: Floats | float, weight: Floats) -> None:
+def blend(hu: Floats, value: Floats | float, weight: Floats) -> None:
     """Blend ``value`` (HU) into ``hu`` in place with ``weight``, as partial volume does."""
     hu += weight * (np.float32(value) - hu if isinstance(value, float | int) else value - hu)
 
@@ -82,18 +80,18 @@ class RandomField:
         lattice = fft.irfftn((parts[0] + 1j * parts[1]) * band, s=(side, side, side)).astype(np.float32)
         return cls(lattice / lattice.std(), step, -reach_mm)
 
-    def at(self, points: Points) -> Floats:
+    def sample(self, points: Points) -> Floats:
         """Return the field at ``points``, same shape; linear between lattice points."""
         axes = [(axis - self.corner_mm) / self.step_mm for axis in (points.z, points.y, points.x)]
         values = ndimage.map_coordinates(self.lattice, axes, order=1, mode="grid-wrap", output=np.float32)
         return np.asarray(values, dtype=np.float32)
 
 
-def ripple(rng: np.random.Generator, points: Points, wavelength_mm: float, waves: int = 5) -> Floats:
-    """A cheap smooth random function at ``points``: mean 0, deviation about 1, from a few plane waves."""
-    directions = rng.standard_normal((waves, 3))
+def ripple(rng: np.random.Generator, points: Points, wavelength_mm: float) -> Floats:
+    """A cheap smooth random function at ``points``: mean 0, deviation about 1, from five plane waves."""
+    directions = rng.standard_normal((5, 3))
     directions *= (2 * np.pi / wavelength_mm) / np.linalg.norm(directions, axis=1, keepdims=True)
     total = np.zeros_like(points.x)
-    for (kx, ky, kz), phase in zip(directions.astype(np.float32), rng.uniform(0, 2 * np.pi, waves), strict=True):
+    for (kx, ky, kz), phase in zip(directions.astype(np.float32), rng.uniform(0, 2 * np.pi, 5), strict=True):
         total += np.cos(kx * points.x + ky * points.y + kz * points.z + np.float32(phase))
-    return np.asarray(total * np.float32(np.sqrt(2.0 / waves)), dtype=np.float32)
+    return np.asarray(total * np.float32(np.sqrt(2.0 / 5)), dtype=np.float32)

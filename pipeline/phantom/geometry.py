@@ -6,15 +6,11 @@ Patient coordinates are DICOM's (PS3.3 C.7.6.2.1.1): x to the left, y to the bac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from ichpipe.phantom.fields import Points
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from ichpipe.phantom.fields import Floats, Points, Triple
 
 TILTED_SHARE = 0.9  # of studies; 92 % of RSNA 2019 slices are tilted
 LOWEST_MM, HIGHEST_MM = -26.0, 86.0  # head z of the first and last slice, about: skull base to vertex
@@ -29,9 +25,9 @@ class Geometry:
     pixel_mm: float
     spacing_mm: float  # between slice centres, along the normal
     tilt_deg: float  # gantry tilt about the x axis; 0 for an upright gantry
-    middle_mm: tuple[float, float, float]  # patient position of the middle of slice 0
-    pose: NDArray[np.float64]  # [3, 3] rotation from patient axes to head axes
-    pivot_mm: tuple[float, float, float]  # patient position of the head's origin
+    middle_mm: Triple  # patient position of the middle of slice 0
+    pose: Floats  # [3, 3] rotation from patient axes to head axes
+    pivot_mm: Triple  # patient position of the head's origin
 
     @property
     def orientation(self) -> tuple[float, float, float, float, float, float]:
@@ -40,12 +36,12 @@ class Geometry:
         return (1.0, 0.0, 0.0, 0.0, float(np.cos(tilt)), float(np.sin(tilt)))
 
     @property
-    def normal(self) -> NDArray[np.float64]:
+    def normal(self) -> Floats:
         """Unit vector of the slice normal, shape [3]: row direction times column direction."""
-        _, _, _, _, cosine, sine = self.orientation
+        *_, cosine, sine = self.orientation
         return np.array([0.0, -sine, cosine])
 
-    def position_mm(self, slice_index: int) -> NDArray[np.float64]:
+    def position_mm(self, slice_index: int) -> Floats:
         """Centre of the first pixel of a slice, ImagePositionPatient (0020,0032), mm, shape [3]."""
         half = (self.size_px - 1) / 2 * self.pixel_mm
         row, column = np.array(self.orientation[:3]), np.array(self.orientation[3:])
@@ -55,13 +51,11 @@ class Geometry:
     def head_points(self) -> Points:
         """Head coordinates of all pixel centres, each [slices, rows, columns], mm."""
         start = self.pose @ (self.position_mm(0) - np.array(self.pivot_mm))
-        steps = [self.pose @ (self.pixel_mm * np.array(self.orientation[:3])),
-                 self.pose @ (self.pixel_mm * np.array(self.orientation[3:])),
-                 self.pose @ (self.spacing_mm * self.normal)]  # fmt: skip
-        column = np.arange(self.size_px)[None, None, :]
-        row = np.arange(self.size_px)[None, :, None]
-        level = np.arange(self.n_slices)[:, None, None]
-        axes = [start[i] + column * steps[0][i] + row * steps[1][i] + level * steps[2][i] for i in range(3)]
+        step_x = self.pose @ (self.pixel_mm * np.array(self.orientation[:3]))
+        step_y = self.pose @ (self.pixel_mm * np.array(self.orientation[3:]))
+        step_z = self.pose @ (self.spacing_mm * self.normal)
+        level, row, column = np.ogrid[: self.n_slices, : self.size_px, : self.size_px]
+        axes = [start[i] + column * step_x[i] + row * step_y[i] + level * step_z[i] for i in range(3)]
         return Points(*(axis.astype(np.float32) for axis in axes))
 
 
@@ -78,10 +72,6 @@ def draw_geometry(rng: np.random.Generator, size_px: int) -> Geometry:
     pivot = rng.uniform((-10, -140, -200), (10, -100, 100))
     up = np.array([0.0, -np.sin(np.deg2rad(tilt_deg)), np.cos(np.deg2rad(tilt_deg))])
     middle = pivot + up * (LOWEST_MM + rng.normal(0, 2)) + np.array([*rng.normal(0, 3, 2), 0.0])
-    return Geometry(n_slices, size_px, pixel_mm, spacing_mm, tilt_deg, _triple(middle), pose, _triple(pivot))
-
-
-def _triple(vector: NDArray[np.float64]) -> tuple[float, float, float]:
     # Six decimals are what DICOM's 16-character decimal string holds, so the header is exact.
-    x, y, z = (round(float(v), 6) for v in vector)
-    return (x, y, z)
+    middle_mm, pivot_mm = ((round(float(x), 6), round(float(y), 6), round(float(z), 6)) for x, y, z in (middle, pivot))
+    return Geometry(n_slices, size_px, pixel_mm, spacing_mm, tilt_deg, middle_mm, pose, pivot_mm)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
-from ichpipe.phantom.fields import inside, lay
+from ichpipe.phantom.fields import Floats, blend, inside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ichpipe.phantom.anatomy import Anatomy
-    from ichpipe.phantom.fields import Floats
 
 LOWEST_HU, HIGHEST_HU = -1000, 3000
 
@@ -64,11 +63,6 @@ def draw_scanner(rng: np.random.Generator, size_px: int) -> Scanner:
     )
 
 
-def slice_profile(hu: Floats) -> Floats:
-    """Blur along the slices as a slice of finite thickness does."""
-    return np.asarray(ndimage.correlate1d(hu, np.array([0.1, 0.8, 0.1], np.float32), axis=0, mode="nearest"))
-
-
 def harden(values: Floats, anatomy: Anatomy, scanner: Scanner, rng: np.random.Generator) -> None:
     """Beam hardening on the voxels within the skull, in place: cupping, and bands between the petrous bones."""
     at = anatomy.points
@@ -86,7 +80,7 @@ def expose(hu: Floats, scanner: Scanner, rng: np.random.Generator, pixel_mm: flo
         x, y = axis[None, :], axis[:, None]
         gap = np.abs(np.sqrt(x**2 + (y + 8) ** 2) - 116) - 2
         arc = inside(np.maximum(gap, 55 - y))[None] * (hu < -900)
-        lay(hu, scanner.headrest_hu, arc.astype(np.float32))
+        blend(hu, scanner.headrest_hu, arc.astype(np.float32))
     image = ndimage.gaussian_filter(hu, (0, scanner.blur_px, scanner.blur_px), truncate=3)
     grain = rng.standard_normal(hu.shape, dtype=np.float32)
     grain = ndimage.gaussian_filter(grain, (0, scanner.grain_px, scanner.grain_px), truncate=3, mode="wrap")

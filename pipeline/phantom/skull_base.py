@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ichpipe.common.constants import AIR_HU
-from ichpipe.phantom.fields import Points, capsule, ellipsoid, inside, lay
-
-if TYPE_CHECKING:
-    from ichpipe.phantom.fields import Floats
+from ichpipe.phantom.fields import Floats, Points, blend, capsule, ellipsoid, inside
 
 MUSCLE_HU, FAT_HU, BONE_HU = 50.0, -80.0, 1000.0
 
@@ -37,43 +32,35 @@ def _step(value: Floats) -> Floats:
     return np.asarray(0.5 + 0.5 * np.tanh(value), dtype=np.float32)
 
 
-def lay_face(hu: Floats, points: Points, above_mm: Floats, depth_mm: Floats, slow: Floats, sinus: float) -> None:
+def add_face(hu: Floats, points: Points, above_mm: Floats, depth_mm: Floats, slow: Floats, sinus: float) -> None:
     """Write all that lies below the skull base into ``hu`` [m], in place. ``above_mm``: height above the base."""
-    half = points.mirrored()
+    half = points.mirror()
     below = inside(above_mm)
-    lay(hu, MUSCLE_HU - 45.0 * np.clip(slow, 0, 1), below)
-    lay(hu, BONE_HU, inside(np.abs(above_mm + 1.8) - 1.8))
+    blend(hu, MUSCLE_HU - 45.0 * np.clip(slow, 0, 1), below)
+    blend(hu, BONE_HU, inside(np.abs(above_mm + 1.8) - 1.8))
     petrous = np.maximum(np.abs(half.y - _petrous_line(half.x)) - 8, np.maximum(12 - half.x, half.x - 66))
-    lay(hu, 1.3 * BONE_HU, inside(np.maximum(petrous, half.z + 1)) * below)
-    _lay_orbits(hu, half, below)
-    _lay_air_cells(hu, half, below, slow)
-    frontal = ellipsoid(half, (6, -82, 12), (4 + 12 * sinus, 5, 4 + 12 * sinus))
-    if sinus:
-        lay(hu, AIR_HU, inside(np.maximum(frontal, depth_mm - 3)))
-
-
-def _lay_orbits(hu: Floats, half: Points, below: Floats) -> None:
+    blend(hu, 1.3 * BONE_HU, inside(np.maximum(petrous, half.z + 1)) * below)
+    # Orbits
     cone = capsule(half, (31, -68, -4), (14, -28, -2), (17, 4))
-    lay(hu, BONE_HU, inside(np.abs(cone - 1) - 1) * below)
-    lay(hu, FAT_HU, inside(cone) * below)
+    blend(hu, BONE_HU, inside(np.abs(cone - 1) - 1) * below)
+    blend(hu, FAT_HU, inside(cone) * below)
     muscles = np.abs(capsule(half, (31, -66, -4), (15, -30, -2), (10.5, 2.5))) - 1.4
-    lay(hu, MUSCLE_HU, 0.7 * inside(np.maximum(muscles, cone)) * below)
-    lay(hu, 35.0, inside(capsule(half, (30, -58, -4), (14, -28, -2), (2.4, 2.4))) * below)  # optic nerve
+    blend(hu, MUSCLE_HU, 0.7 * inside(np.maximum(muscles, cone)) * below)
+    blend(hu, 35.0, inside(capsule(half, (30, -58, -4), (14, -28, -2), (2.4, 2.4))) * below)  # optic nerve
     globe = ellipsoid(half, (32, -71, -4), (12, 12, 12))
-    lay(hu, 50.0, inside(globe) * below)
-    lay(hu, 12.0, inside(globe + 1.8) * below)
-    lay(hu, 90.0, inside(ellipsoid(half, (32, -80, -4), (5, 2.2, 5))) * below)  # lens
-
-
-def _lay_air_cells(hu: Floats, half: Points, below: Floats, slow: Floats) -> None:
-    """Ethmoid cells between the orbits, sphenoid sinus, mastoid cells and ear canals."""
+    blend(hu, 50.0, inside(globe) * below)
+    blend(hu, 12.0, inside(globe + 1.8) * below)
+    blend(hu, 90.0, inside(ellipsoid(half, (32, -80, -4), (5, 2.2, 5))) * below)  # lens
+    # Ethmoid cells between the orbits, sphenoid sinus, mastoid cells, ear canals, frontal sinus
     ethmoid = np.maximum(half.x - 11, np.maximum(np.abs(half.y + 60) - 24, half.z - 2))
     walls = np.sin(0.55 * half.x + 0.3) * np.sin(0.5 * half.y + 2 * slow) * np.sin(0.5 * half.z)
-    lay(hu, 350.0, inside(ethmoid) * below)
-    lay(hu, AIR_HU, inside(ethmoid + 1.2) * (np.abs(walls) > 0.06) * below)
-    sphenoid = ellipsoid(half, (7, -20, -9), (8, 11, 8))
-    lay(hu, AIR_HU, inside(sphenoid) * below)
+    blend(hu, 350.0, inside(ethmoid) * below)
+    blend(hu, AIR_HU, inside(ethmoid + 1.2) * (np.abs(walls) > 0.06) * below)
+    blend(hu, AIR_HU, inside(ellipsoid(half, (7, -20, -9), (8, 11, 8))) * below)
     mastoid = ellipsoid(half, (56, 24, -16), (11, 14, 15))
     cells = np.sin(1.1 * half.x) * np.sin(1.0 * half.y + slow) * np.sin(0.9 * half.z)
-    lay(hu, -650.0, inside(mastoid) * np.clip(np.abs(cells) * 3, 0, 1) * below)
-    lay(hu, AIR_HU, inside(capsule(half, (46, 10, -14), (80, 8, -16), (3.0, 3.5))))
+    blend(hu, -650.0, inside(mastoid) * np.clip(np.abs(cells) * 3, 0, 1) * below)
+    blend(hu, AIR_HU, inside(capsule(half, (46, 10, -14), (80, 8, -16), (3.0, 3.5))))
+    if sinus:
+        frontal = ellipsoid(half, (6, -82, 12), (4 + 12 * sinus, 5, 4 + 12 * sinus))
+        blend(hu, AIR_HU, inside(np.maximum(frontal, depth_mm - 3)))

@@ -8,20 +8,19 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import ndimage
 
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
-from ichpipe.phantom.bleeds import Lesion, draw_lesions, lay_lesion
-from ichpipe.phantom.fields import RandomField
+from ichpipe.phantom.bleeds import Lesion, draw_lesions
+from ichpipe.phantom.fields import RandomField, blend
 from ichpipe.phantom.geometry import Geometry, draw_geometry
-from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden, slice_profile
+from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SECOND_STUDY_CHANCE = 0.1  # of a patient
-_HEX_DIGITS = 9
-_MODULUS = 1 << (4 * _HEX_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,14 @@ def make_study(seed: int, study_index: int, size_px: int) -> Study:
     geometry, scanner = draw_geometry(rng, size_px), draw_scanner(rng, size_px)
     anatomy = build_anatomy(head, geometry)
     lesions = draw_lesions(rng, anatomy)
-    hu = slice_profile(anatomy.hu)
+    # A slice has a thickness: it averages its neighbours.
+    hu = ndimage.correlate1d(anatomy.hu, np.array([0.1, 0.8, 0.1], np.float32), axis=0, mode="nearest")
     values = hu.ravel()[anatomy.voxels]
-    texture = RandomField.draw(rng, 9.0).at(anatomy.points)
+    texture = RandomField.draw(rng, 9.0).sample(anatomy.points)  # clot is uneven
     for lesion in lesions:
-        lay_lesion(values, lesion, texture)
+        if lesion.oedema is not None:
+            blend(values, 19.0, lesion.oedema)
+        blend(values, lesion.hu + 2.0 * texture, lesion.blood)
     harden(values, anatomy, scanner, rng)
     hu.ravel()[anatomy.voxels] = values
     return Study(
@@ -101,9 +103,10 @@ def patient_of(seed: int, study_index: int) -> int:
 
 def _identifier(seed: int, family: int, number: int) -> str:
     """An identifier of the RSNA form, ``ID_`` and nine hexadecimal digits, unique by construction."""
-    offset = int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest()) % _MODULUS
+    modulus = 1 << 36
+    offset = int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest()) % modulus
     value = (family << 32 | number) ^ offset
     for shift, odd in ((17, 0x9E3779B97), (15, 0x5851F42D5), (19, 0x2545F4915)):  # each step can be undone
         value ^= value >> shift
-        value = value * odd % _MODULUS
-    return f"ID_{value ^ value >> 18:0{_HEX_DIGITS}x}"
+        value = value * odd % modulus
+    return f"ID_{value ^ value >> 18:09x}"

@@ -1,8 +1,9 @@
-"""What the page is built of: tables, plots with the table behind them, pictures, sentences."""
+"""What the page is built of: tables, plots with the table behind them, pictures, and numbers as text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import base64
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Picture:
     alt: str
     caption: str
 
+    @property
+    def data_url(self) -> str:
+        """The picture as the address of an ``img`` element."""
+        return f"data:image/webp;base64,{base64.b64encode(self.webp).decode()}"
+
 
 @dataclass(frozen=True)
 class Section:
@@ -55,35 +61,23 @@ class Section:
     hidden: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     preformatted: str = ""
-    tiles: Sequence[tuple[str, str, str]] = field(default=())  # name, figure, remark
+    tiles: Sequence[tuple[str, str, str]] = ()  # name, number, remark
 
 
-def figure(value: float | None, digits: int = 4) -> str:
-    """Return a number as text; None is said so."""
-    return NOT_DEFINED if value is None else _rounded(value, digits)
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Return a number as text; None is "not defined"."""
+    return NOT_DEFINED if value is None else f"{value:z.{digits}f}"  # z turns -0 into 0
 
 
-def with_interval(value: float | None, low: float | None, high: float | None, digits: int = 4) -> str:
-    """Return a number with its interval in brackets, where there is one."""
-    if value is None or low is None or high is None:
-        return figure(value, digits)
-    return f"{_rounded(value, digits)} [{_rounded(low, digits)}, {_rounded(high, digits)}]"
-
-
-def _rounded(value: float, digits: int) -> str:
-    """Adding 0 turns -0 into 0."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def share(part: int, whole: int) -> str:
+def format_share(part: int, whole: int) -> str:
     """Return ``12 of 80 (15.0 %)``; of none there is no share."""
     return f"{part:,} of {whole:,} ({100 * part / whole:.1f} %)" if whole else f"{part} of 0"
 
 
-def seconds(value: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as people say it: 47.3 s, 12 min 5 s, 23 h 4 min."""
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,4 +1,4 @@
-"""Which held-out studies are worth a look: the worst misses, the worst false alarms, the best finds."""
+"""Chooses the held-out studies that the page shows: worst misses, worst false alarms, best finds."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Case:
 
 
 def choose_cases(series: pd.Series, positive: NDArray[np.bool_], score: NDArray[np.float64], count: int) -> list[Case]:
-    """Choose ``count`` of each kind by the study's score; ``series`` (n,), ``positive`` (n,), ``score`` (n,).
+    """Choose ``count`` of each kind by the study's score. No study is chosen twice.
 
-    Lowest scores with a bleed, highest without one, highest with one. No study is chosen twice.
+    ``series`` [n] are Series Instance UIDs, ``positive`` [n] says which have a bleed, ``score`` [n] is P(any).
     """
-    wanted = (
+    kinds = (
         ("Worst misses: a bleed, and the lowest score", positive, score),
         ("Worst false alarms: no bleed, and the highest score", ~positive, -score),
         ("Best finds: a bleed, and the highest score", positive, -score),
     )
-    found: list[Case] = []
-    for kind, group, order in wanted:
-        taken = {case.series_uid for case in found}
-        rows = [row for row in np.argsort(order, kind="stable") if group[row] and series.iloc[row] not in taken]
-        found += [Case(str(series.iloc[row]), kind, float(score[row])) for row in rows[:count]]
-    return found
+    cases: list[Case] = []
+    for kind, group, order in kinds:
+        chosen = {case.series_uid for case in cases}
+        rows = [row for row in np.argsort(order, kind="stable") if group[row] and series.iloc[row] not in chosen]
+        cases += [Case(str(series.iloc[row]), kind, float(score[row])) for row in rows[:count]]
+    return cases
 
 
 def as_picture(png: bytes, alt: str, caption: str) -> Picture:
-    """Pack a contact sheet as WebP, which takes a fifth of the PNG's room; same bytes in, same bytes out."""
+    """Pack a contact sheet as WebP, a fifth of the size of the PNG; same bytes in, same bytes out."""
     with Image.open(io.BytesIO(png)) as image:
-        packed = io.BytesIO()
-        image.convert("RGB").save(packed, "WEBP", quality=80, method=4)
-        return Picture(packed.getvalue(), image.width, image.height, alt, caption)
+        webp = io.BytesIO()
+        image.convert("RGB").save(webp, "WEBP", quality=80, method=4)
+        return Picture(webp.getvalue(), image.width, image.height, alt, caption)

@@ -1,4 +1,4 @@
-"""What a run left behind, read for the page. A file that is not there is a gap on the page, not an error."""
+"""Reads the files of a run for the page. A missing file is a gap on the page, not an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the page is made of, apart from pictures. None and empty: not there."""
+    """All that the page is made of, apart from pictures; None or empty where the run has no such file."""
 
     summary: dict[str, Any] | None  # index/summary.json
     metrics: dict[str, Any] | None  # metrics/evaluate.json
@@ -39,36 +39,27 @@ def model_title(name: str) -> str:
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:
-    """Read what is there of a run; a torn file is an error that names it (DataError)."""
+    """Read the files of a run; a torn file is an error that names it (DataError)."""
     folders = {SLICE_CNN: artifacts.slice_cnn}
     folders |= {sequence_name(arm): artifacts.sequence(arm) for arm in arms}
     folders |= {FINETUNED: artifacts.finetuned}
-    histories = {name: _optional(folder / HISTORY_FILE) for name, folder in folders.items()}
-    records = {name: _optional(folder / RECORD_FILE) for name, folder in folders.items()}
+    splits: dict[str, pd.DataFrame] = {}
+    if (artifacts.finetuned / PREDICTIONS_FILE).exists():
+        predictions = read_predictions(artifacts.finetuned, "ichpipe finetune")
+        splits = {str(split): rows.reset_index(drop=True) for split, rows in predictions.groupby("split")}
     kinds = ("roc", "precision_recall", "calibration")
-    test, val = _predictions(artifacts)
     return Facts(
-        summary=_optional(artifacts.index_dir / "summary.json"),
-        metrics=_optional(artifacts.metrics),
-        curves={kind: _optional(artifacts.plots / f"{kind}.json") or [] for kind in kinds},
-        histories={name: found for name, found in histories.items() if found},
-        records={name: found for name, found in records.items() if found},
-        comparison=_optional(artifacts.comparison / "arms.json"),
-        test=test,
-        val=val,
+        summary=_read_optional(artifacts.index_dir / "summary.json"),
+        metrics=_read_optional(artifacts.metrics),
+        curves={kind: _read_optional(artifacts.plots / f"{kind}.json") or [] for kind in kinds},
+        histories={name: rows for name, path in folders.items() if (rows := _read_optional(path / HISTORY_FILE))},
+        records={name: record for name, path in folders.items() if (record := _read_optional(path / RECORD_FILE))},
+        comparison=_read_optional(artifacts.comparison / "arms.json"),
+        test=splits.get("test"),
+        val=splits.get("val"),
         params=params,
     )
 
 
-def _optional(path: Path) -> Any:
+def _read_optional(path: Path) -> Any:
     return read_json(path) if path.exists() else None
-
-
-def _predictions(artifacts: Artifacts) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
-    """Return test and validation predictions of the fine-tuned model; None where there are none."""
-    if not (artifacts.finetuned / PREDICTIONS_FILE).exists():
-        return None, None
-    table = read_predictions(artifacts.finetuned, "ichpipe finetune")
-    parts = [table[table["split"] == split].reset_index(drop=True) for split in ("test", "val")]
-    test, val = (None if part.empty else part for part in parts)
-    return test, val

@@ -1,7 +1,7 @@
 """Pictures of a run as PNG bytes: the same input gives the same bytes on the same versions.
 
-Drawn with matplotlib's objects, never with pyplot: no global state, no display. Colours are Okabe and Ito's,
-which colour-blind readers can tell apart, and each model keeps its colour in every picture.
+Drawn with matplotlib's objects, without pyplot: no global state, no display. The palette is Okabe and Ito's, for
+colour-blind readers. Each model keeps its colour in every picture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.scoring.arm_comparison import BETTER, WORSE
+from ichpipe.scoring.bootstrap import Estimate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,33 +33,53 @@ POSITIVE: Final = "#D55E00"
 BRAIN_WINDOW: Final = (40.0, 80.0)
 """Level and width in HU (Nguyen et al. 2020)."""
 
-SHORT: Final = tuple(ABBREVIATIONS[name] for name in CLASSES[1:])
-"""The field's abbreviations of the subtypes, in the order of ``ichpipe.common.classes.SUBTYPES``."""
-
 MAX_TILES: Final = 40
 MAX_COLUMNS: Final = 10
+
+ARM_LOOK = {BETTER: (PALETTE[2], "o"), WORSE: (PALETTE[5], "s")}
+"""Colour and marker by verdict; all other arms are grey and hollow."""
 
 
 def ladder(metrics: Mapping[str, Any]) -> bytes:
     """Draw slice CNN, each sequence arm and fine-tuned model: weighted log loss and AUC of ``any``, with intervals.
 
-    ``metrics`` is the content of ``metrics/evaluate.json``. A figure without a value (None) is named as such.
+    ``metrics`` is the content of ``metrics/evaluate.json``. A value of None is drawn as "not defined".
     """
-    rungs = [("slice CNN", metrics["slice_cnn"])]
-    rungs += [(f"sequence, {arm}", found) for arm, found in metrics["sequence"].items()]
-    rungs += [("fine-tuned", metrics["finetuned"])]
-    names = [name for name, _ in rungs]
-    losses = [(m["weighted_log_loss"], m.get("weighted_log_loss_ci")) for _, m in rungs]
-    by_slice, by_study = ([_auc_any(m[kind]) for _, m in rungs] for kind in ("auc", "study_auc"))
+    rungs = {"slice CNN": metrics["slice_cnn"]}
+    rungs |= {f"sequence, {arm}": scores for arm, scores in metrics["sequence"].items()}
+    rungs |= {"fine-tuned": metrics["finetuned"]}
+    losses = [Estimate.of_loss(scores) for scores in rungs.values()]
     figure = Figure(figsize=(12, 1.7 + 0.55 * len(rungs)), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    _rungs(axes[0], names, losses, "weighted log loss  (lower is better)")
-    _rungs(axes[1], names, by_slice, "AUC any, by slice  (higher is better)")
-    _rungs(axes[2], names, by_study, "AUC any, by study  (higher is better)")
+    panels = figure.subplots(1, 3, sharey=True)
+    _draw_rungs(panels[0], list(rungs), losses, "weighted log loss  (lower is better)")
+    for axes, kind, unit in ((panels[1], "auc", "slice"), (panels[2], "study_auc", "study")):
+        aucs = [Estimate.from_json(scores[kind]["any"]) for scores in rungs.values()]
+        _draw_rungs(axes, list(rungs), aucs, f"AUC any, by {unit}  (higher is better)")
     patients = f", {metrics['n_patients']} patients" if "n_patients" in metrics else ""
     counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies{patients}"
     figure.suptitle(f"The same held-out patients for every model: {counts}; bars: bootstrap over patients", fontsize=11)
     return to_png(figure)
+
+
+def _draw_rungs(axes: Axes, names: list[str], estimates: list[Estimate], title: str) -> None:
+    """Draw one dot with its interval per model, from the top down, the number written above."""
+    for row, estimate in enumerate(estimates):
+        colour, value = PALETTE[row % len(PALETTE)], estimate.value
+        if value is None:
+            axes.text(0.5, row, "not defined", transform=axes.get_yaxis_transform(), ha="center", va="center")
+            continue
+        if estimate.interval is not None:
+            axes.plot(estimate.interval, [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot([value], [row], "o", color=colour, markersize=7)
+        axes.annotate(f"{value:.4f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.65)
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.15)
+    plain_axes(axes, grid="x")
+    if all(estimate.value is None for estimate in estimates):
+        axes.set_xticks([])
 
 
 def roc(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -66,11 +87,16 @@ def roc(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, name in zip(panels.flat, CLASSES, strict=True):
-        _roc_panel(axes, name, points)
-    figure.supxlabel("false positive rate (1 - specificity)", fontsize=10)
-    figure.supylabel("true positive rate (sensitivity)", fontsize=10)
-    _legend_above(figure, panels.flat[0])
-    return to_png(figure)
+        axes.plot([0, 1], [0, 1], color="0.75", linewidth=1, zorder=0)
+        by_model = {model: [row for row in rows if row["class"] == name] for model, rows in points.items()}
+        for number, (model, rows) in enumerate(by_model.items()):
+            axes.plot([row["fpr"] for row in rows], [row["tpr"] for row in rows], label=model, **_style(number))
+        if not any(by_model.values()):
+            axes.text(0.5, 0.5, "no positive or no negative", ha="center", va="center", backgroundcolor="white")
+        axes.set_title(name, fontsize=10)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        plain_axes(axes, grid="both")
+    return _finish_panels(figure, panels, "false positive rate (1 - specificity)", "true positive rate (sensitivity)")
 
 
 def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -85,11 +111,19 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> byt
     for axes in panels.flat[len(histories) :]:
         axes.set_axis_off()
     for axes, (name, history) in zip(panels.flat, histories.items(), strict=False):
-        _history_panel(axes, name, history)
-    figure.supxlabel("epoch", fontsize=10)
-    figure.supylabel("weighted log loss", fontsize=10)
-    _legend_above(figure, panels.flat[0])
-    return to_png(figure)
+        trained = [row for row in history if row["train_loss"] is not None]
+        axes.plot([r["epoch"] for r in trained], [r["train_loss"] for r in trained], label="training", **_style(0, "o"))
+        axes.plot([r["epoch"] for r in history], [r["val_loss"] for r in history], label="validation", **_style(1, "s"))
+        if history:
+            best = min(history, key=lambda row: float(row["val_loss"]))
+            epoch, loss = best["epoch"], best["val_loss"]
+            axes.plot([epoch], [loss], "o", mfc="none", mec="black", ms=11, ls="none", label="best")
+            axes.annotate(f"{loss:.4f}", (epoch, loss), (0, 9), textcoords="offset points", ha="center")
+        axes.set_title(name, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.1, y=0.15)
+        plain_axes(axes, grid="y")
+    return _finish_panels(figure, panels, "epoch", "weighted log loss")
 
 
 def study_sheet(
@@ -97,88 +131,27 @@ def study_sheet(
 ) -> bytes:
     """Draw a series as a contact sheet in the brain window, and beneath it each model's P(any) by slice.
 
-    ``hu`` holds n slices (rows, columns) in order, ``probabilities`` per model and ``labels`` (n, 6). Positive slices
-    are framed and named by subtype. A long series shows evenly chosen slices; the curves show all of them.
+    ``hu`` holds n slices [rows, columns] in order, ``probabilities`` [n, 6] per model, ``labels`` [n, 6] 0 or 1.
+    Positive slices are framed and named by subtype. A long series shows evenly spaced slices; the curves show all.
     """
     truth = np.asarray(labels, dtype=np.float64)
-    chosen = np.unique(np.linspace(0, len(hu) - 1, min(len(hu), MAX_TILES)).round().astype(int))
-    rows = -(-len(chosen) // MAX_COLUMNS)
-    columns = -(-len(chosen) // rows)
+    shown = np.unique(np.linspace(0, len(hu) - 1, min(len(hu), MAX_TILES)).round().astype(int))
+    rows = -(-len(shown) // MAX_COLUMNS)
+    columns = -(-len(shown) // rows)
     figure = Figure(figsize=(13, 0.6 + 1.45 * rows + 2.9), layout="constrained", facecolor="white")
     sheet, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.45 * rows + 0.4, 2.9]).flat
     sheet.suptitle(title, fontsize=11)
     tiles = sheet.subplots(rows, columns, squeeze=False)
     sheet.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)
-    for axes in tiles.flat[len(chosen) :]:
+    for axes in tiles.flat[len(shown) :]:
         axes.set_axis_off()
-    for axes, index in zip(tiles.flat, chosen, strict=False):
-        _tile(axes, hu[index], truth[index], int(index))
-    _probability_panel(below.subplots(), probabilities, truth[:, 0])
+    for axes, index in zip(tiles.flat, shown, strict=False):
+        _draw_tile(axes, hu[index], truth[index], int(index))
+    _draw_probabilities(below.subplots(), probabilities, truth[:, 0])
     return to_png(figure)
 
 
-def _auc_any(aucs: Mapping[str, Any]) -> tuple[float | None, list[float] | None]:
-    found = aucs["any"]
-    interval = None if found["ci_low"] is None else [found["ci_low"], found["ci_high"]]
-    return found["value"], interval
-
-
-def _rungs(axes: Axes, names: list[str], found: list[tuple[float | None, list[float] | None]], title: str) -> None:
-    """Draw one dot with its interval per model, from the top down, the number written above."""
-    for row, (value, interval) in enumerate(found):
-        colour = PALETTE[row % len(PALETTE)]
-        if value is None:
-            axes.text(0.5, row, "not defined", transform=axes.get_yaxis_transform(), ha="center", va="center")
-            continue
-        if interval is not None:
-            axes.plot(interval, [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
-        axes.plot([value], [row], "o", color=colour, markersize=7)
-        axes.annotate(f"{value:.4f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.65)
-    axes.set_title(title, fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.margins(x=0.15)
-    plain_axes(axes, grid="x")
-    if all(value is None for value, _ in found):
-        axes.set_xticks([])
-
-
-def _roc_panel(axes: Axes, name: str, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    axes.plot([0, 1], [0, 1], color="0.75", linewidth=1, zorder=0)
-    drawn = False
-    for number, (model, rows) in enumerate(points.items()):
-        mine = [row for row in rows if row["class"] == name]
-        drawn = drawn or bool(mine)
-        axes.plot([row["fpr"] for row in mine], [row["tpr"] for row in mine], label=model, **_style(number))
-    if not drawn:
-        axes.text(0.5, 0.5, "no positive or no negative", ha="center", va="center", backgroundcolor="white")
-    axes.set_title(name, fontsize=10)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    plain_axes(axes, grid="both")
-
-
-def _history_panel(axes: Axes, name: str, history: Sequence[Mapping[str, Any]]) -> None:
-    trained = [row for row in history if row["train_loss"] is not None]
-    axes.plot([r["epoch"] for r in trained], [r["train_loss"] for r in trained], label="training", **_style(0, "o"))
-    axes.plot([r["epoch"] for r in history], [r["val_loss"] for r in history], label="validation", **_style(1, "s"))
-    if history:
-        best = min(history, key=lambda row: float(row["val_loss"]))
-        axes.plot([best["epoch"]], [best["val_loss"]], "o", mfc="none", mec="black", ms=11, ls="none", label="best")
-        axes.annotate(
-            f"{best['val_loss']:.4f}",
-            (best["epoch"], best["val_loss"]),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-        )
-    axes.set_title(name, fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.1, y=0.15)
-    plain_axes(axes, grid="y")
-
-
-def _tile(axes: Axes, hu: NDArray[np.int16], truth: NDArray[np.float64], index: int) -> None:
+def _draw_tile(axes: Axes, hu: NDArray[np.int16], truth: NDArray[np.float64], index: int) -> None:
     """Draw one slice, its number, and where it is positive a frame and the subtypes beneath."""
     level, width = BRAIN_WINDOW
     axes.imshow(hu, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, interpolation="antialiased")
@@ -186,13 +159,13 @@ def _tile(axes: Axes, hu: NDArray[np.int16], truth: NDArray[np.float64], index: 
     axes.text(0.03, 0.97, str(index), color="white", fontsize=7, va="top", transform=axes.transAxes)
     positive = truth[0] == 1
     if positive:
-        names = [name for name, label in zip(SHORT, truth[1:], strict=True) if label == 1]
+        names = [ABBREVIATIONS[name] for name, label in zip(CLASSES[1:], truth[1:], strict=True) if label == 1]
         axes.set_xlabel(" ".join(names), color=POSITIVE, fontsize=8, labelpad=2)
     for spine in axes.spines.values():
         spine.set(visible=positive, edgecolor=POSITIVE, linewidth=2.5)
 
 
-def _probability_panel(axes: Axes, probabilities: Mapping[str, ArrayLike], positive: NDArray[np.float64]) -> None:
+def _draw_probabilities(axes: Axes, probabilities: Mapping[str, ArrayLike], positive: NDArray[np.float64]) -> None:
     for index in np.flatnonzero(positive == 1):
         axes.axvspan(index - 0.5, index + 0.5, color=POSITIVE, alpha=0.18, linewidth=0)
     handles = []
@@ -207,48 +180,60 @@ def _probability_panel(axes: Axes, probabilities: Mapping[str, ArrayLike], posit
 
 
 def _style(number: int, marker: str | None = None) -> dict[str, Any]:
-    """Return the look of line ``number``: colour and dashes both differ, so that neither is needed alone."""
+    """Return the look of line ``number``; colour and dashes both differ."""
     style = {"color": PALETTE[number % len(PALETTE)], "linestyle": LINES[number % len(LINES)], "linewidth": 1.8}
     return style | ({"marker": marker, "markersize": 3.5} if marker else {})
 
 
 def plain_axes(axes: Axes, grid: str) -> None:
-    """Leave of the frame what carries numbers, and a light grid along ``grid`` (x, y or both)."""
+    """Hide the top and right spines; draw a light grid along ``grid`` (x, y or both)."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="0.9", linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
+def _finish_panels(figure: Figure, panels: NDArray[Any], x: str, y: str) -> bytes:
+    """Name both axes of all panels, put their legend above, and render."""
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    handles, names = panels.flat[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    return to_png(figure)
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render without matplotlib's version and the date in the file; PNG goes through Agg, without a display."""
+    """Return a PNG without matplotlib's version and the date; it goes through Agg, without a display."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     return buffer.getvalue()
 
 
-ARM_LOOK = {BETTER: (PALETTE[2], "o"), WORSE: (PALETTE[5], "s")}
-"""Colour and marker by verdict; all other arms are grey and hollow."""
-
-
 def arms_figure(comparison: Mapping[str, Any]) -> bytes:
-    """Draw each arm's weighted log loss by seed, and its gain over the baseline with both intervals."""
+    """Draw each arm's weighted log loss by seed, and its gain over the baseline with both intervals; PNG.
+
+    ``comparison`` is the content of ``compare/arms.json``.
+    """
     arms = comparison["arms"]
     figure = Figure(figsize=(12, 1.9 + 0.42 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for row_y, row in enumerate(arms):
-        loss = row["weighted_log_loss"]
-        left.plot(loss["of_seeds"], [row_y] * len(loss["of_seeds"]), "o", color=PALETTE[0], ms=5, alpha=0.6)
-        left.plot([loss["mean"]], [row_y], "|", color="black", ms=16, mew=2)
-        _draw_gain(right, row_y, row)
+    for y, arm in enumerate(arms):
+        loss, gain = arm["weighted_log_loss"], arm["gain"].get("weighted_log_loss")
+        left.plot(loss["of_seeds"], [y] * len(loss["of_seeds"]), "o", color=PALETTE[0], ms=5, alpha=0.6)
+        left.plot([loss["mean"]], [y], "|", color="black", ms=16, mew=2)
+        if gain is None:
+            right.text(0, y, f" {arm['verdict']}", va="center", fontsize=9, color="0.4")
+            continue
+        colour, marker = ARM_LOOK.get(arm["verdict"], ("0.45", "o"))
+        if gain["simultaneous"] is not None:
+            right.plot(gain["simultaneous"], [y, y], color=colour, linewidth=1)
+        if gain["ci_low"] is not None:
+            right.plot([gain["ci_low"], gain["ci_high"]], [y, y], color=colour, linewidth=3)
+        fill = colour if arm["verdict"] in ARM_LOOK else "white"
+        right.plot([gain["value"]], [y], marker, color=colour, mfc=fill, ms=8)
     right.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(range(len(arms)), [row["arm"] for row in arms])
+    left.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
     left.invert_yaxis()
     left.set_xlabel("weighted log loss  (lower is better; a dot a seed, a bar their mean)")
     right.set_xlabel(f"gain over {comparison['baseline']}  (to the right: better; thin: all arms together)")
@@ -257,17 +242,3 @@ def arms_figure(comparison: Mapping[str, Any]) -> bytes:
     counts = f"{comparison['n_slices']} slices, {comparison['n_patients']} patients"
     figure.suptitle(f"{counts}; filled: beyond noise, hollow: noise", fontsize=11)
     return to_png(figure)
-
-
-def _draw_gain(axes: Axes, row_y: int, row: Mapping[str, Any]) -> None:
-    gain = row["gain"].get("weighted_log_loss")
-    if gain is None:
-        axes.text(0, row_y, f" {row['verdict']}", va="center", fontsize=9, color="0.4")
-        return
-    colour, marker = ARM_LOOK.get(row["verdict"], ("0.45", "o"))
-    if gain["simultaneous"] is not None:
-        axes.plot(gain["simultaneous"], [row_y, row_y], color=colour, linewidth=1)
-    if gain["ci_low"] is not None:
-        axes.plot([gain["ci_low"], gain["ci_high"]], [row_y, row_y], color=colour, linewidth=3)
-    fill = colour if row["verdict"] in ARM_LOOK else "white"
-    axes.plot([gain["value"]], [row_y], marker, color=colour, mfc=fill, ms=8)

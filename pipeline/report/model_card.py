@@ -1,4 +1,4 @@
-"""What a model is, was trained on, can and can't do: ``config.json`` and a page for people beside the weights."""
+"""Model card: ``config.json``, and a page for people beside the weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file, read_json
 from ichpipe.scoring import metrics
+from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import LABELS, read_predictions
 
 if TYPE_CHECKING:
@@ -34,17 +35,32 @@ LIMITS = (
 def make_card(
     folder: Path, network: dict[str, Any], index: pd.DataFrame, dataset: str, evaluate: EvaluateParams
 ) -> dict[str, Any]:
-    """Describe the end-to-end model in ``folder``; ``network`` is what its file says (``Header.description``).
+    """Describe the end-to-end model in ``folder`` as the content of ``config.json``.
 
-    Scores are those of its own predictions on the held-out patients, which carry its digest; without labelled test
-    patients there are none.
+    ``network`` is what the model file says (``Header.description``). The scores are those of its own predictions of the
+    held-out patients; without labelled test patients ``metrics["test"]`` is None.
     """
     record = read_json(folder / RECORD_FILE)
+    training_data: dict[str, Any] = {"dataset": dataset}
+    for split in ("train", "val", "test"):
+        rows = index[index["split"] == split]
+        training_data[split] = {
+            "patients": int(rows["patient_id"].nunique()),
+            "studies": int(rows["study_uid"].nunique()),
+            "slices": len(rows),
+            "positive_slices": {name: int((rows[name] == 1).sum()) for name in CLASSES},
+        }
+    table = read_predictions(folder, "ichpipe finetune")
+    table, test = table[table["split"] == "test"], None
+    if not table.empty:
+        labels, values = table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy(np.float64)
+        groups = table["patient_id"].to_numpy(), table["series_uid"].to_numpy()
+        test = metrics.score(labels, values, *groups, **evaluate.bootstrap())
     return {
         **network,
         "model_sha256": digest_of_file(folder / MODEL_FILE),
-        "training_data": {"dataset": dataset} | {split: _counts(index, split) for split in ("train", "val", "test")},
-        "metrics": {"validation": {"weighted_log_loss": record["val_loss"]}, "test": _scores(folder, evaluate)},
+        "training_data": training_data,
+        "metrics": {"validation": {"weighted_log_loss": record["val_loss"]}, "test": test},
         "training": {name: record[name] for name in ("params", "device", "versions", "commit")},
         "intended_use": INTENDED,
         "limits": list(LIMITS),
@@ -53,8 +69,9 @@ def make_card(
 
 def card_text(card: dict[str, Any]) -> str:
     """Return the card as a page (markdown)."""
-    cnn, sequence, test = card["slice_cnn"], card["sequence"], card["metrics"]["test"]
-    windows = ", ".join(f"{one['level_hu']:g}/{one['width_hu']:g}" for one in cnn["windows"])
+    cnn, sequence, data, test = card["slice_cnn"], card["sequence"], card["training_data"], card["metrics"]["test"]
+    windows = ", ".join(f"{window['level_hu']:g}/{window['width_hu']:g}" for window in cnn["windows"])
+    direction = ", bidirectional" if sequence["bidirectional"] else ""
     lines = [
         "# Intracranial haemorrhage on head CT, slice by slice",
         "",
@@ -65,54 +82,31 @@ def card_text(card: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| slice CNN | {cnn['backbone']}, {cnn['size_px']} px, windows (level/width, HU) {windows} |",
-        f"| sequence model | {sequence['cell']}, {sequence['layers']} x {sequence['hidden']}"
-        f"{', bidirectional' if sequence['bidirectional'] else ''}, inputs {', '.join(sequence['inputs'])} |",
+        f"| sequence model | {sequence['cell']}, {sequence['layers']} x {sequence['hidden']}{direction}, "
+        f"inputs {', '.join(sequence['inputs'])} |",
         f"| output | probabilities of {', '.join(card['classes'])}, in this order |",
         f"| weights | {MODEL_FILE}, SHA-256 {card['model_sha256']} |",
-        *(f"| {split} | {_sentence(card['training_data'][split])} |" for split in ("train", "val", "test")),
-        f"| data | {card['training_data']['dataset']} |",
-        "",
-        *(_score_lines(test) if test else ["No labelled patients were held out: nothing is known of its accuracy."]),
-        "",
-        "`ichpipe predict DICOM --out DIR --model THIS_FOLDER` runs it; nothing in this folder is unpickled.",
     ]
+    for split in ("train", "val", "test"):
+        sizes = ", ".join(f"{data[split][key]} {key}" for key in ("patients", "studies", "slices"))
+        positive = ", ".join(f"{name} {number}" for name, number in data[split]["positive_slices"].items())
+        lines.append(f"| {split} | {sizes} ({positive}) |")
+    lines += [f"| data | {data['dataset']} |", ""]
+    if test:
+        lines += [
+            f"Held-out patients: weighted log loss {Estimate.of_loss(test).text()}.",
+            "",
+            "| class | AUC, slice | AUC, study |",
+            "|---|---|---|",
+        ]
+        for name in CLASSES:
+            slices, studies = (_format_auc(test[kind][name]) for kind in ("auc", "study_auc"))
+            lines.append(f"| {name} | {slices} | {studies} |")
+    else:
+        lines.append("No labelled patients were held out: nothing is known of its accuracy.")
+    lines += ["", "`ichpipe predict DICOM --out DIR --model THIS_FOLDER` runs it; nothing in this folder is unpickled."]
     return "\n".join(lines) + "\n"
 
 
-def _counts(index: pd.DataFrame, split: str) -> dict[str, Any]:
-    rows = index[index["split"] == split]
-    return {
-        "patients": int(rows["patient_id"].nunique()),
-        "studies": int(rows["study_uid"].nunique()),
-        "slices": len(rows),
-        "positive_slices": {name: int((rows[name] == 1).sum()) for name in CLASSES},
-    }
-
-
-def _scores(folder: Path, evaluate: EvaluateParams) -> dict[str, Any] | None:
-    table = read_predictions(folder, "ichpipe finetune")
-    table = table[table["split"] == "test"]
-    if table.empty:
-        return None
-    labels, values = table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy(np.float64)
-    groups = table["patient_id"].to_numpy(), table["series_uid"].to_numpy()
-    return metrics.score(labels, values, *groups, **evaluate.bootstrap())
-
-
-def _sentence(counts: dict[str, Any]) -> str:
-    positive = ", ".join(f"{name} {number}" for name, number in counts["positive_slices"].items())
-    return f"{counts['patients']} patients, {counts['studies']} studies, {counts['slices']} slices ({positive})"
-
-
-def _score_lines(test: dict[str, Any]) -> list[str]:
-    low, high = test["weighted_log_loss_ci"]
-    head = f"Held-out patients: weighted log loss {test['weighted_log_loss']:.4f} [{low:.4f}, {high:.4f}]."
-    rows = [f"| {name} | {_interval(test['auc'][name])} | {_interval(test['study_auc'][name])} |" for name in CLASSES]
-    return [head, "", "| class | AUC, slice | AUC, study |", "|---|---|---|", *rows]
-
-
-def _interval(found: dict[str, Any]) -> str:
-    if found["value"] is None:
-        return "–"
-    text = f"{found['value']:.3f}"
-    return text if found["ci_low"] is None else f"{text} [{found['ci_low']:.3f}, {found['ci_high']:.3f}]"
+def _format_auc(auc: dict[str, Any]) -> str:
+    return "–" if auc["value"] is None else Estimate.from_json(auc).text(3)

@@ -1,4 +1,4 @@
-"""Parts of the page that say how good the models are: the ladder, curves, calibration, the operating point, arms."""
+"""Sections on how good the models are: ladder, curves, calibration, operating points, ablation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import NOT_DEFINED, Plot, Section, Table, figure, share, with_interval
-from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
+from ichpipe.report.blocks import Plot, Section, Table, format_number, format_share
+from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
-from ichpipe.scoring.calibration_metrics import reliability
+from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
+from ichpipe.scoring.metrics import reliability
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
 from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -28,95 +27,145 @@ WANTED: Final = 0.9
 """Sensitivity, and specificity, that a threshold is chosen for."""
 
 RATES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-UNIT: Final = (0.0, 1.0)
+NO_SCORES: Final = "There are no scores yet; run: ichpipe evaluate."
 
 
 def ladder(facts: Facts) -> Section:
-    """Every model on the same held-out patients, with intervals, and each rung against the one before."""
-    if facts.metrics is None:
-        return Section("ladder", "Models", ["There are no scores yet; run: ichpipe evaluate."])
-    rungs = rungs_of(facts.metrics)
-    counts = "{n_slices} slices, {n_studies} studies, {n_patients} patients".format_map(_counts(facts.metrics))
-    kinds = (("AUC any, by slice", "auc"), ("AUC any, by study", "study_auc"))
-    plots = [("Weighted log loss (lower is better)", [_loss(name, found) for name, found in rungs])]
-    plots += [
-        (f"{title} (higher is better)", [_auc(name, found[kind]["any"]) for name, found in rungs])
-        for title, kind in kinds
+    """Every model on the same held-out patients, with intervals, and paired differences."""
+    metrics = facts.metrics
+    if metrics is None:
+        return Section("ladder", "Models", [NO_SCORES])
+    rungs = rungs_of(metrics)
+    columns = {"Weighted log loss (lower is better)": [(name, Estimate.of_loss(scores)) for name, scores in rungs]}
+    kinds = {"AUC any, by slice": "auc", "AUC any, by study": "study_auc"}
+    for title, kind in kinds.items():
+        aucs = [(name, Estimate.from_json(scores[kind]["any"])) for name, scores in rungs]
+        columns[f"{title} (higher is better)"] = aucs
+    cells = zip(*columns.values(), strict=True)
+    rows = [[row[0][0], *(estimate.text() for _, estimate in row)] for row in cells]
+    sizes = dict.fromkeys(("n_slices", "n_studies", "n_patients"), "unknown") | metrics
+    counts = "{n_slices} slices, {n_studies} studies, {n_patients} patients".format_map(sizes)
+    percent, samples = 100 * facts.params["evaluate"]["confidence"], facts.params["evaluate"]["bootstrap_samples"]
+    lines = [
+        f"Every model is scored on the same held-out {counts}.",
+        f"Brackets and bars: {percent:g} % intervals, patients resampled {samples} times.",
     ]
-    rows = [[name, *(with_interval(i.value, i.low, i.high) for i in cells)] for name, cells in _by_model(rungs, plots)]
-    lines = [f"Every model is scored on the same held-out {counts}.", _interval_words(facts)]
+    hidden = []
+    for unit, kind in (("slice", "auc"), ("study", "study_auc")):
+        by_class = [
+            [name, *(Estimate.from_json(scores[kind][label]).text(3) for label in CLASSES)] for name, scores in rungs
+        ]
+        hidden.append(Table(f"AUC by {unit}, per class", ["model", *CLASSES], by_class))
+    gains = metrics.get("paired", {}).items()
+    paired = [
+        [pair, *(Estimate.from_json(gain[key]).text(3) for key in ("weighted_log_loss", "auc_any"))]
+        for pair, gain in gains
+    ]
+    caption = "Paired differences over the same resampled patients; above 0 the first is better"
+    hidden.append(Table(caption, ["pair", "weighted log loss", "AUC any"], paired))
     return Section(
         "ladder",
         "Models",
         lines,
-        tables=[Table("The ladder of models", ["model", "weighted log loss", *(title for title, _ in kinds)], rows)],
-        plots=[Plot(title, interval_plot(title, cells, title.partition(" (")[0])) for title, cells in plots],
-        hidden=[
-            _per_class(rungs, "auc", "AUC by slice"),
-            _per_class(rungs, "study_auc", "AUC by study"),
-            _paired(facts.metrics),
-        ],
+        tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
+        plots=[Plot(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
+        hidden=hidden,
     )
 
 
 def rungs_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
     rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
-    rungs += [(model_title(sequence_name(arm)), found) for arm, found in metrics["sequence"].items()]
+    rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
     return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
 
 
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
+    roc, recall = (
+        {"fpr": "false positive rate", "tpr": "true positive rate"},
+        {"recall": "recall", "precision": "precision"},
+    )
     return [
-        _curves(facts, shown, "roc", "ROC", ("fpr", "false positive rate"), ("tpr", "true positive rate")),
-        _curves(
-            facts, shown, "precision_recall", "Precision and recall", ("recall", "recall"), ("precision", "precision")
-        ),
+        _curves(facts, shown, "roc", "ROC", roc),
+        _curves(facts, shown, "precision_recall", "Precision and recall", recall),
         _calibration(facts, shown),
     ]
 
 
-def _curves(
-    facts: Facts, shown: dict[str, int], kind: str, title: str, x: tuple[str, str], y: tuple[str, str]
-) -> Section:
-    rows, key = facts.curves[kind], kind.replace("_", "-")
-    plots, hidden, without = [], [], []
-    for name in CLASSES:
-        lines = _lines(rows, shown, name, x[0], y[0])
-        if not lines:
-            without.append(name)
-            continue
-        axes = Axis(x[1], *UNIT), Axis(y[1], *UNIT)
-        plots.append(Plot(name, line_plot(f"{title}, {name}", lines, *axes, diagonal=kind == "roc")))
-        hidden.append(_read_off(lines, f"{title}, {name}: {y[1]} at a given {x[1]}", x[1]))
-    said = ["By slice, on the held-out patients."] if plots else []
-    if without:
-        said.append(
-            f"No curve for {', '.join(without)}: "
-            + ("no positive or no negative held-out slice." if rows else "not evaluated yet.")
-        )
-    return Section(key, title, said, legend=_legend(shown, plots), plots=plots, hidden=hidden)
+def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: dict[str, str]) -> Section:
+    (x_key, x_name), (y_key, y_name) = axes.items()
+    is_roc = kind == "roc"
+    by_class = _lines_by_class(facts, shown, kind, x_key, y_key)
+    plots, hidden = [], []
+    for name, lines in by_class.items():
+        svg = line_plot(f"{title}, {name}", lines, Axis(x_name, 0, 1), Axis(y_name, 0, 1), diagonal=is_roc)
+        plots.append(Plot(name, svg))
+        # The table reads curves off at fixed x: the highest y among points that reach so far (for ROC: not farther).
+        rows = []
+        for rate in RATES:
+            row = [f"{rate:g}"]
+            for line in lines:
+                reached = [y for x, y in line.points if (x <= rate + 1e-9 if is_roc else x >= rate - 1e-9)]
+                row.append(format_number(max(reached), 3) if reached else "")
+            rows.append(row)
+        head = [x_name, *(model_title(line.name) for line in lines)]
+        hidden.append(Table(f"{title}, {name}: {y_name} at a given {x_name}", head, rows))
+    sentences = ["By slice, on the held-out patients."] if plots else []
+    missing = ", ".join(name for name in CLASSES if name not in by_class)
+    if missing:
+        reason = "no positive or no negative held-out slice" if facts.curves[kind] else "not evaluated yet"
+        sentences.append(f"No curve for {missing}: {reason}.")
+    key, legend = kind.replace("_", "-"), _legend(shown) if plots else []
+    return Section(key, title, sentences, legend=legend, plots=plots, hidden=hidden)
 
 
 def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
-    plots, rows = [], []
-    for name in CLASSES:
-        lines = _lines(facts.curves["calibration"], shown, name, "predicted", "observed", dots=True)
-        if lines:
-            axes = Axis("predicted probability", *UNIT), Axis("share of positives", *UNIT)
-            plots.append(Plot(name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True)))
+    axes = Axis("predicted probability", 0, 1), Axis("share of positives", 0, 1)
+    plots = [
+        Plot(name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True))
+        for name, lines in _lines_by_class(facts, shown, "calibration", "predicted", "observed", dots=True).items()
+    ]
+    if not plots:
+        return Section("calibration", "Calibration", [NO_SCORES])
+    rows = []
     for row in facts.curves["calibration"]:
         if row["model"] in shown:
-            cells = (figure(row["predicted"], 3), figure(row["observed"], 3), str(row["n"]))
-            rows.append([model_title(row["model"]), row["class"], *cells])
-    said = ["How far probabilities can be taken at their word: on the diagonal, one in five slices of P 0.2 bleeds."]
+            numbers = format_number(row["predicted"], 3), format_number(row["observed"], 3), str(row["n"])
+            rows.append([model_title(row["model"]), row["class"], *numbers])
+    lines = ["How far probabilities can be taken at their word: on the diagonal, one in five slices of P 0.2 bleeds."]
     hidden = [Table("Calibration in ten bins", ["model", "class", "mean P", "share positive", "slices"], rows)]
-    if not plots:
-        return Section("calibration", "Calibration", ["There are no scores yet; run: ichpipe evaluate."])
     tables = [] if facts.test is None else [_reliability(facts.test)]
-    return Section("calibration", "Calibration", said, tables, _legend(shown, plots), plots, hidden)
+    return Section("calibration", "Calibration", lines, tables, _legend(shown), plots, hidden)
+
+
+def _reliability(test: pd.DataFrame) -> Table:
+    labels = test[LABELS].to_numpy(np.float64)
+    scores = reliability(labels, test[list(CLASSES)].to_numpy(np.float64))
+    kinds = {"Brier score": "brier", "calibration error": "calibration_error", "average precision": "average_precision"}
+    rows = []
+    for name, positive in zip(CLASSES, labels.sum(axis=0), strict=True):
+        numbers = [format_number(scores[kind][name]) for kind in kinds.values()]
+        rows.append([name, *numbers, format_share(int(positive), len(test))])
+    return Table("Fine-tuned model, by slice", ["class", *kinds, "positive slices"], rows)
+
+
+def _lines_by_class(
+    facts: Facts, shown: dict[str, int], kind: str, x: str, y: str, *, dots: bool = False
+) -> dict[str, list[Line]]:
+    """Return the lines of the shown models; a class without a line is left out."""
+    by_class: dict[str, list[Line]] = {}
+    for name in CLASSES:
+        for model, look in shown.items():
+            rows = [row for row in facts.curves[kind] if row["model"] == model and row["class"] == name]
+            if rows:
+                by_class.setdefault(name, []).append(Line(model, [(r[x], r[y]) for r in rows], look, dots))
+    return by_class
+
+
+def _legend(shown: dict[str, int]) -> list[tuple[str, int]]:
+    return [(model_title(name), look) for name, look in shown.items()]
 
 
 def operating(facts: Facts, study_score: StudyScore) -> Section:
@@ -125,52 +174,63 @@ def operating(facts: Facts, study_score: StudyScore) -> Section:
     if facts.test is None:
         return Section(key, title, ["The fine-tuned model has not predicted the test patients; run: ichpipe finetune."])
     truth, score = of_studies(facts.test, study_score)
-    tables, notes = [], []
-    for kind, words in (("high_sensitivity", "sensitivity"), ("high_specificity", "specificity")):
+    val_truth, val_score = (truth[:0], score[:0]) if facts.val is None else of_studies(facts.val, study_score)
+    tables = []
+    for words in ("sensitivity", "specificity"):
         rows = []
         for column, name in enumerate(CLASSES):
-            threshold = _threshold(facts.val, study_score, column, kind)
+            points = operating_points(val_truth[:, column], val_score[:, column], wanted=WANTED)
+            threshold = (points[f"high_{words}"] or {}).get("threshold")
             rows.append([name, *_confusion(truth[:, column] == 1, score[:, column], threshold)])
         head = ["class", "threshold", "true positive", "false negative", "false positive", "true negative"]
         head += ["sensitivity", "specificity"]
         tables.append(Table(f"Threshold for {words} of at least {WANTED:g} in validation", head, rows))
-    if facts.val is None:
-        notes.append("No validation patient has been predicted, so there is no threshold.")
     lines = [
         f"A study is called positive where its score ({study_score} over slices, fine-tuned model) reaches the "
-        f"threshold. Thresholds are chosen on the {_count(facts.val)} validation studies; counted here are the "
+        f"threshold. Thresholds are chosen on the {len(val_truth)} validation studies; counted here are the "
         f"{len(truth)} held-out ones. Brackets: exact 95 % intervals (Clopper and Pearson).",
-        *notes,
     ]
+    if facts.val is None:
+        lines.append("No validation patient has been predicted, so there is no threshold.")
     return Section(key, title, lines, tables)
+
+
+def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshold: float | None) -> list[str]:
+    if threshold is None:
+        return ["none: no positive or no negative in validation", *[""] * 6]
+    called = score >= threshold
+    true_pos, false_neg = int((called & positive).sum()), int((~called & positive).sum())
+    false_pos, true_neg = int((called & ~positive).sum()), int((~called & ~positive).sum())
+    rates = []
+    for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
+        rates.append(Estimate(part / whole if whole else None, *proportion_interval(part, whole)).text(2))
+    return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
 
 
 def ablation(facts: Facts) -> Section:
     """The arms of stage two beside each other."""
-    key, title, found = "ablation", "Ablation: arms of the sequence model", facts.comparison
-    if found is None:
+    key, title, comparison = "ablation", "Ablation: arms of the sequence model", facts.comparison
+    if comparison is None:
         return Section(key, title, ["Arms have not been compared; run: ichpipe compare."])
+    baseline = comparison["baseline"]
     rows, gains = [], []
-    for row in found["arms"]:
-        loss, gain = row["weighted_log_loss"], row["gain"].get("weighted_log_loss")
-        spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
-        cells = [str(len(row["seeds"])), figure(loss["mean"]) + spread, "" if gain is None else _signed(gain)]
-        cells += [
-            row["verdict"],
-            figure(row["auc"]["any"], 3),
-            "" if row["n_parameters"] is None else f"{row['n_parameters']:,}",
-        ]
-        rows.append([row["arm"], *cells])
+    for arm in comparison["arms"]:
+        loss, gain, gain_text = arm["weighted_log_loss"], arm["gain"].get("weighted_log_loss"), ""
         if gain is not None:
-            gains.append(Interval(row["arm"], gain["value"], gain["ci_low"], gain["ci_high"]))
-    head = ["arm", "seeds", "weighted log loss", f"gain over {found['baseline']}", "verdict", "AUC any", "parameters"]
+            gain_text = Estimate.from_json(gain).text(sign="+")
+            gains.append((arm["arm"], Estimate.from_json(gain)))
+        spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
+        parameters = "" if arm["n_parameters"] is None else f"{arm['n_parameters']:,}"
+        cells = [arm["arm"], str(len(arm["seeds"])), format_number(loss["mean"]) + spread, gain_text, arm["verdict"]]
+        rows.append([*cells, format_number(arm["auc"]["any"], 3), parameters])
+    head = ["arm", "seeds", "weighted log loss", f"gain over {baseline}", "verdict", "AUC any", "parameters"]
     lines = [
-        f"Gain: weighted log loss of {found['baseline']} minus that of the arm, over {found['n_patients']} patients; "
+        f"Gain: weighted log loss of {baseline} minus that of the arm, over {comparison['n_patients']} patients; "
         "above 0 the arm is better. It is called noise unless it holds for all arms together and beyond the spread of "
         "seeds.",
-        *(f"Warning: {warning}." for warning in found["warnings"]),
+        *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
-    name = f"Gain over {found['baseline']}, weighted log loss"
+    name = f"Gain over {baseline}, weighted log loss"
     plots = [Plot(name, interval_plot(name, gains, "gain", zero=True, digits=4))] if gains else []
     return Section(key, title, lines, [Table("Arms, mean over seeds ± standard deviation", head, rows)], plots=plots)
 
@@ -180,119 +240,5 @@ def of_studies(table: pd.DataFrame, study_score: StudyScore) -> tuple[NDArray[np
     from ichpipe.scoring.model_ladder import smooth_series  # noqa: PLC0415 - scikit-learn and scipy, for this alone
 
     groups = table.groupby("series_uid", sort=False)
-    place, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups
-    return pool(table[LABELS].to_numpy(np.float64), place, count), pool(smooth_series(table), place, count, study_score)
-
-
-def _threshold(val: pd.DataFrame | None, study_score: StudyScore, column: int, kind: str) -> float | None:
-    if val is None:
-        return None
-    truth, score = of_studies(val, study_score)
-    found = operating_points(truth[:, column], score[:, column], wanted=WANTED)[kind]
-    return None if found is None else found["threshold"]
-
-
-def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshold: float | None) -> list[str]:
-    if threshold is None:
-        return ["none: no positive or no negative in validation", *[""] * 6]
-    called = score >= threshold
-    counts = [
-        int((a & b).sum())
-        for a, b in ((called, positive), (~called, positive), (called, ~positive), (~called, ~positive))
-    ]
-    true_pos, false_neg, false_pos, true_neg = counts
-    rates = [_rate(true_pos, true_pos + false_neg), _rate(true_neg, true_neg + false_pos)]
-    return [figure(threshold, 3), *map(str, counts), *rates]
-
-
-def _rate(part: int, whole: int) -> str:
-    if not whole:
-        return NOT_DEFINED
-    low, high = proportion_interval(part, whole)
-    return with_interval(part / whole, low, high, 2)
-
-
-def _lines(
-    rows: Sequence[dict[str, Any]], shown: dict[str, int], name: str, x: str, y: str, *, dots: bool = False
-) -> list[Line]:
-    found = {model: [(r[x], r[y]) for r in rows if r["model"] == model and r["class"] == name] for model in shown}
-    return [Line(model, points, shown[model], dots) for model, points in found.items() if points]
-
-
-def _read_off(lines: Sequence[Line], caption: str, x: str) -> Table:
-    """Read curves off at fixed places: the highest y among points that reach so far (for ROC: not farther)."""
-    roc = x == "false positive rate"
-    rows = []
-    for at in RATES:
-        inside = [[py for px, py in line.points if (px <= at + 1e-9 if roc else px >= at - 1e-9)] for line in lines]
-        rows.append([f"{at:g}", *(figure(max(values), 3) if values else "" for values in inside)])
-    return Table(caption, [x, *(model_title(line.name) for line in lines)], rows)
-
-
-def _legend(shown: dict[str, int], plots: Sequence[Plot]) -> list[tuple[str, int]]:
-    return [(model_title(name), look) for name, look in shown.items()] if plots else []
-
-
-def _reliability(test: pd.DataFrame) -> Table:
-    found = reliability(test[LABELS].to_numpy(np.float64), test[list(CLASSES)].to_numpy(np.float64))
-    names = (
-        ("Brier score", "brier"),
-        ("calibration error", "calibration_error"),
-        ("average precision", "average_precision"),
-    )
-    rows = [[name, *(figure(found[key][name]) for _, key in names)] for name in CLASSES]
-    positive = test[LABELS].to_numpy().sum(axis=0).astype(int)
-    rows = [[*row, share(int(count), len(test))] for row, count in zip(rows, positive, strict=True)]
-    return Table("Fine-tuned model, by slice", ["class", *(name for name, _ in names), "positive slices"], rows)
-
-
-def _count(table: pd.DataFrame | None) -> int:
-    return 0 if table is None else int(table["series_uid"].nunique())
-
-
-def _counts(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: metrics.get(name, "unknown") for name in ("n_slices", "n_studies", "n_patients")}
-
-
-def _interval_words(facts: Facts) -> str:
-    section = facts.params["evaluate"]
-    percent, times = f"{100 * section['confidence']:g} %", section["bootstrap_samples"]
-    return f"Brackets and bars: {percent} intervals, patients resampled {times} times."
-
-
-def _loss(name: str, found: dict[str, Any]) -> Interval:
-    low, high = found.get("weighted_log_loss_ci") or (None, None)
-    return Interval(name, found["weighted_log_loss"], low, high)
-
-
-def _auc(name: str, found: dict[str, Any]) -> Interval:
-    return Interval(name, found["value"], found["ci_low"], found["ci_high"])
-
-
-def _by_model(
-    rungs: list[tuple[str, Any]], plots: list[tuple[str, list[Interval]]]
-) -> list[tuple[str, list[Interval]]]:
-    return [(name, [cells[number] for _, cells in plots]) for number, (name, _) in enumerate(rungs)]
-
-
-def _per_class(rungs: list[tuple[str, Any]], kind: str, caption: str) -> Table:
-    rows = [[name, *(_text_of(found[kind][label]) for label in CLASSES)] for name, found in rungs]
-    return Table(f"{caption}, per class", ["model", *CLASSES], rows)
-
-
-def _paired(metrics: dict[str, Any]) -> Table:
-    rows = [
-        [name, _text_of(found["weighted_log_loss"]), _text_of(found["auc_any"])]
-        for name, found in metrics.get("paired", {}).items()
-    ]
-    caption = "Paired differences over the same resampled patients; above 0 the first is better"
-    return Table(caption, ["pair", "weighted log loss", "AUC any"], rows)
-
-
-def _text_of(found: dict[str, Any]) -> str:
-    return with_interval(found["value"], found["ci_low"], found["ci_high"], 3)
-
-
-def _signed(gain: dict[str, Any]) -> str:
-    bounds = "" if gain["ci_low"] is None else f" [{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]"
-    return f"{gain['value']:+.4f}{bounds}"
+    group, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups
+    return pool(table[LABELS].to_numpy(np.float64), group, count), pool(smooth_series(table), group, count, study_score)

@@ -1,9 +1,8 @@
-"""Probabilities taken nearer to their word: one monotone map a class, fitted on the validation split.
+"""Calibrates probabilities: one monotone map a class, fitted on the validation split.
 
-Temperature scaling (Guo et al., ICML 2017, arXiv 1706.04599) divides the logit of a class by one number above 0; it
-changes no ranking, so no AUC. Isotonic regression (Zadrozny & Elkan, KDD 2002) fits a rising step curve; it can mend
-more, needs more cases, and ties what lies on one step. Maps are kept as a small JSON beside the model: `predict` needs
-nothing else, and nothing is unpickled.
+Temperature scaling (Guo et al., ICML 2017, arXiv 1706.04599) divides the logit of a class by one number above 0; no
+ranking and no AUC changes. Isotonic regression (Zadrozny & Elkan, KDD 2002) fits a rising step curve. It corrects more,
+needs more cases, and ties what lies on one step. A small JSON beside the model holds the maps; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit, xlogy
 
 from ichpipe.common.artifacts import CALIBRATION_FILE, MODEL_FILE
-from ichpipe.common.classes import CLASSES
+from ichpipe.common.classes import CLASSES, METRIC_CLIP
 from ichpipe.common.errors import WeightsError
 from ichpipe.common.files import digest_of_file, read_json, write_json
 
@@ -29,20 +28,14 @@ if TYPE_CHECKING:
 
 Method = Literal["none", "temperature", "isotonic"]
 
-MIN_SLICES: Final = 10
-"""A class with fewer positive or negative validation slices than this stays as it is."""
-
+RANGE: Final = (0.05, 20.0)  # of temperatures
+MIN_SLICES: Final = 10  # positive, and negative, validation slices of a class that gets a map
 MIN_PATIENTS: Final = {"temperature": 5, "isotonic": 20}
-"""… or whose positive ones come from fewer patients: the map would describe them, not the class.
+"""Patients with positive slices of a class that gets a map; with fewer, the map describes these patients.
 
-On 55 patients of CT-ICH, where each fold validates on two to four positive ones, fitting all the same made the
-held-out log loss worse in nine of ten tries (docs/predict.md).
+On 55 patients of CT-ICH, with two to four positive ones in a fold, fitting made the held-out log loss worse in nine
+of ten tries (docs/predict.md).
 """
-
-RANGE: Final = (0.05, 20.0)
-"""Temperatures looked at."""
-
-_CLIP: Final = 1e-15  # as in the metric: the logit of 0 or 1 is not finite
 
 
 class Curve(BaseModel):
@@ -73,15 +66,15 @@ class Calibration(BaseModel):
         return tuple(name for name in CLASSES if name in self.temperature or name in self.isotonic)
 
     def apply(self, probabilities: Floats) -> Floats:
-        """Return the calibrated probabilities (n, 6); a class without a map comes back bit by bit as it was.
+        """Return the calibrated probabilities (n, 6); a class without a map stays bit-identical.
 
-        ``any`` may come out below a subtype, as it may without: each class is calibrated for itself. To raise ``any``
-        to its largest subtype would undo its own calibration, since the largest of several noisy values is too high.
+        ``any`` may be below a subtype, as without calibration. Raised to the largest subtype, ``any`` would lose its
+        own calibration: the largest of several noisy values is too high.
         """
         result = np.array(probabilities, dtype=np.float64)
         for column, name in enumerate(CLASSES):
             if name in self.temperature:
-                result[:, column] = _cooled(result[:, column], self.temperature[name])
+                result[:, column] = _cool(result[:, column], self.temperature[name])
             elif name in self.isotonic:
                 curve = self.isotonic[name]
                 result[:, column] = np.interp(result[:, column], curve.probability, curve.calibrated)
@@ -93,25 +86,25 @@ def fit_calibration(
 ) -> Calibration:
     """Fit one map a class to labels (n, 6; 0 or 1) and probabilities (n, 6) of the validation split.
 
-    ``patients`` (n,) are identifiers. A class with less than MIN_SLICES positive or negative slices, or with positive
-    ones of less than MIN_PATIENTS patients, gets none.
+    ``patients`` (n,) are identifiers. Classes below MIN_SLICES or MIN_PATIENTS get none.
     """
     facts = {"model_sha256": model_sha256, "patients": len(set(patients)), "slices": len(labels)}
     if method == "none":
         return Calibration(method=method, **facts)
-    reasons = {
-        name: _too_little(labels[:, column], patients, MIN_PATIENTS[method]) for column, name in enumerate(CLASSES)
-    }
-    fitted = {
-        name: (labels[:, column], probabilities[:, column]) for column, name in enumerate(CLASSES) if not reasons[name]
-    }
-    maps = {"temperature": _temperature, "isotonic": _isotonic}[method]
-    return Calibration(
-        method=method,
-        **facts,
-        **{method: {name: maps(*pair) for name, pair in fitted.items()}},
-        as_they_are={name: reason for name, reason in reasons.items() if reason},
-    )
+    fit = {"temperature": _fit_temperature, "isotonic": _fit_isotonic}[method]
+    maps, unmapped = {}, {}
+    for name, label, values in zip(CLASSES, labels.T, probabilities.T, strict=True):
+        positive = label == 1
+        few = min(int(positive.sum()), int((~positive).sum()))
+        count = len(set(patients[positive]))
+        if few < MIN_SLICES:
+            kind = "positive" if positive.sum() == few else "negative"
+            unmapped[name] = f"{few} {kind} slices, fewer than {MIN_SLICES}"
+        elif count < (fewest := MIN_PATIENTS[method]):
+            unmapped[name] = f"positive slices of {count} patient{'s' * (count != 1)}, fewer than {fewest}"
+        else:
+            maps[name] = fit(label, values)
+    return Calibration(method=method, **facts, **{method: maps}, as_they_are=unmapped)
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
@@ -120,57 +113,42 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
 
 
 def read_calibration(folder: Path) -> Calibration | None:
-    """Read what lies beside the model; None where nothing does.
-
-    Raises WeightsError for a file that is damaged or was fitted to another model.
-    """
+    """Read ``calibration.json`` beside the model; None without one. WeightsError if damaged or of another model."""
     path = folder / CALIBRATION_FILE
     if not path.exists():
         return None
     remedy = "run: ichpipe evaluate, or leave it out with --uncalibrated"
     try:
-        found = Calibration.model_validate(read_json(path))
+        calibration = Calibration.model_validate(read_json(path))
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "its form"
-        raise WeightsError(f"{path} is no calibration ({place}: {error.errors()[0]['msg']}); {remedy}") from error
-    if found.model_sha256 != digest_of_file(folder / MODEL_FILE):
+        key = ".".join(map(str, error.errors()[0]["loc"])) or "its form"
+        raise WeightsError(f"{path} is no calibration ({key}: {error.errors()[0]['msg']}); {remedy}") from error
+    if calibration.model_sha256 != digest_of_file(folder / MODEL_FILE):
         raise WeightsError(f"{path} was fitted to another model than {folder / MODEL_FILE}; {remedy}")
-    return found
+    return calibration
 
 
-def _too_little(labels: Floats, patients: NDArray[np.object_], fewest: int) -> str:
-    positive = labels == 1
-    few = min(int(positive.sum()), int((~positive).sum()))
-    if few < MIN_SLICES:
-        kind = "positive" if positive.sum() == few else "negative"
-        return f"{few} {kind} slices, fewer than {MIN_SLICES}"
-    if (owners := len(set(patients[positive]))) < fewest:
-        return f"positive slices of {owners} patient{'s' * (owners != 1)}, fewer than {fewest}"
-    return ""
-
-
-def _temperature(labels: Floats, probabilities: Floats) -> float:
+def _fit_temperature(labels: Floats, probabilities: Floats) -> float:
     """Return the temperature of least log loss, to six digits: the same on every machine."""
 
     def loss(log_temperature: float) -> float:
-        found = _cooled(probabilities, float(np.exp(log_temperature)))
-        return float(-(xlogy(labels, found) + xlogy(1.0 - labels, 1.0 - found)).mean())
+        cooled = _cool(probabilities, float(np.exp(log_temperature)))
+        return float(-(xlogy(labels, cooled) + xlogy(1.0 - labels, 1.0 - cooled)).mean())
 
     best = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-8})
     return float(f"{np.exp(best.x):.6g}")
 
 
-def _cooled(probabilities: Floats, temperature: float) -> Floats:
-    clipped = np.clip(probabilities, _CLIP, 1.0 - _CLIP)
-    cooled: Floats = np.clip(expit(logit(clipped) / temperature), _CLIP, 1.0 - _CLIP)
+def _cool(probabilities: Floats, temperature: float) -> Floats:
+    clipped = np.clip(probabilities, METRIC_CLIP, 1.0 - METRIC_CLIP)
+    cooled: Floats = np.clip(expit(logit(clipped) / temperature), METRIC_CLIP, 1.0 - METRIC_CLIP)
     return cooled
 
 
-def _isotonic(labels: Floats, probabilities: Floats) -> Curve:
-    """Return the isotonic curve, kept from 1 / (n + 2) to (n + 1) / (n + 2).
+def _fit_isotonic(labels: Floats, probabilities: Floats) -> Curve:
+    """Return the isotonic curve, kept from 1 / (n + 2) to (n + 1) / (n + 2) by Laplace's rule of succession.
 
-    At its ends it would say 0 and 1, which a single error makes infinitely wrong. After n slices without an exception
-    the rule of succession (Laplace) expects the next one to be one with 1 / (n + 2); more can't be known from n.
+    The curve itself ends at 0 and 1, where one error costs infinite loss.
     """
     from sklearn.isotonic import IsotonicRegression  # noqa: PLC0415 - takes a second, and only fitting needs it
 

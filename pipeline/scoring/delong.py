@@ -1,8 +1,8 @@
-"""DeLong's variance of the area under the ROC curve, and his test for two models scored on the same cases.
+"""DeLong's variance of the AUC, and DeLong's test for two models scored on the same cases.
 
 DeLong, DeLong & Clarke-Pearson, Biometrics 1988, 44, 837-845, with the ranks of Sun & Xu, IEEE Signal Processing
-Letters 2014, 21, 1389-1393: sorting instead of a look at every pair. Cases must be independent: scans of different
-patients, not slices of one scan; for slices see the bootstrap over patients in ``ichpipe.scoring.metrics``.
+Letters 2014, 21, 1389-1393. Cases must be independent: scans of different patients, not slices of one scan. For slices
+use the bootstrap over patients in ``ichpipe.scoring.metrics``.
 """
 
 from __future__ import annotations
@@ -46,38 +46,29 @@ def areas(labels: ArrayLike, scores: ArrayLike) -> Areas | None:
 
 
 def interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> dict[str, float] | None:
-    """Return ``standard_error``, ``ci_low``, ``ci_high`` of one AUC (scores (n,)); None where ``areas`` is.
-
-    The interval is AUC +- z standard errors, cut to 0 to 1.
-    """
-    found = areas(labels, np.asarray(scores)[:, None])
-    if found is None:
+    """Return ``standard_error``, ``ci_low``, ``ci_high`` of one AUC of scores (n,); None where `areas` is."""
+    auc = areas(labels, np.asarray(scores)[:, None])
+    if auc is None:
         return None
-    value, error = float(found.values[0]), float(np.sqrt(found.covariance[0, 0]))
-    low, high = _around(value, error, confidence)
-    return {"standard_error": error, "ci_low": max(low, 0.0), "ci_high": min(high, 1.0)}
+    value, error = float(auc.values[0]), float(np.sqrt(auc.covariance[0, 0]))
+    width = float(norm.ppf(0.5 + confidence / 2.0)) * error
+    return {"standard_error": error, "ci_low": max(value - width, 0.0), "ci_high": min(value + width, 1.0)}
 
 
 def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence: float = 0.95) -> dict[str, Any]:
     """Test whether two models' AUCs differ on the same cases; positive ``difference`` means ``scores`` is better.
 
     Returns ``auc``, ``auc_against``, ``difference``, ``ci_low``, ``ci_high``, ``z`` and the two-sided ``p_value``; all
-    None where ``areas`` is. Where the difference has no variance, as between equal scores, there is no z, and the
-    p-value is 1 for no difference, else None.
+    None where `areas` is. A difference without variance has no z; its p-value is 1 if it is 0, else None.
     """
-    found = areas(labels, np.column_stack([scores, others]))
-    if found is None:
+    aucs = areas(labels, np.column_stack([scores, others]))
+    if aucs is None:
         return dict.fromkeys(("auc", "auc_against", "difference", "ci_low", "ci_high", "z", "p_value"))
-    first, second = found.values.tolist()
-    variance = found.covariance[0, 0] + found.covariance[1, 1] - 2.0 * found.covariance[0, 1]
-    error = float(np.sqrt(max(variance, 0.0)))
-    low, high = _around(first - second, error, confidence)
-    z = (first - second) / error if error > 1e-12 else None
-    p_value = float(2.0 * norm.sf(abs(z))) if z is not None else (1.0 if first == second else None)
-    values = {"auc": first, "auc_against": second, "difference": first - second}
-    return {**values, "ci_low": low, "ci_high": high, "z": z, "p_value": p_value}
-
-
-def _around(value: float, error: float, confidence: float) -> tuple[float, float]:
+    first, second = aucs.values.tolist()
+    variance = aucs.covariance[0, 0] + aucs.covariance[1, 1] - 2.0 * aucs.covariance[0, 1]
+    difference, error = first - second, float(np.sqrt(max(variance, 0.0)))
     width = float(norm.ppf(0.5 + confidence / 2.0)) * error
-    return value - width, value + width
+    z = difference / error if error > 1e-12 else None
+    p_value = float(2.0 * norm.sf(abs(z))) if z is not None else (1.0 if first == second else None)
+    values = {"auc": first, "auc_against": second, "difference": difference}
+    return values | {"ci_low": difference - width, "ci_high": difference + width, "z": z, "p_value": p_value}

@@ -19,14 +19,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-
 MODEL_KEY = b"ichpipe.model"
-POOLED = "pooled"
-"""Mark of predictions by the models of several folds."""
-
+POOLED = "pooled"  # mark of predictions by the models of several folds
 KEYS = ["split", "patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
 LABELS = [f"label_{name}" for name in CLASSES]
-
 SLICE_CNN = "slice_cnn"
 FINETUNED = "finetuned"
 
@@ -71,7 +67,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_predictions(table: pd.DataFrame, folder: Path, mark: str) -> None:
-    """Write what a model predicts of the held-out slices, with the mark of what made it (`model_mark`, POOLED)."""
+    """Write a model's predictions of the held-out slices with the mark of their maker (`model_mark`, POOLED)."""
     whole = pa.Table.from_pandas(table, preserve_index=False)
     marked = whole.replace_schema_metadata({**(whole.schema.metadata or {}), MODEL_KEY: mark})
     with atomic_path(folder / PREDICTIONS_FILE) as temporary:
@@ -79,13 +75,13 @@ def write_predictions(table: pd.DataFrame, folder: Path, mark: str) -> None:
 
 
 def model_mark(folder: Path) -> str:
-    """Return the digest of the model in a folder (SHA-256); POOLED where there is none."""
+    """Return the digest of the model in a folder (SHA-256); POOLED without a model."""
     path = folder / MODEL_FILE
     return digest_of_file(path) if path.exists() else POOLED
 
 
 def read_predictions(folder: Path, command: str) -> pd.DataFrame:
-    """Read what the model in ``folder`` predicts; DataError where the file is of another model, or torn."""
+    """Read what the model in ``folder`` predicts; DataError if another model made the file, or it is incomplete."""
     path = require_file(folder / PREDICTIONS_FILE, f"run: {command}")
     try:
         table = pq.read_table(path)

@@ -21,21 +21,29 @@ def operating_points(
     A case is called positive where its score is at least the threshold, which is one of the scores. The first point has
     the highest threshold at which sensitivity is at least ``wanted`` (above 0, to 1), the second the lowest at which
     specificity is; a threshold of None calls nothing positive. Labels (n,) are 0 or 1, scores (n,) any numbers.
-    Both are chosen on the very cases they are reported on: they describe the curve, and are no estimate of what a
-    threshold fixed beforehand would give.
+    Both points describe the curve of these cases. They don't estimate what a threshold chosen beforehand would give.
     """
     positive, values = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
     m, n = int(positive.sum()), int((~positive).sum())
     if not m or not n:
         return {"high_sensitivity": None, "high_specificity": None}
     thresholds = np.append(np.unique(values), np.inf)
-    called = m - np.searchsorted(np.sort(values[positive]), thresholds)
-    spared = np.searchsorted(np.sort(values[~positive]), thresholds)
-    sensitive = np.flatnonzero(called >= wanted * m - _ROUNDING)[-1]
-    specific = np.flatnonzero(spared >= wanted * n - _ROUNDING)[0]
+    true_positives = m - np.searchsorted(np.sort(values[positive]), thresholds)
+    true_negatives = np.searchsorted(np.sort(values[~positive]), thresholds)
+    rows = {
+        "high_sensitivity": np.flatnonzero(true_positives >= wanted * m - _ROUNDING)[-1],
+        "high_specificity": np.flatnonzero(true_negatives >= wanted * n - _ROUNDING)[0],
+    }
     return {
-        name: {"wanted": wanted} | _point(thresholds[at], (int(called[at]), m), (int(spared[at]), n), confidence)
-        for name, at in (("high_sensitivity", sensitive), ("high_specificity", specific))
+        name: {
+            "wanted": wanted,
+            "threshold": float(thresholds[row]) if np.isfinite(thresholds[row]) else None,
+            "sensitivity": int(true_positives[row]) / m,
+            "sensitivity_ci": proportion_interval(int(true_positives[row]), m, confidence),
+            "specificity": int(true_negatives[row]) / n,
+            "specificity_ci": proportion_interval(int(true_negatives[row]), n, confidence),
+        }
+        for name, row in rows.items()
     }
 
 
@@ -45,16 +53,3 @@ def proportion_interval(successes: int, trials: int, confidence: float = 0.95) -
     low = beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
     high = beta.ppf(1.0 - tail, successes + 1, trials - successes) if successes < trials else 1.0
     return [float(low), float(high)]
-
-
-def _point(
-    threshold: np.float64, called: tuple[int, int], spared: tuple[int, int], confidence: float
-) -> dict[str, Any]:
-    """Describe one threshold by the positives called positive, of all, and the negatives spared, of all."""
-    return {
-        "threshold": float(threshold) if np.isfinite(threshold) else None,
-        "sensitivity": called[0] / called[1],
-        "sensitivity_ci": proportion_interval(*called, confidence),
-        "specificity": spared[0] / spared[1],
-        "specificity_ci": proportion_interval(*spared, confidence),
-    }

@@ -1,33 +1,146 @@
-"""RSNA's metric over two tables: predictions joined to labels by SOPInstanceUID, and what did not match, counted."""
+"""Scores slices by RSNA's metric: reads tables of predictions and labels, joins them, counts what did not match.
+
+A table is RSNA's long one, one row a slice, or ``evaluate``'s parquet. Rows are found by SOPInstanceUID and columns by
+name, never by position: RSNA lists ``any`` last, this project first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
-from ichpipe.scoring.calibration_metrics import reliability
-from ichpipe.scoring.metrics import paired_difference, score
-from ichpipe.scoring.slice_tables import GROUPS, named
+from ichpipe.common.user_tables import read_table
+from ichpipe.index.rsna_labels import LONG_COLUMNS, inconsistent_any, parse_ids
+from ichpipe.scoring.metrics import paired_difference, reliability, score
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
-    from ichpipe.scoring.slice_tables import SliceTable
+    from ichpipe.common.user_tables import Table
 
     Floats = NDArray[np.float64]
+    _Reader = Callable[[Table, str], Floats]
+
+GROUPS: Final = ("patient_id", "study_uid", "series_uid")
+"""Columns that name the patient, study and series of a slice, the widest first."""
+
+_KEYS: Final = ("sop_uid", "ID", "SOPInstanceUID")
+_FORMS: Final = (
+    f"a slice table has the columns ID,Label with IDs <SOPInstanceUID>_<class>, or one of {', '.join(_KEYS)} "
+    f"and the six classes {', '.join(CLASSES)}"
+)
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """Predictions for labelled slices, sorted by UID."""
+class SliceTable:
+    """Values of slices by SOPInstanceUID."""
 
-    probabilities: Floats  # (n, 6)
+    title: str
+    values: pd.DataFrame  # index: SOPInstanceUID, unique; the columns of CLASSES, float64; NaN where there is none
+    groups: pd.DataFrame  # same index; those of GROUPS that the table has in full, as text
     report: dict[str, Any]
+
+
+def read_predictions(path: Path) -> SliceTable:
+    """Read probabilities 0 to 1 of slices; a class of which the long form has no row is NaN.
+
+    Raises DataError that names file and line: a value that is NaN or out of range, an unknown or absent class, two
+    different values for one slice and class. Rows that repeat an earlier one are counted in the report.
+    """
+    return _read(read_table(path, "prediction"), read_probabilities, CLASSES)
+
+
+def read_labels(path: Path) -> SliceTable:
+    """Read labels 0 or 1 of slices; NaN where unknown. Of ``evaluate``'s parquet the ``label_`` columns are read.
+
+    Raises DataError as ``read_predictions`` does. Where ``any`` is not the maximum of the five, all six labels become
+    unknown, as in ``ichpipe.index.rsna_labels``; the report names the slice.
+    """
+    table = read_table(path, "label")
+    prefixed = tuple(f"label_{name}" for name in CLASSES)
+    result = _read(table, _read_label, prefixed if set(prefixed) <= set(table.names) else CLASSES)
+    odd = inconsistent_any(result.values.notna().to_numpy(), result.values.to_numpy() == 1.0)
+    report = result.report | count_uids("inconsistent_any_slices", result.values.index[odd])
+    return replace(result, values=result.values[~odd].reindex(result.values.index), report=report)
+
+
+def read_probabilities(table: Table, column: str) -> Floats:
+    """Read a column (rows,) of probabilities; DataError names the first that is NaN or outside 0 to 1."""
+    values = table.numbers(column)
+    wrong = ~((values >= 0.0) & (values <= 1.0))  # NaN is outside too
+    table.refuse(wrong, f"column {column} is no probability; give numbers from 0 to 1, not logits", values)
+    return values
+
+
+def count_uids(title: str, uids: pd.Index) -> dict[str, Any]:
+    """Return how many there are, and the first of them."""
+    return {f"n_{title}": len(uids)} | ({f"first_of_{title}": str(uids[0])} if len(uids) else {})
+
+
+def count_names(title: str, names: Iterable[Any]) -> dict[str, Any]:
+    """Return how many there are, and up to 20 of them."""
+    texts = [str(name) for name in names]
+    return {f"n_{title}": len(texts)} | ({title: texts[:20]} if texts else {})
+
+
+def _read_label(table: Table, column: str) -> Floats:
+    values = table.numbers(column)
+    wrong = ~np.isin(values, (0.0, 1.0)) & ~(np.isnan(values) & (not table.is_csv))
+    remedy = "is neither 0 nor 1; check that PREDICTIONS and LABELS stand in this order"
+    table.refuse(wrong, f"column {column} {remedy}", values)
+    return values
+
+
+def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> SliceTable:
+    if sorted(table.names) == LONG_COLUMNS:
+        return _read_long(table, read_column)
+    key = next((name for name in _KEYS if name in table.names), None)
+    absent = [name for name in columns if name not in table.names]
+    if key is None or absent:
+        raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}")
+    uids = pd.Index(table.text(key).to_pandas())
+    values = np.column_stack([read_column(table, name) for name in columns])
+    codes, unique = pd.factorize(uids)
+    first = np.flatnonzero(~uids.duplicated())
+    _refuse_contradictions(table, values, values[first[codes]], uids)
+    texts = {name: table.optional_text(name) for name in GROUPS}
+    groups = {name: column.to_numpy()[first] for name, column in texts.items() if column is not None}
+    return _make_table(table, "wide", values[first], unique, groups, len(first))
+
+
+def _read_long(table: Table, read_column: _Reader) -> SliceTable:
+    """Read rows of one slice and class each."""
+    ids = table.text("ID")
+    uids, columns = parse_ids(table, ids)
+    values = read_column(table, "Label")
+    codes, unique = pd.factorize(pd.Index(uids.to_pandas()))
+    cells = np.full((len(unique), len(CLASSES)), np.nan)
+    cells[codes, columns] = values
+    _refuse_contradictions(table, values[:, None], cells[codes, columns][:, None], pd.Index(ids.to_pandas()))
+    return _make_table(table, "long", cells, unique, {}, int((~np.isnan(cells)).sum()))
+
+
+def _make_table(
+    table: Table, form: str, values: Floats, uids: pd.Index, groups: dict[str, NDArray[Any]], distinct_rows: int
+) -> SliceTable:
+    rows = len(table.content)
+    report = {"file": str(table.path), "form": form, "n_rows": rows, "n_duplicate_rows": rows - distinct_rows}
+    frame = pd.DataFrame(values, index=uids, columns=list(CLASSES))
+    return SliceTable(table.title, frame, pd.DataFrame(groups, index=uids), report)
+
+
+def _refuse_contradictions(table: Table, values: Floats, others: Floats, names: pd.Index) -> None:
+    """Refuse rows whose ``values`` (rows, k) differ from those of another row of the same name."""
+    differ = ((values != others) & ~(np.isnan(values) & np.isnan(others))).any(axis=1)
+    table.refuse(differ, "contradicts another row of the same ID; keep one of them", names.to_series())
 
 
 def score_slices(
@@ -49,32 +162,41 @@ def score_slices(
     if known.empty:
         raise DataError(f"{labels.title} has no slice whose six labels are all known; check the table")
     uids, true = known.index, known.to_numpy()
-    joined = _join(predictions, labels, uids, missing)
-    groups = _groups((labels, predictions), uids)
+    probabilities, report = _join(predictions, labels, uids, missing)
+    groups = {}  # numbers (n,) of patients, studies and series, by the first table that names one for each slice
+    for name in GROUPS:
+        columns = [table.groups[name].reindex(uids) for table in (labels, predictions) if name in table.groups]
+        whole = next((column for column in columns if column.notna().all()), None)
+        if whole is not None:
+            groups[name] = pd.factorize(whole, sort=True)[0]
     patients = next(iter(groups.values()), np.arange(len(uids)))
-    series = groups.get("series_uid", groups.get("study_uid"))
-    result = score(true, joined.probabilities, patients, series, **settings)
-    result |= reliability(true, joined.probabilities)
+    series_key = next((name for name in ("series_uid", "study_uid") if name in groups), None)
+    series = groups[series_key] if series_key else None
+    result = score(true, probabilities, patients, series, **settings) | reliability(true, probabilities)
     result |= {
         "n_excluded": len(labels.values) - len(known),
         "n_studies": None if series is None else len(np.unique(series)),
         "n_groups": len(np.unique(patients)),
         "resampled_by": next(iter(groups), "slice"),
-        "study_auc_by": next((name for name in ("series_uid", "study_uid") if name in groups), None),
-        "predictions": joined.report,
+        "study_auc_by": series_key,
+        "predictions": report,
         "labels": labels.report,
     }
     if against is not None:
-        other = _join(against, labels, uids, missing)
-        found = paired_difference(true, other.probabilities, joined.probabilities, patients, **settings)
-        result["against"] = {"predictions": other.report, **found}
+        others, report = _join(against, labels, uids, missing)
+        result["against"] = {
+            "predictions": report,
+            **paired_difference(true, others, probabilities, patients, **settings),
+        }
     return result | settings
 
 
-def _join(predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: float | None) -> _Joined:
-    """Find each labelled slice by its UID; refuse or fill what has no prediction."""
-    found = predictions.values.reindex(uids).to_numpy(copy=True)
-    absent = np.isnan(found)
+def _join(
+    predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: float | None
+) -> tuple[Floats, dict[str, Any]]:
+    """Return the predictions (n, 6) of the slices, filled or refused where there is none, and what was counted."""
+    values = predictions.values.reindex(uids).to_numpy(copy=True)
+    absent = np.isnan(values)
     without = uids[absent.any(axis=1)]
     if absent.all():
         raise DataError(
@@ -87,20 +209,7 @@ def _join(predictions: SliceTable, labels: SliceTable, uids: pd.Index, missing: 
             f"{predictions.title} has no prediction for {len(without)} of {len(uids)} labelled slices, first of them "
             f"{without[0]} ({', '.join(name for name, gap in gaps if gap)}); add them, or fill them with --missing 0.5"
         )
-    found[absent] = missing
+    values[absent] = missing
     unlabelled = predictions.values.index.difference(uids, sort=False)
-    counts = named("slices_without_label", unlabelled) | named("slices_without_prediction", without)
-    filled = {"filled_with": missing} if len(without) else {}
-    return _Joined(found, predictions.report | counts | filled)
-
-
-def _groups(tables: tuple[SliceTable, ...], uids: pd.Index) -> dict[str, NDArray[np.intp]]:
-    """Number the patients, studies and series (n,) of the slices, by the first table that names one for each slice."""
-    frames = [table.groups.reindex(uids) for table in tables]
-    result = {}
-    for name in GROUPS:
-        columns = [frame[name] for frame in frames if name in frame]
-        whole = next((column for column in columns if column.notna().all()), None)
-        if whole is not None:
-            result[name] = pd.factorize(whole, sort=True)[0]
-    return result
+    counts = count_uids("slices_without_label", unlabelled) | count_uids("slices_without_prediction", without)
+    return values, predictions.report | counts | ({"filled_with": missing} if len(without) else {})

@@ -1,6 +1,6 @@
-"""Scores of any studies by table: ``studies.csv`` of ``predict`` against labels of studies, series or patients.
+"""Scores studies by table: ``studies.csv`` of ``predict`` against labels of studies, series or patients.
 
-A hospital seldom labels all six classes: each class is scored on the studies whose label of it is known.
+Hospitals seldom label all six classes: each class is scored on the studies whose label of it is known.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import pandas as pd
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
-from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample
-from ichpipe.scoring.calibration_metrics import brier, calibration_error
+from ichpipe.scoring.bootstrap import Ranking, estimate, resample
 from ichpipe.scoring.delong import interval
-from ichpipe.scoring.metrics import weighted_log_loss
+from ichpipe.scoring.metrics import brier, calibration_error, cross_entropies, weighted_log_loss
 from ichpipe.scoring.operating_points import operating_points
+from ichpipe.scoring.score_slices import count_names, read_probabilities
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -29,23 +30,19 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _KEYS: Final = ("series_uid", "study_uid", "patient_id")
-_CLIP: Final = 1e-15
 
 
 def read_studies(path: Path, key: str, pool: str | None = None) -> pd.DataFrame:
     """Read probabilities by ``key`` (series_uid, study_uid, patient_id): the columns of CLASSES, and patient_id.
 
-    Several rows of one key, such as two series of a study, are an error unless ``pool`` (max, mean) says what to take.
+    Several rows of one key, such as two series of a study, are an error unless ``pool`` (max, mean) is given.
     Raises DataError that names file and line: no such column, a value that is no probability.
     """
     table = read_table(path, "prediction")
     absent = [name for name in (key, *CLASSES) if name not in table.names]
     if absent:
         raise table.error(f"lacks {', '.join(absent)}; studies.csv of predict has them (the labels are by {key})")
-    frame = pd.DataFrame({name: table.numbers(name) for name in CLASSES})
-    for name in CLASSES:
-        wrong = ~frame[name].between(0.0, 1.0).to_numpy()  # NaN is outside too
-        table.refuse(wrong, f"column {name} is no probability; give numbers from 0 to 1", frame[name])
+    frame = pd.DataFrame({name: read_probabilities(table, name) for name in CLASSES})
     names = pd.Series(table.text(key).to_pandas())
     if pool is None:
         remedy = f"names one {key} a second time; give one row each, or say --pool max"
@@ -73,81 +70,66 @@ def score_studies(
     """
     if labels.key not in _KEYS:
         raise DataError(f"the labels are by {labels.key}, not by study; use --format rsna or cq500")
-    found = read_studies(predictions, labels.key, pool)
-    wanted = labels.values.index
-    common = wanted if missing is not None else wanted.intersection(found.index, sort=False)
-    if not wanted.isin(found.index).any():
+    table = read_studies(predictions, labels.key, pool)
+    labelled = labels.values.index
+    if not labelled.isin(table.index).any():
         raise DataError(
             f"prediction table {predictions} has no prediction for any {labels.key} of the labels: one names "
-            f"{found.index[0]}, the other {wanted[0]}; check that they belong together"
+            f"{table.index[0]}, the other {labelled[0]}; check that they belong together"
         )
-    rows = found.reindex(common)
+    studies = labelled if missing is not None else labelled.intersection(table.index, sort=False)
+    rows = table.reindex(studies)
     probabilities = np.array(rows[list(CLASSES)], dtype=np.float64)
     if missing is not None:
         probabilities[np.isnan(probabilities)] = missing
-    patients = rows["patient_id"].where(rows["patient_id"].notna(), pd.Series(common, index=common))
-    true = labels.values.loc[common, list(CLASSES)].to_numpy(np.float64)
-    result = _figures(true, probabilities, pd.factorize(patients, sort=True)[0], operating_point, settings)
-    return result | {
-        "n_studies": len(common),
+    patients = rows["patient_id"].where(rows["patient_id"].notna(), pd.Series(studies, index=studies))
+    true = labels.values.loc[studies, list(CLASSES)].to_numpy(np.float64)
+    return {
+        **_score(true, probabilities, pd.factorize(patients, sort=True)[0], operating_point, settings),
+        "n_studies": len(studies),
         "n_patients": int(patients.nunique()),
         "by": labels.key,
         "resampled_by": "patient_id",
-        "predictions": {"file": str(predictions), "n_rows": len(found), "pool": pool, "filled_with": missing}
-        | _listed("studies_without_label", found.index.difference(wanted, sort=False))
-        | _listed("studies_without_prediction", wanted.difference(found.index, sort=False)),
+        "predictions": {"file": str(predictions), "n_rows": len(table), "pool": pool, "filled_with": missing}
+        | count_names("studies_without_label", table.index.difference(labelled, sort=False))
+        | count_names("studies_without_prediction", labelled.difference(table.index, sort=False)),
         "labels": labels.report,
         **settings,
     }
 
 
-def _figures(
+def _score(
     true: Floats, probabilities: Floats, patient: NDArray[np.intp], operating_point: float, settings: dict[str, Any]
 ) -> dict[str, Any]:
     confidence = settings["confidence"]
     whole = ~np.isnan(true).any(axis=1)
-    result: dict[str, Any] = {
+    known = ~np.isnan(true).T  # (6, n)
+    parts = {
+        name: (true[rows, column], probabilities[rows, column])
+        for column, (name, rows) in enumerate(zip(CLASSES, known, strict=True))
+    }
+    rankings = [Ranking(*part, patient[rows]) for part, rows in zip(parts.values(), known, strict=True)]
+    statistics = [ranking.resample for ranking in rankings]
+    resampled = resample(statistics, int(patient.max()) + 1, settings["bootstrap_samples"], settings["seed"])
+    aucs = {
+        name: estimate(ranking.value, values, confidence).to_json()
+        | {"n_positive": ranking.n_positive, "n_negative": ranking.n_negative}
+        for name, ranking, values in zip(CLASSES, rankings, resampled, strict=True)
+    }
+
+    def by_class(metric: Callable[[Floats, Floats], float]) -> dict[str, float | None]:
+        return {name: metric(*part) if len(part[0]) else None for name, part in parts.items()}
+
+    return {
         "weighted_log_loss": weighted_log_loss(true[whole], probabilities[whole]) if whole.any() else None,
         "n_studies_with_all_labels": int(whole.sum()),
+        "log_loss": by_class(lambda label, value: float(cross_entropies(label, value).mean())),
+        "auc": aucs,
+        "study_auc": aucs,
+        "brier": by_class(brier),
+        "calibration_error": by_class(calibration_error),
+        "delong": {name: interval(*part, confidence) for name, part in parts.items()},
+        "operating_points": {
+            name: operating_points(*part, wanted=operating_point, confidence=confidence) for name, part in parts.items()
+        },
     }
-    parts = {}
-    for column, name in enumerate(CLASSES):
-        known = ~np.isnan(true[:, column])
-        parts[name] = (true[known, column], probabilities[known, column], patient[known])
-    result["log_loss"] = {name: _log_loss(label, value) for name, (label, value, _) in parts.items()}
-    result["auc"] = _aucs(parts, int(patient.max()) + 1, settings)
-    result["study_auc"] = result["auc"]
-    result["brier"] = {name: brier(label, value) if len(label) else None for name, (label, value, _) in parts.items()}
-    result["calibration_error"] = {
-        name: calibration_error(label, value) if len(label) else None for name, (label, value, _) in parts.items()
-    }
-    result["delong"] = {name: interval(label, value, confidence) for name, (label, value, _) in parts.items()}
-    result["operating_points"] = {
-        name: operating_points(label, value, wanted=operating_point, confidence=confidence)
-        for name, (label, value, _) in parts.items()
-    }
-    return result
-
-
-def _aucs(parts: dict[str, Any], n_patients: int, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    rankings = {name: Ranking(*part) for name, part in parts.items()}
-    statistics = [ranking.resample for ranking in rankings.values()]
-    resampled = resample(statistics, n_patients, settings["bootstrap_samples"], settings["seed"])
-    result = {}
-    for (name, ranking), values in zip(rankings.items(), resampled, strict=True):
-        bounds = None if ranking.value is None else percentile_interval(values, settings["confidence"])
-        low, high = bounds or (None, None)
-        counts = {"n_positive": ranking.n_positive, "n_negative": ranking.n_negative}
-        result[name] = {"value": ranking.value, "ci_low": low, "ci_high": high} | counts
-    return result
-
-
-def _log_loss(label: Floats, value: Floats) -> float | None:
-    if not len(label):
-        return None
-    clipped = np.clip(value, _CLIP, 1.0 - _CLIP)
-    return float(-np.where(label == 1.0, np.log(clipped), np.log1p(-clipped)).mean())
-
-
-def _listed(what: str, names: pd.Index) -> dict[str, Any]:
-    return {f"n_{what}": len(names)} | ({what: [str(name) for name in names[:20]]} if len(names) else {})

@@ -38,7 +38,7 @@ class SequenceFitting:
         seed: int,
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
-        self.seed, self.names = seed, stored_inputs(section.wanted)
+        self.seed, self.names = seed, stored_inputs(section.all_inputs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
         # The moving average learns nothing, but an optimiser needs parameters.
         learns = any(True for _ in model.parameters())
