@@ -12,10 +12,17 @@ import pytest
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import load_params
-from ichpipe.report.blocks import Section, Table, format_duration, format_interval, format_number, format_share
 from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
-from ichpipe.report.page import render_page
+from ichpipe.report.page import (
+    Section,
+    Table,
+    format_duration,
+    format_interval,
+    format_number,
+    format_share,
+    render_page,
+)  # fmt: skip
 from ichpipe.report.scores import of_studies
 from ichpipe.scoring.heldout_predictions import LABELS
 from ichpipe.stages.report import run as make_report

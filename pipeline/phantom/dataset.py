@@ -126,9 +126,7 @@ def _refuse_foreign_files(out: Path, folder: Path, partial: Path, table: Path) -
     for path, read_header in ((folder, True), (partial, False)):
         foreign = next((entry for entry in _entries(path) if not _is_ours(entry, read_header)), None)
         if foreign is not None:
-            raise DataError(
-                f"{foreign} was not written by the phantom, so {path} is not replaced; choose another --out"
-            )
+            raise DataError(f"{foreign} was not written by the phantom: {path} is not replaced; choose another --out")
     if table.exists() and not any(_entries(folder)):
         raise DataError(f"{table} has no phantom beside it, so it is not replaced; choose another --out or remove it")
 

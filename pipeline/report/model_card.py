@@ -9,7 +9,7 @@ import numpy as np
 from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file, read_json
-from ichpipe.report.blocks import format_interval
+from ichpipe.report.page import format_interval
 from ichpipe.scoring import metrics
 from ichpipe.scoring.heldout_predictions import LABELS, read_predictions
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import Plot, Section, Table, format_duration, format_interval, format_number, format_share
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.facts import model_title
+from ichpipe.report.page import Plot, Section, Table, format_duration, format_interval, format_number, format_share
 from ichpipe.report.scores import rungs_of
 from ichpipe.scoring.heldout_predictions import FINETUNED
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import Plot, Section, Table, format_interval, format_number, format_share
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
 from ichpipe.report.facts import model_title
+from ichpipe.report.page import Plot, Section, Table, format_interval, format_number, format_share
 from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
