@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import ABBREVIATIONS
+from ichpipe.report.facts import rungs_of
 from ichpipe.scoring.arm_comparison import BETTER, WORSE
 
 if TYPE_CHECKING:
@@ -44,26 +45,22 @@ def ladder(metrics: Mapping[str, Any]) -> bytes:
 
     ``metrics`` is the content of ``metrics/evaluate.json``. A value of None is drawn as "not defined".
     """
-    rungs = {"slice CNN": metrics["slice_cnn"]}
-    rungs |= {f"sequence, {arm}": scores for arm, scores in metrics["sequence"].items()}
-    rungs |= {"fine-tuned": metrics["finetuned"]}
-    losses = [(m["weighted_log_loss"], m.get("weighted_log_loss_ci")) for m in rungs.values()]
-    figure = Figure(figsize=(12, 1.7 + 0.55 * len(rungs)), layout="constrained")
+    titles, scores = zip(*rungs_of(metrics), strict=True)
+    losses = [(model["weighted_log_loss"], model.get("weighted_log_loss_ci")) for model in scores]
+    figure = Figure(figsize=(12, 1.7 + 0.55 * len(titles)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    _draw_rungs(panels[0], list(rungs), losses, "weighted log loss  (lower is better)")
+    _draw_rungs(panels[0], titles, losses, "weighted log loss  (lower is better)")
     for axes, kind, unit in ((panels[1], "auc", "slice"), (panels[2], "study_auc", "study")):
-        aucs = [m[kind]["any"] for m in rungs.values()]
+        aucs = [model[kind]["any"] for model in scores]
         values = [(a["value"], None if a["ci_low"] is None else [a["ci_low"], a["ci_high"]]) for a in aucs]
-        _draw_rungs(axes, list(rungs), values, f"AUC any, by {unit}  (higher is better)")
+        _draw_rungs(axes, titles, values, f"AUC any, by {unit}  (higher is better)")
     patients = f", {metrics['n_patients']} patients" if "n_patients" in metrics else ""
     counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies{patients}"
     figure.suptitle(f"The same held-out patients for every model: {counts}; bars: bootstrap over patients", fontsize=11)
     return to_png(figure)
 
 
-def _draw_rungs(
-    axes: Axes, names: list[str], values: list[tuple[float | None, list[float] | None]], title: str
-) -> None:
+def _draw_rungs(axes: Axes, names: Sequence[str], values: Sequence[tuple[Any, Any]], title: str) -> None:
     """Draw one dot with its interval per model, from the top down, the number written above."""
     for row, (value, interval) in enumerate(values):
         colour = PALETTE[row % len(PALETTE)]

@@ -8,9 +8,8 @@ import yaml
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
-from ichpipe.report.facts import model_title
+from ichpipe.report.facts import model_title, rungs_of
 from ichpipe.report.page import Plot, Section, Table, format_duration, format_interval, format_number, format_share
-from ichpipe.report.scores import rungs_of
 from ichpipe.scoring.heldout_predictions import FINETUNED
 
 if TYPE_CHECKING:
@@ -82,16 +81,13 @@ def data(facts: Facts) -> Section:
     if summary["rejected_by_reason"]:
         reasons = [[reason, f"{count:,}"] for reason, count in summary["rejected_by_reason"].items()]
         tables.append(Table("Files that were not used, and why", ["reason", "files"], reasons))
-    lines = [
-        f"{summary['files']:,} files gave {summary['slices']:,} slices; {summary['rejected']:,} files were rejected."
-    ]
-    if summary["rejected"]:
+    files, slices, rejected = (summary[key] for key in ("files", "slices", "rejected"))
+    lines = [f"{files:,} files gave {slices:,} slices; {rejected:,} files were rejected."]
+    if rejected:
         lines.append("index/rejected.csv names each rejected file.")
     if summary.get("ties") or summary.get("gaps"):
-        lines.append(
-            f"{summary['ties']:,} slices share a place with the one before; {summary['gaps']:,} gaps in "
-            f"{summary['series_with_gaps']:,} series."
-        )
+        ties, gaps, series = (summary[key] for key in ("ties", "gaps", "series_with_gaps"))
+        lines.append(f"{ties:,} slices share a place with the one before; {gaps:,} gaps in {series:,} series.")
     if summary.get("lossy"):
         lines.append(f"{summary['lossy']:,} slices were compressed with loss.")
     return Section("data", "Data", lines, tables)
@@ -144,15 +140,15 @@ def provenance(facts: Facts) -> Section:
         first, count = section.get("seed", 0), section.get("seeds", 1)
         seeds.append(f"{arm} {first}" if count == 1 else f"{arm} {first} to {first + count - 1}")
     commits = dict.fromkeys(record.get("commit") or "unknown" for record in records.values())
-    facts_of_run = [["commit", ", ".join(commits)], ["seeds", ", ".join(seeds)]]
-    facts_of_run.append(["energy", "unknown: it was not measured"])
+    energy = "unknown: it was not measured"
+    run = [["commit", ", ".join(commits)], ["seeds", ", ".join(seeds)], ["energy", energy]]
     versions = sorted({item for record in records.values() for item in record.get("versions", {}).items()})
     return Section(
         "run",
         "How it was made",
         ["Wall time is that of training, as each stage recorded it; prepare, extract and evaluate record none."],
         [
-            Table("The run", ["what", "value"], facts_of_run, words=True),
+            Table("The run", ["what", "value"], run, words=True),
             Table("Training", ["model", "wall time", "device", "validation loss"], times),
             Table("Versions", ["package", "version"], versions, words=True),
         ],

@@ -8,7 +8,7 @@ import numpy as np
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
-from ichpipe.report.facts import model_title
+from ichpipe.report.facts import model_title, rungs_of
 from ichpipe.report.page import Plot, Section, Table, format_interval, format_number, format_share
 from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
@@ -69,20 +69,11 @@ def ladder(facts: Facts) -> Section:
     )
 
 
-def rungs_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
-    rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
-    rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
-    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
-
-
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
-    roc, recall = (
-        {"fpr": "false positive rate", "tpr": "true positive rate"},
-        {"recall": "recall", "precision": "precision"},
-    )
+    roc = {"fpr": "false positive rate", "tpr": "true positive rate"}
+    recall = {"recall": "recall", "precision": "precision"}
     return [
         _curves(facts, shown, "roc", "ROC", roc),
         _curves(facts, shown, "precision_recall", "Precision and recall", recall),
