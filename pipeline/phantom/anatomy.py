@@ -92,7 +92,6 @@ class Anatomy:
     ventricle_mm: Floats  # signed distance to the nearest ventricle
     fluid: Floats  # weight of sulci, fissures and cisterns
     geometry: Geometry
-    head: Head
 
 
 def build_anatomy(head: Head, geometry: Geometry) -> Anatomy:
@@ -111,7 +110,7 @@ def build_anatomy(head: Head, geometry: Geometry) -> Anatomy:
     _add_face(base, points, above, depth, head.slow.sample(points), head.sinus)
     blend(base, _brain(head, points, depth, fluid, ventricle), brain)
     hu.ravel()[voxels] = base
-    return Anatomy(hu, voxels, points, depth, brain, ventricle, fluid, geometry, head)
+    return Anatomy(hu, voxels, points, depth, brain, ventricle, fluid, geometry)
 
 
 def _shells(head: Head, points: Points, distance: Floats) -> Floats:

@@ -15,12 +15,10 @@ from ichpipe.common.classes import CLASSES, SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_text
 from ichpipe.phantom.scanner import encode
-from ichpipe.phantom.study import make_study
+from ichpipe.phantom.study import Study, make_study
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from ichpipe.phantom.study import Study
 
 TABLE_NAME: Final = "stage_2_train.csv"
 TABLE_CLASSES: Final = (*SUBTYPES, "any")  # the order of rows in the Kaggle table

@@ -13,7 +13,7 @@ from scipy import ndimage
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import Lesion, draw_lesions
-from ichpipe.phantom.fields import RandomField, blend
+from ichpipe.phantom.fields import Ints, RandomField, blend
 from ichpipe.phantom.geometry import Geometry, draw_geometry
 from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden
 
@@ -35,7 +35,7 @@ class Study:
     lesions: tuple[Lesion, ...]
     geometry: Geometry
     scanner: Scanner
-    voxels: NDArray[np.int64]  # flat positions of the lesions' voxels in ``hu``
+    voxels: Ints  # flat positions of the lesions' voxels in ``hu``
 
     def mask(self, lesion: Lesion) -> NDArray[np.bool_]:
         """Voxels of one lesion, [slices, rows, columns]."""

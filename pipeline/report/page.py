@@ -28,14 +28,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One plot; ``svg`` is markup that ``charts`` made."""
-
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class Picture:
     """A contact sheet: bytes of a WebP picture, what it shows in words, and a caption."""
 
@@ -60,7 +52,7 @@ class Section:
     lines: Sequence[str] = ()
     tables: Sequence[Table] = ()
     legend: Sequence[tuple[str, int]] = ()  # name, look
-    plots: Sequence[Plot] = ()
+    plots: Sequence[tuple[str, Markup]] = ()  # title, and the SVG that ``charts`` made
     hidden: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     preformatted: str = ""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import yaml
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
-from ichpipe.report.facts import model_title, rungs_of
-from ichpipe.report.page import Plot, Section, Table, format_duration, format_interval, format_number, format_share
+from ichpipe.report.facts import Facts, model_title, rungs_of
+from ichpipe.report.page import Section, Table, format_duration, format_interval, format_number, format_share
 from ichpipe.scoring.heldout_predictions import FINETUNED
-
-if TYPE_CHECKING:
-    from ichpipe.report.facts import Facts
 
 SPLITS: Final = {"train": "training", "val": "validation", "test": "held out"}
 SIZES: Final = ("patients", "studies", "series", "slices")
@@ -106,7 +103,7 @@ def learning(facts: Facts) -> Section:
         lines = [Line("training", trained, 0, dots=True), Line("validation", validated, 1, dots=True)]
         epochs = Axis("epoch", min(e for e, _ in validated) - 0.3, max(e for e, _ in validated) + 0.3, whole=True)
         losses = axis_over("weighted log loss", [loss for _, loss in trained + validated])
-        plots.append(Plot(title, line_plot(f"Learning curve, {title}", lines, epochs, losses)))
+        plots.append((title, line_plot(f"Learning curve, {title}", lines, epochs, losses)))
         best = min(history, key=lambda row: float(row["val_loss"]))
         for row in history:
             numbers = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("train_loss", "val_loss")]

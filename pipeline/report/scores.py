@@ -8,19 +8,16 @@ import numpy as np
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Interval, Line, interval_plot, line_plot
-from ichpipe.report.facts import model_title, rungs_of
-from ichpipe.report.page import Plot, Section, Table, format_interval, format_number, format_share
+from ichpipe.report.facts import Facts, model_title, rungs_of
+from ichpipe.report.page import Section, Table, format_interval, format_number, format_share
 from ichpipe.scoring.calibration_metrics import reliability
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
-from ichpipe.scoring.pooling import pool
+from ichpipe.scoring.pooling import StudyScore, pool
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
-
-    from ichpipe.report.facts import Facts
-    from ichpipe.scoring.pooling import StudyScore
 
 WANTED: Final = 0.9
 """Sensitivity, and specificity, that a threshold is chosen for."""
@@ -64,7 +61,7 @@ def ladder(facts: Facts) -> Section:
         "Models",
         lines,
         tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
-        plots=[Plot(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
+        plots=[(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
         hidden=hidden,
     )
 
@@ -88,7 +85,7 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: di
     plots, hidden = [], []
     for name, lines in by_class.items():
         svg = line_plot(f"{title}, {name}", lines, Axis(x_name, 0, 1), Axis(y_name, 0, 1), diagonal=is_roc)
-        plots.append(Plot(name, svg))
+        plots.append((name, svg))
         # The table reads curves off at fixed x: the highest y among points that reach so far (for ROC: not farther).
         rows = []
         for rate in RATES:
@@ -111,7 +108,7 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: di
 def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
     axes = Axis("predicted probability", 0, 1), Axis("share of positives", 0, 1)
     plots = [
-        Plot(name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True))
+        (name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True))
         for name, lines in _lines_by_class(facts, shown, "calibration", "predicted", "observed", dots=True).items()
     ]
     if not plots:
@@ -220,7 +217,7 @@ def ablation(facts: Facts) -> Section:
         *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
     name = f"Gain over {baseline}, weighted log loss"
-    plots = [Plot(name, interval_plot(name, gains, "gain", zero=True, digits=4))] if gains else []
+    plots = [(name, interval_plot(name, gains, "gain", zero=True, digits=4))] if gains else []
     return Section(key, title, lines, [Table("Arms, mean over seeds ± standard deviation", head, rows)], plots=plots)
 
 
