@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.blocks import Picture, Section
     from ichpipe.report.cases import Case
     from ichpipe.report.facts import Facts
+    from ichpipe.report.page import Picture, Section
     from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
@@ -104,8 +104,8 @@ def _shorten_paths(value: Any) -> Any:
 
 def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: str) -> Section:
     from ichpipe.report import scores
-    from ichpipe.report.blocks import Section
     from ichpipe.report.cases import choose_cases
+    from ichpipe.report.page import Section
 
     section = partial(Section, "cases", "Best and worst cases")
     if facts.test is None or not (artifacts.finetuned / MODEL_FILE).exists():

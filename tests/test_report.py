@@ -1,5 +1,6 @@
 """What the page of a run says, and that it says it safely. How it looks and behaves: test_report_browser.py."""
 
+import io
 import json
 import re
 import shutil
@@ -8,17 +9,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import load_params
-from ichpipe.report.blocks import Section, Table, format_duration, format_number, format_share
+from ichpipe.report import page as parts
 from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
-from ichpipe.report.page import render_page
+from ichpipe.report.page import Section, Table, render_page
 from ichpipe.report.scores import of_studies
 from ichpipe.scoring.bootstrap import Estimate
-from ichpipe.scoring.heldout_predictions import LABELS
+from ichpipe.scoring.heldout_predictions import LABELS, model_mark, read_predictions, write_predictions
 from ichpipe.stages.report import run as make_report
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)> & ' {{ 7*7 }}"
@@ -29,7 +31,7 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.words, self._stack = [], [], []
+        self.tags, self.words = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -68,16 +70,16 @@ def test_page_holds_the_figures_of_the_run(reported):
     text = Reader(page_of(reported)).text
     metrics = json.loads(reported.metrics())
     summary = json.loads((reported.artifacts / "index" / "summary.json").read_text())
-    assert format_number(metrics["finetuned"]["weighted_log_loss"]) in text
+    assert parts.format_number(metrics["finetuned"]["weighted_log_loss"]) in text
     assert Estimate.from_json(metrics["slice_cnn"]["auc"]["any"]).text() in text
     positive = summary["splits"]["train"]["prevalence"]["any"]
-    assert format_share(positive["positive"], positive["known"]) in text
+    assert parts.format_share(positive["positive"], positive["known"]) in text
     for arm in ("paper", "gru-logits", "floor"):
         assert f"sequence, {arm}" in text
     record = json.loads((reported.artifacts / "slice-cnn" / "record.json").read_text())
     assert record["commit"] in text
     assert record["versions"]["torch"] in text
-    assert format_duration(record["wall_seconds"]) in text
+    assert parts.format_duration(record["wall_seconds"]) in text
     assert "energy unknown" in text
     assert "resnet10t" in text
 
@@ -212,13 +214,9 @@ def test_undefined_figures_are_said_so(branch):
 
 
 def test_test_patients_without_a_positive(branch):
-    from ichpipe.scoring.heldout_predictions import read_predictions, write_predictions
-
     folder = branch.artifacts / "finetuned"
     table = read_predictions(folder, "")
     table[LABELS] = 0.0
-    from ichpipe.scoring.heldout_predictions import model_mark
-
     write_predictions(table, folder, model_mark(folder))
     text = Reader(report_again(branch, "--cases", 1)).text
     assert "no positive or no negative in validation" in text
@@ -317,11 +315,11 @@ def test_ticks_are_round_and_inside():
 
 
 def test_numbers_as_people_write_them():
-    assert format_number(-0.00001) == "0.0000"
-    assert format_number(None) == "not defined"
-    assert format_share(3, 0) == "3 of 0"
-    assert format_share(340, 2211) == "340 of 2,211 (15.4 %)"
-    assert [format_duration(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
+    assert parts.format_number(-0.00001) == "0.0000"
+    assert parts.format_number(None) == "not defined"
+    assert parts.format_share(3, 0) == "3 of 0"
+    assert parts.format_share(340, 2211) == "340 of 2,211 (15.4 %)"
+    assert [parts.format_duration(value) for value in (4.26, 61, 3661 + 59 * 60)] == ["4.3 s", "1 min 1 s", "2 h 0 min"]
 
 
 def test_page_of_plain_sections_escapes_everything():
@@ -333,10 +331,6 @@ def test_page_of_plain_sections_escapes_everything():
 
 
 def test_picture_keeps_its_size():
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
     picture = as_picture(buffer.getvalue(), "alt", "caption")

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ichpipe.common.constants import AIR_HU
-from ichpipe.phantom.fields import Floats, Points, RandomField, Triple, blend, capsule, ellipsoid, inside
-from ichpipe.phantom.skull_base import add_face, skull_base_height
+from ichpipe.phantom.fields import Floats, Ints, Points, RandomField, Triple, blend, capsule, ellipsoid, inside
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ichpipe.phantom.geometry import Geometry
 
 FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = 5.0, 28.0, 37.0, 52.0
+MUSCLE_HU, FAT_HU, BONE_HU = 50.0, -80.0, 1000.0
 # One lateral ventricle from the frontal horn over body and atrium to the occipital horn, then the temporal
 # horn: (x, y, z) and radius, mm.
 HORNS = (((14.0, -40.0, 24.0), 3.0), ((8.0, -24.0, 30.0), 4.6), ((11.0, 0.0, 38.0), 4.8),
@@ -54,12 +52,8 @@ class Head:
         flat = self.skew * np.maximum(points.y, 0) ** 2 * np.float32(1 / half_length)
         # A little more than an ellipse: foreheads are blunt.
         blunt = np.maximum(np.abs(points.y) - 45, 0) * np.float32(0.06)
-        z = points.z - np.float32(20)
-        squeezed = Points(
-            points.x / (1 + self.egg * shift) + flat,
-            points.y - np.sign(points.y) * blunt,
-            np.where(z > 0, z, z * np.float32(74 / 92)),
-        )
+        x, z = points.x / (1 + self.egg * shift) + flat, points.z - np.float32(20)
+        squeezed = Points(x, points.y - np.sign(points.y) * blunt, np.where(z > 0, z, z * np.float32(74 / 92)))
         return ellipsoid(squeezed, (0, 0, 0), (half_width, half_length - 1.0, 74.0 * self.scale[2]))
 
 
@@ -91,14 +85,13 @@ class Anatomy:
     """One head on one slice grid. Arrays of shape [m] run over the voxels inside the skull vault."""
 
     hu: Floats  # [slices, rows, columns]
-    voxels: NDArray[np.int64]  # flat positions in ``hu``
+    voxels: Ints  # flat positions in ``hu``
     points: Points
     depth_mm: Floats  # below the inner table
     brain: Floats  # weight of the intracranial space, 0 in bone and face
     ventricle_mm: Floats  # signed distance to the nearest ventricle
     fluid: Floats  # weight of sulci, fissures and cisterns
     geometry: Geometry
-    head: Head
 
 
 def build_anatomy(head: Head, geometry: Geometry) -> Anatomy:
@@ -109,15 +102,15 @@ def build_anatomy(head: Head, geometry: Geometry) -> Anatomy:
     voxels = np.flatnonzero(distance < 1.5)
     points = everywhere.take(voxels)
     depth = -distance.ravel()[voxels]
-    above = points.z - skull_base_height(points)
+    above = points.z - _skull_base_height(points)
     brain = inside(-np.minimum(depth, above))
     ventricle = _ventricles(head, points)
     fluid = _fluid_spaces(head, points, depth) * (1 - inside(ventricle))
     base = hu.ravel()[voxels]
-    add_face(base, points, above, depth, head.slow.sample(points), head.sinus)
+    _add_face(base, points, above, depth, head.slow.sample(points), head.sinus)
     blend(base, _brain(head, points, depth, fluid, ventricle), brain)
     hu.ravel()[voxels] = base
-    return Anatomy(hu, voxels, points, depth, brain, ventricle, fluid, geometry, head)
+    return Anatomy(hu, voxels, points, depth, brain, ventricle, fluid, geometry)
 
 
 def _shells(head: Head, points: Points, distance: Floats) -> Floats:
@@ -233,3 +226,54 @@ def _brain(head: Head, points: Points, depth: Floats, fluid: Floats, ventricle: 
         if value:
             blend(hu, value, inside(ellipsoid(half, centre, (size, size * 1.3, size * 1.3))))
     return hu
+
+
+def _skull_base_height(points: Points) -> Floats:
+    """Height z (mm) of the skull base below each point: front, middle and back fossa, petrous ridge between."""
+    x, y = np.abs(points.x), points.y
+    front = 16 - 0.018 * (x - 30) ** 2 - 0.01 * (y + 58) ** 2  # the roof of the orbits is a dome
+    middle = -22 + 0.012 * (x - 42) ** 2 + 0.01 * (y + 5) ** 2 + 8 * np.exp(-((x / 11) ** 2))
+    back = np.full_like(x, -48)
+    ridge = y - (0.5 * x - 8)  # the petrous ridge runs outward and back
+    height = middle + (front - middle) * _step((-24 - y - 0.15 * x) / 2.5)
+    height += (back - height) * _step((ridge - 5) / 2.5)
+    petrous = 22 * np.exp(-((ridge / 6.5) ** 2)) * _step((x - 14) / 2) * _step((64 - x) / 3)
+    return np.asarray(height + petrous, dtype=np.float32)
+
+
+def _step(value: Floats) -> Floats:
+    return np.asarray(0.5 + 0.5 * np.tanh(value), dtype=np.float32)
+
+
+def _add_face(hu: Floats, points: Points, above_mm: Floats, depth_mm: Floats, slow: Floats, sinus: float) -> None:
+    """Write all that lies below the skull base into ``hu`` [m], in place. ``above_mm``: height above the base."""
+    half = points.mirror()
+    below = inside(above_mm)
+    blend(hu, MUSCLE_HU - 45.0 * np.clip(slow, 0, 1), below)
+    blend(hu, BONE_HU, inside(np.abs(above_mm + 1.8) - 1.8))
+    petrous = np.maximum(np.abs(half.y - (0.5 * half.x - 8)) - 8, np.maximum(12 - half.x, half.x - 66))
+    blend(hu, 1.3 * BONE_HU, inside(np.maximum(petrous, half.z + 1)) * below)
+    # Orbits
+    cone = capsule(half, (31, -68, -4), (14, -28, -2), (17, 4))
+    blend(hu, BONE_HU, inside(np.abs(cone - 1) - 1) * below)
+    blend(hu, FAT_HU, inside(cone) * below)
+    muscles = np.abs(capsule(half, (31, -66, -4), (15, -30, -2), (10.5, 2.5))) - 1.4
+    blend(hu, MUSCLE_HU, 0.7 * inside(np.maximum(muscles, cone)) * below)
+    blend(hu, 35.0, inside(capsule(half, (30, -58, -4), (14, -28, -2), (2.4, 2.4))) * below)  # optic nerve
+    globe = ellipsoid(half, (32, -71, -4), (12, 12, 12))
+    blend(hu, 50.0, inside(globe) * below)
+    blend(hu, 12.0, inside(globe + 1.8) * below)
+    blend(hu, 90.0, inside(ellipsoid(half, (32, -80, -4), (5, 2.2, 5))) * below)  # lens
+    # Ethmoid cells between the orbits, sphenoid sinus, mastoid cells, ear canals, frontal sinus
+    ethmoid = np.maximum(half.x - 11, np.maximum(np.abs(half.y + 60) - 24, half.z - 2))
+    walls = np.sin(0.55 * half.x + 0.3) * np.sin(0.5 * half.y + 2 * slow) * np.sin(0.5 * half.z)
+    blend(hu, 350.0, inside(ethmoid) * below)
+    blend(hu, AIR_HU, inside(ethmoid + 1.2) * (np.abs(walls) > 0.06) * below)
+    blend(hu, AIR_HU, inside(ellipsoid(half, (7, -20, -9), (8, 11, 8))) * below)
+    mastoid = ellipsoid(half, (56, 24, -16), (11, 14, 15))
+    cells = np.sin(1.1 * half.x) * np.sin(1.0 * half.y + slow) * np.sin(0.9 * half.z)
+    blend(hu, -650.0, inside(mastoid) * np.clip(np.abs(cells) * 3, 0, 1) * below)
+    blend(hu, AIR_HU, inside(capsule(half, (46, 10, -14), (80, 8, -16), (3.0, 3.5))))
+    if sinus:
+        frontal = ellipsoid(half, (6, -82, 12), (4 + 12 * sinus, 5, 4 + 12 * sinus))
+        blend(hu, AIR_HU, inside(np.maximum(frontal, depth_mm - 3)))

@@ -6,20 +6,16 @@ Only the neighbouring slices show the difference. On CT, streaks, partial volume
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import Anatomy, cerebellum
-from ichpipe.phantom.fields import Floats, ellipsoid, inside, ripple
+from ichpipe.phantom.fields import Floats, Ints, ellipsoid, inside, ripple
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
+Draw = Callable[[np.random.Generator, Anatomy], tuple[Floats, Floats | None]]
 MIN_SLICES = 3  # a true bleed lies in at least so many neighbouring slices
 MIN_AREA_MM2 = 30.0  # less of a bleed than this in a slice is not drawn and not labelled
 ATTEMPTS = 40
@@ -96,12 +92,12 @@ def keep_slices(anatomy: Anatomy, lesion: Lesion, span: tuple[int, int]) -> Lesi
     return replace(lesion, blood=lesion.blood * kept, oedema=oedema, slices=span)
 
 
-def slice_of_voxel(anatomy: Anatomy) -> NDArray[np.int64]:
+def slice_of_voxel(anatomy: Anatomy) -> Ints:
     """Slice number of each voxel, shape [m]."""
     return np.asarray(anatomy.voxels // anatomy.geometry.size_px**2, dtype=np.int64)
 
 
-def slice_area_mm2(anatomy: Anatomy, blood: Floats) -> NDArray[np.float64]:
+def slice_area_mm2(anatomy: Anatomy, blood: Floats) -> Floats:
     """Area of the mask (weight above one half) in each slice, mm2, shape [slices]."""
     counted = np.bincount(slice_of_voxel(anatomy)[blood > 0.5], minlength=anatomy.geometry.n_slices)
     return np.asarray(counted * anatomy.geometry.pixel_mm**2, dtype=np.float64)
@@ -192,7 +188,7 @@ def _subarachnoid(rng: np.random.Generator, anatomy: Anatomy) -> tuple[Floats, N
 
 
 # Per kind the function that draws it and the range of its HU.
-KINDS: dict[str, tuple[Callable[[np.random.Generator, Anatomy], tuple[Floats, Floats | None]], tuple[int, int]]] = {
+KINDS: dict[str, tuple[Draw, tuple[int, int]]] = {
     "epidural": (_epidural, (58, 76)),
     "intraparenchymal": (_intraparenchymal, (56, 80)),
     "intraventricular": (_intraventricular, (50, 74)),

@@ -15,12 +15,10 @@ from ichpipe.common.classes import CLASSES, SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_text
 from ichpipe.phantom.scanner import encode
-from ichpipe.phantom.study import make_study
+from ichpipe.phantom.study import Study, make_study
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from ichpipe.phantom.study import Study
 
 TABLE_NAME: Final = "stage_2_train.csv"
 TABLE_CLASSES: Final = (*SUBTYPES, "any")  # the order of rows in the Kaggle table
@@ -126,9 +124,7 @@ def _refuse_foreign_files(out: Path, folder: Path, partial: Path, table: Path) -
     for path, read_header in ((folder, True), (partial, False)):
         foreign = next((entry for entry in _entries(path) if not _is_ours(entry, read_header)), None)
         if foreign is not None:
-            raise DataError(
-                f"{foreign} was not written by the phantom, so {path} is not replaced; choose another --out"
-            )
+            raise DataError(f"{foreign} was not written by the phantom: {path} is not replaced; choose another --out")
     if table.exists() and not any(_entries(folder)):
         raise DataError(f"{table} has no phantom beside it, so it is not replaced; choose another --out or remove it")
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage
 
 Floats = NDArray[np.floating[Any]]  # float32 in practice; the stubs promote to float64
+Ints = NDArray[np.int64]
 Triple = tuple[float, float, float]
 
 
@@ -21,7 +22,7 @@ class Points:
     y: Floats
     z: Floats
 
-    def take(self, positions: NDArray[np.int64]) -> Points:
+    def take(self, positions: Ints) -> Points:
         """Return the points at flat ``positions``, shape [m]."""
         return Points(self.x.ravel()[positions], self.y.ravel()[positions], self.z.ravel()[positions])
 

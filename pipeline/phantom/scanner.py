@@ -90,8 +90,8 @@ def expose(hu: Floats, scanner: Scanner, rng: np.random.Generator, pixel_mm: flo
 
 def field_of_view(size_px: int) -> NDArray[np.bool_]:
     """True inside the circle that the scanner reconstructs, shape [rows, columns]."""
-    axis = np.arange(size_px) - (size_px - 1) / 2
-    return np.asarray(axis[None, :] ** 2 + axis[:, None] ** 2 <= (size_px / 2) ** 2)
+    squares = (np.arange(size_px) - (size_px - 1) / 2) ** 2
+    return np.asarray(squares[None, :] + squares[:, None] <= (size_px / 2) ** 2)
 
 
 def encode(hu: NDArray[np.int16], encoding: Encoding) -> NDArray[np.int16] | NDArray[np.uint16]:

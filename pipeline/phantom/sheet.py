@@ -5,21 +5,16 @@ from __future__ import annotations
 import sys
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ichpipe.common.classes import SUBTYPES
-from ichpipe.phantom.study import make_study
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ichpipe.phantom.study import Study
+from ichpipe.phantom.study import Study, make_study
 
 COLUMNS = 8
-Tile = tuple[str, "NDArray[np.int16]"]
+Tile = tuple[str, NDArray[np.int16]]
 
 
 def save_sheet(path: Path, seed: int = 0, size_px: int = 128) -> None:

@@ -13,7 +13,7 @@ from scipy import ndimage
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import Lesion, draw_lesions
-from ichpipe.phantom.fields import RandomField, blend
+from ichpipe.phantom.fields import Ints, RandomField, blend
 from ichpipe.phantom.geometry import Geometry, draw_geometry
 from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden
 
@@ -35,7 +35,7 @@ class Study:
     lesions: tuple[Lesion, ...]
     geometry: Geometry
     scanner: Scanner
-    voxels: NDArray[np.int64]  # flat positions of the lesions' voxels in ``hu``
+    voxels: Ints  # flat positions of the lesions' voxels in ``hu``
 
     def mask(self, lesion: Lesion) -> NDArray[np.bool_]:
         """Voxels of one lesion, [slices, rows, columns]."""
@@ -60,7 +60,16 @@ class Study:
 
 
 def make_study(seed: int, study_index: int, size_px: int) -> Study:
-    """Make study ``study_index`` (from 0) of the data set of ``seed`` at ``size_px`` rows and columns."""
+    """Make one study of the data set of a seed.
+
+    Parameters
+    ----------
+    seed, study_index : int
+        Seed of the data set, and the number of the study in it, from 0.
+    size_px : int
+        Rows and columns of a slice.
+
+    """
     patient = patient_of(seed, study_index)
     rng = np.random.default_rng([seed, 1, study_index])
     head = draw_head(np.random.default_rng([seed, 0, patient]))
@@ -77,17 +86,10 @@ def make_study(seed: int, study_index: int, size_px: int) -> Study:
         blend(values, lesion.hu + 2.0 * texture, lesion.blood)
     harden(values, anatomy, scanner, rng)
     hu.ravel()[anatomy.voxels] = values
-    return Study(
-        patient_id=_identifier(seed, 0, patient),
-        study_uid=_identifier(seed, 1, study_index),
-        series_uid=_identifier(seed, 2, study_index),
-        sop_uids=tuple(_identifier(seed, 3, study_index * 64 + k) for k in range(geometry.n_slices)),
-        hu=expose(hu, scanner, rng, geometry.pixel_mm),
-        lesions=lesions,
-        geometry=geometry,
-        scanner=scanner,
-        voxels=anatomy.voxels,
-    )
+    uids = _identifier(seed, 0, patient), _identifier(seed, 1, study_index), _identifier(seed, 2, study_index)
+    sop_uids = tuple(_identifier(seed, 3, study_index * 64 + k) for k in range(geometry.n_slices))
+    exposed = expose(hu, scanner, rng, geometry.pixel_mm)
+    return Study(*uids, sop_uids, exposed, lesions, geometry, scanner, anatomy.voxels)
 
 
 def patient_of(seed: int, study_index: int) -> int:

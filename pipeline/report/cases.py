@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ichpipe.report.blocks import Picture
+from ichpipe.report.page import Picture
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from ichpipe.common.files import read_json
 from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -36,6 +36,13 @@ class Facts:
 def model_title(name: str) -> str:
     """Return a model's name as people write it."""
     return {SLICE_CNN: "slice CNN", FINETUNED: "fine-tuned"}.get(name, name.replace("sequence-", "sequence, ", 1))
+
+
+def rungs_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
+    rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
+    rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
+    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:

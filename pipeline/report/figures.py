@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import ABBREVIATIONS
+from ichpipe.report.facts import rungs_of
 from ichpipe.scoring.arm_comparison import BETTER, WORSE
 from ichpipe.scoring.bootstrap import Estimate
 
@@ -45,23 +46,21 @@ def ladder(metrics: Mapping[str, Any]) -> bytes:
 
     ``metrics`` is the content of ``metrics/evaluate.json``. A value of None is drawn as "not defined".
     """
-    rungs = {"slice CNN": metrics["slice_cnn"]}
-    rungs |= {f"sequence, {arm}": scores for arm, scores in metrics["sequence"].items()}
-    rungs |= {"fine-tuned": metrics["finetuned"]}
-    losses = [Estimate.of_loss(scores) for scores in rungs.values()]
-    figure = Figure(figsize=(12, 1.7 + 0.55 * len(rungs)), layout="constrained")
+    titles, scores = zip(*rungs_of(metrics), strict=True)
+    losses = [Estimate.of_loss(model) for model in scores]
+    figure = Figure(figsize=(12, 1.7 + 0.55 * len(titles)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    _draw_rungs(panels[0], list(rungs), losses, "weighted log loss  (lower is better)")
+    _draw_rungs(panels[0], titles, losses, "weighted log loss  (lower is better)")
     for axes, kind, unit in ((panels[1], "auc", "slice"), (panels[2], "study_auc", "study")):
-        aucs = [Estimate.from_json(scores[kind]["any"]) for scores in rungs.values()]
-        _draw_rungs(axes, list(rungs), aucs, f"AUC any, by {unit}  (higher is better)")
+        aucs = [Estimate.from_json(model[kind]["any"]) for model in scores]
+        _draw_rungs(axes, titles, aucs, f"AUC any, by {unit}  (higher is better)")
     patients = f", {metrics['n_patients']} patients" if "n_patients" in metrics else ""
     counts = f"{metrics['n_slices']} slices, {metrics['n_studies']} studies{patients}"
     figure.suptitle(f"The same held-out patients for every model: {counts}; bars: bootstrap over patients", fontsize=11)
     return to_png(figure)
 
 
-def _draw_rungs(axes: Axes, names: list[str], estimates: list[Estimate], title: str) -> None:
+def _draw_rungs(axes: Axes, names: Sequence[str], estimates: Sequence[Estimate], title: str) -> None:
     """Draw one dot with its interval per model, from the top down, the number written above."""
     for row, estimate in enumerate(estimates):
         colour, value = PALETTE[row % len(PALETTE)], estimate.value

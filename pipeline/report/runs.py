@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import yaml
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import Plot, Section, Table, format_duration, format_number, format_share
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
-from ichpipe.report.facts import model_title
-from ichpipe.report.scores import rungs_of
+from ichpipe.report.facts import Facts, model_title, rungs_of
+from ichpipe.report.page import Section, Table, format_duration, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED
-
-if TYPE_CHECKING:
-    from ichpipe.report.facts import Facts
 
 SPLITS: Final = {"train": "training", "val": "validation", "test": "held out"}
 SIZES: Final = ("patients", "studies", "series", "slices")
@@ -80,16 +76,13 @@ def data(facts: Facts) -> Section:
     if summary["rejected_by_reason"]:
         reasons = [[reason, f"{count:,}"] for reason, count in summary["rejected_by_reason"].items()]
         tables.append(Table("Files that were not used, and why", ["reason", "files"], reasons))
-    lines = [
-        f"{summary['files']:,} files gave {summary['slices']:,} slices; {summary['rejected']:,} files were rejected."
-    ]
-    if summary["rejected"]:
+    files, slices, rejected = (summary[key] for key in ("files", "slices", "rejected"))
+    lines = [f"{files:,} files gave {slices:,} slices; {rejected:,} files were rejected."]
+    if rejected:
         lines.append("index/rejected.csv names each rejected file.")
     if summary.get("ties") or summary.get("gaps"):
-        lines.append(
-            f"{summary['ties']:,} slices share a place with the one before; {summary['gaps']:,} gaps in "
-            f"{summary['series_with_gaps']:,} series."
-        )
+        ties, gaps, series = (summary[key] for key in ("ties", "gaps", "series_with_gaps"))
+        lines.append(f"{ties:,} slices share a place with the one before; {gaps:,} gaps in {series:,} series.")
     if summary.get("lossy"):
         lines.append(f"{summary['lossy']:,} slices were compressed with loss.")
     return Section("data", "Data", lines, tables)
@@ -108,7 +101,7 @@ def learning(facts: Facts) -> Section:
         lines = [Line("training", trained, 0, dots=True), Line("validation", validated, 1, dots=True)]
         epochs = Axis("epoch", min(e for e, _ in validated) - 0.3, max(e for e, _ in validated) + 0.3, whole=True)
         losses = axis_over("weighted log loss", [loss for _, loss in trained + validated])
-        plots.append(Plot(title, line_plot(f"Learning curve, {title}", lines, epochs, losses)))
+        plots.append((title, line_plot(f"Learning curve, {title}", lines, epochs, losses)))
         best = min(history, key=lambda row: float(row["val_loss"]))
         for row in history:
             numbers = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("train_loss", "val_loss")]
@@ -142,15 +135,15 @@ def provenance(facts: Facts) -> Section:
         first, count = section.get("seed", 0), section.get("seeds", 1)
         seeds.append(f"{arm} {first}" if count == 1 else f"{arm} {first} to {first + count - 1}")
     commits = dict.fromkeys(record.get("commit") or "unknown" for record in records.values())
-    facts_of_run = [["commit", ", ".join(commits)], ["seeds", ", ".join(seeds)]]
-    facts_of_run.append(["energy", "unknown: it was not measured"])
+    energy = "unknown: it was not measured"
+    run = [["commit", ", ".join(commits)], ["seeds", ", ".join(seeds)], ["energy", energy]]
     versions = sorted({item for record in records.values() for item in record.get("versions", {}).items()})
     return Section(
         "run",
         "How it was made",
         ["Wall time is that of training, as each stage recorded it; prepare, extract and evaluate record none."],
         [
-            Table("The run", ["what", "value"], facts_of_run, words=True),
+            Table("The run", ["what", "value"], run, words=True),
             Table("Training", ["model", "wall time", "device", "validation loss"], times),
             Table("Versions", ["package", "version"], versions, words=True),
         ],

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.report.blocks import Plot, Section, Table, format_number, format_share
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
-from ichpipe.report.facts import model_title
+from ichpipe.report.facts import Facts, model_title, rungs_of
+from ichpipe.report.page import Section, Table, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.metrics import reliability
 from ichpipe.scoring.operating_points import operating_points, proportion_interval
-from ichpipe.scoring.pooling import pool
+from ichpipe.scoring.pooling import StudyScore, pool
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
-
-    from ichpipe.report.facts import Facts
-    from ichpipe.scoring.pooling import StudyScore
 
 WANTED: Final = 0.9
 """Sensitivity, and specificity, that a threshold is chosen for."""
@@ -68,25 +65,16 @@ def ladder(facts: Facts) -> Section:
         "Models",
         lines,
         tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
-        plots=[Plot(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
+        plots=[(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
         hidden=hidden,
     )
-
-
-def rungs_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
-    rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
-    rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
-    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
 
 
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
-    roc, recall = (
-        {"fpr": "false positive rate", "tpr": "true positive rate"},
-        {"recall": "recall", "precision": "precision"},
-    )
+    roc = {"fpr": "false positive rate", "tpr": "true positive rate"}
+    recall = {"recall": "recall", "precision": "precision"}
     return [
         _curves(facts, shown, "roc", "ROC", roc),
         _curves(facts, shown, "precision_recall", "Precision and recall", recall),
@@ -101,7 +89,7 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: di
     plots, hidden = [], []
     for name, lines in by_class.items():
         svg = line_plot(f"{title}, {name}", lines, Axis(x_name, 0, 1), Axis(y_name, 0, 1), diagonal=is_roc)
-        plots.append(Plot(name, svg))
+        plots.append((name, svg))
         # The table reads curves off at fixed x: the highest y among points that reach so far (for ROC: not farther).
         rows = []
         for rate in RATES:
@@ -124,7 +112,7 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: di
 def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
     axes = Axis("predicted probability", 0, 1), Axis("share of positives", 0, 1)
     plots = [
-        Plot(name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True))
+        (name, line_plot(f"Calibration, {name}", lines, *axes, diagonal=True))
         for name, lines in _lines_by_class(facts, shown, "calibration", "predicted", "observed", dots=True).items()
     ]
     if not plots:
@@ -231,7 +219,7 @@ def ablation(facts: Facts) -> Section:
         *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
     name = f"Gain over {baseline}, weighted log loss"
-    plots = [Plot(name, interval_plot(name, gains, "gain", zero=True, digits=4))] if gains else []
+    plots = [(name, interval_plot(name, gains, "gain", zero=True, digits=4))] if gains else []
     return Section(key, title, lines, [Table("Arms, mean over seeds ± standard deviation", head, rows)], plots=plots)
 
 
