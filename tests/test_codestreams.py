@@ -317,11 +317,9 @@ def test_fragments_are_joined():
 @pytest.fixture
 def change_child(monkeypatch):
     """Let the sandbox's child read by the ``wrong`` that the code defines; ``read`` is the usual ``read_hu``."""
-    imports = (
-        "import os, signal, time\nfrom ichpipe.dicom import decode_sandbox, hounsfield\nread = hounsfield.read_hu\n"
-    )
+    head = "import os, signal, time\nfrom ichpipe.dicom import decode_sandbox, hounsfield\nread = hounsfield.read_hu\n"
     serve = "\nhounsfield.read_hu = wrong; decode_sandbox.serve()"
-    return lambda code: monkeypatch.setattr(decode_sandbox, "CHILD_CODE", f"{imports}read = hounsfield.read_hu\n{code}{serve}")
+    return lambda code: monkeypatch.setattr(decode_sandbox, "CHILD_CODE", head + code + serve)
 
 
 class TestTrial:
