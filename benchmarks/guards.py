@@ -65,7 +65,7 @@ GUARDS = (
     Guard(
         "one process at a time writes a stage's outputs",
         "pipeline/common/run_lock.py",
-        '        stack.enter_context(FileLock(folder / f".{what}.lock").acquire(timeout=0))',
+        '        stack.enter_context(FileLock(folder / f".{stage}.lock").acquire(timeout=0))',
         "        FileLock",
         "tests/test_faults.py::test_processes_of_one_training_share_a_folder",
     ),

@@ -26,9 +26,8 @@ LOSSLESS_JPEG = str(JPEGLosslessSV1)
 
 def image():
     rows, columns = np.mgrid[:ROWS, :COLUMNS]
-    return (1000 + 30 * rows + 7 * columns + np.random.default_rng(0).integers(0, 90, (ROWS, COLUMNS))).astype(
-        np.uint16
-    )
+    noise = np.random.default_rng(0).integers(0, 90, (ROWS, COLUMNS))
+    return (1000 + 30 * rows + 7 * columns + noise).astype(np.uint16)
 
 
 PREDICTORS = ("left", "above", "corner", "left + above - corner", "left + (above - corner) // 2",
@@ -69,8 +68,8 @@ def jpeg_lossless(pixels, precision=16, restart=0, predictor=1):
     return b"\xff\xd8" + head + scan_bytes + b"\xff\xd9"
 
 
-def coded_file(write_ct, syntax, pixels=None):
-    path = write_ct(pixels=image() if pixels is None else pixels)
+def coded_file(write_ct, syntax, **options):
+    path = write_ct(**{"pixels": image(), **options})
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
         if syntax == JPEGLosslessSV1:
@@ -315,6 +314,14 @@ def test_fragments_are_joined():
     assert frame_bytes(pixels) == frame_bytes(pixels + END + b"whatever") == b"abcd"
 
 
+@pytest.fixture
+def change_child(monkeypatch):
+    """Let the sandbox's child read by the ``wrong`` that the code defines; ``read`` is the usual ``read_hu``."""
+    head = "import os, signal, time\nfrom ichpipe.dicom import decode_sandbox, hounsfield\nread = hounsfield.read_hu\n"
+    serve = "\nhounsfield.read_hu = wrong; decode_sandbox.serve()"
+    return lambda code: monkeypatch.setattr(decode_sandbox, "CHILD_CODE", head + code + serve)
+
+
 class TestTrial:
     def test_it_decodes_and_gives_the_reason_of_read_hu(self, write_ct):
         path = coded_file(write_ct, RLELossless)
@@ -324,19 +331,16 @@ class TestTrial:
             assert f"{path}: {reason_of(decoder.require, str(path))}" == reason_of(hounsfield.read_hu, path)
             assert "No such file" in reason_of(decoder.require, str(path) + "x")
 
-    def test_a_decoder_that_crashes_or_hangs_costs_one_file(self, write_ct, monkeypatch):
+    def test_a_decoder_that_crashes_or_hangs_costs_one_file(self, write_ct, change_child):
         """The child is told to die as a codec does on a bad stream: at once, by SIGSEGV, or never to answer."""
         path = str(coded_file(write_ct, RLELossless))
-        serve = (
-            "import os, signal, time; from ichpipe.dicom import decode_sandbox, hounsfield; read = hounsfield.read_hu\n"
-            "def mad(path):\n"
+        change_child(
+            "def wrong(path):\n"
             "    if path == 'crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
             "    if path == 'exit': os._exit(3)\n"
             "    if path == 'hang': time.sleep(600)\n"
-            "    return read(path)\n"
-            "hounsfield.read_hu = mad; decode_sandbox.serve()"
+            "    return read(path)"
         )
-        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder(timeout_s=5) as decoder:
             decoder.require(path)
             assert "SIGSEGV" in reason_of(decoder.require, "crash")
@@ -345,38 +349,28 @@ class TestTrial:
             assert "longer than 5 s" in reason_of(decoder.require, "hang")
             decoder.require(path)
 
-    def test_its_memory_is_bounded(self, write_ct, monkeypatch):
+    def test_its_memory_is_bounded(self, write_ct, change_child):
         path = str(coded_file(write_ct, RLELossless))
-        serve = (
-            "from ichpipe.dicom import decode_sandbox, hounsfield\n"
-            "def greedy(path):\n"
+        change_child(
+            "def wrong(path):\n"
             "    try: bytearray(8 * 2**30)\n"
-            "    except MemoryError as error: raise hounsfield.UnreadableDicomError('no memory') from error\n"
-            "hounsfield.read_hu = greedy; decode_sandbox.serve()"
+            "    except MemoryError as error: raise hounsfield.UnreadableDicomError('no memory') from error"
         )
-        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         with TrialDecoder() as decoder:
             assert reason_of(decoder.require, path) == "no memory"
 
     def test_a_child_that_cannot_start_is_an_error_of_its_own(self, monkeypatch):
-        monkeypatch.setattr(decode_sandbox, "_SERVE", "raise SystemExit(1)")
+        monkeypatch.setattr(decode_sandbox, "CHILD_CODE", "raise SystemExit(1)")
         with TrialDecoder() as decoder, pytest.raises(DataError, match="can't be started"):
             decoder.require("x")
 
-    def test_scan_goes_on_after_a_crash(self, tmp_path, write_ct, monkeypatch):
+    def test_scan_goes_on_after_a_crash(self, tmp_path, write_ct, change_child):
         for name in ("a", "b", "c"):
-            path = write_ct(f"in/{name}", pixels=image(), number=ord(name))
-            with quiet_pydicom():
-                dataset = pydicom.dcmread(path)
-                dataset.compress(RLELossless, generate_instance_uid=False)
-                dataset.save_as(path)
-        serve = (
-            "import os, signal; from ichpipe.dicom import decode_sandbox, hounsfield; read = hounsfield.read_hu\n"
+            coded_file(write_ct, RLELossless, name=f"in/{name}", number=ord(name))
+        change_child(
             "crash = lambda: os.kill(os.getpid(), signal.SIGABRT)\n"
-            "hounsfield.read_hu = lambda path: crash() if path.endswith('b') else read(path)\n"
-            "decode_sandbox.serve()"
+            "wrong = lambda path: crash() if path.endswith('b') else read(path)"
         )
-        monkeypatch.setattr(decode_sandbox, "_SERVE", serve)
         slices, rejected = scan([tmp_path / "in"])
         assert [path[-1] for path in slices["path"]] == ["a", "c"]
         assert rejected["reason"].tolist() == ["its decoder crashed (SIGABRT): the stream is damaged"]

@@ -55,7 +55,7 @@ class TrainingError(IchpipeError, RuntimeError):
     """Training can't start or continue (no labelled slices, loss not finite)."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean …?)`` with the word of ``known`` most like ``word``, or an empty text."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return `` (did you mean …?)`` with the candidate most like ``word``, or an empty text."""
+    matches = difflib.get_close_matches(word, list(candidates), n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""

@@ -12,10 +12,7 @@ import sys
 from typing import Final
 
 ENVIRONMENT: Final = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**31 - 1, "MALLOC_ARENA_MAX": 1}
-"""Environment variables (mallopt(3)) for a new process, in bytes and arenas.
-
-One arena, since other arenas map large blocks anew whatever the threshold.
-"""
+"""Environment variables (mallopt(3)), in bytes and arenas; other arenas map large blocks anew at any threshold."""
 
 _MALLOPT: Final = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_ARENA_MAX": -8}
 

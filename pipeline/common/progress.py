@@ -23,15 +23,13 @@ else:
 T = TypeVar("T")
 log = logging.getLogger("ichpipe")
 
-LINE_S: Final = 30.0
-"""Without a terminal a line is written at most this often."""
-NOTE_S: Final = 1.0
-"""A note is made at most this often: reading a loss makes a GPU wait."""
+LINE_S: Final = 30.0  # without a terminal a line is written at most this often
+NOTE_S: Final = 1.0  # a note is made at most this often: reading a loss makes a GPU wait
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "batch") -> Iterator[T]:
+def track(items: Iterable[T], title: str, total: int | None = None, unit: str = "batch") -> Iterator[T]:
     """Yield the items and show the progress; ``unit`` names one item, in the singular."""
-    with Counter(what, total, unit) as counter:
+    with Counter(title, total, unit) as counter:
         for item in items:
             yield item
             counter.add(1)
@@ -40,16 +38,15 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
 class Counter(Bar):
     """Progress of work that is counted in lumps. ``note`` returns a text for the end of the line."""
 
-    def __init__(self, what: str, total: int | None, unit: str, note: Callable[[], str] | None = None) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, note: Callable[[], str] | None = None) -> None:
         self.note, self.plain = note, not on_terminal()
         if self.plain:  # tqdm writes to a file that nobody reads, and `display` logs
-            form = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-            how: dict[str, Any] = {"file": io.StringIO(), "mininterval": LINE_S, "delay": LINE_S, "bar_format": form}
+            options: dict[str, Any] = {"file": io.StringIO(), "mininterval": LINE_S, "delay": LINE_S}
+            options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         else:
-            how = {"mininterval": NOTE_S if note else 0.1, "leave": False, "dynamic_ncols": True}
-        super().__init__(
-            desc=what, total=total, unit=unit, miniters=1, disable=not log.isEnabledFor(logging.INFO), **how
-        )
+            options = {"mininterval": NOTE_S if note else 0.1, "leave": False, "dynamic_ncols": True}
+        options["disable"] = not log.isEnabledFor(logging.INFO)
+        super().__init__(desc=title, total=total, unit=unit, miniters=1, **options)
 
     add = Bar.update
 

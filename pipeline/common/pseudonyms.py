@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ENVIRONMENT: Final = "env:"
-KEY_BYTES: Final = 16
-"""An attacker can try all shorter keys."""
-
-DIGITS: Final = 32
-"""Hexadecimal digits of a pseudonym, 128 bits: a million patients collide with probability 1e-27."""
+KEY_BYTES: Final = 16  # an attacker can try all shorter keys
+DIGITS: Final = 32  # 128 bits in hexadecimal: a million patients collide with probability 1e-27
 
 
 class Pseudonyms:
@@ -63,13 +60,11 @@ def read_pseudonyms(source: str | None) -> Pseudonyms | None:
         else:
             key = Path(source).read_bytes().strip()
     except KeyError as error:
-        raise MissingFileError(
-            f"prepare.hash_patient_ids: the environment has no {error.args[0]}; set it to the secret key"
-        ) from None
+        reason = f"the environment has no {error.args[0]}; set it to the secret key"
+        raise MissingFileError(f"prepare.hash_patient_ids: {reason}") from None
     except OSError as error:
-        raise MissingFileError(
-            f"prepare.hash_patient_ids: {source}: {error.strerror}; name a file with the secret key"
-        ) from error
+        reason = f"{source}: {error.strerror}; name a file with the secret key"
+        raise MissingFileError(f"prepare.hash_patient_ids: {reason}") from error
     if len(key) < KEY_BYTES:
         raise ParamsError(
             f"prepare.hash_patient_ids: the key in {source} has {len(key)} bytes, fewer than {KEY_BYTES}; make one: "

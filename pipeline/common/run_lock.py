@@ -23,24 +23,24 @@ _TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  
 
 @contextlib.contextmanager
 def hold_lock(
-    folder: Path, what: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
+    folder: Path, stage: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
 ) -> Iterator[None]:
-    """Hold ``folder/.<what>.lock`` in the block, and delete temporary files of a killed run.
+    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary files of a killed run.
 
-    Temporary files are deleted below ``outputs`` and, if their names begin with ``what``, in ``resume``; without
+    Temporary files are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
     ``outputs`` in ``folder`` alone. Raises BusyError if another process holds the lock, OutputError if the folder is
     not writable.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
-    pid_file, new = folder / f".{what}.pid", not folder.exists()
+    pid_file, new = folder / f".{stage}.pid", not folder.exists()
     with contextlib.ExitStack() as stack:
         if new:
-            stack.callback(_remove_if_unused, folder, what)
+            stack.callback(_remove_if_unused, folder, stage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _acquire(stack, folder, what, pid_file)
+            _acquire(stack, folder, stage, pid_file)
             pid_file.write_text(f"{os.getpid()}\n", encoding="ascii")
         except OSError as error:
             raise OutputError(
@@ -50,34 +50,33 @@ def hold_lock(
         stack.callback(pid_file.unlink, missing_ok=True)
         leftovers = [path for output in outputs or [] for path in output.rglob(".*tmp*")]
         leftovers += [] if outputs is not None else folder.glob(".*tmp*")
-        leftovers += [] if resume is None else resume.glob(f".{what}.*.tmp")
+        leftovers += [] if resume is None else resume.glob(f".{stage}.*.tmp")
         for path in leftovers:
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
         yield
 
 
-def _remove_if_unused(folder: Path, what: str) -> None:
+def _remove_if_unused(folder: Path, stage: str) -> None:
     """Remove the folder of a command that failed before it wrote anything."""
-    lock = folder / f".{what}.lock"
+    lock = folder / f".{stage}.lock"
     with contextlib.suppress(OSError):
         if set(folder.iterdir()) <= {lock}:
             lock.unlink(missing_ok=True)
             folder.rmdir()
 
 
-def _acquire(stack: contextlib.ExitStack, folder: Path, what: str, pid_file: Path) -> None:
+def _acquire(stack: contextlib.ExitStack, folder: Path, stage: str, pid_file: Path) -> None:
     from filelock import FileLock, Timeout  # noqa: PLC0415 - not for `--help`
 
     try:
-        stack.enter_context(FileLock(folder / f".{what}.lock").acquire(timeout=0))
+        stack.enter_context(FileLock(folder / f".{stage}.lock").acquire(timeout=0))
     except Timeout:
-        message = f"another process is running {what} in {folder}; wait for it, or name another folder"
+        message = f"another process is running {stage} in {folder}; wait for it, or name another folder"
         with contextlib.suppress(OSError):
             pid = pid_file.read_text(encoding="ascii").strip()
-            message = (
-                f"process {pid} is running {what} in {folder}; wait for it, end it (kill {pid}), or name another folder"
-            )
+            remedy = f"wait for it, end it (kill {pid}), or name another folder"
+            message = f"process {pid} is running {stage} in {folder}; {remedy}"
         raise BusyError(message) from None
     except NotImplementedError:  # a file system without locks
         pass

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float64]
-
 _OTHER_FORMATS: Final = {
-    b"\xff\xfe": "is UTF-16, as some spreadsheets write it; save it as CSV UTF-8",
-    b"\xfe\xff": "is UTF-16, as some spreadsheets write it; save it as CSV UTF-8",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, as some spreadsheets write it; save it as CSV UTF-8"),
     b"PK": "is a zip archive or a spreadsheet; unpack it, or save it as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "is a spreadsheet; save it as CSV UTF-8",
 }
@@ -72,36 +69,36 @@ class Table:
         values = pd.Series(pc.cast(self.content[name].combine_chunks(), pa.string()).to_pandas())
         return None if (values.isna() | (values == "")).any() else values
 
-    def numbers(self, name: str) -> Floats:
+    def numbers(self, name: str) -> NDArray[np.float64]:
         """Return a column as float64 (rows,). Raises DataError at other text; empty cells of parquet are NaN."""
         column = self.content[name].combine_chunks()
         try:
             values = pc.cast(pc.utf8_trim_whitespace(column) if self.is_csv else column, pa.float64())
         except pa.ArrowInvalid:
             cells = column.to_pandas()
-            self.refuse(
-                pd.to_numeric(cells, errors="coerce").isna().to_numpy(), f"column {name} is not a number", cells
-            )
+            is_text = pd.to_numeric(cells, errors="coerce").isna().to_numpy()
+            self.refuse(is_text, f"column {name} is not a number", cells)
             raise DataError(f"{self.title}: column {name} has a cell that is no number; use a decimal point") from None
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)
 
-    def refuse(
-        self, bad: NDArray[np.bool_], complaint: str, values: pd.Series | NDArray[Any] | pa.Array = None
-    ) -> None:
-        """Raise DataError that names the first row marked in ``bad`` (rows,) and its value, if any row is marked."""
+    def refuse(self, bad: NDArray[np.bool_], complaint: str, values: Any = None) -> None:
+        """Raise DataError that names the first row marked in ``bad`` (rows,) and its value, if any row is marked.
+
+        ``values`` (rows,) holds the cells that the message quotes: an array or a Series.
+        """
         rows = np.flatnonzero(bad)
         if not rows.size:
             return
         row = int(rows[0])
-        shown = "" if values is None else f": {str(np.asarray(values)[row])[:80]!r}"
-        raise DataError(f"{self.title}, {self._position(row)}: {complaint}{shown} ({rows.size} such row(s))")
+        value = "" if values is None else f": {str(np.asarray(values)[row])[:80]!r}"
+        raise DataError(f"{self.title}, {self._name_row(row)}: {complaint}{value} ({rows.size} such row(s))")
 
     def error(self, complaint: str) -> DataError:
         """Return an error about the whole table; the message lists the columns."""
         columns = ", ".join(self.names[:12]) + (", …" if len(self.names) > 12 else "")
         return DataError(f"{self.title} {complaint}; its columns: {columns}")
 
-    def _position(self, row: int) -> str:
+    def _name_row(self, row: int) -> str:
         if not self.is_csv:
             return f"row {row + 1}"
         with _open(self.path) as handle:  # empty lines are no rows
@@ -122,7 +119,15 @@ def read_table(path: Path, role: str) -> Table:
         if start.startswith(magic):
             raise DataError(f"{role} table {path} {complaint}")
     is_csv = not start.startswith(b"PAR1")
-    content = _read_csv(path, role) if is_csv else _read_parquet(path, role)
+    if is_csv:
+        content = _read_csv(path, role)
+    else:
+        try:
+            content = parquet.read_table(path, partitioning=None)
+            content.rename_columns(content.column_names).validate(full=True)  # column names and text must be UTF-8
+        except (*_ERRORS, UnicodeDecodeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{role} table {path} is not a complete parquet file: {reason}; write it again") from error
     table = Table(path, role, content, is_csv)
     repeated = sorted({name for name in table.names if table.names.count(name) > 1})
     if repeated:
@@ -149,7 +154,16 @@ def _read_csv(path: Path, role: str) -> pa.Table:
         _require_utf8(path, role)
         table = _parse(path)
     except _ERRORS as error:
-        raise DataError(f"{role} table {path} can't be read as CSV: {_cause(path, error)}") from error
+        reason, wrong_rows = str(error), list[csv.InvalidRow]()
+        try:
+            _parse(path, wrong_rows)
+        except _ERRORS as second_error:
+            reason = str(second_error)
+        reason = " ".join(reason.split())[:300]
+        if wrong_rows:
+            row = wrong_rows[0]
+            reason = f"line {row.number} has {row.actual_columns} cells where the heading has {row.expected_columns}"
+        raise DataError(f"{role} table {path} can't be read as CSV: {reason}") from error
     if len(table.column_names) == 1 and {";", "\t"} & set(table.column_names[0]):
         raise DataError(f"{role} table {path} is separated by semicolons or tabs; save it with commas")
     return table.rename_columns([name.strip() for name in table.column_names])
@@ -172,7 +186,7 @@ def _require_utf8(path: Path, role: str) -> None:
 def _parse(path: Path, wrong_rows: list[csv.InvalidRow] | None = None) -> pa.Table:
     """Read every column as text. Rows with too many or too few cells are an error, or go to ``wrong_rows``."""
 
-    def note(row: csv.InvalidRow) -> str:
+    def handle_invalid_row(row: csv.InvalidRow) -> str:
         if wrong_rows is None:
             return "error"
         wrong_rows.append(row)
@@ -184,28 +198,6 @@ def _parse(path: Path, wrong_rows: list[csv.InvalidRow] | None = None) -> pa.Tab
         return csv.read_csv(
             handle,
             read_options=csv.ReadOptions(use_threads=wrong_rows is None),  # only one thread counts the lines
-            parse_options=csv.ParseOptions(invalid_row_handler=note),
+            parse_options=csv.ParseOptions(invalid_row_handler=handle_invalid_row),
             convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
-
-
-def _cause(path: Path, error: Exception) -> str:
-    reason, wrong_rows = str(error), list[csv.InvalidRow]()
-    try:
-        _parse(path, wrong_rows)
-    except _ERRORS as again:
-        reason = str(again)
-    if wrong_rows:
-        row = wrong_rows[0]
-        return f"line {row.number} has {row.actual_columns} cells where the heading has {row.expected_columns}"
-    return " ".join(reason.split())[:300]
-
-
-def _read_parquet(path: Path, role: str) -> pa.Table:
-    try:
-        table = parquet.read_table(path, partitioning=None)
-        table.rename_columns(table.column_names).validate(full=True)  # column names and text must be UTF-8
-    except (*_ERRORS, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{role} table {path} is not a complete parquet file: {reason}; write it again") from error
-    return table

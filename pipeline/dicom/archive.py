@@ -43,17 +43,7 @@ def list_files(roots: Sequence[Path]) -> Listing:
 
     Left out are names that begin with a dot (``.DS_Store``, ``._x``, half-written temporaries) or are ``__MACOSX``,
     and everything in such folders. Links to folders are not followed; archives within archives are not opened.
-
-    Parameters
-    ----------
-    roots
-        Folders, files, archives, or folders within an archive.
-
-    Raises
-    ------
-    MissingFileError
-        A root does not exist.
-
+    A root may be a folder, a file, an archive or a folder within one; MissingFileError names one that does not exist.
     """
     files: dict[str, ListedFile] = {}
     damaged: dict[str, str] = {}

@@ -28,18 +28,11 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
 
-MAX_SIDE_PX: Final = 4096
-"""No CT image is wider; a header that claims more is damaged, and decoding it would fill the memory."""
-
-MAX_FILE_BYTES: Final = 96 * 2**20
-"""The largest image, 64 MiB, and a long header; also of a deflated file when it is inflated."""
-
+MAX_SIDE_PX: Final = 4096  # no CT image is wider; decoding what a damaged header claims would fill the memory
+MAX_FILE_BYTES: Final = 96 * 2**20  # the largest image, 64 MiB, and a long header; also of an inflated file
+# Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred. pydicom makes
+# an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
 MAX_PARTS: Final = 10_000
-"""Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred.
-
-pydicom makes an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
-"""
-
 _PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
 _DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
@@ -251,9 +244,8 @@ def _rescale(elements: Elements) -> tuple[float, float]:
         raise UnreadableDicomError(f"RescaleIntercept (0028,1052) is {intercept:g}: no Hounsfield units")
     kind = elements.text("RescaleType").upper()
     if kind not in _HOUNSFIELD_TYPES:
-        raise UnreadableDicomError(
-            f"RescaleType (0028,1054) is {shown(kind, RESCALE_TYPES)}: values are not Hounsfield units"
-        )
+        kind = shown(kind, RESCALE_TYPES)
+        raise UnreadableDicomError(f"RescaleType (0028,1054) is {kind}: values are not Hounsfield units")
     return slope, intercept
 
 
@@ -276,9 +268,6 @@ def transfer_syntax(dataset: Dataset) -> str:
     stated = Elements(dataset.file_meta).text("TransferSyntaxUID")
     if stated.strip("0123456789."):
         raise UnreadableDicomError("TransferSyntaxUID (0002,0010) is no UID")
-    if stated:
-        return stated
-    implicit, little = dataset.original_encoding  # guessed by the parser: no meta header
-    if implicit:
-        return IMPLICIT_LITTLE
-    return EXPLICIT_LITTLE if little else EXPLICIT_BIG
+    is_implicit, is_little = dataset.original_encoding
+    guess = IMPLICIT_LITTLE if is_implicit else EXPLICIT_LITTLE if is_little else EXPLICIT_BIG
+    return stated or guess

@@ -24,7 +24,7 @@ if sys.platform != "win32":
 TIMEOUT_S: Final = 30.0  # a slice takes milliseconds, one of 4096 pixels a side some seconds
 STARTING_S: Final = 120.0  # imports on a loaded machine
 MEMORY_BYTES: Final = 4 * 2**30  # beyond what the process has when it starts
-_SERVE: Final = "from ichpipe.dicom.decode_sandbox import serve; serve()"
+CHILD_CODE: Final = "from ichpipe.dicom.decode_sandbox import serve; serve()"
 
 
 class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
@@ -68,7 +68,7 @@ class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
             # Not multiprocessing.Process: its child imports the user's script again.
             # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
             self._child = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-c", _SERVE],
+                [sys.executable, "-P", "-c", CHILD_CODE],
                 stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,  # codecs print
                 stderr=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 from typing import Final
 
 PLAIN: Final = "plain"
@@ -67,6 +68,7 @@ _SIEMENS_SOFT_BELOW: Final = 50
 _SIEMENS_BONE_FROM: Final = 55
 
 
+@lru_cache(maxsize=4096)
 def marks_of(series: str, *others: str) -> str:
     """Return the marks of a series, sorted, joined by spaces; empty where no word is known.
 

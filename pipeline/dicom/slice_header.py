@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ichpipe.common.errors import UnreadableDicomError
@@ -134,7 +133,7 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
         lossy=loss == "01" or syntax in LOSSY_SYNTAXES or (syntax in MAYBE_LOSSY_SYNTAXES and not loss),
         image_type=image_type,
         kernel=elements.text("ConvolutionKernel"),
-        marks=_marks(*map(elements.text, _SERIES_TEXTS)),
+        marks=marks_of(*map(elements.text, _SERIES_TEXTS)),
         contrast_agent=elements.text("ContrastBolusAgent").upper() not in _NO_AGENT,
         thickness_mm=elements.optional_float("SliceThickness"),
         body_part=body_part(elements.text("BodyPartExamined")),
@@ -143,9 +142,6 @@ def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, fo
         row_direction=row,
         column_direction=column,
     )
-
-
-_marks = lru_cache(maxsize=4096)(marks_of)
 
 
 def _require_ct_slice(elements: Elements) -> str:
