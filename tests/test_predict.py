@@ -54,12 +54,12 @@ def test_the_table_says_where_along_the_normal(run, head, tmp_path):
     assert run("predict", folder, "--out", tmp_path / "out").exit_code == 0
     slices = table(tmp_path / "out", "slices")
     cut = float(slices["any"].median())  # half of the slices are at or above it
-    found = slices[slices["any"] >= cut]["position_mm"]
+    positive_mm = slices[slices["any"] >= cut]["position_mm"]
     text = run("predict", folder, "--threshold", repr(cut)).stdout
     line = next(line for line in text.splitlines() if " any " in line)
     probability, first, last, count = line.split()[2:]
     assert float(probability) == pytest.approx(slices["any"].max(), abs=6e-4)
-    assert (float(first), float(last), int(count)) == (found.min(), found.max(), len(found))
+    assert (float(first), float(last), int(count)) == (positive_mm.min(), positive_mm.max(), len(positive_mm))
     text = run("predict", folder, "--threshold", "1").stdout
     assert next(line for line in text.splitlines() if " any " in line).split()[3:] == ["-", "-", "0"]
 
@@ -199,22 +199,23 @@ def test_one_refused_study_does_not_stop_the_others(run, head, refusable, tmp_pa
     assert len(table(out, "studies")) == 1
     assert table(out, "refused")["reason"].str.contains("Modality").tolist() == [True]
     assert "refused: 1 study" in result.stdout
-    (one,) = json.loads((out / "predictions.json").read_text())["refused"]
-    assert one["study_uid"] == table(out, "refused")["study_uid"][0]
-    before = table(out, "slices")
+    (study,) = json.loads((out / "predictions.json").read_text())["refused"]
+    assert study["study_uid"] == table(out, "refused")["study_uid"][0]
     assert run("predict", good, "--out", tmp_path / "alone").exit_code == 0
-    pd.testing.assert_frame_equal(before, table(tmp_path / "alone", "slices"))
+    pd.testing.assert_frame_equal(table(out, "slices"), table(tmp_path / "alone", "slices"))
 
 
-def test_a_plain_series_beside_contrast_and_localizer_is_taken_and_nothing_refused(run, head, tmp_path):
-    study = "1.2.99"
-    folders = [
-        head("plain-head", StudyInstanceUID=study),
-        head("with-contrast", StudyInstanceUID=study, ContrastBolusAgent="Iohexol"),
-        head("scout", HEAD[:1], StudyInstanceUID=study, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
-    ]
+@pytest.fixture
+def mixed_study(head):
+    """Folders of two series of one study: a plain head, and one with contrast."""
+    plain = head("plain-head", StudyInstanceUID="1.2.99")
+    return [plain, head("with-contrast", StudyInstanceUID="1.2.99", ContrastBolusAgent="Iohexol")]
+
+
+def test_a_plain_series_beside_contrast_and_localizer_is_taken_and_nothing_refused(run, head, mixed_study, tmp_path):
+    scout = head("scout", HEAD[:1], StudyInstanceUID="1.2.99", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     out = tmp_path / "out"
-    assert run("predict", *folders, "--out", out).exit_code == 0
+    assert run("predict", *mixed_study, scout, "--out", out).exit_code == 0
     assert table(out, "refused").empty
     assert len(table(out, "studies")) == 1
     chosen = table(out, "series").set_index("series_uid")["chosen"]
@@ -222,16 +223,11 @@ def test_a_plain_series_beside_contrast_and_localizer_is_taken_and_nothing_refus
     assert table(out, "studies")["series_uid"][0] == chosen.index[chosen].item()
 
 
-def test_all_series_refuses_series_by_series(run, head, tmp_path):
-    study = "1.2.99"
-    folders = [
-        head("plain-head", StudyInstanceUID=study),
-        head("with-contrast", StudyInstanceUID=study, ContrastBolusAgent="Iohexol"),
-    ]
-    one, both = tmp_path / "one", tmp_path / "both"
-    assert run("predict", *folders, "--all-series", "--out", one).exit_code == 0
-    assert (len(table(one, "studies")), len(table(one, "refused"))) == (1, 1)
-    assert run("predict", *folders, "--all-series", "--force", "--out", both).exit_code == 0
+def test_all_series_refuses_series_by_series(run, mixed_study, tmp_path):
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    assert run("predict", *mixed_study, "--all-series", "--out", plain).exit_code == 0
+    assert (len(table(plain, "studies")), len(table(plain, "refused"))) == (1, 1)
+    assert run("predict", *mixed_study, "--all-series", "--force", "--out", both).exit_code == 0
     assert table(both, "studies")["forced"].sum() == 1
 
 
@@ -252,8 +248,9 @@ def test_json_is_what_is_written_and_alone_on_standard_output(run, head, tmp_pat
     row, slices = table(out, "studies").iloc[0], table(out, "slices")
     for name in CLASSES:
         assert study["findings"][name]["probability"] == pytest.approx(row[name], abs=1e-9)
-    assert [one["sop_uid"] for one in study["slices"]] == slices["sop_uid"].tolist()
-    np.testing.assert_allclose([one["any"] for one in study["slices"]], slices["any"], atol=1e-9)
+    shown = pd.DataFrame(study["slices"])
+    assert shown["sop_uid"].tolist() == slices["sop_uid"].tolist()
+    np.testing.assert_allclose(shown["any"], slices["any"], atol=1e-9)
     assert run("predict", folder, "--json").stdout == result.stdout  # the same bytes again, without a folder
 
 
@@ -262,11 +259,10 @@ def test_calibration_beside_the_model_is_applied_unless_left_out(branch, head, t
     made = json.loads((model / "calibration.json").read_text())
     made["temperature"] = {"any": 2.0}
     (model / "calibration.json").write_text(json.dumps(made))
-    assert "calibrated: temperature of any" in branch("predict", folder, "--out", tmp_path / "after").stdout
-    assert (
-        "not calibrated, as asked" in branch("predict", folder, "--uncalibrated", "--out", tmp_path / "before").stdout
-    )
-    before, after = table(tmp_path / "before", "slices"), table(tmp_path / "after", "slices")
+    plain, calibrated = tmp_path / "plain", tmp_path / "calibrated"
+    assert "calibrated: temperature of any" in branch("predict", folder, "--out", calibrated).stdout
+    assert "not calibrated, as asked" in branch("predict", folder, "--uncalibrated", "--out", plain).stdout
+    before, after = table(plain, "slices"), table(calibrated, "slices")
     odds = before["any"] / (1 - before["any"])
     np.testing.assert_allclose(after["any"] / (1 - after["any"]), np.sqrt(odds), rtol=1e-6)
     assert (after["epidural"] == before["epidural"]).all()
@@ -288,17 +284,14 @@ def test_calibration_of_another_model_stops_predict_with_the_remedy(branch, head
 
 def test_no_name_and_no_free_text_leaves_the_images(run, head, tmp_path):
     secret = {
-        "PatientName": "Jekyll^Henry",
-        "PatientBirthDate": "18860105",
-        "AccessionNumber": "A77",
-        "SeriesDescription": "head for Mr Jekyll",
-        "StudyDescription": "fell on Hyde street",
-    }
+        "PatientName": "Jekyll^Henry", "PatientBirthDate": "18860105", "AccessionNumber": "A77",
+        "SeriesDescription": "head for Mr Jekyll", "StudyDescription": "fell on Hyde street",
+    }  # fmt: skip
     folder, out = head("one", **secret), tmp_path / "out"
     result = run("predict", folder, head("few", HEAD[:2], **secret), "--out", out)
     assert result.exit_code == 0
-    said = result.output + "".join((out / name).read_text() for name in TABLES)
-    assert not [word for word in ("Jekyll", "18860105", "A77", "Hyde", "Mr ") if word in said]
+    text = result.output + "".join((out / name).read_text() for name in TABLES)
+    assert not [word for word in ("Jekyll", "18860105", "A77", "Hyde", "Mr ") if word in text]
 
 
 def test_more_than_ten_studies_show_any_and_what_is_positive(run, head):

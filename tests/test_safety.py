@@ -1,6 +1,7 @@
 """Files from elsewhere run no code and reach no place outside; the keys of hashed identifiers are in no output."""
 
 import ast
+import gc
 import os
 import shutil
 import stat
@@ -114,7 +115,7 @@ def test_weights_and_checkpoints_that_hold_code_do_not_run_it(tmp_path, monkeypa
 
 @pytest.fixture
 def outside(tmp_path):
-    """A slice that lies beside the folder that is read, and that folder."""
+    """The folder that is read; a slice that is not to be read lies beside it."""
     save_dicom(ct_dataset(np.full((4, 4), 1, np.int16), patient="OUTSIDE"), tmp_path / "secret.dcm")
     folder = tmp_path / "given"
     folder.mkdir()
@@ -131,11 +132,9 @@ def test_members_that_name_other_places_are_members(outside, tmp_path):
             archive.writestr(zipfile.ZipInfo(name), inside)
         archive.writestr(link, str(tmp_path / "secret.dcm"))
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    listing = list_files([outside])
-    assert listing.files
-    for one in listing.files:
-        content = read_file(one.path, 1 << 20)
-        assert b"OUTSIDE" not in content
+    files = list_files([outside]).files
+    assert files
+    assert not [file.path for file in files if b"OUTSIDE" in read_file(file.path, 1 << 20)]
     slices, rejected = scan([outside])
     assert set(slices["patient_id"]) == {"INSIDE"}
     assert any("link.dcm" in path for path in rejected["path"])  # the text of a link is no DICOM file
@@ -162,7 +161,9 @@ def test_a_dicomdir_leads_to_what_lies_beside_it_alone(outside, tmp_path):
     for path in sorted((tmp_path / "source").iterdir()):
         files.add(path)
     files.write(outside)
-    files._stage["t"].cleanup()  # left to the garbage collector, it warns in whichever test runs then
+    del files
+    with pytest.warns(ResourceWarning, match="Implicitly cleaning up"):  # here, not in whichever test runs later
+        gc.collect()
     with quiet_pydicom():
         directory = pydicom.dcmread(outside / "DICOMDIR")
         images = [record for record in directory.DirectoryRecordSequence if record.DirectoryRecordType == "IMAGE"]
@@ -241,13 +242,13 @@ def test_hashed_runs_hold_neither_identifier_nor_key(run, tmp_path, monkeypatch)
     other = run.fresh(tmp_path / "hashed")
     assert other(*hashed, "prepare").exit_code == 0
     plain = pd.read_parquet(run.artifacts / "index" / "slices.parquet").set_index("sop_uid")["patient_id"]
-    found = pd.read_parquet(other.artifacts / "index" / "slices.parquet").set_index("sop_uid")["patient_id"]
+    hidden = pd.read_parquet(other.artifacts / "index" / "slices.parquet").set_index("sop_uid")["patient_id"]
     hide = Pseudonyms(KEY.encode())
-    assert found.to_dict() == {sop: hide(patient) for sop, patient in plain.items()}
+    assert hidden.to_dict() == {sop: hide(patient) for sop, patient in plain.items()}
     model = run.artifacts / "finetuned"
-    said = other(*hashed, "predict", run.data / "dicom", "--out", tmp_path / "out", "--model", model)
-    assert said.exit_code == 0, said.output
-    assert set(pd.read_csv(tmp_path / "out" / "studies.csv")["patient_id"]) <= set(found)
+    result = other(*hashed, "predict", run.data / "dicom", "--out", tmp_path / "out", "--model", model)
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_csv(tmp_path / "out" / "studies.csv")["patient_id"]) <= set(hidden)
     words = {*plain, KEY}
     for path in planted.files_below(other.artifacts, tmp_path / "out"):
         for part in planted.unpacked(path.read_bytes()):

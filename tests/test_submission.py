@@ -68,11 +68,8 @@ def test_certainty_is_kept_within_what_nine_decimals_can_say():
     slices = predictions(1)
     slices.loc[0, ["any", "epidural", "subdural"]] = [1e-30, 1.0, 1e-8]
     values = value_of(build_submission(slices, NOTHING))
-    assert values[["ID_000000000_any", "ID_000000000_epidural", "ID_000000000_subdural"]].tolist() == [
-        1e-9,
-        1 - 1e-9,
-        1e-8,
-    ]
+    ids = [f"ID_000000000_{name}" for name in ("any", "epidural", "subdural")]
+    assert values[ids].tolist() == [1e-9, 1 - 1e-9, 1e-8]
 
 
 def test_a_slice_without_prediction_is_an_error_that_says_why(tmp_path):
@@ -148,8 +145,7 @@ def test_score_reads_back_what_was_written(tmp_path):
     labels[:, 0] = labels[:, 1:].max(axis=1)
     build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False, lineterminator="\n")
     slices[["sop_uid"]].assign(**dict(zip(CLASSES, labels.T, strict=True))).to_csv(tmp_path / "labels.csv", index=False)
-    text = score.run(
-        "rsna", tmp_path / "submission.csv", tmp_path / "labels.csv", None, EvaluateParams(), score.Options()
-    )
+    tables = tmp_path / "submission.csv", tmp_path / "labels.csv"
+    text = score.run("rsna", *tables, None, EvaluateParams(), score.Options())
     direct = weighted_log_loss(labels, slices[list(CLASSES)].to_numpy())
     assert json.loads(text)["weighted_log_loss"] == pytest.approx(direct, abs=1e-7)
