@@ -252,10 +252,10 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
     features = open_features(params, artifacts, index, params.sequence["paper"])
     fitting.model.train()
     fitting.model.sequence.eval()  # no dropout; the CNN has none
-    fitting._thaw(1)
-    batch = fitting._steps(1)[0][0]
+    fitting.unfreeze(1)
+    batch = fitting.steps(1)[0][0]
     hu = torch.stack([fitting.slices[row][0] for row in batch.images.needed_rows])
-    losses = fitting._backward(batch, hu, 3)
+    losses = fitting.backward(batch, hu, 3)
     assert all(parameter.grad is None for parameter in fitting.model.cnn.parameters())
     found = torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
     fitting.model.zero_grad()
@@ -277,11 +277,11 @@ def test_the_cnn_thaws_from_its_end(run):
     parts = parts_of(fitting.model.cnn)
     assert sum(len(part) for part in parts) == len(list(fitting.model.cnn.parameters()))
     for epoch, wanted in ((1, 1), (2, 1), (3, 2), (2 * len(parts) + 1, len(parts))):
-        fitting._thaw(epoch)
+        fitting.unfreeze(epoch)
         learning = [all(parameter.requires_grad for parameter in part) for part in parts]
         assert learning == [False] * (len(parts) - wanted) + [True] * wanted
     at_once = series_fitting(run)[0]
-    at_once._thaw(1)
+    at_once.unfreeze(1)
     assert all(parameter.requires_grad for parameter in at_once.model.cnn.parameters())
 
 
@@ -289,14 +289,14 @@ def test_a_sample_without_labels_teaches_nothing(run):
     fitting = series_fitting(run, sample_slices=4, batch_series=2)[0]
     unknown = torch.full_like(fitting.slices.labels, float("nan"))
     fitting.slices.labels = unknown
-    batch = fitting._steps(1)[0][0]
+    batch = fitting.steps(1)[0][0]
     assert [len(rows) for rows in batch.members] == [4, 4]
-    assert fitting._backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
+    assert fitting.backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
 
 
 def test_the_batches_of_a_step_hold_each_series_once(run):
     fitting = series_fitting(run, batch_series=2, accumulate=2)[0]
-    steps = fitting._steps(1)
+    steps = fitting.steps(1)
     rows = [row for batches in steps for batch in batches for row in batch.images.rows]
     assert sorted(rows) == list(range(len(fitting.slices)))
     assert all(len(batches) == 2 for batches in steps[:-1])
