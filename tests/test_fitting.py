@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,28 +153,29 @@ def test_samples_are_contiguous_and_reach_both_ends(n, size):
     assert set().union(*found) == set(range(n))
 
 
-def slice_fitting(tmp_path, write_ct=None, n=12, **settings):
+def slice_fitting(n=12, **settings):
     settings = {"backbone": "test_convnext", "augment": STILL, "precision": "fp32"} | settings
     section = SliceParams(**settings)
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(section.backbone, PAPER_WINDOWS, SIZE, 0.0))
-    dataset = SliceDataset(
-        [f"{row}" for row in range(n)], (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1), SIZE
-    )
-    dataset._held = dict(enumerate(random_hu(n)))
+    labels = (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1)
+    dataset = SliceDataset(list(range(n)), labels, SIZE, SimpleNamespace(read=random_hu(n).__getitem__))
     slices = Slices(dataset, dataset, [f"series {row // 4}" for row in range(n)])
     return SliceFitting(cnn, section, CPU, 0, slices, range(n), 7)
 
 
-def test_an_epoch_is_every_slice_once_or_one_sample_of_each_series(tmp_path):
-    whole = slice_fitting(tmp_path, batch_size=5)
-    assert sorted(row for rows in whole._batches(1) for row in rows) == list(range(12))
-    assert whole._batches(1) != whole._batches(2)
-    sampled = slice_fitting(tmp_path, batch_size=4, sample_slices=2)
-    batches = sampled._batches(1)
-    assert [len(rows) for rows in batches] == [6]  # three series; a lone one joins the batch before it
-    assert {row // 4 for row in batches[0]} == {0, 1, 2}
-    assert all(batches[0][at + 1] == batches[0][at] + 1 for at in (0, 2, 4))
+def rows_of(fitting, epoch=1):
+    return [list(batch.rows) for batches in fitting.steps(epoch) for batch in batches]
+
+
+def test_an_epoch_is_every_slice_once_or_one_sample_of_each_series():
+    whole = slice_fitting(batch_size=5)
+    assert sorted(row for rows in rows_of(whole) for row in rows) == list(range(12))
+    assert rows_of(whole) != rows_of(whole, 2)
+    (rows,) = rows_of(slice_fitting(batch_size=4, sample_slices=2))  # a lone series joins the batch before it
+    assert len(rows) == 6
+    assert {row // 4 for row in rows} == {0, 1, 2}
+    assert all(rows[at + 1] == rows[at] + 1 for at in (0, 2, 4))
 
 
 def one_step(fitting):
@@ -181,20 +183,20 @@ def one_step(fitting):
     return torch.cat([parameter.detach().flatten() for parameter in fitting.cnn.parameters()])
 
 
-def test_accumulated_batches_learn_what_one_batch_does(tmp_path):
+def test_accumulated_batches_learn_what_one_batch_does():
     settings = {"adam_eps": 1e-3, "warmup_epochs": 0.0}
-    whole = one_step(slice_fitting(tmp_path, batch_size=12, **settings))
-    parts = one_step(slice_fitting(tmp_path, batch_size=4, accumulate=3, **settings))
-    other = one_step(slice_fitting(tmp_path, batch_size=4, accumulate=3, **settings | {"adam_eps": 1e-2}))
+    whole = one_step(slice_fitting(batch_size=12, **settings))
+    parts = one_step(slice_fitting(batch_size=4, accumulate=3, **settings))
+    other = one_step(slice_fitting(batch_size=4, accumulate=3, **settings | {"adam_eps": 1e-2}))
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(other, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_images_are_made_in_full_precision_whatever_the_network_computes_in(tmp_path, monkeypatch):
+def test_images_are_made_in_full_precision_whatever_the_network_computes_in(monkeypatch):
     seen, embed = [], SliceCnn.embed
     monkeypatch.setattr(SliceCnn, "embed", lambda cnn, hu: seen.append(hu) or embed(cnn, hu))
     for precision in ("fp32", "bf16"):
-        one_step(slice_fitting(tmp_path, batch_size=12, precision=precision, augment=WILD))
+        one_step(slice_fitting(batch_size=12, precision=precision, augment=WILD))
     assert torch.equal(seen[0], seen[1])
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ichpipe.common.errors import TrainingError
-from ichpipe.images import augmentation
+from ichpipe.images import augmentation, slice_dataset
 from ichpipe.images.slice_dataset import SliceDataset, batches_of, fit_to_size
 from ichpipe.models.specs import PREPROCESSING_VERSION
 from ichpipe.models.windows import Windows
@@ -75,13 +76,15 @@ def test_no_slice_is_left_alone_in_a_batch_nor_left_out(rows, sizes):
     assert list(itertools.chain.from_iterable(batches)) == list(range(rows))
 
 
-def test_held_slices_equal_those_read_again(write_ct):
+def test_held_slices_equal_those_read_again(write_ct, monkeypatch):
     paths = [str(write_ct(f"{n}", np.full((16, 16), 1000 + n, np.int16), number=n)) for n in range(3)]
-    dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
-    first = [dataset[row][0] for row in range(3)]
-    dataset._held = None
-    assert all(torch.equal(dataset[row][0], first[row]) for row in range(3))
-    assert [int(image[0, 0, 0]) for image in first] == [-24, -23, -22]
+    for limit, reads in ((slice_dataset.HOLD_BYTES, 3), (0, 6)):
+        monkeypatch.setattr(slice_dataset, "HOLD_BYTES", limit)
+        with mock.patch.object(slice_dataset, "load_slice", wraps=slice_dataset.load_slice) as load:
+            dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
+            for _ in range(2):
+                assert [int(dataset[row][0][0, 0, 0]) for row in range(3)] == [-24, -23, -22]
+        assert load.call_count == reads
 
 
 def test_nothing_drawn_changes_nothing():

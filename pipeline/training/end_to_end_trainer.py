@@ -133,7 +133,7 @@ class EndToEndFitting:
         self.unfreeze(epoch)
         steps = self.steps(epoch)[position.step :]
         loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
-        pixels = iter(batch_loader(self.slices, loads, self.workers))
+        pixels = batch_loader(self.slices, loads, self.workers)
         position.begin()
         slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
         counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))

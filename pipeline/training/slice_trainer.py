@@ -86,7 +86,7 @@ class SliceFitting:
         self.cnn.train()
         steps = self.steps(epoch)[position.step :]
         loads = [batch.needed_rows for batches in steps for batch in batches if batch.mine]
-        pixels = iter(batch_loader(self.slices.train, loads, self.workers))
+        pixels = batch_loader(self.slices.train, loads, self.workers)
         position.begin()
         slices = sum(len(batch.rows) for batches in steps for batch in batches)
         counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
