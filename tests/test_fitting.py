@@ -21,7 +21,7 @@ from ichpipe.images.cutmix import Cut, draw_cut
 from ichpipe.images.slice_batch import Batch, sample
 from ichpipe.images.slice_dataset import SliceDataset
 from ichpipe.index.slice_index import read_index
-from ichpipe.models.end_to_end import EndToEnd, _fixed_random, backward_in_chunks
+from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks, repeat_random
 from ichpipe.models.slice_cnn import SliceCnn, parts_of, spec_for
 from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
@@ -221,9 +221,9 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     model.zero_grad()
     outputs = []
     for number, chunk in enumerate(chunks):
-        with _fixed_random(3, number, CPU):
+        with repeat_random(3, number, CPU):
             outputs.append(model.cnn(chunk()))
-    with _fixed_random(3, -1, CPU):
+    with repeat_random(3, -1, CPU):
         embedding, logits = (torch.cat(each) for each in zip(*outputs, strict=True))
         weighted_bce(model.sequence.one_series(embedding, logits, places), wanted).backward()
     plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
