@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,44 +20,53 @@ from ichpipe.common.errors import IchpipeError, WeightsError
 from ichpipe.common.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
-from ichpipe.models.sequence import AnySequence, MovingAverage, SequenceEnsemble, SequenceModel, build_sequence
+from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
-from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pydantic import BaseModel
     from torch import Tensor
 
 M = TypeVar("M", bound=nn.Module)
-S = TypeVar("S", SliceCnnSpec, SequenceSpec)
 
 
 def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
     """Write ``folder/model.safetensors``, whole or not at all; same weights, same bytes."""
+    specs: dict[str, BaseModel]
+    if isinstance(model, EndToEnd):
+        kind, specs = "end-to-end", {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
+    elif isinstance(model, SliceCnn):
+        kind, specs = "slice-cnn", {"slice_cnn": model.spec}
+    elif isinstance(model, AnySequence):
+        kind, specs = "sequence", {"sequence": model.spec}
+    else:
+        raise TypeError(f"no description for {type(model).__name__}")
+    header = {"format_version": FORMAT_VERSION, "made_from": made_from, "kind": kind}
+    header |= {name: spec.model_dump(mode="json") for name, spec in specs.items()}
     target = folder / MODEL_FILE
-    text = json.dumps({"format_version": FORMAT_VERSION, "made_from": made_from, **_describe(model)}, sort_keys=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(target) as temporary:
-        save_file(state, temporary, metadata={HEADER_KEY: text})
+        save_file(state, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
     return target
 
 
 def load_slice_cnn(folder: Path) -> SliceCnn:
     """Load stage one's network in evaluation mode."""
-    return _load(folder, "slice-cnn", "fit-slices", lambda header: SliceCnn(_given(header.slice_cnn)))
+    return _load(folder, "slice-cnn", "fit-slices", lambda header: SliceCnn(header.slice_cnn))  # type: ignore[arg-type]
 
 
 def load_sequence(folder: Path) -> AnySequence:
     """Load stage two's network in evaluation mode."""
-    return _load(folder, "sequence", "fit-sequence", lambda header: build_sequence(_given(header.sequence)))
+    return _load(folder, "sequence", "fit-sequence", lambda header: build_sequence(header.sequence))  # type: ignore[arg-type]
 
 
 def load_end_to_end(folder: Path) -> EndToEnd:
     """Load the fine-tuned network in evaluation mode."""
 
     def build(header: Header) -> EndToEnd:
-        return EndToEnd(SliceCnn(_given(header.slice_cnn)), build_sequence(_given(header.sequence)))
+        return EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence))  # type: ignore[arg-type]
 
     return _load(folder, "end-to-end", "finetune", build)
 
@@ -107,22 +116,8 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
     backbone.load_state_dict(state)
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    if isinstance(model, EndToEnd):
-        specs: dict[str, Any] = {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
-        return {"kind": "end-to-end", **{key: spec.model_dump(mode="json") for key, spec in specs.items()}}
-    if isinstance(model, SliceCnn):
-        return {"kind": "slice-cnn", "slice_cnn": model.spec.model_dump(mode="json")}
-    if isinstance(model, SequenceModel | MovingAverage | SequenceEnsemble):
-        return {"kind": "sequence", "sequence": model.spec.model_dump(mode="json")}
-    raise TypeError(f"no description for {type(model).__name__}")
-
-
 def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -> M:
-    """Build the network that the header describes and load its weights.
-
-    A description from which no network can be built is a WeightsError.
-    """
+    """Load a model of one kind; its header holds the specs that ``build`` reads."""
     path, header = folder / MODEL_FILE, read_header(folder, f"run: ichpipe {command}")
     if header.kind != kind:
         raise WeightsError(f"{path} holds a {header.kind} model, wanted {kind}")
@@ -130,7 +125,7 @@ def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -
         state = load_file(path)
     except Exception as error:  # a dtype or a shape that torch does not know; the header itself was whole
         raise WeightsError(f"{path} holds no readable weights ({type(error).__name__})") from error
-    if header.format_version == 1:  # which had recurrent networks alone
+    if header.format_version < 2:  # the first format had recurrent networks alone
         state = {re.sub(r"^(sequence\.)?recurrent\.", r"\1context.recurrent.", key): state[key] for key in state}
     try:
         with torch.device("meta"):  # no memory yet: a damaged description may ask for any amount
@@ -147,11 +142,6 @@ def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
         raise WeightsError(f"{path} holds weights that are not finite; copy or train it again")
     return model.eval()
-
-
-def _given(spec: S | None) -> S:
-    assert spec is not None  # noqa: S101 - the kind of the model says so
-    return spec
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
