@@ -34,17 +34,17 @@ class Spy:
     def __init__(self, monkeypatch, stop_after=None):
         self.fed, self.start, self.seeds, self.epochs = defaultdict(set), {}, {}, []
         self.name, self.training, self.stop_after = None, False, stop_after
-        self.watch_fit(monkeypatch, fit_slices._fit)
+        self.watch_start(monkeypatch, SliceFitting.trainer)
         self.watch_epoch(monkeypatch, SliceFitting.train_epoch)
         self.watch_reading(monkeypatch, SliceDataset.__getitem__)
 
-    def watch_fit(self, monkeypatch, original):
-        def fit(*arguments):
-            self.name = arguments[-1].folder.name
-            self.seeds[self.name] = arguments[-1].seed
-            return original(*arguments)
+    def watch_start(self, monkeypatch, original):
+        def trainer(fitting, checkpoint, key):
+            self.name = checkpoint.stem.removeprefix("fit-slices").lstrip(".") or "slice-cnn"
+            self.seeds[self.name] = fitting.seed
+            return original(fitting, checkpoint, key)
 
-        monkeypatch.setattr(fit_slices, "_fit", fit)
+        monkeypatch.setattr(SliceFitting, "trainer", trainer)
 
     def watch_epoch(self, monkeypatch, original):
         def train_epoch(fitting, epoch, position):

@@ -243,26 +243,24 @@ def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_bytes(tmp_path, monke
 
 
 def test_the_moving_average_is_what_is_validated_and_kept(tmp_path):
-    plain, averaged = Toy(tmp_path / "plain", 6), Toy(tmp_path / "averaged", 6)
-    averaged.trainer.ema_decay = 0.9
     steps = []
-    advance = averaged.train_epoch
 
-    def train_epoch(epoch, position):
-        after = position._after_step
-        position._after_step = lambda: (steps.append(averaged.weights().clone()), after())
-        advance(epoch, position)
+    class Watched(Toy):
+        def train_epoch(self, epoch, position):
+            advance = position.advance
+            position.advance = lambda loss: (steps.append(self.weights().clone()), advance(loss))
+            super().train_epoch(epoch, position)
 
-    averaged.train_epoch = train_epoch
+    plain, averaged = Toy(tmp_path / "plain", 6), Watched(tmp_path / "averaged", 6)
+    averaged.trainer.ema_decay = 0.9
     averaged.trainer.last = plain.trainer.last = 6
-    history = plain.run()
-    found = averaged.run()
-    assert [line.train_loss for line in found] == [line.train_loss for line in history]  # learning is the same
-    assert [line.val_loss for line in found] != [line.val_loss for line in history]
-    wanted = steps[0]
+    history, smoothed = plain.run(), averaged.run()
+    assert [line.train_loss for line in smoothed] == [line.train_loss for line in history]  # learning is the same
+    assert [line.val_loss for line in smoothed] != [line.val_loss for line in history]
+    expected = steps[0]
     for number, weights in enumerate(steps[1:], start=1):
-        wanted = wanted + (1 - min(0.9, (1 + number) / (10 + number))) * (weights - wanted)
-    torch.testing.assert_close(averaged.weights(), wanted)
+        expected = expected + (1 - min(0.9, (1 + number) / (10 + number))) * (weights - expected)
+    torch.testing.assert_close(averaged.weights(), expected)
 
 
 def test_the_loss_scale_of_fp16_goes_on_too(tmp_path):
@@ -344,13 +342,18 @@ def test_an_epoch_says_its_latest_loss_and_learning_rate():
     assert position.note(optimizer) == "loss 0.5000, learning rate 0.0003"
 
 
-def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path, monkeypatch):
-    toy, saved = Toy(tmp_path, 6), []
+def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path):
+    checkpoints = []
+
+    class Watched(Toy):
+        def train_epoch(self, epoch, position):
+            checkpoints.append(self.trainer.checkpoint.exists())
+            super().train_epoch(epoch, position)
+
+    toy = Watched(tmp_path, 6)
     toy.trainer.save_every_s = 1e6
-    save = toy.trainer._save
-    monkeypatch.setattr(toy.trainer, "_save", lambda: saved.append(len(toy.trainer._history)) or save())
     toy.run()
-    assert saved == [6]
+    assert checkpoints == [False] * 6
     again = Toy(tmp_path, 6)
     again.run()
     assert again.epochs_seen == []
