@@ -69,9 +69,7 @@ def batch_of(series, extra=0, padding=0.0):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    padding=st.floats(-1e3, 1e3),
-    extra=st.integers(0, 3),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), padding=st.floats(-1e3, 1e3), extra=st.integers(0, 3)
 )
 def test_padding_never_changes_an_output(kind, lengths, padding, extra):
     model = build(kind)

@@ -46,14 +46,8 @@ class Header(BaseModel):
         """Return the header of an end-to-end model as plain data, for a model card."""
         if self.slice_cnn is None or self.sequence is None:
             raise WeightsError(f"a model card needs an end-to-end model, not one of kind {self.kind}")
-        return {
-            "kind": self.kind,
-            "format_version": self.format_version,
-            "classes": list(self.slice_cnn.classes),
-            "slice_cnn": self.slice_cnn.model_dump(mode="json"),
-            "sequence": self.sequence.model_dump(mode="json"),
-            "made_from": self.made_from,
-        }
+        facts = {"kind": self.kind, "format_version": self.format_version, "classes": list(self.slice_cnn.classes)}
+        return facts | self.model_dump(mode="json")
 
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:

@@ -109,7 +109,7 @@ def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
     name = spec.backbone
     pooling: dict[str, Any] = {} if spec.pooling is None else {"global_pool": spec.pooling}
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
     except (AssertionError, TypeError, ValueError) as error:
         if spec.pooling is None:
             raise

@@ -84,7 +84,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     gradients: list[torch.Tensor] = [parameter.grad for parameter in trainable]  # type: ignore[misc]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    sums = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, summed in zip(gradients, sums, strict=True):
         gradient.copy_(summed.view_as(gradient))
 
 

@@ -53,8 +53,7 @@ def make_optimizer(groups: Sequence[tuple[nn.Module, float]], weight_decay: floa
     parameters: list[dict[str, Any]] = []
     for module, rate in groups:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trainable if parameter.ndim > 1]
-        vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+        matrices, vectors = ([each for each in trainable if (each.ndim > 1) is large] for large in (True, False))
         parameters.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
         parameters.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(parameters, eps=eps)
