@@ -1,5 +1,6 @@
 """What a training batch is, and that learning is the same however it is cut: in chunks, accumulated, over processes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -123,7 +124,7 @@ def test_a_cut_takes_its_share_of_pixels_and_label():
 
 def test_some_batches_are_mixed_and_none_without_alpha():
     drawn = [draw_cut(CutMixParams(alpha=1.0, probability=0.3), 4, SIZE, seed) for seed in range(400)]
-    assert 0.2 < np.mean([one is not None for one in drawn]) < 0.4
+    assert 0.2 < np.mean([cut is not None for cut in drawn]) < 0.4
     assert draw_cut(CutMixParams(), 4, SIZE, 0) is None
 
 
@@ -147,10 +148,10 @@ def test_images_of_a_batch_are_the_same_whole_in_parts_and_in_shares():
 
 @pytest.mark.parametrize(("n", "size"), [(30, 10), (10, 10), (4, 10), (30, None)])
 def test_samples_are_contiguous_and_reach_both_ends(n, size):
-    found = [list(sample(range(n), size, generator(seed))) for seed in range(200)]
-    assert all(rows == list(range(rows[0], rows[0] + len(rows))) for rows in found)
-    assert {len(rows) for rows in found} == {min(n, size or n)}
-    assert set().union(*found) == set(range(n))
+    samples = [list(sample(range(n), size, generator(seed))) for seed in range(200)]
+    assert all(rows == list(range(rows[0], rows[0] + len(rows))) for rows in samples)
+    assert {len(rows) for rows in samples} == {min(n, size or n)}
+    assert set().union(*samples) == set(range(n))
 
 
 def slice_fitting(n=12, **settings):
@@ -208,15 +209,13 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, SIZE, 0.4))
     model = EndToEnd(cnn, sequence(inputs=("embedding", "logits"), dim=cnn.embedding_dim, dropout=0.3)).train()
     hu, labels = random_hu(10), (torch.arange(60).view(10, 6) % 7 == 0).float()
-    drawn, cut = (
-        augmentation.draw(WILD, 10, generator(8), together=True),
-        draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3),
-    )
-    batch, places = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
+    drawn = augmentation.draw(WILD, 10, generator(8), together=True)
+    cut = draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3)
+    batch, position_mm = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
-    wanted = batch.labels(labels)
+    loss_of = partial(weighted_bce, labels=batch.labels(labels))
     chunks = [partial(batch.images, hu, part, CPU) for part in parts]
-    backward_in_chunks(model, chunks, places, lambda logits: weighted_bce(logits, wanted), context=_Nothing, seed=3)
+    backward_in_chunks(model, chunks, position_mm, loss_of, context=contextlib.nullcontext, seed=3)
     chunked = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     outputs = []
@@ -225,18 +224,10 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
             outputs.append(model.cnn(chunk()))
     with repeat_random(3, -1, CPU):
         embedding, logits = (torch.cat(each) for each in zip(*outputs, strict=True))
-        weighted_bce(model.sequence.one_series(embedding, logits, places), wanted).backward()
+        loss_of(model.sequence.one_series(embedding, logits, position_mm)).backward()
     plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert float((chunked - plain).norm() / plain.norm()) < 1e-5
     assert float(plain.norm()) > 0
-
-
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
 
 
 def series_fitting(run, **settings):
@@ -246,6 +237,10 @@ def series_fitting(run, **settings):
     section = params.finetune.model_copy(update={"precision": "fp32", "augment": STILL} | settings)
     train, val = image_series(index, "train"), image_series(index, "val")
     return EndToEndFitting(model, section, CPU, train, val), params, artifacts, index
+
+
+def sequence_gradient(fitting):
+    return torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
 
 
 def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
@@ -259,29 +254,31 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
     hu = torch.stack([fitting.slices[row][0] for row in batch.images.needed_rows])
     losses = fitting.backward(batch, hu, 3)
     assert all(parameter.grad is None for parameter in fitting.model.cnn.parameters())
-    found = torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
+    gradient = sequence_gradient(fitting)
     fitting.model.zero_grad()
     uids = [index.loc[index["path"] == fitting.slices.paths[batch.images.rows[rows[0]]], "series_uid"].item()
             for rows in batch.members]  # fmt: skip
     cached = []
     for uid in uids:
-        (one,) = plain_batches(collect_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1)
-        loss = weighted_bce(fitting.model.sequence(one.sources, one.lengths)[0], one.labels[0])
+        (batch,) = plain_batches(
+            collect_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1
+        )
+        loss = weighted_bce(fitting.model.sequence(batch.sources, batch.lengths)[0], batch.labels[0])
         (loss / 3).backward()
         cached.append(float(loss.detach()))
-    wanted = torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
+    expected = sequence_gradient(fitting)
     assert losses == pytest.approx(cached, abs=2e-3)
-    assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+    assert float((gradient - expected).norm() / expected.norm()) < 5e-3
 
 
 def test_the_cnn_thaws_from_its_end(run):
     fitting = series_fitting(run, unfreeze_epochs=2)[0]
     parts = parts_of(fitting.model.cnn)
     assert sum(len(part) for part in parts) == len(list(fitting.model.cnn.parameters()))
-    for epoch, wanted in ((1, 1), (2, 1), (3, 2), (2 * len(parts) + 1, len(parts))):
+    for epoch, count in ((1, 1), (2, 1), (3, 2), (2 * len(parts) + 1, len(parts))):
         fitting.unfreeze(epoch)
         learning = [all(parameter.requires_grad for parameter in part) for part in parts]
-        assert learning == [False] * (len(parts) - wanted) + [True] * wanted
+        assert learning == [False] * (len(parts) - count) + [True] * count
     at_once = series_fitting(run)[0]
     at_once.unfreeze(1)
     assert all(parameter.requires_grad for parameter in at_once.model.cnn.parameters())
@@ -345,9 +342,9 @@ def test_two_processes_learn_what_one_does(run, tmp_path, command, settings, mod
     one = finetuned(run, tmp_path / "one", *settings, command=command)
     two = finetuned(run, tmp_path / "two", *settings, command=command, processes=2)
     assert_same_weights(one / model / "model.safetensors", two / model / "model.safetensors")
-    found, wanted = (json.loads((root / model / "history.json").read_text()) for root in (two, one))
-    for line, other in zip(found, wanted, strict=True):
+    history, expected = (json.loads((root / model / "history.json").read_text()) for root in (two, one))
+    for line, other in zip(history, expected, strict=True):
         assert line["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
         if line["epoch"]:
             assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    assert len({line["val_loss"] for line in found}) == len(found)  # they did learn
+    assert len({line["val_loss"] for line in history}) == len(history)  # they did learn

@@ -120,8 +120,8 @@ def plain(params):
 
 def bytes_of(artifacts):
     """All that the stage writes but the record, which alone holds wall time."""
-    found = sorted(path for path in artifacts.slice_cnn.rglob("*.*") if path.name != RECORD_FILE)
-    return {path.relative_to(artifacts.root): path.read_bytes() for path in found}
+    paths = sorted(path for path in artifacts.slice_cnn.rglob("*.*") if path.name != RECORD_FILE)
+    return {path.relative_to(artifacts.root): path.read_bytes() for path in paths}
 
 
 @pytest.mark.slow
@@ -237,10 +237,10 @@ def test_folds_of_other_parameters_are_gone_before_the_new_network_stands(run, p
         fold_models.fold_models(other, params, digest_of_file(other.index))
 
 
-@pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_another_number_of_folds_than_the_index_has_is_refused(wanted):
-    with pytest.raises(ParamsError, match=rf"fit-slices\.folds is {wanted}, but prepare\.folds is 3"):
-        load_params(Path("none.yaml"), (f"fit-slices.folds={wanted}", "prepare.folds=3"))
+@pytest.mark.parametrize("folds", [1, 2, 4])
+def test_another_number_of_folds_than_the_index_has_is_refused(folds):
+    with pytest.raises(ParamsError, match=rf"fit-slices\.folds is {folds}, but prepare\.folds is 3"):
+        load_params(Path("none.yaml"), (f"fit-slices.folds={folds}", "prepare.folds=3"))
 
 
 def test_the_held_out_fold_of_a_cross_validation_has_no_network(params):

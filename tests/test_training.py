@@ -372,7 +372,7 @@ def test_the_weights_of_the_last_epochs_are_kept_if_asked(tmp_path):
     resumed.trainer.last = 3
     resumed.run()
     assert len(every.trainer.kept) == 6
-    for found in (some, resumed):
-        assert len(found.trainer.kept) == 3
-        for one, other in zip(found.trainer.kept, every.trainer.kept[3:], strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
+    for toy in (some, resumed):
+        assert len(toy.trainer.kept) == 3
+        for weights, expected in zip(toy.trainer.kept, every.trainer.kept[3:], strict=True):
+            assert all(torch.equal(weights[name], expected[name]) for name in weights)

@@ -67,11 +67,9 @@ def extent(position_mm: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 def _make_input(name: str, values: Tensor, lengths: Tensor) -> Tensor:
     if name == "deltas":
         return _deltas(values, lengths)
-    if (
-        name == "spacing"
-    ):  # to both neighbours (B, T, 2) in nominal slices, 0 where there is none (RSNA 2019's 1st place)
+    if name == "spacing":  # (B, T, 2), to both neighbours, in nominal slices; 0 without one (RSNA 2019's 1st place)
         return (_deltas(values.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
-    if name == "position":  # within the series (B, T, 1): -1 at the lowest position, 1 at the highest, by mm
+    if name == "position":  # (B, T, 1), by mm: -1 at the lowest position of the series, 1 at the highest
         low, high = extent(values, lengths)
         return ((values - low) / (high - low).clamp(min=1e-3) * 2 - 1).unsqueeze(-1)
     return values
