@@ -135,8 +135,8 @@ GUARDS = (
     Guard(
         "a loss that is not finite stops training",
         "pipeline/training/trainer.py",
-        "        if math.isfinite(loss):",
-        "        if loss == loss or True:",
+        "    if math.isfinite(loss):",
+        "    if loss == loss or True:",
         "tests/test_training.py::test_divergence_stops_with_the_remedy_and_keeps_the_last_good_state",
     ),
     Guard(

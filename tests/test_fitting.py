@@ -1,10 +1,12 @@
 """What a training batch is, and that learning is the same however it is cut: in chunks, accumulated, over processes."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from ichpipe.images.cutmix import Cut, draw_cut
 from ichpipe.images.slice_batch import Batch, sample
 from ichpipe.images.slice_dataset import SliceDataset
 from ichpipe.index.slice_index import read_index
-from ichpipe.models.end_to_end import EndToEnd, _fixed_random, backward_in_chunks
+from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks, repeat_random
 from ichpipe.models.slice_cnn import SliceCnn, parts_of, spec_for
 from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
@@ -122,7 +124,7 @@ def test_a_cut_takes_its_share_of_pixels_and_label():
 
 def test_some_batches_are_mixed_and_none_without_alpha():
     drawn = [draw_cut(CutMixParams(alpha=1.0, probability=0.3), 4, SIZE, seed) for seed in range(400)]
-    assert 0.2 < np.mean([one is not None for one in drawn]) < 0.4
+    assert 0.2 < np.mean([cut is not None for cut in drawn]) < 0.4
     assert draw_cut(CutMixParams(), 4, SIZE, 0) is None
 
 
@@ -146,34 +148,35 @@ def test_images_of_a_batch_are_the_same_whole_in_parts_and_in_shares():
 
 @pytest.mark.parametrize(("n", "size"), [(30, 10), (10, 10), (4, 10), (30, None)])
 def test_samples_are_contiguous_and_reach_both_ends(n, size):
-    found = [list(sample(range(n), size, generator(seed))) for seed in range(200)]
-    assert all(rows == list(range(rows[0], rows[0] + len(rows))) for rows in found)
-    assert {len(rows) for rows in found} == {min(n, size or n)}
-    assert set().union(*found) == set(range(n))
+    samples = [list(sample(range(n), size, generator(seed))) for seed in range(200)]
+    assert all(rows == list(range(rows[0], rows[0] + len(rows))) for rows in samples)
+    assert {len(rows) for rows in samples} == {min(n, size or n)}
+    assert set().union(*samples) == set(range(n))
 
 
-def slice_fitting(tmp_path, write_ct=None, n=12, **settings):
+def slice_fitting(n=12, **settings):
     settings = {"backbone": "test_convnext", "augment": STILL, "precision": "fp32"} | settings
     section = SliceParams(**settings)
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(section.backbone, PAPER_WINDOWS, SIZE, 0.0))
-    dataset = SliceDataset(
-        [f"{row}" for row in range(n)], (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1), SIZE
-    )
-    dataset._held = dict(enumerate(random_hu(n)))
+    labels = (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1)
+    dataset = SliceDataset(list(range(n)), labels, SIZE, SimpleNamespace(read=random_hu(n).__getitem__))
     slices = Slices(dataset, dataset, [f"series {row // 4}" for row in range(n)])
     return SliceFitting(cnn, section, CPU, 0, slices, range(n), 7)
 
 
-def test_an_epoch_is_every_slice_once_or_one_sample_of_each_series(tmp_path):
-    whole = slice_fitting(tmp_path, batch_size=5)
-    assert sorted(row for rows in whole._batches(1) for row in rows) == list(range(12))
-    assert whole._batches(1) != whole._batches(2)
-    sampled = slice_fitting(tmp_path, batch_size=4, sample_slices=2)
-    batches = sampled._batches(1)
-    assert [len(rows) for rows in batches] == [6]  # three series; a lone one joins the batch before it
-    assert {row // 4 for row in batches[0]} == {0, 1, 2}
-    assert all(batches[0][at + 1] == batches[0][at] + 1 for at in (0, 2, 4))
+def rows_of(fitting, epoch=1):
+    return [list(batch.rows) for batches in fitting.steps(epoch) for batch in batches]
+
+
+def test_an_epoch_is_every_slice_once_or_one_sample_of_each_series():
+    whole = slice_fitting(batch_size=5)
+    assert sorted(row for rows in rows_of(whole) for row in rows) == list(range(12))
+    assert rows_of(whole) != rows_of(whole, 2)
+    (rows,) = rows_of(slice_fitting(batch_size=4, sample_slices=2))  # a lone series joins the batch before it
+    assert len(rows) == 6
+    assert {row // 4 for row in rows} == {0, 1, 2}
+    assert all(rows[at + 1] == rows[at] + 1 for at in (0, 2, 4))
 
 
 def one_step(fitting):
@@ -181,20 +184,20 @@ def one_step(fitting):
     return torch.cat([parameter.detach().flatten() for parameter in fitting.cnn.parameters()])
 
 
-def test_accumulated_batches_learn_what_one_batch_does(tmp_path):
+def test_accumulated_batches_learn_what_one_batch_does():
     settings = {"adam_eps": 1e-3, "warmup_epochs": 0.0}
-    whole = one_step(slice_fitting(tmp_path, batch_size=12, **settings))
-    parts = one_step(slice_fitting(tmp_path, batch_size=4, accumulate=3, **settings))
-    other = one_step(slice_fitting(tmp_path, batch_size=4, accumulate=3, **settings | {"adam_eps": 1e-2}))
+    whole = one_step(slice_fitting(batch_size=12, **settings))
+    parts = one_step(slice_fitting(batch_size=4, accumulate=3, **settings))
+    other = one_step(slice_fitting(batch_size=4, accumulate=3, **settings | {"adam_eps": 1e-2}))
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(other, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_images_are_made_in_full_precision_whatever_the_network_computes_in(tmp_path, monkeypatch):
+def test_images_are_made_in_full_precision_whatever_the_network_computes_in(monkeypatch):
     seen, embed = [], SliceCnn.embed
     monkeypatch.setattr(SliceCnn, "embed", lambda cnn, hu: seen.append(hu) or embed(cnn, hu))
     for precision in ("fp32", "bf16"):
-        one_step(slice_fitting(tmp_path, batch_size=12, precision=precision, augment=WILD))
+        one_step(slice_fitting(batch_size=12, precision=precision, augment=WILD))
     assert torch.equal(seen[0], seen[1])
 
 
@@ -206,35 +209,25 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, SIZE, 0.4))
     model = EndToEnd(cnn, sequence(inputs=("embedding", "logits"), dim=cnn.embedding_dim, dropout=0.3)).train()
     hu, labels = random_hu(10), (torch.arange(60).view(10, 6) % 7 == 0).float()
-    drawn, cut = (
-        augmentation.draw(WILD, 10, generator(8), together=True),
-        draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3),
-    )
-    batch, places = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
+    drawn = augmentation.draw(WILD, 10, generator(8), together=True)
+    cut = draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3)
+    batch, position_mm = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
-    wanted = batch.labels(labels)
+    loss_of = partial(weighted_bce, labels=batch.labels(labels))
     chunks = [partial(batch.images, hu, part, CPU) for part in parts]
-    backward_in_chunks(model, chunks, places, lambda logits: weighted_bce(logits, wanted), context=_Nothing, seed=3)
+    backward_in_chunks(model, chunks, position_mm, loss_of, context=contextlib.nullcontext, seed=3)
     chunked = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     outputs = []
     for number, chunk in enumerate(chunks):
-        with _fixed_random(3, number, CPU):
+        with repeat_random(3, number, CPU):
             outputs.append(model.cnn(chunk()))
-    with _fixed_random(3, -1, CPU):
+    with repeat_random(3, -1, CPU):
         embedding, logits = (torch.cat(each) for each in zip(*outputs, strict=True))
-        weighted_bce(model.sequence.one_series(embedding, logits, places), wanted).backward()
+        loss_of(model.sequence.one_series(embedding, logits, position_mm)).backward()
     plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert float((chunked - plain).norm() / plain.norm()) < 1e-5
     assert float(plain.norm()) > 0
-
-
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
 
 
 def series_fitting(run, **settings):
@@ -246,42 +239,48 @@ def series_fitting(run, **settings):
     return EndToEndFitting(model, section, CPU, train, val), params, artifacts, index
 
 
+def sequence_gradient(fitting):
+    return torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
+
+
 def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
     """Loss and gradient of the sequence model are those on the cached embeddings, within their float16."""
     fitting, params, artifacts, index = series_fitting(run, learning_rate_cnn=0.0, batch_series=3)
     features = open_features(params, artifacts, index, params.sequence["paper"])
     fitting.model.train()
     fitting.model.sequence.eval()  # no dropout; the CNN has none
-    fitting._thaw(1)
-    batch = fitting._steps(1)[0][0]
+    fitting.unfreeze(1)
+    batch = fitting.steps(1)[0][0]
     hu = torch.stack([fitting.slices[row][0] for row in batch.images.needed_rows])
-    losses = fitting._backward(batch, hu, 3)
+    losses = fitting.backward(batch, hu, 3)
     assert all(parameter.grad is None for parameter in fitting.model.cnn.parameters())
-    found = torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
+    gradient = sequence_gradient(fitting)
     fitting.model.zero_grad()
     uids = [index.loc[index["path"] == fitting.slices.paths[batch.images.rows[rows[0]]], "series_uid"].item()
             for rows in batch.members]  # fmt: skip
     cached = []
     for uid in uids:
-        (one,) = plain_batches(collect_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1)
-        loss = weighted_bce(fitting.model.sequence(one.sources, one.lengths)[0], one.labels[0])
+        (batch,) = plain_batches(
+            collect_series(features, index[index["series_uid"] == uid]), ("embedding", "logits"), 1
+        )
+        loss = weighted_bce(fitting.model.sequence(batch.sources, batch.lengths)[0], batch.labels[0])
         (loss / 3).backward()
         cached.append(float(loss.detach()))
-    wanted = torch.cat([parameter.grad.flatten() for parameter in fitting.model.sequence.parameters()])
+    expected = sequence_gradient(fitting)
     assert losses == pytest.approx(cached, abs=2e-3)
-    assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+    assert float((gradient - expected).norm() / expected.norm()) < 5e-3
 
 
 def test_the_cnn_thaws_from_its_end(run):
     fitting = series_fitting(run, unfreeze_epochs=2)[0]
     parts = parts_of(fitting.model.cnn)
     assert sum(len(part) for part in parts) == len(list(fitting.model.cnn.parameters()))
-    for epoch, wanted in ((1, 1), (2, 1), (3, 2), (2 * len(parts) + 1, len(parts))):
-        fitting._thaw(epoch)
+    for epoch, count in ((1, 1), (2, 1), (3, 2), (2 * len(parts) + 1, len(parts))):
+        fitting.unfreeze(epoch)
         learning = [all(parameter.requires_grad for parameter in part) for part in parts]
-        assert learning == [False] * (len(parts) - wanted) + [True] * wanted
+        assert learning == [False] * (len(parts) - count) + [True] * count
     at_once = series_fitting(run)[0]
-    at_once._thaw(1)
+    at_once.unfreeze(1)
     assert all(parameter.requires_grad for parameter in at_once.model.cnn.parameters())
 
 
@@ -289,14 +288,14 @@ def test_a_sample_without_labels_teaches_nothing(run):
     fitting = series_fitting(run, sample_slices=4, batch_series=2)[0]
     unknown = torch.full_like(fitting.slices.labels, float("nan"))
     fitting.slices.labels = unknown
-    batch = fitting._steps(1)[0][0]
+    batch = fitting.steps(1)[0][0]
     assert [len(rows) for rows in batch.members] == [4, 4]
-    assert fitting._backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
+    assert fitting.backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
 
 
 def test_the_batches_of_a_step_hold_each_series_once(run):
     fitting = series_fitting(run, batch_series=2, accumulate=2)[0]
-    steps = fitting._steps(1)
+    steps = fitting.steps(1)
     rows = [row for batches in steps for batch in batches for row in batch.images.rows]
     assert sorted(rows) == list(range(len(fitting.slices)))
     assert all(len(batches) == 2 for batches in steps[:-1])
@@ -343,9 +342,9 @@ def test_two_processes_learn_what_one_does(run, tmp_path, command, settings, mod
     one = finetuned(run, tmp_path / "one", *settings, command=command)
     two = finetuned(run, tmp_path / "two", *settings, command=command, processes=2)
     assert_same_weights(one / model / "model.safetensors", two / model / "model.safetensors")
-    found, wanted = (json.loads((root / model / "history.json").read_text()) for root in (two, one))
-    for line, other in zip(found, wanted, strict=True):
+    history, expected = (json.loads((root / model / "history.json").read_text()) for root in (two, one))
+    for line, other in zip(history, expected, strict=True):
         assert line["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
         if line["epoch"]:
             assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    assert len({line["val_loss"] for line in found}) == len(found)  # they did learn
+    assert len({line["val_loss"] for line in history}) == len(history)  # they did learn

@@ -34,17 +34,17 @@ class Spy:
     def __init__(self, monkeypatch, stop_after=None):
         self.fed, self.start, self.seeds, self.epochs = defaultdict(set), {}, {}, []
         self.name, self.training, self.stop_after = None, False, stop_after
-        self.watch_fit(monkeypatch, fit_slices.train_network)
+        self.watch_start(monkeypatch, SliceFitting.trainer)
         self.watch_epoch(monkeypatch, SliceFitting.train_epoch)
         self.watch_reading(monkeypatch, SliceDataset.__getitem__)
 
-    def watch_fit(self, monkeypatch, original):
-        def fit(*arguments):
-            self.name = arguments[-1].folder.name
-            self.seeds[self.name] = arguments[-1].seed
-            return original(*arguments)
+    def watch_start(self, monkeypatch, original):
+        def trainer(fitting, checkpoint, key):
+            self.name = checkpoint.stem.removeprefix("fit-slices").lstrip(".") or "slice-cnn"
+            self.seeds[self.name] = fitting.seed
+            return original(fitting, checkpoint, key)
 
-        monkeypatch.setattr(fit_slices, "train_network", fit)
+        monkeypatch.setattr(SliceFitting, "trainer", trainer)
 
     def watch_epoch(self, monkeypatch, original):
         def train_epoch(fitting, epoch, position):
@@ -120,8 +120,8 @@ def plain(params):
 
 def bytes_of(artifacts):
     """All that the stage writes but the record, which alone holds wall time."""
-    found = sorted(path for path in artifacts.slice_cnn.rglob("*.*") if path.name != RECORD_FILE)
-    return {path.relative_to(artifacts.root): path.read_bytes() for path in found}
+    paths = sorted(path for path in artifacts.slice_cnn.rglob("*.*") if path.name != RECORD_FILE)
+    return {path.relative_to(artifacts.root): path.read_bytes() for path in paths}
 
 
 @pytest.mark.slow
@@ -237,10 +237,10 @@ def test_folds_of_other_parameters_are_gone_before_the_new_network_stands(run, p
         fold_models.fold_models(other, params, digest_of_file(other.index))
 
 
-@pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_another_number_of_folds_than_the_index_has_is_refused(wanted):
-    with pytest.raises(ParamsError, match=rf"fit-slices\.folds is {wanted}, but prepare\.folds is 3"):
-        load_params(Path("none.yaml"), (f"fit-slices.folds={wanted}", "prepare.folds=3"))
+@pytest.mark.parametrize("folds", [1, 2, 4])
+def test_another_number_of_folds_than_the_index_has_is_refused(folds):
+    with pytest.raises(ParamsError, match=rf"fit-slices\.folds is {folds}, but prepare\.folds is 3"):
+        load_params(Path("none.yaml"), (f"fit-slices.folds={folds}", "prepare.folds=3"))
 
 
 def test_the_held_out_fold_of_a_cross_validation_has_no_network(params):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = 32
-PLACES = torch.arange(8) * 5.0
+POSITION_MM = torch.arange(8) * 5.0
 
 
 def small_cnn(dropout: float = 0.0, backbone: str = "resnet10t") -> SliceCnn:
@@ -33,9 +33,9 @@ def small_cnn(dropout: float = 0.0, backbone: str = "resnet10t") -> SliceCnn:
 def sequence(
     cell: str = "lstm", inputs: tuple[str, ...] = ("embedding",), dim: int = 8, **changes: object
 ) -> SequenceModel:
-    settings_ = {"cell": cell, "hidden": 6, "layers": 2, "bidirectional": True, "dropout": 0.0, "heads": 2} | changes
+    settings = {"cell": cell, "hidden": 6, "layers": 2, "bidirectional": True, "dropout": 0.0, "heads": 2} | changes
     torch.manual_seed(1)
-    return SequenceModel(SequenceSpec(inputs=inputs, embedding_dim=dim, **settings_)).eval()
+    return SequenceModel(SequenceSpec(inputs=inputs, embedding_dim=dim, **settings)).eval()
 
 
 def test_the_paper_has_40_3_million_parameters() -> None:
@@ -116,25 +116,19 @@ def test_chunked_gradient_equals_plain_backpropagation(cell: str, inputs: tuple[
     model = EndToEnd(cnn, sequence(cell, inputs, cnn.embedding_dim, dropout=dropout)).train()
     hu = torch.randint(-100, 200, (7, 1, SIZE, SIZE), dtype=torch.int16)
     labels = (torch.rand(7, 6) < 0.4).float()
-    loss_of = functools.partial(_loss, labels)
+    loss_of = functools.partial(weighted_bce, labels=labels)
     chunks = [functools.partial(hu.__getitem__, slice(start, start + 3)) for start in (0, 3, 6)]
 
-    loss = backward_in_chunks(model, chunks, PLACES[:7], loss_of, context=contextlib.nullcontext, seed=3)
+    settings = {"context": contextlib.nullcontext, "seed": 3}
+    loss = backward_in_chunks(model, chunks, POSITION_MM[:7], loss_of, **settings)
     chunked = gradients(model)
-    one = backward_in_chunks(
-        model,
-        [lambda: hu],
-        PLACES[: len(hu)],
-        lambda logits: weighted_bce(logits, labels),
-        context=contextlib.nullcontext,
-        seed=3,
-    )
+    in_one_chunk = backward_in_chunks(model, [lambda: hu], POSITION_MM[:7], loss_of, **settings)
     if dropout == 0.0:  # other chunks draw other dropout masks
         model.zero_grad()
-        plain = weighted_bce(model(hu, PLACES[:7]), labels)
+        plain = weighted_bce(model(hu, POSITION_MM[:7]), labels)
         plain.backward()
         assert loss == pytest.approx(float(plain.detach()), rel=1e-6)
-        assert one == pytest.approx(loss, rel=1e-6)
+        assert in_one_chunk == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients(model).items():
             scale = gradient.abs().max().item() + 1e-12
             assert (chunked[name] - gradient).abs().max().item() / scale < 1e-4, name
@@ -147,24 +141,17 @@ def test_dropout_draws_the_same_in_both_passes_of_a_chunk() -> None:
     model = EndToEnd(cnn, sequence(inputs=("logits",), dim=cnn.embedding_dim)).train()
     hu = torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16)
     labels = torch.ones(4, 6)
-    settings_ = {"context": contextlib.nullcontext, "seed": 5}
-    loss_of = functools.partial(_loss, labels)
-    first = backward_in_chunks(model, [lambda: hu], PLACES[: len(hu)], loss_of, **settings_)
-    gradient = gradients(model)
-    model.zero_grad()
-    second = backward_in_chunks(model, [lambda: hu], PLACES[: len(hu)], loss_of, **settings_)
+    loss_of = functools.partial(weighted_bce, labels=labels)
+
+    def backward(seed: int) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        settings = {"context": contextlib.nullcontext, "seed": seed}
+        return backward_in_chunks(model, [lambda: hu], POSITION_MM[:4], loss_of, **settings), gradients(model)
+
+    (first, gradient), (second, again), (other, _) = backward(5), backward(5), backward(6)
     assert first == second
-    for name, value in gradients(model).items():
+    for name, value in again.items():
         assert torch.equal(value, gradient[name]), name
-    model.zero_grad()
-    other = backward_in_chunks(
-        model,
-        [lambda: hu],
-        PLACES[: len(hu)],
-        lambda logits: weighted_bce(logits, labels),
-        context=contextlib.nullcontext,
-        seed=6,
-    )
     assert other != first
 
 
@@ -172,13 +159,9 @@ def test_batch_norm_keeps_its_statistics_end_to_end() -> None:
     cnn = small_cnn()
     model = EndToEnd(cnn, sequence(dim=cnn.embedding_dim)).train()
     before = {name: value.clone() for name, value in cnn.named_buffers()}
-    model(torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16), PLACES[:4])
+    model(torch.randint(-100, 200, (4, 1, SIZE, SIZE), dtype=torch.int16), POSITION_MM[:4])
     for name, value in cnn.named_buffers():
         assert torch.equal(value, before[name]), name
-
-
-def _loss(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return weighted_bce(logits, labels)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

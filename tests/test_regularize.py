@@ -21,14 +21,14 @@ NAMES = ("embedding", "logits")
 def make_series(count=12, seed=0):
     """Series in which every number of a slice says which slice it is."""
     generator = np.random.default_rng(seed)
-    found = []
+    series = []
     for number in range(count):
         size = int(generator.integers(1, 40))
         own = torch.arange(size, dtype=torch.float32) + 100 * number
         held = {"embedding": own[:, None].repeat(1, 5), "logits": own[:, None].repeat(1, 6)}
         labels = own[:, None].repeat(1, 6)
-        found.append(LabelledSeries(f"1.2.{number}", np.arange(size), (HeldSource(held),), labels, own * 5))
-    return found
+        series.append(LabelledSeries(f"1.2.{number}", np.arange(size), (HeldSource(held),), labels, own * 5))
+    return series
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,22 +85,22 @@ def test_features_labels_and_places_move_together():
     section = ALL.model_copy(update={"feature_noise": 0.0, "feature_dropout": 0.0})
     seen = 0
     for batch in train_batches(make_series(), NAMES, 4, Shuffle(0, 1, section)):
-        there = ~batch.labels[..., 0].isnan()
-        assert there.sum(1).tolist() == batch.lengths.tolist()
+        real = ~batch.labels[..., 0].isnan()
+        assert real.sum(1).tolist() == batch.lengths.tolist()
         for values in (batch.sources["embedding"][..., 0], batch.sources["logits"][..., 3]):
-            assert torch.equal(values[there], batch.labels[..., 0][there])
-        assert torch.equal(batch.sources["position_mm"][there] / 5, batch.labels[..., 0][there])
+            assert torch.equal(values[real], batch.labels[..., 0][real])
+        assert torch.equal(batch.sources["position_mm"][real] / 5, batch.labels[..., 0][real])
         seen += len(batch.lengths)
     assert seen == 12
 
 
 def test_a_series_is_changed_in_the_same_way_whatever_its_batch():
     def by_series(size, series):
-        found = {}
+        embeddings = {}
         for batch in train_batches(series, NAMES, size, Shuffle(3, 2, ALL)):
             for row, length in enumerate(batch.lengths.tolist()):
-                found[int(batch.labels[row, 0, 0]) // 100] = batch.sources["embedding"][row, :length]
-        return found
+                embeddings[int(batch.labels[row, 0, 0]) // 100] = batch.sources["embedding"][row, :length]
+        return embeddings
 
     series = make_series()
     one, other = by_series(3, series), by_series(5, series[::-1])
@@ -112,10 +112,10 @@ def test_epochs_differ_and_nothing_asked_changes_nothing():
     series = make_series()
 
     def first_slices(epoch):
-        found = [
+        first = [
             batch.sources["embedding"][:, 0, 0] for batch in train_batches(series, NAMES, 4, Shuffle(0, epoch, ALL))
         ]
-        return sorted(torch.cat(found).tolist())
+        return sorted(torch.cat(first).tolist())
 
     assert first_slices(1) != first_slices(2)
     plain = {int(batch.labels[0, 0, 0]): batch.sources["embedding"][0] for batch in plain_batches(series, NAMES, 1)}

@@ -23,8 +23,8 @@ def clone(folder):
         for room in ("pipeline", "stages", "cache"):
             shutil.copytree(ROOT / room, source / room)
     site = folder / "site"
-    for room, place in (("pipeline", "ichpipe"), ("stages", "ichpipe/stages"), ("cache", "ichpipe/cache")):
-        shutil.copytree(source / room, site / place, ignore=shutil.ignore_patterns("__pycache__"))
+    for room, package in (("pipeline", "ichpipe"), ("stages", "ichpipe/stages"), ("cache", "ichpipe/cache")):
+        shutil.copytree(source / room, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     return {**os.environ, "PYTHONPATH": str(site)}
 
 
@@ -33,10 +33,10 @@ def test_two_fresh_clones_give_the_same_bytes(run, tmp_path):
     made = []
     for name in ("one", "two"):
         environment = clone(tmp_path / name)
-        found = subprocess.run(
+        location = subprocess.run(
             [sys.executable, "-c", WHERE], env=environment, check=True, capture_output=True, text=True
         ).stdout.strip()
-        assert Path(found) == tmp_path / name / "site"  # the clone's code, not this checkout's
+        assert Path(location) == tmp_path / name / "site"  # the clone's code, not this checkout's
         branch = run.copy(tmp_path / name / "run")
         shutil.rmtree(branch.artifacts / "sequence")
         shutil.rmtree(branch.artifacts / "metrics")
@@ -54,10 +54,10 @@ def test_two_fresh_clones_give_the_same_bytes(run, tmp_path):
 
 
 def without_seconds(artifacts):
-    found = json.loads((artifacts / "compare" / "arms.json").read_text())
-    for row in found["arms"]:
+    comparison = json.loads((artifacts / "compare" / "arms.json").read_text())
+    for row in comparison["arms"]:
         assert row.pop("seconds_per_seed") >= 0
-    return found
+    return comparison
 
 
 @pytest.mark.slow

@@ -57,10 +57,10 @@ def series_of(length, seed=0):
 
 
 def batch_of(series, extra=0, padding=0.0):
-    lengths = torch.tensor([len(one["logits"]) for one in series])
+    lengths = torch.tensor([len(each["logits"]) for each in series])
     whole = {}
     for name in series[0]:
-        padded = pad_sequence([one[name] for one in series], batch_first=True, padding_value=padding)
+        padded = pad_sequence([each[name] for each in series], batch_first=True, padding_value=padding)
         filler = torch.full((len(series), extra, *padded.shape[2:]), padding)
         whole[name] = torch.cat([padded, filler], dim=1)
     return whole, lengths
@@ -69,17 +69,15 @@ def batch_of(series, extra=0, padding=0.0):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    padding=st.floats(-1e3, 1e3),
-    extra=st.integers(0, 3),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), padding=st.floats(-1e3, 1e3), extra=st.integers(0, 3)
 )
 def test_padding_never_changes_an_output(kind, lengths, padding, extra):
     model = build(kind)
     series = [series_of(length, seed) for seed, length in enumerate(lengths)]
     with torch.no_grad():
         together = model(*batch_of(series, extra, padding))
-        for row, one in enumerate(series):
-            alone = model(*batch_of([one]))[0]
+        for row, each in enumerate(series):
+            alone = model(*batch_of([each]))[0]
             torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-6, rtol=1e-5)
 
 
@@ -90,23 +88,23 @@ def test_neither_batch_nor_order_of_the_batch_matters(kind):
     with torch.no_grad():
         first = model(*batch_of(series))
         for order in itertools.islice(itertools.permutations(range(4)), 5, 24, 6):
-            found = model(*batch_of([series[number] for number in order]))
-            for place, number in enumerate(order):
+            logits = model(*batch_of([series[number] for number in order]))
+            for row, number in enumerate(order):
                 length = len(series[number]["logits"])
-                torch.testing.assert_close(found[place, :length], first[number, :length], atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(logits[row, :length], first[number, :length], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pca"])
 def test_one_series_is_a_batch_of_one(kind):
-    model, one = build(kind), series_of(7)
+    model, series = build(kind), series_of(7)
     with torch.no_grad():
-        whole = model(*batch_of([one]))[0]
-        alone = model.one_series(one["embedding"], one["logits"], one["position_mm"])
+        whole = model(*batch_of([series]))[0]
+        alone = model.one_series(series["embedding"], series["logits"], series["position_mm"])
     torch.testing.assert_close(alone, whole)
 
 
-def turned_round(one):
-    return {name: values.flip(0) for name, values in one.items()}
+def flip(series):
+    return {name: values.flip(0) for name, values in series.items()}
 
 
 def swap_directions(model):
@@ -116,10 +114,10 @@ def swap_directions(model):
         forward, backward = (name, f"{name}_reverse") if "_l" in name else (name, name)
         if name.endswith("_reverse"):
             forward, backward = name, name.removesuffix("_reverse")
-        taken = state[backward if "_l" in forward else name].clone()
+        weights = state[backward if "_l" in forward else name].clone()
         if "weight_ih_l1" in name or name == "head.weight":
-            taken = torch.cat([taken[:, taken.shape[1] // 2 :], taken[:, : taken.shape[1] // 2]], dim=1)
-        swapped[name] = taken
+            weights = torch.cat(weights.chunk(2, dim=1)[::-1], dim=1)
+        swapped[name] = weights
     model.load_state_dict(swapped)
     return model
 
@@ -128,10 +126,10 @@ def swap_directions(model):
 @settings(max_examples=10, deadline=None)
 @given(length=st.integers(1, 15), seed=st.integers(0, 99))
 def test_a_flipped_series_through_exchanged_directions_gives_the_flipped_answer(kind, length, seed):
-    one = series_of(length, seed)
+    series = series_of(length, seed)
     with torch.no_grad():
-        plain = build(kind)(*batch_of([one]))[0]
-        exchanged = swap_directions(build(kind))(*batch_of([turned_round(one)]))[0]
+        plain = build(kind)(*batch_of([series]))[0]
+        exchanged = swap_directions(build(kind))(*batch_of([flip(series)]))[0]
     torch.testing.assert_close(exchanged.flip(0), plain, atol=1e-6, rtol=1e-5)
 
 
@@ -141,7 +139,7 @@ def test_a_flipped_series_through_exchanged_directions_gives_the_flipped_answer(
 def test_a_flipped_series_gives_the_flipped_answer(kind, lengths):
     model, series = build(kind), [series_of(length, seed) for seed, length in enumerate(lengths)]
     with torch.no_grad():
-        plain, flipped = model(*batch_of(series)), model(*batch_of([turned_round(one) for one in series]))
+        plain, flipped = model(*batch_of(series)), model(*batch_of([flip(each) for each in series]))
     for row, length in enumerate(lengths):
         torch.testing.assert_close(flipped[row, :length].flip(0), plain[row, :length], atol=1e-5, rtol=1e-4)
 
@@ -184,11 +182,11 @@ def test_the_moving_average_by_hand():
 
 
 def test_an_ensemble_averages_probabilities():
-    one, other = SequenceModel(SequenceSpec(**BASE | KINDS["paper"])), build("paper")
-    both = SequenceEnsemble(other.spec, [one.eval(), other])
+    first, second = SequenceModel(SequenceSpec(**BASE | KINDS["paper"])), build("paper")
+    both = SequenceEnsemble(second.spec, [first.eval(), second])
     batch = batch_of([series_of(6), series_of(4)])
     with torch.no_grad():
-        mean = (torch.sigmoid(one(*batch)) + torch.sigmoid(other(*batch))) / 2
+        mean = (torch.sigmoid(first(*batch)) + torch.sigmoid(second(*batch))) / 2
         torch.testing.assert_close(torch.sigmoid(both(*batch)), mean)
     assert both.spec.members == 2
 
@@ -204,8 +202,8 @@ def test_skipped_logits_pass_as_they_are_at_the_start():
     with torch.no_grad():
         model.head.weight[:, : model.context.width] = 0
         model.head.weight[:, -2:] = 0
-        one = series_of(5)
-        torch.testing.assert_close(model(*batch_of([one]))[0], one["logits"])
+        series = series_of(5)
+        torch.testing.assert_close(model(*batch_of([series]))[0], series["logits"])
 
 
 def test_turning_padded_series_round_leaves_the_padding():

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ichpipe.common.errors import TrainingError
-from ichpipe.images import augmentation
+from ichpipe.images import augmentation, slice_dataset
 from ichpipe.images.slice_dataset import SliceDataset, batches_of, fit_to_size
 from ichpipe.models.specs import PREPROCESSING_VERSION
 from ichpipe.models.windows import Windows
@@ -75,13 +76,15 @@ def test_no_slice_is_left_alone_in_a_batch_nor_left_out(rows, sizes):
     assert list(itertools.chain.from_iterable(batches)) == list(range(rows))
 
 
-def test_held_slices_equal_those_read_again(write_ct):
+def test_held_slices_equal_those_read_again(write_ct, monkeypatch):
     paths = [str(write_ct(f"{n}", np.full((16, 16), 1000 + n, np.int16), number=n)) for n in range(3)]
-    dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
-    first = [dataset[row][0] for row in range(3)]
-    dataset._held = None
-    assert all(torch.equal(dataset[row][0], first[row]) for row in range(3))
-    assert [int(image[0, 0, 0]) for image in first] == [-24, -23, -22]
+    for limit, reads in ((slice_dataset.HOLD_BYTES, 3), (0, 6)):
+        monkeypatch.setattr(slice_dataset, "HOLD_BYTES", limit)
+        with mock.patch.object(slice_dataset, "load_slice", wraps=slice_dataset.load_slice) as load:
+            dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
+            for _ in range(2):
+                assert [int(dataset[row][0][0, 0, 0]) for row in range(3)] == [-24, -23, -22]
+        assert load.call_count == reads
 
 
 def test_nothing_drawn_changes_nothing():
@@ -240,26 +243,24 @@ def test_a_run_stopped_within_an_epoch_goes_on_to_the_same_bytes(tmp_path, monke
 
 
 def test_the_moving_average_is_what_is_validated_and_kept(tmp_path):
-    plain, averaged = Toy(tmp_path / "plain", 6), Toy(tmp_path / "averaged", 6)
-    averaged.trainer.ema_decay = 0.9
     steps = []
-    advance = averaged.train_epoch
 
-    def train_epoch(epoch, position):
-        after = position._after_step
-        position._after_step = lambda: (steps.append(averaged.weights().clone()), after())
-        advance(epoch, position)
+    class Watched(Toy):
+        def train_epoch(self, epoch, position):
+            advance = position.advance
+            position.advance = lambda loss: (steps.append(self.weights().clone()), advance(loss))
+            super().train_epoch(epoch, position)
 
-    averaged.train_epoch = train_epoch
+    plain, averaged = Toy(tmp_path / "plain", 6), Watched(tmp_path / "averaged", 6)
+    averaged.trainer.ema_decay = 0.9
     averaged.trainer.last = plain.trainer.last = 6
-    history = plain.run()
-    found = averaged.run()
-    assert [line.train_loss for line in found] == [line.train_loss for line in history]  # learning is the same
-    assert [line.val_loss for line in found] != [line.val_loss for line in history]
-    wanted = steps[0]
+    history, smoothed = plain.run(), averaged.run()
+    assert [line.train_loss for line in smoothed] == [line.train_loss for line in history]  # learning is the same
+    assert [line.val_loss for line in smoothed] != [line.val_loss for line in history]
+    expected = steps[0]
     for number, weights in enumerate(steps[1:], start=1):
-        wanted = wanted + (1 - min(0.9, (1 + number) / (10 + number))) * (weights - wanted)
-    torch.testing.assert_close(averaged.weights(), wanted)
+        expected = expected + (1 - min(0.9, (1 + number) / (10 + number))) * (weights - expected)
+    torch.testing.assert_close(averaged.weights(), expected)
 
 
 def test_the_loss_scale_of_fp16_goes_on_too(tmp_path):
@@ -341,13 +342,18 @@ def test_an_epoch_says_its_latest_loss_and_learning_rate():
     assert position.note(optimizer) == "loss 0.5000, learning rate 0.0003"
 
 
-def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path, monkeypatch):
-    toy, saved = Toy(tmp_path, 6), []
+def test_short_epochs_are_not_each_saved_but_the_last_one_is(tmp_path):
+    checkpoints = []
+
+    class Watched(Toy):
+        def train_epoch(self, epoch, position):
+            checkpoints.append(self.trainer.checkpoint.exists())
+            super().train_epoch(epoch, position)
+
+    toy = Watched(tmp_path, 6)
     toy.trainer.save_every_s = 1e6
-    save = toy.trainer._save
-    monkeypatch.setattr(toy.trainer, "_save", lambda: saved.append(len(toy.trainer._history)) or save())
     toy.run()
-    assert saved == [6]
+    assert checkpoints == [False] * 6
     again = Toy(tmp_path, 6)
     again.run()
     assert again.epochs_seen == []
@@ -366,7 +372,7 @@ def test_the_weights_of_the_last_epochs_are_kept_if_asked(tmp_path):
     resumed.trainer.last = 3
     resumed.run()
     assert len(every.trainer.kept) == 6
-    for found in (some, resumed):
-        assert len(found.trainer.kept) == 3
-        for one, other in zip(found.trainer.kept, every.trainer.kept[3:], strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
+    for toy in (some, resumed):
+        assert len(toy.trainer.kept) == 3
+        for weights, expected in zip(toy.trainer.kept, every.trainer.kept[3:], strict=True):
+            assert all(torch.equal(weights[name], expected[name]) for name in weights)

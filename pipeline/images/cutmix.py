@@ -1,6 +1,6 @@
 """CutMix (Yun et al. 2019) over the slices of a batch: a rectangle of one slice into another, labels by area.
 
-Drawn, then applied, like `augment`: the same draw gives the same images however the batch is cut into chunks.
+Drawn, then applied, like `augmentation`: the same draw gives the same images whatever the chunks of the batch.
 """
 
 from __future__ import annotations
@@ -40,18 +40,14 @@ class Cut:
 def draw_cut(params: CutMixParams, n: int, size_px: int, seed: int) -> Cut | None:
     """Draw the rectangle of a batch of ``n`` slices; None where this batch is not mixed.
 
-    The share that stays is Beta(alpha, alpha), the centre uniform, the rectangle clipped at the border and the share
-    corrected for it.
+    The share that stays is Beta(alpha, alpha), corrected where the rectangle is clipped at the border; its centre is
+    uniform.
     """
     draw = np.random.default_rng(seed)
     if params.alpha == 0 or draw.random() >= params.probability:
         return None
-    side = math.sqrt(1 - draw.beta(params.alpha, params.alpha)) * size_px / 2
-    spans = [_span(float(draw.random()) * size_px, side, size_px) for _ in range(2)]
-    area = math.prod(span.stop - span.start for span in spans)
-    partner = torch.from_numpy(draw.permutation(n))
-    return Cut(partner, spans[0], spans[1], 1 - area / size_px**2)
-
-
-def _span(centre: float, half: float, size: int) -> slice:
-    return slice(max(0, round(centre - half)), min(size, round(centre + half)))
+    half = math.sqrt(1 - draw.beta(params.alpha, params.alpha)) * size_px / 2
+    centres = [float(draw.random()) * size_px for _ in range(2)]
+    rows, columns = (slice(max(0, round(at - half)), min(size_px, round(at + half))) for at in centres)
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return Cut(torch.from_numpy(draw.permutation(n)), rows, columns, 1 - area / size_px**2)

@@ -1,14 +1,14 @@
-"""Decoded slices on disk, for archives whose compression takes longer to undo than the device takes to learn.
+"""Decoded slices on disk, for archives that take longer to decode than the device takes to learn.
 
-One Zarr array of int16 HU (slices, size, size) in shards of 256 slices, each slice a chunk of its own with a checksum.
-It pays for JPEG lossless and JPEG 2000, not for uncompressed files (docs/benchmarks.md), so it is made only where asked
-for. A shard that is there is whole: what was stopped goes on. Rows are named by the files' digests, so that splits and
-folds of the same files share one cache, and another size or preprocessing has another.
+One Zarr array of int16 HU (slices, size, size) in shards of 256 slices; each slice is a chunk with a checksum.
+It pays for JPEG lossless and JPEG 2000, not for uncompressed files (docs/benchmarks.md), so it is optional. A shard
+that exists is whole: a stopped run continues. Rows are named by the digests of the files: splits and folds of the same
+files share one cache; another size or preprocessing has its own.
 """
 
 from __future__ import annotations
 
-import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,18 +19,16 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import digest_of
 from ichpipe.common.processes import process_pool
-from ichpipe.common.progress import Counter
+from ichpipe.common.progress import track
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.models.specs import PREPROCESSING_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
     from torch import Tensor
-
-log = logging.getLogger("ichpipe")
 
 SHARD_SLICES = 256
 
@@ -58,7 +56,7 @@ class PixelCache:
 
 
 def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: int = 0) -> PixelCache:
-    """Decode what is not there yet of all files of an index, with ``workers`` processes (0: in this one).
+    """Decode the missing slices of all files of an index, with ``workers`` processes (0: in this one).
 
     A file whose pixels can't be read raises UnreadableDicomError with its name.
     """
@@ -67,43 +65,26 @@ def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: i
     name = digest_of({"files": digests, "size_px": size_px, "preprocessing": PREPROCESSING_VERSION})
     target = folder / f"pixels-{size_px}-{name[:16]}.zarr"
     if not (target / "zarr.json").exists():
-        _create(target, len(digests), size_px)
-    starts = [start for start in range(0, len(paths), SHARD_SLICES) if not _shard(target, start).exists()]
-    counter = Counter("decode", len(starts), "shard")
-    for _ in _written(target, starts, paths, size_px, workers):
-        counter.add(1)
-    counter.close()
+        zarr.create_array(
+            target,
+            shape=(len(digests), size_px, size_px),
+            chunks=(1, size_px, size_px),
+            shards=(max(1, min(SHARD_SLICES, len(digests))), size_px, size_px),
+            dtype="int16",
+            fill_value=0,
+            compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+    starts = range(0, len(paths), SHARD_SLICES)
+    missing = [start for start in starts if not (target / f"c/{start // SHARD_SLICES}/0/0").exists()]
+    tasks = [(target, start, paths[start : start + SHARD_SLICES], size_px) for start in missing]
+    several = workers > 0 and len(tasks) > 1
+    with process_pool(min(workers, len(tasks))) if several else nullcontext() as pool:
+        for _ in track((pool.map if pool else map)(_write_shard, tasks), "decode", len(tasks), "shard"):
+            pass
     row_of = {digest: row for row, digest in enumerate(digests)}
-    return PixelCache(
-        target, {path: row_of[digest] for path, digest in zip(index["path"], index["file_digest"], strict=True)}
-    )
-
-
-def _create(target: Path, n: int, size_px: int) -> None:
-    size = max(1, min(SHARD_SLICES, n))
-    zarr.create_array(
-        target,
-        shape=(n, size_px, size_px),
-        chunks=(1, size_px, size_px),
-        shards=(size, size_px, size_px),
-        dtype="int16",
-        fill_value=0,
-        compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
-        config={"write_empty_chunks": True},
-    )
-
-
-def _shard(target: Path, start: int) -> Path:
-    return target / "c" / f"{start // SHARD_SLICES}" / "0" / "0"
-
-
-def _written(target: Path, starts: Sequence[int], paths: Sequence[str], size_px: int, workers: int) -> Iterator[None]:
-    tasks = [(target, start, paths[start : start + SHARD_SLICES], size_px) for start in starts]
-    if workers == 0 or len(tasks) < 2:
-        yield from map(_write_shard, tasks)
-        return
-    with process_pool(min(workers, len(tasks))) as pool:
-        yield from pool.map(_write_shard, tasks)
+    rows = index["file_digest"].map(row_of)
+    return PixelCache(target, dict(zip(index["path"], rows.tolist(), strict=True)))
 
 
 def _write_shard(task: tuple[Path, int, Sequence[str], int]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Slices and what is drawn for them, when it is needed; the same however often."""
+    """Slices and what is drawn for them when it is needed; every draw is made once."""
 
     rows: Sequence[int]  # of the data set
     mine: list[int]  # numbers, within the batch, of the slices that this process takes
@@ -33,6 +33,11 @@ class Batch:
         return self.draw_cut()
 
     @cached_property
+    def drawn(self) -> augmentation.AugmentDraw:
+        """Return the augmentation of the whole batch."""
+        return self.draw()
+
+    @cached_property
     def needed(self) -> list[int]:
         """Return the numbers of the slices whose pixels are needed here: the own, then those cut into them."""
         partners = self.cut.partner[self.mine].tolist() if self.cut else []
@@ -43,30 +48,21 @@ class Batch:
         """Return the rows of the data set that are needed here."""
         return [self.rows[number] for number in self.needed]
 
-    @cached_property
-    def drawn(self) -> augmentation.AugmentDraw:
-        """Return the augmentation of the whole batch."""
-        return self.draw()
-
-    @cached_property
-    def _place(self) -> Tensor:
-        place = torch.full((len(self.rows),), -1)
-        place[self.needed] = torch.arange(len(self.needed))
-        return place
-
     def images(self, hu: Tensor, numbers: Sequence[int], device: torch.device) -> Tensor:
         """Make the images of some slices from HU (n, 1, S, S) of the needed ones; the same at every call."""
-        chosen = torch.tensor(numbers)
-        own = self._augmented(hu, chosen, device)
-        return self.cut.images(own, self._augmented(hu, self.cut.partner[chosen], device)) if self.cut else own
+        offset = {number: row for row, number in enumerate(self.needed)}  # within ``hu``
+
+        def augment(chosen: Sequence[int]) -> Tensor:
+            rows = [offset[number] for number in chosen]
+            return augmentation.apply(hu[rows].to(device), self.drawn.part(torch.tensor(chosen)))
+
+        own = augment(numbers)
+        return self.cut.images(own, augment(self.cut.partner[list(numbers)].tolist())) if self.cut else own
 
     def labels(self, labels: Tensor) -> Tensor:
         """Return the labels (n, 6) of the whole batch; ``labels`` are those of the data set."""
         own = labels[list(self.rows)]
         return self.cut.labels(own) if self.cut else own
-
-    def _augmented(self, hu: Tensor, numbers: Tensor, device: torch.device) -> Tensor:
-        return augmentation.apply(hu[self._place[numbers]].to(device), self.drawn.part(numbers))
 
 
 def sample(rows: Sequence[int], size: int | None, generator: torch.Generator) -> Sequence[int]:

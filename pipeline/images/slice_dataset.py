@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,19 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ichpipe.common.constants import MIN_HU as AIR_HU
+from ichpipe.common.constants import MIN_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from ichpipe.images.pixel_cache import PixelCache
 
 HOLD_BYTES = 2**30
-"""A data set whose slices take at most this much as int16 is held in memory after its first epoch."""
+"""A data set whose slices take at most this many bytes as int16 is held in memory after its first epoch."""
 
 
 def load_slice(path: str | Path, size_px: int) -> Tensor:
@@ -48,17 +50,14 @@ def load_readable(paths: Sequence[str], size_px: int) -> tuple[Tensor, list[tupl
 
 
 def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
-    """Pad a slice with air to a square, then resize it to (1, size, size), int16 HU.
+    """Pad a slice to a square with -1024 HU, then resize it to (1, size, size), int16 HU.
 
     Bilinear with antialiasing, in HU before any window, rounded to whole HU; the aspect is kept.
     """
-    rows, columns = hu.shape
-    side = max(rows, columns)
-    if rows != columns:
-        square = np.full((side, side), AIR_HU, dtype=np.int16)
-        top, left = (side - rows) // 2, (side - columns) // 2
-        square[top : top + rows, left : left + columns] = hu
-        hu = square
+    side = max(hu.shape)
+    if hu.shape != (side, side):
+        widths = [((side - length) // 2, (side - length + 1) // 2) for length in hu.shape]
+        hu = np.pad(hu, widths, constant_values=MIN_HU)
     image = torch.from_numpy(np.ascontiguousarray(hu)).view(1, 1, side, side)
     if side == size_px:
         return image[0]
@@ -66,18 +65,11 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
-class PixelSource(Protocol):
-    """Gives decoded slices by the path of their file, as `PixelCache` does."""
-
-    def read(self, path: str) -> Tensor:
-        """Return int16 HU (1, size, size)."""
-
-
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelSource | None = None
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
     ) -> None:
         self.paths, self.pixels = list(paths), pixels
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
@@ -90,29 +82,15 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read one slice."""
-        return self._slice(row), self.labels[row], torch.tensor(row)
-
-    def _slice(self, row: int) -> Tensor:
-        if self._held is None:
-            return self._read(self.paths[row])
-        if row not in self._held:
-            self._held[row] = self._read(self.paths[row])
-        return self._held[row]
-
-    def _read(self, path: str) -> Tensor:
-        return load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
-
-
-class _Loader(DataLoader[tuple[Tensor, Tensor, Tensor]]):
-    """A loader whose processes leave Ctrl-C to this one, which ends them."""
-
-    def __iter__(self) -> Any:
-        """Start the processes, if any."""
-        if not self.num_workers:
-            return super().__iter__()
-        with interrupts_stay_here():
-            return super().__iter__()
+        """Read one slice, or return it if it is held."""
+        if self._held is not None and row in self._held:
+            hu = self._held[row]
+        else:
+            path = self.paths[row]
+            hu = load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
+            if self._held is not None:
+                self._held[row] = hu
+        return hu, self.labels[row], torch.tensor(row)
 
 
 def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
@@ -127,18 +105,14 @@ def batches_of(order: Sequence[int], size: int) -> list[list[int]]:
     return batches
 
 
-def slice_loader(
-    dataset: SliceDataset, batch_size: int, order: Sequence[int], workers: int
-) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of slices in the given order; see `batch_loader`."""
-    return batch_loader(dataset, batches_of(order, batch_size), workers)
-
-
 def batch_loader(
     dataset: SliceDataset, batches: Sequence[Sequence[int]], workers: int
-) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-    """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one)."""
-    return _Loader(
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one).
+
+    The processes leave Ctrl-C to this one, which ends them.
+    """
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
@@ -147,3 +121,5 @@ def batch_loader(
         worker_init_fn=follow_the_parent,
         persistent_workers=False,
     )
+    with interrupts_stay_here() if workers else nullcontext():
+        return iter(loader)

@@ -62,7 +62,7 @@ class ResidualRecurrent(nn.Module):
 
 
 class Attention(nn.Module):
-    """A Transformer encoder (pre-norm) that knows where a slice lies in mm, not which number it has."""
+    """A Transformer encoder (pre-norm) that is given the position of a slice in mm, not its number."""
 
     def __init__(self, spec: SequenceSpec) -> None:
         super().__init__()
@@ -71,9 +71,7 @@ class Attention(nn.Module):
         layer = nn.TransformerEncoderLayer(
             spec.hidden, spec.heads, 2 * spec.hidden, spec.dropout, batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(
-            layer, spec.layers, norm=nn.LayerNorm(spec.hidden), enable_nested_tensor=False
-        )
+        self.encoder = nn.TransformerEncoder(layer, spec.layers, nn.LayerNorm(spec.hidden), enable_nested_tensor=False)
 
     def forward(self, features: Tensor, lengths: Tensor, position_mm: Tensor) -> Tensor:
         """See the module."""
@@ -130,22 +128,17 @@ def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
 def _cell(spec: SequenceSpec, inputs: int, layers: int) -> nn.RNNBase:
     kind = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
     dropout = spec.dropout if layers > 1 else 0.0
-    cell: nn.RNNBase = kind(
-        inputs, spec.hidden, num_layers=layers, bidirectional=spec.bidirectional, dropout=dropout, batch_first=True
-    )
+    settings = {"bidirectional": spec.bidirectional, "dropout": dropout, "batch_first": True}
+    cell: nn.RNNBase = kind(inputs, spec.hidden, layers, **settings)
     return cell
 
 
 def _run(recurrent: nn.RNNBase, features: Tensor, lengths: Tensor) -> Tensor:
-    """Run over each series alone: packed, unless all are of one length, which is faster as it is.
-
-    Without packing the backward direction would start in the padding.
-    """
+    """Run over each series alone: packed, so that the backward direction does not start in the padding."""
     slices = features.shape[1]
-    if int(lengths.min()) == slices:
-        whole: Tensor = recurrent(features)[0]
-        return whole
-    packed = pack_padded_sequence(features, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    hidden, _ = recurrent(packed)
-    padded: Tensor = pad_packed_sequence(hidden, batch_first=True, total_length=slices)[0]  # (B, T, width)
-    return padded
+    if int(lengths.min()) == slices:  # no padding, and faster so
+        hidden: Tensor = recurrent(features)[0]
+    else:
+        packed = pack_padded_sequence(features, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        hidden = pad_packed_sequence(recurrent(packed)[0], batch_first=True, total_length=slices)[0]
+    return hidden  # (B, T, width)

@@ -29,8 +29,8 @@ class EndToEnd(nn.Module):
     def train(self, mode: bool = True) -> EndToEnd:
         """Switch mode; batch norm stays in evaluation mode, with the statistics of stage one.
 
-        A series is no fair batch (its slices are neighbours), and frozen statistics are what makes the
-        chunked gradient equal the full one.
+        The slices of a series are neighbours and so no fair batch. Frozen statistics also make the chunked gradient
+        equal to the full one.
         """
         super().train(mode)
         for module in self.cnn.modules():
@@ -39,7 +39,18 @@ class EndToEnd(nn.Module):
         return self
 
     def forward(self, hu: Tensor, position_mm: Tensor) -> Tensor:
-        """Map HU (T, 1, size, size) and positions (T,) to logits (T, 6), with one graph over everything."""
+        """Classify the slices of one series, with one graph over everything.
+
+        Parameters
+        ----------
+        hu, position_mm
+            Hounsfield units (T, 1, size, size); positions along the slice normal (T,), mm.
+
+        Returns
+        -------
+        Logits (T, 6) in the order of CLASSES.
+
+        """
         embedding, cnn_logits = self.cnn(hu)
         return self.sequence.one_series(embedding, cnn_logits, position_mm)
 
@@ -56,48 +67,53 @@ def backward_in_chunks(
 ) -> float:
     """Accumulate the gradient of ``scale * loss_of(logits)`` over a series that is held only in chunks.
 
-    ``chunks`` are functions that return the HU (n, 1, size, size) of consecutive slices, the same at every
-    call; ``position_mm`` (T,) holds the positions of all slices. Pass one embeds all slices without a graph; the
-    sequence model gives the loss and its gradient with respect to embeddings and slice logits; pass two embeds each
-    chunk again with a graph and hands that gradient on. Equal to plain backpropagation since nothing couples slices
-    inside the CNN (batch norm is frozen) and dropout draws the same numbers in both passes. Returns the unscaled loss.
+    Pass one embeds all slices without a graph. The sequence model gives the loss and its gradient with respect to
+    embeddings and slice logits. Pass two embeds each chunk again with a graph and backpropagates that gradient. This
+    equals plain backpropagation: nothing couples slices inside the CNN (batch norm is frozen), and dropout draws the
+    same numbers in both passes.
+
+    Parameters
+    ----------
+    model, chunks
+        The network; functions that return the HU (n, 1, size, size) of consecutive slices, the same at every call.
+    position_mm, loss_of
+        Positions of all slices along the slice normal (T,), mm; maps logits (T, 6) to the loss.
+    context, seed, scale
+        Makes the context of each forward pass, such as autocast; seed of dropout; factor of the gradient.
+
+    Returns
+    -------
+    The loss, unscaled.
+
     """
     device = next(model.parameters()).device
+
+    def embed(number: int) -> tuple[Tensor, Tensor]:
+        hu = chunks[number]()
+        with repeat_random(seed, number, device), context():
+            embedding, cnn_logits = model.cnn(hu)
+        return embedding.float(), cnn_logits.float()
+
     with torch.no_grad():
-        parts = [_embed(model, chunk(), seed, number, context) for number, chunk in enumerate(chunks)]
-    embedding = torch.cat([part[0] for part in parts]).requires_grad_()
-    cnn_logits = torch.cat([part[1] for part in parts]).requires_grad_()
-    with _fixed_random(seed, -1, device), context():
+        parts = [embed(number) for number in range(len(chunks))]
+    embedding, cnn_logits = (torch.cat(tensors).requires_grad_() for tensors in zip(*parts, strict=True))
+    with repeat_random(seed, -1, device), context():
         loss = loss_of(model.sequence.one_series(embedding, cnn_logits, position_mm))
     (loss * scale).backward()  # type: ignore[no-untyped-call]
-    if not any(parameter.requires_grad for parameter in model.cnn.parameters()):
-        return float(loss.detach())
-    start = 0
-    for number, chunk in enumerate(chunks):
-        outputs = _embed(model, chunk(), seed, number, context)
-        stop = start + len(outputs[0])
-        gradients = (embedding.grad, cnn_logits.grad)
-        used = [(out, grad[start:stop]) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
-        torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
-        start = stop
+    if any(parameter.requires_grad for parameter in model.cnn.parameters()):
+        start = 0
+        for number, (part, _) in enumerate(parts):
+            rows = slice(start, start + len(part))
+            gradients = (embedding.grad, cnn_logits.grad)
+            used = [(out, grad[rows]) for out, grad in zip(embed(number), gradients, strict=True) if grad is not None]
+            torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+            start += len(part)
     return float(loss.detach())
 
 
-def _embed(
-    model: EndToEnd,
-    hu: Tensor,
-    seed: int,
-    number: int,
-    context: Callable[[], AbstractContextManager[object]],
-) -> tuple[Tensor, Tensor]:
-    with _fixed_random(seed, number, hu.device), context():
-        embedding, cnn_logits = model.cnn(hu)
-    return embedding.float(), cnn_logits.float()
-
-
 @contextmanager
-def _fixed_random(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Dropout inside draws the same numbers whenever seed and number are the same; outside nothing changes."""
+def repeat_random(seed: int, number: int, device: torch.device) -> Iterator[None]:
+    """Draw the same numbers inside (dropout) whenever seed and number are the same; nothing changes outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "chunk", number))
         yield

@@ -1,7 +1,7 @@
 """Out-of-fold slice CNNs: number f is trained on the train patients of all folds but f.
 
-A CNN is surer of the slices it was fitted on than of any other. A sequence model that learns from such embeddings
-meets others when it is used; embeddings of each train patient by the CNN that left that patient out cure this.
+A CNN is more certain of the slices it was fitted on than of any other, so a sequence model would learn from embeddings
+that it never meets again. Embeddings of each train patient by the CNN that left this patient out are like new ones.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def rows_of_fold(index: pd.DataFrame, fold: int) -> pd.DataFrame:
 
 
 def part_rows(train: pd.DataFrame, fold: int) -> tuple[list[int], list[int]]:
-    """Part the positions 0 … n-1 of labelled train rows into those of other folds and those of this one.
+    """Split the positions 0 … n-1 of labelled train rows into those of other folds and those of this one.
 
     Raises TrainingError where either part is empty.
     """
     inside = train["fold"].to_numpy() == fold
-    for part, trouble in ((inside, "holds none"), (~inside, "holds them all, and nothing is left to train on")):
-        if not part.any():
+    for rows, fault in ((inside, "holds none"), (~inside, "holds them all, and nothing is left to train on")):
+        if not rows.any():
             raise TrainingError(
-                f"fit-slices.folds: of {len(train)} train slices with labels, fold {fold} {trouble}; "
+                f"fit-slices.folds: of {len(train)} train slices with labels, fold {fold} {fault}; "
                 "set fit-slices.folds to 0, or lower it and prepare.folds (or add patients), then run: ichpipe prepare"
             )
     return np.flatnonzero(~inside).tolist(), np.flatnonzero(inside).tolist()
@@ -68,16 +68,12 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
     folders = {fold: artifacts.fold_cnn(fold) for fold in fold_numbers(params)}
     for fold, folder in folders.items():
         require_made_from(folder, {"index": index_digest}, COMMAND)
-        _require_left_out(folder, fold, params.fit_slices.folds)
+        made_from = read_header(folder, f"run: {COMMAND}").made_from
+        left_out, folds = made_from.get("excluded_fold"), made_from.get("folds")
+        if (left_out, folds) != (str(fold), str(params.fit_slices.folds)):
+            patients = "on all folds" if None in (left_out, folds) else f"without fold {left_out} of {folds}"
+            raise WeightsError(
+                f"{folder / MODEL_FILE} was trained {patients}, wanted without fold {fold} of "
+                f"{params.fit_slices.folds}: it may have seen the slices that it is to embed; run: {COMMAND}"
+            )
     return folders
-
-
-def _require_left_out(folder: Path, fold: int, folds: int) -> None:
-    found = read_header(folder, f"run: {COMMAND}").made_from
-    left_out = found.get("excluded_fold"), found.get("folds")
-    if left_out != (str(fold), str(folds)):
-        there = "on all folds" if None in left_out else f"without fold {left_out[0]} of {left_out[1]}"
-        raise WeightsError(
-            f"{folder / MODEL_FILE} was trained {there}, wanted without fold {fold} of {folds}: it may have seen the "
-            f"slices that it is to embed; run: {COMMAND}"
-        )

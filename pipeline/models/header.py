@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError, safe_open
 
 from ichpipe.common.artifacts import MODEL_FILE
@@ -25,28 +25,29 @@ SPACING = "spacing_mm"
 """Name in ``made_from`` of the distance of the slices that a model was trained on."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(BaseModel):
     """Description of a model, from the header of its file."""
 
-    kind: str  # slice-cnn, sequence, end-to-end
-    slice_cnn: SliceCnnSpec | None
-    sequence: SequenceSpec | None
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["slice-cnn", "sequence", "end-to-end"]
+    slice_cnn: SliceCnnSpec | None = None
+    sequence: SequenceSpec | None = None
     format_version: int
     made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
+
+    @model_validator(mode="after")
+    def _require_parts(self) -> Self:
+        if any(getattr(self, part) is None for part in _PARTS[self.kind]):
+            raise ValueError("it leaves a part of the model out")
+        return self
 
     def description(self) -> dict[str, Any]:
         """Return the header of an end-to-end model as plain data, for a model card."""
         if self.slice_cnn is None or self.sequence is None:
             raise WeightsError(f"a model card needs an end-to-end model, not one of kind {self.kind}")
-        return {
-            "kind": self.kind,
-            "format_version": self.format_version,
-            "classes": list(self.slice_cnn.classes),
-            "slice_cnn": self.slice_cnn.model_dump(mode="json"),
-            "sequence": self.sequence.model_dump(mode="json"),
-            "made_from": self.made_from,
-        }
+        facts = {"kind": self.kind, "format_version": self.format_version, "classes": list(self.slice_cnn.classes)}
+        return facts | self.model_dump(mode="json")
 
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
@@ -61,7 +62,16 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
         ) from error
     if text is None:
         raise WeightsError(f"{path} was not written by ichpipe (no {HEADER_KEY!r} in its header)")
-    return _parse_header(path, text)
+    try:
+        raw = json.loads(text)
+        version = raw["format_version"]
+        header = None if version > FORMAT_VERSION else Header.model_validate(raw)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{path}: the description in its header is damaged ({reason})") from error
+    if header is None:
+        raise WeightsError(f"{path} has model format {version}; update ichpipe to read it")
+    return header
 
 
 def spacing_of(folder: Path) -> float:
@@ -74,30 +84,3 @@ def spacing_of(folder: Path) -> float:
     if not 0 < spacing < math.inf:
         raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
     return spacing
-
-
-def _parse_header(path: Path, text: str) -> Header:
-    try:
-        raw = json.loads(text)
-        newer = raw["format_version"] > FORMAT_VERSION
-        header = None if newer else _header_of(raw)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{path}: the description in its header is damaged ({reason})") from error
-    if header is None:
-        raise WeightsError(f"{path} has model format {raw['format_version']}; update ichpipe to read it")
-    return header
-
-
-def _header_of(raw: dict[str, Any]) -> Header:
-    if any(part not in raw for part in _PARTS[raw["kind"]]):
-        raise ValueError("it leaves a part of the model out")
-    if not isinstance(raw["made_from"], dict):
-        raise TypeError("made_from is no table")
-    return Header(
-        raw["kind"],
-        SliceCnnSpec.model_validate(raw["slice_cnn"]) if "slice_cnn" in raw else None,
-        SequenceSpec.model_validate(raw["sequence"]) if "sequence" in raw else None,
-        int(raw["format_version"]),
-        raw["made_from"],
-    )

@@ -30,7 +30,7 @@ STORED: Final = {
 """The source from which each input is made."""
 
 FAR: Final = 4.0
-"""Distances above this many nominal slices (20 mm) are all told as this: a gap."""
+"""Largest distance that the input ``spacing`` tells, in nominal slices (20 mm); beyond it there is a gap."""
 
 
 def stored_inputs(inputs: Iterable[str]) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def stored_inputs(inputs: Iterable[str]) -> tuple[str, ...]:
 
 def make_inputs(inputs: tuple[str, ...], sources: dict[str, Tensor], lengths: Tensor) -> Tensor:
     """Concatenate the inputs (B, T, F) in float32; ``lengths`` (B,) on the device of the sources."""
-    parts = [_MAKE[name](sources[STORED[name]].float(), lengths) for name in inputs]
+    parts = [_make_input(name, sources[STORED[name]].float(), lengths) for name in inputs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -50,37 +50,10 @@ def inside(lengths: Tensor, slices: int) -> Tensor:
 
 
 def reverse(padded: Tensor, lengths: Tensor) -> Tensor:
-    """Turn each padded series (B, T, …) round, its padding staying behind."""
-    places = torch.arange(padded.shape[1], device=padded.device)
-    turned = torch.where(inside(lengths, padded.shape[1]), lengths[:, None] - 1 - places, places)  # (B, T)
-    return padded[torch.arange(len(padded), device=padded.device)[:, None], turned]
-
-
-def _same(values: Tensor, _lengths: Tensor) -> Tensor:
-    return values
-
-
-def _deltas(values: Tensor, lengths: Tensor) -> Tensor:
-    """Return ``[x_t - x_(t-1), x_t - x_(t+1)]`` (B, T, 2D), 0 where there is no neighbour (RSNA 2019's 2nd place)."""
-    step = values[:, 1:] - values[:, :-1]  # (B, T-1, D)
-    step = step * inside(lengths, values.shape[1])[:, 1:, None]
-    edge = torch.zeros_like(values[:, :1])
-    return torch.cat([torch.cat([edge, step], dim=1), torch.cat([-step, edge], dim=1)], dim=-1)
-
-
-def _spacing(position_mm: Tensor, lengths: Tensor) -> Tensor:
-    """Return the distance to both neighbours (B, T, 2) in nominal slices of 5 mm, at most 4; 0 where there is none.
-
-    RSNA 2019's 1st place gave its sequence model the slice spacing.
-    """
-    return (_deltas(position_mm.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
-
-
-def _position(position_mm: Tensor, lengths: Tensor) -> Tensor:
-    """Return each slice's place in its series (B, T, 1): -1 at the lowest position, 1 at the highest, by mm."""
-    low, high = extent(position_mm, lengths)
-    span = (high - low).clamp(min=1e-3)
-    return ((position_mm - low) / span * 2 - 1).unsqueeze(-1)
+    """Reverse the slices of each padded series (B, T, …); its padding stays behind them."""
+    number = torch.arange(padded.shape[1], device=padded.device)
+    rows = torch.where(inside(lengths, padded.shape[1]), lengths[:, None] - 1 - number, number)  # (B, T)
+    return padded[torch.arange(len(padded), device=padded.device)[:, None], rows]
 
 
 def extent(position_mm: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,11 +64,20 @@ def extent(position_mm: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-_MAKE: Final = {
-    "embedding": _same,
-    "logits": _same,
-    "pca": _same,
-    "deltas": _deltas,
-    "spacing": _spacing,
-    "position": _position,
-}
+def _make_input(name: str, values: Tensor, lengths: Tensor) -> Tensor:
+    if name == "deltas":
+        return _deltas(values, lengths)
+    if name == "spacing":  # (B, T, 2), to both neighbours, in nominal slices; 0 without one (RSNA 2019's 1st place)
+        return (_deltas(values.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
+    if name == "position":  # (B, T, 1), by mm: -1 at the lowest position of the series, 1 at the highest
+        low, high = extent(values, lengths)
+        return ((values - low) / (high - low).clamp(min=1e-3) * 2 - 1).unsqueeze(-1)
+    return values
+
+
+def _deltas(values: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``[x_t - x_(t-1), x_t - x_(t+1)]`` (B, T, 2D), 0 where there is no neighbour (RSNA 2019's 2nd place)."""
+    step = values[:, 1:] - values[:, :-1]  # (B, T-1, D)
+    step = step * inside(lengths, values.shape[1])[:, 1:, None]
+    edge = torch.zeros_like(values[:, :1])
+    return torch.cat([torch.cat([edge, step], dim=1), torch.cat([-step, edge], dim=1)], dim=-1)

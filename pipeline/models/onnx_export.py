@@ -62,14 +62,18 @@ def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> fl
     except ImportError as error:
         raise IchpipeError(f"--onnx needs the package {error.name}; run: pip install 'ichpipe[export]'") from error
     exported = Exported(model).eval()
+    axes = {name: {0: "slices"} for name in ("hu", "position_mm", "probabilities")}
     with atomic_path(target) as temporary:
-        _trace(exported, temporary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the exporter is the older one, and that Python values are constants
+            # PyTorch's newer exporter unrolls recurrent layers for one length (torch 2.14: other lengths are refused).
+            torch.onnx.export(
+                exported, _example(exported, 7), str(temporary), dynamo=False, opset_version=OPSET, dynamic_axes=axes,
+                input_names=["hu", "position_mm"], output_names=["probabilities"],
+            )  # fmt: skip
         graph = onnx.load(temporary)
-        for key, value in {
-            "ichpipe": json.dumps(description, sort_keys=True),
-            **INPUTS,
-            "probabilities": OUTPUT,
-        }.items():
+        facts = {"ichpipe": json.dumps(description, sort_keys=True), **INPUTS, "probabilities": OUTPUT}
+        for key, value in facts.items():
             graph.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(graph)
         onnx.save(graph, temporary)
@@ -83,34 +87,17 @@ def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> fl
     return worst
 
 
-def _trace(exported: Exported, target: Path) -> None:
-    """Trace with the exporter that writes recurrent layers as such, for any number of slices.
-
-    PyTorch's newer one unrolls them for the length it saw (measured with torch 2.14: other lengths are refused).
-    """
-    hu, places = _example(exported, 7)
-    axes = {name: {0: "slices"} for name in ("hu", "position_mm", "probabilities")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is the older one, and that Python values are constants: both meant
-        torch.onnx.export(
-            exported, (hu, places), str(target), dynamo=False, opset_version=OPSET, dynamic_axes=axes,
-            input_names=["hu", "position_mm"], output_names=["probabilities"],
-        )  # fmt: skip
-
-
 def _example(exported: Exported, slices: int) -> tuple[Tensor, Tensor]:
-    """Return a series that looks like nothing: air, tissue and bone in blocks, at uneven distances."""
+    """Return an artificial series: air, tissue and bone in random blocks, at uneven distances."""
     draw, size = np.random.default_rng(slices), exported.model.cnn.spec.size_px
-    coarse = draw.choice([-1000.0, 20.0, 35.0, 70.0, 900.0], size=(slices, 1, 8, 8))
-    hu = torch.from_numpy(coarse).float()
-    hu = nn.functional.interpolate(hu, size=(size, size)) + 5 * torch.from_numpy(
-        draw.standard_normal((slices, 1, size, size), dtype=np.float32)
-    )
+    coarse = torch.from_numpy(draw.choice([-1000.0, 20.0, 35.0, 70.0, 900.0], size=(slices, 1, 8, 8))).float()
+    noise = torch.from_numpy(draw.standard_normal((slices, 1, size, size), dtype=np.float32))
+    hu = nn.functional.interpolate(coarse, size=(size, size)) + 5 * noise
     return hu, torch.from_numpy(np.cumsum(draw.uniform(2, 7, slices)).astype(np.float32))
 
 
 @torch.inference_mode()
 def _difference(exported: Exported, session: Any, slices: int) -> float:
-    hu, places = _example(exported, slices)
-    found = session.run(None, {"hu": hu.numpy(), "position_mm": places.numpy()})[0]
-    return float(np.abs(found - exported(hu, places).numpy()).max())
+    hu, position_mm = _example(exported, slices)
+    probabilities = session.run(None, {"hu": hu.numpy(), "position_mm": position_mm.numpy()})[0]
+    return float(np.abs(probabilities - exported(hu, position_mm).numpy()).max())

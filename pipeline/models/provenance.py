@@ -1,7 +1,7 @@
 """Refuses a model whose inputs have changed.
 
-A model trained under another split may have seen the patients that are held out now, and a sequence model fed with
-another network's embeddings gives numbers that mean nothing. Shapes show neither; ``made_from`` shows both.
+A model trained under another split may have seen the patients that are held out now. A sequence model fed with
+another network's embeddings gives meaningless numbers. Shapes show neither; ``made_from`` shows both.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ MEANING = {
 }
 
 
-def require_made_from(folder: Path, wanted: dict[str, str], command: str) -> None:
-    """Refuse the model in ``folder`` unless its inputs have the digests ``wanted`` (by name, SHA-256).
+def require_made_from(folder: Path, digests: dict[str, str], command: str) -> None:
+    """Refuse the model in ``folder`` unless its inputs have these ``digests`` (SHA-256, by name).
 
     Raises WeightsError that names each input that differs and the ``command`` that trains the model anew.
     """
-    found = read_header(folder, f"run: {command}").made_from
-    other = [MEANING.get(name, name) for name, digest in wanted.items() if found.get(name) != digest]
-    if other:
-        what = " and another ".join(other)
-        raise WeightsError(f"{folder / MODEL_FILE} was trained on another {what} than there is now; run: {command}")
+    made_from = read_header(folder, f"run: {command}").made_from
+    changed = [MEANING.get(name, name) for name, digest in digests.items() if made_from.get(name) != digest]
+    if changed:
+        inputs = " and another ".join(changed)
+        raise WeightsError(f"{folder / MODEL_FILE} was trained on another {inputs} than there is now; run: {command}")
 
 
 def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -> bool:
-    """Say whether the model in ``folder`` was trained with these parameters on these inputs, and written whole.
+    """Return whether the model in ``folder`` was trained with these parameters on these inputs, and written whole.
 
-    The record is written last. Code is not compared: a new version of this package trains nothing anew by itself.
+    The record is written last. Code is not compared: a new version of this package alone retrains nothing.
     """
     try:
         require_made_from(folder, made_from, "")

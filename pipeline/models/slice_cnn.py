@@ -5,6 +5,7 @@ Windows and normalisation are part of the model, so that no caller can feed it o
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,7 @@ class SliceCnn(nn.Module):
         super().__init__()
         self.spec = spec
         self.windows = Windows(spec.windows)
-        self.backbone = _create_backbone(spec)
-        self.embedding_dim = _embedding_dim(self.backbone, spec)
+        self.backbone, self.embedding_dim = _create_backbone(spec)
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(self.embedding_dim, len(spec.classes))
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
@@ -42,9 +42,8 @@ class SliceCnn(nn.Module):
         if hu.shape[-2:] != (self.spec.size_px, self.spec.size_px):
             raise ValueError(f"slices are {tuple(hu.shape[-2:])}, the model wants {self.spec.size_px} px")
         image = self.windows(hu).sub_(self.mean).div_(self.std)  # (N, C, S, S), one copy in memory
-        image = image.contiguous(memory_format=torch.channels_last)
         backbone: Any = self.backbone
-        features = backbone.forward_features(image)
+        features = backbone.forward_features(image.contiguous(memory_format=torch.channels_last))
         embedding: Tensor = backbone.forward_head(features, pre_logits=True)  # (N, D)
         return embedding
 
@@ -54,7 +53,18 @@ class SliceCnn(nn.Module):
         return logits
 
     def forward(self, hu: Tensor) -> tuple[Tensor, Tensor]:
-        """Map HU (N, 1, size, size) to (embeddings, logits)."""
+        """Embed and classify slices.
+
+        Parameters
+        ----------
+        hu
+            Hounsfield units (N, 1, size, size), any real dtype; ``size`` is the spec's.
+
+        Returns
+        -------
+        Embeddings (N, embedding_dim) and logits (N, 6) in the order of CLASSES.
+
+        """
         embedding = self.embed(hu)
         return embedding, self.classify(embedding)
 
@@ -66,17 +76,17 @@ def spec_for(
 
     ImageNet's for most (the paper's); other backbones differ (0.5 for the TensorFlow ones).
     """
-    config = _pretrained_config(backbone)
-    channels = range(len(windows))
-    mean, std = config["mean"], config["std"]
+    import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
+    from timm.models import PretrainedCfg  # noqa: PLC0415
+
+    if not timm.is_model(backbone):
+        similar = ", ".join(timm.list_models(f"*{backbone}*")[:5])
+        hint = f" (timm has {similar})" if similar else "; see timm.list_models()"
+        raise ParamsError(f"fit-slices.backbone: timm knows no model {backbone!r}{hint}")
+    config = timm.get_pretrained_cfg(backbone) or PretrainedCfg()  # without one: ImageNet's
+    mean, std = (tuple(islice(cycle(values), len(windows))) for values in (config.mean, config.std))
     return SliceCnnSpec(
-        backbone=backbone,
-        windows=windows,
-        size_px=size_px,
-        mean=tuple(mean[channel % len(mean)] for channel in channels),
-        std=tuple(std[channel % len(std)] for channel in channels),
-        dropout=dropout,
-        pooling=pooling,
+        backbone=backbone, windows=windows, size_px=size_px, mean=mean, std=std, dropout=dropout, pooling=pooling
     )
 
 
@@ -92,43 +102,24 @@ def parts_of(cnn: SliceCnn) -> list[list[nn.Parameter]]:
     return parts
 
 
-def _pretrained_config(backbone: str) -> dict[str, Any]:
-    import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
-
-    if not timm.is_model(backbone):
-        near = ", ".join(timm.list_models(f"*{backbone}*")[:5])
-        hint = f" (timm has {near})" if near else "; see timm.list_models()"
-        raise ParamsError(f"fit-slices.backbone: timm knows no model {backbone!r}{hint}")
-    config = timm.get_pretrained_cfg(backbone)
-    if config is None:
-        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
-    return {"mean": config.mean, "std": config.std}
-
-
-def _create_backbone(spec: SliceCnnSpec) -> nn.Module:
+def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
+    """Return the backbone and the width of its embeddings."""
     import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
 
     name = spec.backbone
     pooling: dict[str, Any] = {} if spec.pooling is None else {"global_pool": spec.pooling}
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
     except (AssertionError, TypeError, ValueError) as error:
         if spec.pooling is None:
             raise
         raise ParamsError(f"fit-slices.pooling: {name} has no {spec.pooling!r}; leave it null") from error
     if not hasattr(model, "forward_head") or not hasattr(model, "head_hidden_size"):
         raise ParamsError(f"fit-slices.backbone: {name} does not follow timm's features contract; take another")
-    return model
-
-
-def _embedding_dim(backbone: Any, spec: SliceCnnSpec) -> int:
-    """Return the width that the head gives: timm's own figure leaves out what pooling does to it."""
     if spec.pooling is None:
-        return int(backbone.head_hidden_size)
+        return model, int(model.head_hidden_size)
     blank = torch.zeros(1, len(spec.windows), spec.size_px, spec.size_px)
-    training = backbone.training
-    backbone.eval()  # one image has no statistics
-    with torch.inference_mode():
-        width = backbone.forward_head(backbone.forward_features(blank), pre_logits=True).shape[1]
-    backbone.train(training)
-    return int(width)
+    model.eval()  # one image has no statistics
+    with torch.inference_mode():  # timm's own figure leaves out what pooling does to the width
+        width = model.forward_head(model.forward_features(blank), pre_logits=True).shape[1]
+    return model.train(), int(width)

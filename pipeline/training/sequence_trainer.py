@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ichpipe.training.trainer import Position
 
 SAVE_EVERY_S = 20.0
-"""Least seconds between checkpoints: an epoch over cached features may take less time than its checkpoint."""
+"""Least seconds between checkpoints: writing one may take longer than an epoch over cached features."""
 
 
 class SequenceFitting:
@@ -51,20 +51,12 @@ class SequenceFitting:
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return the trainer that runs the epochs."""
         return Trainer(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.seed,
-            self.epochs,
-            checkpoint,
-            key,
-            self.scaler,
-            last=min(self.section.average.epochs, max(1, self.epochs)),
-            save_every_s=SAVE_EVERY_S,
-        )
+            self.model, self.optimizer, self.schedule, self.seed, self.epochs, checkpoint, key, self.scaler,
+            last=min(self.section.average.epochs, max(1, self.epochs)), save_every_s=SAVE_EVERY_S,
+        )  # fmt: skip
 
     def train_epoch(self, epoch: int, position: Position) -> None:
-        """Pass over the training series from where the epoch stands."""
+        """Pass over the training series from the position within the epoch."""
         self.model.train()
         section = self.section
         shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ichpipe.common.progress import Counter
 from ichpipe.images import augmentation
 from ichpipe.images.cutmix import draw_cut
 from ichpipe.images.slice_batch import Batch, sample
-from ichpipe.images.slice_dataset import batch_loader, batches_of, slice_loader
+from ichpipe.images.slice_dataset import batch_loader, batches_of
 from ichpipe.training.distributed import all_sum, average_statistics, share
 from ichpipe.training.losses import weighted_bce_sum
 from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
@@ -55,7 +56,7 @@ class SliceFitting:
         self.slices, self.rows, self.seed = slices, rows, seed
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
         self.optimizer = make_optimizer([(cnn, section.learning_rate)], section.weight_decay, section.adam_eps)
-        self.schedule = make_schedule(self.optimizer, len(self._steps(0)), section.epochs, section.warmup_epochs)
+        self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
@@ -65,12 +66,27 @@ class SliceFitting:
             ema_decay=section.ema_decay,
         )  # fmt: skip
 
+    def steps(self, epoch: int) -> list[list[Batch]]:
+        """Return the batches of each optimiser step of an epoch."""
+        section, order, size = self.section, generator(self.seed, "order", epoch), self.section.batch_size
+        units: list[Sequence[int]] = [[row] for row in self.rows]  # what is shuffled
+        if section.sample_slices is not None:
+            series = itertools.groupby(self.rows, lambda row: self.slices.series[row])
+            units = [sample(list(rows), section.sample_slices, order) for _, rows in series]
+            size = max(1, size // section.sample_slices)
+        shuffled = batches_of(torch.randperm(len(units), generator=order).tolist(), size)
+        batches = [
+            self._batch([row for unit in numbers for row in units[unit]], epoch, number)
+            for number, numbers in enumerate(shuffled)
+        ]
+        return [batches[start : start + section.accumulate] for start in range(0, len(batches), section.accumulate)]
+
     def train_epoch(self, epoch: int, position: Position) -> None:
-        """Pass over the training slices in a new order, from where the epoch stands."""
+        """Pass over the training slices in a new order, from the position within the epoch."""
         self.cnn.train()
-        steps = self._steps(epoch)[position.step :]
+        steps = self.steps(epoch)[position.step :]
         loads = [batch.needed_rows for batches in steps for batch in batches if batch.mine]
-        pixels = iter(batch_loader(self.slices.train, loads, self.workers))
+        pixels = batch_loader(self.slices.train, loads, self.workers)
         position.begin()
         slices = sum(len(batch.rows) for batches in steps for batch in batches)
         counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
@@ -92,52 +108,28 @@ class SliceFitting:
     def loss_on(self, dataset: SliceDataset, rows: Sequence[int]) -> float:
         """Return the weighted log loss on rows of a data set, in the precision of `extract` and `predict`."""
         self.cnn.eval()
-        total, mine = 0.0, share(rows)
-        for hu, labels, _ in slice_loader(dataset, 64, mine, self.workers):
+        total = 0.0
+        for hu, labels, _ in batch_loader(dataset, batches_of(share(rows), 64), self.workers):
             with autocast(self.device, "auto"):
                 _, logits = self.cnn(hu.to(self.device))
             total += float(weighted_bce_sum(logits.float(), labels.to(self.device)))
         return all_sum(total)[0] / len(rows)
 
+    def _batch(self, rows: list[int], epoch: int, number: int) -> Batch:
+        n, section = len(rows), self.section
+        return Batch(
+            rows,
+            list(share(range(n))),
+            lambda: augmentation.draw(section.augment, n, generator(self.seed, "augment", epoch, number)),
+            lambda: draw_cut(section.cutmix, n, self.cnn.spec.size_px, derive_seed(self.seed, "cut", epoch, number)),
+        )
+
     def _backward(self, batch: Batch, hu: Tensor, of_all: int) -> Tensor:
         """Add the gradient of this process's part of a batch; return its part of the step's mean loss."""
         labels = batch.labels(self.slices.train.labels)[batch.mine].to(self.device)
-        images = batch.images(hu, batch.mine, self.device)  # not under autocast: bfloat16 has no place for HU
+        images = batch.images(hu, batch.mine, self.device)  # not under autocast: bfloat16 rounds HU
         with autocast(self.device, self.section.precision):
             _, logits = self.cnn(images)
         loss = weighted_bce_sum(logits.float(), labels) / of_all
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
-
-    def _steps(self, epoch: int) -> list[list[Batch]]:
-        """Return the batches of each optimiser step of an epoch."""
-        batches = [self._batch(rows, epoch, number) for number, rows in enumerate(self._batches(epoch))]
-        size = self.section.accumulate
-        return [batches[start : start + size] for start in range(0, len(batches), size)]
-
-    def _batch(self, rows: list[int], epoch: int, number: int) -> Batch:
-        n, section = len(rows), self.section
-        seeds = [derive_seed(self.seed, purpose, epoch, number) for purpose in ("augment", "cut")]
-        return Batch(
-            rows,
-            list(share(range(n))),
-            lambda: augmentation.draw(section.augment, n, torch.Generator().manual_seed(seeds[0])),
-            lambda: draw_cut(section.cutmix, n, self.cnn.spec.size_px, seeds[1]),
-        )
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        section, order = self.section, generator(self.seed, "order", epoch)
-        if section.sample_slices is None:
-            mixed = torch.randperm(len(self.rows), generator=order).tolist()
-            return batches_of([self.rows[number] for number in mixed], section.batch_size)
-        samples = [sample(rows, section.sample_slices, order) for rows in self._of_series()]
-        mixed = torch.randperm(len(samples), generator=order).tolist()
-        size = max(1, section.batch_size // section.sample_slices)
-        groups = batches_of(mixed, size)
-        return [[row for number in group for row in samples[number]] for group in groups]
-
-    def _of_series(self) -> list[list[int]]:
-        groups: dict[str, list[int]] = {}
-        for row in self.rows:
-            groups.setdefault(self.slices.series[row], []).append(row)
-        return list(groups.values())

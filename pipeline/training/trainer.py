@@ -34,7 +34,7 @@ SAVE_WITHIN_S = 300.0
 """Seconds between checkpoints within an epoch."""
 
 LOOK_STEPS = 50
-"""Steps between two looks at the loss: a GPU waits for each, and a run that has diverged should not go on for hours."""
+"""Steps between two checks of the loss: each makes a GPU wait; without them a diverged run would go on for hours."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Epoch:
 
 def make_optimizer(groups: Sequence[tuple[nn.Module, float]], weight_decay: float, eps: float = 1e-8) -> Optimizer:
     """Build AdamW with a learning rate per module; no weight decay on biases and norms (one-dimensional)."""
+    # timm's param_groups_weight_decay gives the same weights; its order of groups can't load our earlier checkpoints.
     parameters: list[dict[str, Any]] = []
     for module, rate in groups:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trainable if parameter.ndim > 1]
-        vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+        matrices, vectors = ([each for each in trainable if (each.ndim > 1) is large] for large in (True, False))
         parameters.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
         parameters.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(parameters, eps=eps)
@@ -64,6 +64,7 @@ def make_schedule(optimizer: Optimizer, steps_per_epoch: int, epochs: int, warmu
     total = max(1, steps_per_epoch * epochs)
     warmup = min(total - 1, round(warmup_epochs * steps_per_epoch))
 
+    # torch's SequentialLR of LinearLR and CosineAnnealingLR rounds otherwise: rates differ by up to 4e-15 of a rate.
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -86,26 +87,26 @@ def step(
 
 
 class Position:
-    """Where an epoch stands: the losses of the optimiser steps that are done."""
+    """Progress within an epoch: the losses of the optimiser steps that are done."""
 
     def __init__(self, rate: float, after_step: Callable[[], None]) -> None:
-        self.rate = rate  # at the epoch's start
+        self.rate = rate  # learning rate at the start of the epoch
         self.losses: list[Tensor] = []
         self.weights: list[float] = []
         self._after_step = after_step
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
-    def begin(self, random: tuple[Tensor, list[Tensor]] | None = None) -> None:
-        """Take up the random state in which the epoch was stopped, if it was.
+    def begin(self) -> None:
+        """Restore the random state in which the epoch was stopped, if it was.
 
-        To be called once everything is set up: a DataLoader that starts draws a number from the global generator.
+        Call it once everything is set up: a DataLoader that starts draws a number from the global generator.
         """
-        self._random = random or self._random
         if self._random is None:
             return
-        torch.set_rng_state(self._random[0])
-        if len(self._random[1]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(self._random[1])
+        state, cuda_states = self._random
+        torch.set_rng_state(state)
+        if len(cuda_states) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda_states)
 
     @property
     def step(self) -> int:
@@ -113,18 +114,18 @@ class Position:
         return len(self.losses)
 
     def advance(self, loss: Tensor | float, weight: float = 1.0) -> None:
-        """Count a step that is done; its mean loss stands for ``weight`` slices or series of this process."""
+        """Count a finished step; its mean loss stands for ``weight`` slices or series of this process."""
         self.losses.append(torch.as_tensor(loss).detach())
         self.weights.append(weight)
         self._after_step()
 
     def latest(self) -> float:
         """Return the mean loss of the last steps of this process, LOOK_STEPS at most; NaN before the first."""
-        last = [float(loss) for loss in self.losses[-LOOK_STEPS:]]
-        return math.fsum(last) / len(last) if last else math.nan
+        losses = [float(loss) for loss in self.losses[-LOOK_STEPS:]]
+        return math.fsum(losses) / len(losses) if losses else math.nan
 
     def note(self, optimizer: Optimizer) -> str:
-        """Say how the epoch goes: the latest loss and the first group's learning rate."""
+        """Return the latest loss and the first group's learning rate as text."""
         return f"loss {self.latest():.4f}, learning rate {optimizer.param_groups[0]['lr']:.2g}"
 
     def mean(self) -> float:
@@ -133,13 +134,29 @@ class Position:
         total, weight = all_sum(math.fsum(parts), sum(self.weights))
         return total / weight if weight else math.nan
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs, with the present random state."""
+        return {
+            "rate": self.rate,
+            "losses": torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64),
+            "weights": torch.tensor(self.weights, dtype=torch.float64),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of a stopped epoch."""
+        self.rate, self.losses, self.weights = state["rate"], list(state["losses"]), state["weights"].tolist()
+        self._random = state["random"], state["random_cuda"]
+        self.begin()
+
 
 @dataclass
 class Trainer:
-    """Runs epochs, keeps the weights that are best on validation, and goes on where it was stopped.
+    """Runs epochs, keeps the weights that are best on validation, and continues a stopped run.
 
     ``key`` is a digest of all that decides the result; a checkpoint with another key is not used. On a CPU, a run that
-    goes on ends with the same bytes as one that was never stopped.
+    was stopped and continued ends with the same bytes as one that never stopped.
     """
 
     model: nn.Module
@@ -149,7 +166,7 @@ class Trainer:
     epochs: int
     checkpoint: Path
     key: str
-    scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of where training stands
+    scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of the training state
     last: int = 1  # keep the weights of the last so many epochs; 1: of the one that is best on validation
     save_every_s: float = 0.0  # seconds between checkpoints: weights of 200 MB cost more than a short epoch
     ema_decay: float = 0.0  # validate and keep an exponential moving average of the weights; 0: the weights themselves
@@ -166,10 +183,10 @@ class Trainer:
         *,
         compare_with_start: bool = False,
     ) -> list[Epoch]:
-        """Train, leave in the model what was kept (of several epochs the last), return the learning curve.
+        """Train, load the kept weights into the model (of several epochs the last), return the learning curve.
 
-        ``train_epoch`` gets the epoch and its position, and goes on from there. ``compare_with_start`` lets the weights
-        from before the first epoch win, so that the model never ends worse on validation than it began. Raises
+        ``train_epoch`` gets the epoch (from 1) and its position, and trains from there. ``compare_with_start`` lets the
+        weights from before the first epoch win: the model never ends worse on validation than it began. Raises
         TrainingError where the loss is not finite.
         """
         if self.ema_decay:
@@ -177,10 +194,24 @@ class Trainer:
         self._history, self._position, self._saved = [], None, time.monotonic()
         self._resume()
         if not self._history and self._position is None and (compare_with_start or not self.epochs):
-            self._history = [Epoch(0, None, self._finite(validate(), 0), 0.0)]
-            self.kept = [self._weights(self.model)]
-        for epoch in range(self._next_epoch(), self.epochs + 1):
-            self._train(epoch, train_epoch, validate)
+            self._history = [Epoch(0, None, _require_finite(validate(), 0), 0.0)]
+            self.kept = [_copy_weights(self.model)]
+        for epoch in range(self._epoch, self.epochs + 1):
+            if self._position is None:
+                torch.manual_seed(derive_seed(self.seed, "dropout", epoch))
+                self._position = Position(self.optimizer.param_groups[0]["lr"], self._after_step)
+            rate = self._position.rate
+            train_epoch(epoch, self._position)
+            train_loss = _require_finite(self._position.mean(), epoch)
+            val_loss = _require_finite(self._validate(validate), epoch)
+            if self.last > 1 or all(val_loss < earlier.val_loss for earlier in self._history):
+                weights = _copy_weights(self.model if self._average is None else self._average.module)
+                self.kept = [*self.kept, weights][-self.last :]
+            self._history.append(Epoch(epoch, train_loss, val_loss, rate))
+            self._position = None
+            if epoch == self.epochs or time.monotonic() - self._saved >= self.save_every_s:
+                self._save()
+            log.info("epoch %d/%d: train %.4f, validation %.4f", epoch, self.epochs, train_loss, val_loss)
         self.model.load_state_dict(self.kept[-1])
         return self._history
 
@@ -189,23 +220,20 @@ class Trainer:
         if rank() == 0:
             self.checkpoint.unlink(missing_ok=True)
 
-    def _next_epoch(self) -> int:
+    @property
+    def _epoch(self) -> int:
+        """Return the number of the epoch that is next or under way."""
         return self._history[-1].epoch + 1 if self._history else 1
 
-    def _train(self, epoch: int, train_epoch: Callable[[int, Position], None], validate: Callable[[], float]) -> None:
-        if self._position is None:
-            torch.manual_seed(derive_seed(self.seed, "dropout", epoch))
-            self._position = Position(self.optimizer.param_groups[0]["lr"], self._after_step)
-        position = self._position
-        train_epoch(epoch, position)
-        train_loss = self._finite(position.mean(), epoch)
-        val_loss = self._finite(self._validated(validate), epoch)
-        self._keep(all(val_loss < earlier.val_loss for earlier in self._history))
-        self._history.append(Epoch(epoch, train_loss, val_loss, position.rate))
-        self._position = None
-        if epoch == self.epochs or time.monotonic() - self._saved >= self.save_every_s:
-            self._save()
-        log.info("epoch %d/%d: train %.4f, validation %.4f", epoch, self.epochs, train_loss, val_loss)
+    def _validate(self, validate: Callable[[], float]) -> float:
+        """Validate the weights that may be kept: the average, where there is one."""
+        if self._average is None:
+            return validate()
+        current = _copy_weights(self.model)
+        self.model.load_state_dict(self._average.module.state_dict())
+        loss = validate()
+        self.model.load_state_dict(current)
+        return loss
 
     def _after_step(self) -> None:
         if self._average is not None:
@@ -213,71 +241,37 @@ class Trainer:
         assert self._position is not None  # noqa: S101 - a step is part of an epoch
         due = time.monotonic() - self._saved >= max(SAVE_WITHIN_S, self.save_every_s)
         if due or self._position.step % LOOK_STEPS == 0:
-            self._finite(self._position.latest(), self._next_epoch())  # so that no checkpoint holds what has diverged
+            _require_finite(self._position.latest(), self._epoch)  # so that no checkpoint holds a diverged state
         if due:
             self._save()
-
-    def _validated(self, validate: Callable[[], float]) -> float:
-        """Validate the weights that may be kept: the average, where there is one."""
-        if self._average is None:
-            return validate()
-        learning = self._weights(self.model)
-        self.model.load_state_dict(self._average.module.state_dict())
-        loss = validate()
-        self.model.load_state_dict(learning)
-        return loss
-
-    def _keep(self, is_best: bool) -> None:
-        if self.last == 1 and not is_best:
-            return
-        found = self._weights(self.model if self._average is None else self._average.module)
-        self.kept = [*self.kept, found][-self.last :]
-
-    def _weights(self, model: nn.Module) -> Weights:
-        return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-    def _finite(self, loss: float, epoch: int) -> float:
-        if math.isfinite(loss):
-            return loss
-        raise TrainingError(
-            f"the loss is {loss} in epoch {epoch}: training has diverged. The last good state is kept; "
-            f"lower the learning rate (or set precision to fp32) and run again"
-        )
 
     def _save(self) -> None:
         self._saved = time.monotonic()
         if rank() != 0:
             return
-        with atomic_path(self.checkpoint) as temporary:
-            torch.save(
-                {
-                    "key": self.key,
-                    "history": [asdict(line) for line in self._history],
-                    "kept": self.kept,
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "schedule": self.schedule.state_dict(),
-                    "scaler": self.scaler.state_dict() if self.scaler else {},
-                    "average": self._average.state_dict() if self._average else {},
-                    "position": self._state_of_position(),
-                },
-                temporary,
-            )
-
-    def _state_of_position(self) -> dict[str, Any] | None:
-        if self._position is None:
-            return None
-        return {
-            "rate": self._position.rate,
-            "losses": torch.tensor([float(loss) for loss in self._position.losses], dtype=torch.float64),
-            "weights": torch.tensor(self._position.weights, dtype=torch.float64),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        state = {
+            "key": self.key,
+            "history": [asdict(line) for line in self._history],
+            "kept": self.kept,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "average": self._average.state_dict() if self._average else {},
+            "position": self._position.state_dict() if self._position else None,
         }
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save(state, temporary)
 
     def _resume(self) -> None:
-        state = self._read_checkpoint()
-        if state is None or state.get("key") != self.key or "position" not in state:
+        if not self.checkpoint.exists():
+            return
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            log.warning("%s can't be read; starting from the first epoch", self.checkpoint)
+            return
+        if not isinstance(state, dict) or state.get("key") != self.key or "position" not in state:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -287,28 +281,25 @@ class Trainer:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._history, self.kept = [Epoch(**line) for line in state["history"]], state["kept"]
-        step = self._resume_position(state["position"])
-        within = f", step {step} of epoch {self._next_epoch()}" if step else ""
-        log.info("going on after epoch %d%s", self._next_epoch() - 1, within)
+        within = ""
+        if state["position"] is not None:
+            self._position = Position(0.0, self._after_step)
+            self._position.load_state_dict(state["position"])
+            within = f", step {self._position.step} of epoch {self._epoch}" if self._position.step else ""
+        log.info("going on after epoch %d%s", self._epoch - 1, within)
 
-    def _resume_position(self, state: dict[str, Any] | None) -> int:
-        if state is None:
-            return 0
-        self._position = Position(state["rate"], self._after_step)
-        self._position.losses = list(state["losses"])
-        self._position.weights = state["weights"].tolist()
-        self._position.begin((state["random"], state["random_cuda"]))
-        return self._position.step
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        if not self.checkpoint.exists():
-            return None
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            log.warning("%s can't be read; starting from the first epoch", self.checkpoint)
-            return None
-        return state if isinstance(state, dict) else None
+def _copy_weights(model: nn.Module) -> Weights:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _require_finite(loss: float, epoch: int) -> float:
+    if math.isfinite(loss):
+        return loss
+    raise TrainingError(
+        f"the loss is {loss} in epoch {epoch}: training has diverged. The last good state is kept; "
+        f"lower the learning rate (or set precision to fp32) and run again"
+    )
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -317,10 +308,11 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
     The decay grows towards its value over the first steps (1 / 10, 2 / 11, …), so that the first weights are forgotten.
     """
 
-    def average(averaged: Tensor, current: Tensor, seen: Tensor | int) -> Tensor:
+    # timm's ModelEmaV3 starts its decay with another formula: after 20 steps at .9 weights differ by .06.
+    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
         if not averaged.is_floating_point():
             return current
-        number = float(seen)
+        number = float(steps)
         return torch.lerp(averaged, current, 1.0 - min(decay, (1.0 + number) / (10.0 + number)))
 
     return AveragedModel(model, avg_fn=average, use_buffers=True)
