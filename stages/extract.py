@@ -67,7 +67,7 @@ def run(
     """
     from ichpipe.cache.location import StoreLocation
     from ichpipe.common.device import choose_devices
-    from ichpipe.features.generations import list_generations, store_address
+    from ichpipe.features.generations import list_generations, store_url
     from ichpipe.features.prefetch import usual_loaders
     from ichpipe.index.slice_index import read_index
 
@@ -76,7 +76,7 @@ def run(
     if loaders is None:
         loaders = 1 if scheduler else usual_loaders(devices[0], workers)
     index = read_index(artifacts.index, COLUMNS)
-    place = StoreLocation(store_address(params, artifacts))
+    place = StoreLocation(store_url(params, artifacts))
     with contextlib.ExitStack() as stack:
         connect = _once(stack, workers, scheduler)
         caches = list_generations(params, artifacts, index)

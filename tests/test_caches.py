@@ -16,8 +16,8 @@ from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator
 from ichpipe.features.embedder import SliceEmbedder, SliceInput, view_draw
-from ichpipe.features.generations import View, list_generations, open_features, store_address
-from ichpipe.features.sequence_dataset import Shuffle, _buffers, collect_series, plain_batches, train_batches
+from ichpipe.features.generations import View, list_generations, open_features, store_url
+from ichpipe.features.sequence_dataset import Shuffle, collect_series, plain_batches, shuffle_in_buffers, train_batches
 from ichpipe.images import augmentation
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_sequence, load_slice_cnn
@@ -70,7 +70,7 @@ def test_a_fold_s_generation_holds_no_patient_that_its_network_was_trained_on(fo
     caches = [cache for cache in list_generations(params, artifacts, index) if cache.fold is not None]
     assert len(caches) == 6  # two folds, plain and two views
     for cache in caches:
-        store = EmbeddingStore(store_address(params, artifacts), cache.identity())
+        store = EmbeddingStore(store_url(params, artifacts), cache.identity())
         held = index[index["series_uid"].isin(store.series_uids)]
         trained_on = index[(index["split"] == "train") & (index["fold"] != cache.fold)]
         assert len(held)
@@ -83,7 +83,7 @@ def test_reading_a_fold_from_the_other_fold_s_generation_is_an_error(folded):
         cache for cache in list_generations(params, artifacts, index) if cache.fold is not None and not cache.view
     )
     with pytest.raises(StoreError, match="series are missing"):
-        EmbeddingStore(store_address(params, artifacts), zero.identity(), one.rows())
+        EmbeddingStore(store_url(params, artifacts), zero.identity(), one.rows())
 
 
 def test_an_arm_may_be_trained_in_fold_for_comparison(folded):
@@ -103,10 +103,10 @@ def test_arms_that_read_other_generations_are_made_from_other_embeddings(folded)
 def test_a_view_is_one_change_per_series_and_recorded(folded):
     params, artifacts, index, _ = opened(folded)
     cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
-    root = zarr.open_group(store_address(params, artifacts), mode="r")
+    root = zarr.open_group(store_url(params, artifacts), mode="r")
     (segment,) = [
         group
-        for name, group in root[EmbeddingStore(store_address(params, artifacts), cache.identity())._group.path].groups()
+        for name, group in root[EmbeddingStore(store_url(params, artifacts), cache.identity())._group.path].groups()
         if name.startswith("segment-")
     ]
     recorded, seeds = segment["augmentation"][:], segment["noise_seed"][:, 0]
@@ -126,7 +126,7 @@ def test_a_view_is_one_change_per_series_and_recorded(folded):
 def test_a_view_s_rows_equal_the_augmented_slices_embedded_on_the_fly(folded):
     params, artifacts, index, _ = opened(folded)
     cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
-    store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
+    store = EmbeddingStore(store_url(params, artifacts), cache.identity(), cache.rows())
     rows = cache.index[cache.index["series_uid"] == cache.index["series_uid"].iloc[-1]]
     cnn = load_slice_cnn(cache.model_dir)
     wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 7, cache.view)(slices_of(rows))
@@ -186,7 +186,7 @@ def test_batches_are_the_same_from_a_map_and_read_through_zarr(folded, monkeypat
 
 @pytest.mark.parametrize(("n", "bound"), [(100, 16), (17, 8), (5, 1), (9, 100)])
 def test_a_bounded_shuffle_keeps_every_series_once_and_its_reach(n, bound):
-    buffers = _buffers(n, generator(3), bound)
+    buffers = shuffle_in_buffers(n, generator(3), bound)
     flat = [number for buffer in buffers for number in buffer]
     assert sorted(flat) == list(range(n))
     assert all(len(buffer) <= max(bound, 8) for buffer in buffers)
@@ -233,7 +233,7 @@ def test_components_are_those_of_the_train_slices_alone(reduced):
 def test_every_generation_has_its_rows_under_the_same_map(reduced):
     params, artifacts, index, features = opened(reduced, extra=PCA)
     for cache in list_generations(params, artifacts, index):
-        store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
+        store = EmbeddingStore(store_url(params, artifacts), cache.identity(), cache.rows())
         for uid in store.series_uids:
             wanted = features.plain.principal_components.project(store.embedding(uid))
             np.testing.assert_allclose(store.read(uid, "pca").astype(np.float32), wanted, rtol=2.0**-11, atol=1e-6)
