@@ -67,9 +67,9 @@ def maker(journal=None, compute=features):
     return make
 
 
-def write(where, slices, client, *, made=None, make=None, known=None, **options):
+def write(where, slices, client, *, made=None, make=None, extra=None, **options):
     """Fill a generation; return how many rows were there before."""
-    work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), known)
+    work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), extra)
     steps = list(update(StoreLocation(where), made or generation(), slices.rows, work, **options))
     assert sum(steps) == len(slices.rows)
     return steps[0]

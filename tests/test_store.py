@@ -233,10 +233,10 @@ def test_the_rows_of_a_series_must_stand_together(order):
 def test_known_arrays_are_stored_beside_their_rows(tmp_path, client):
     slices = kit.Slices()
 
-    def known(rows):
+    def extra(rows):
         return {"augmentation": np.asarray(rows, np.float32)[:, None] * 10}
 
-    kit.write(tmp_path / "s", slices, client, known=known)
+    kit.write(tmp_path / "s", slices, client, extra=extra)
     (segment,) = (tmp_path / "s").glob("*/segment-*")
     found = zarr.open_group(str(segment), mode="r")
     np.testing.assert_array_equal(found["augmentation"][:, 0], np.arange(10) * 10)

@@ -26,13 +26,13 @@ def client():
 def store(tmp_path, client):
     """Two generations; the first has ten rows in use, and three that left the index, over two segments."""
     path = tmp_path / "store"
-    kit.write(path, kit.Slices((3, 3), numbers=[0, 9]), client, known=known)
-    kit.write(path, kit.Slices(), client, known=known)
+    kit.write(path, kit.Slices((3, 3), numbers=[0, 9]), client, extra=extra)
+    kit.write(path, kit.Slices(), client, extra=extra)
     kit.write(path, kit.Slices((2,)), client, made=OTHER)
     return path
 
 
-def known(rows):
+def extra(rows):
     return {"augmentation": np.asarray(rows, np.float32)[:, None]}
 
 
