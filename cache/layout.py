@@ -169,29 +169,26 @@ def has(group: zarr.Group, name: str) -> bool:
         return name in group
 
 
-def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of the group. Raises StoreError if it is missing or damaged."""
-    with _refuse_damage(group, name):
-        member = group.get(name)
-    if not isinstance(member, zarr.Array):
-        raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify --repair")
-    return member
-
-
-def row_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of rows, whose chunks must hold whole rows: a checksum does not prove the order of bytes."""
-    rows = array(group, name)
-    if rows.ndim != 2 or rows.chunks[1] != rows.shape[1]:
-        raise StoreError(f"{group.store_path}: {name} is damaged; run: ichpipe cache verify --repair")
-    return rows
-
-
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     """Return a group of the group. Raises StoreError if it is missing or damaged."""
     with _refuse_damage(group, name):
         member = group.get(name)
     if not isinstance(member, zarr.Group):
         raise StoreError(f"{group.store_path}: {name} is missing; run: ichpipe extract")
+    return member
+
+
+def array(group: zarr.Group, name: str, *, whole_rows: bool = False) -> zarr.Array[Any]:
+    """Return an array of the group. Raises StoreError if it is missing or damaged.
+
+    ``whole_rows``: its chunks must hold whole rows, since a checksum does not prove the order of bytes.
+    """
+    with _refuse_damage(group, name):
+        member = group.get(name)
+        if not isinstance(member, zarr.Array):
+            raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify --repair")
+        if whole_rows and (member.ndim != 2 or member.chunks[1] != member.shape[1]):
+            raise ValueError(f"chunks of {member.chunks}")
     return member
 
 

@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 def info(location: StoreLocation) -> dict[str, Any]:
     """Count rows, studies, bytes and missing rows of each generation.
 
-    Parameters
-    ----------
-    location
-        Address of the store.
-
     Returns
     -------
     dict
@@ -83,7 +78,6 @@ def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int])
 
 
 def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[Manifest | None, str]:
-    """Return the manifest, or None and the reason."""
     try:
         return read_manifest(location, group), ""
     except StoreError as error:
@@ -116,15 +110,10 @@ class Problem:
 def verify(location: StoreLocation) -> list[Problem]:
     """Compare every chunk with its checksum, and every name with the content that it is derived from.
 
-    Parameters
-    ----------
-    location
-        Address of the store.
-
     Returns
     -------
     list of Problem
-        The damaged parts, with the studies that need them; empty if the store is sound.
+        The damaged parts; empty if the store is sound.
 
     Raises
     ------
@@ -179,16 +168,7 @@ def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator
 
 
 def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
-    """Remove the damaged parts, so that the next ``extract`` computes them again.
-
-    Parameters
-    ----------
-    location
-        Address of the store.
-    problems
-        Result of `verify`.
-
-    """
+    """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again."""
     for problem in problems:
         part = "/".join(filter(None, (problem.generation, problem.part)))
         if problem.chunk is None:
@@ -208,7 +188,7 @@ def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dr
     location
         Address of the store.
     keep
-        Returns whether the generation of an identity stays.
+        Decides by its identity whether a generation stays.
     dry_run
         Remove nothing; ``bytes_freed`` then counts whole generations only.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.rows import Codes, Rows
+    from ichpipe.cache.rows import Rows
 
 HOLD_BYTES = 4 * 2**30
 """Bytes of a remote store that stay in memory after they were fetched; the whole of RSNA takes 3.1 GB."""
@@ -36,14 +36,9 @@ class SeriesFeatures:
     """The cached rows of one series, ordered along the slice normal. The arrays are read-only."""
 
     series_uid: str
-    sop_codes: Codes  # (n, 64)
+    sop_uids: tuple[str, ...]
     embedding: NDArray[np.float16]  # (n, embedding_dim)
     logit: NDArray[np.float32]  # (n, classes), before the sigmoid
-
-    @property
-    def sop_uids(self) -> tuple[str, ...]:
-        """SOPInstanceUID of each slice."""
-        return tuple(decode_uids(self.sop_codes))
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class EmbeddingStore:
     """The slices of one generation, read-only; every chunk is checked when it is first touched.
 
     A local store is mapped into memory, so that RSNA (3.1 GB) takes only memory that the system can spare. Chunks of
-    a remote store are fetched when touched.
+    a remote store are fetched.
 
     Parameters
     ----------
@@ -146,17 +141,7 @@ class EmbeddingStore:
         return group
 
     def series(self, series_uid: str) -> SeriesFeatures:
-        """Return embeddings and logits of one series.
-
-        Parameters
-        ----------
-        series_uid
-            SeriesInstanceUID.
-
-        Returns
-        -------
-        SeriesFeatures
-            ``embedding`` (n, embedding_dim) float16 and ``logit`` (n, classes) float32, read-only, no unit.
+        """Return embeddings and logits of one series, by its SeriesInstanceUID.
 
         Raises
         ------
@@ -165,11 +150,11 @@ class EmbeddingStore:
 
         """
         embedding, logit = self.read(series_uid, "embedding"), self.read(series_uid, "logit")
-        rows = self._rows_of(series_uid)[1]
-        return SeriesFeatures(series_uid, self._rows.sop_uid[rows], embedding, logit)
+        sop_uids = decode_uids(self._rows.sop_uid[self._rows_of(series_uid)[1]])
+        return SeriesFeatures(series_uid, tuple(sop_uids), embedding, logit)
 
     def read(self, series_uid: str, name: str) -> NDArray[Any]:
-        """Return one array of one series, read-only.
+        """Return one array of one series (n slices, columns), read-only.
 
         Parameters
         ----------
@@ -177,11 +162,6 @@ class EmbeddingStore:
             SeriesInstanceUID.
         name
             ``embedding``, ``logit``, or ``pca`` (principal components, float16).
-
-        Returns
-        -------
-        ndarray
-            Shape (n slices, columns).
 
         Raises
         ------
@@ -237,7 +217,7 @@ class EmbeddingStore:
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> NDArray[Any]:
         chunks = self._chunks.get((part, name))
         if chunks is None:
-            array = layout.row_array(layout.subgroup(self._group, part), name)
+            array = layout.array(layout.subgroup(self._group, part), name, whole_rows=True)
             chunks = self._chunks[part, name] = Chunks(self.location, array, self.fetched)
         try:
             return chunks.rows(start, stop)
