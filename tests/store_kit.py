@@ -95,6 +95,18 @@ def chunk_files(path):
     return sorted(file for kind in layout.ROW_ARRAYS for file in Path(path).glob(f"*/segment-*/{kind}/c/*/0"))
 
 
+def flip(file, at, mask=1):
+    """Change bits of one byte, in a new file: what is mapped of the old one stays as it was."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= mask
+    replace(file, bytes(content))
+
+
+def replace(file, content):
+    file.unlink()
+    file.write_bytes(content)
+
+
 def all_bytes(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
 

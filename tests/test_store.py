@@ -6,7 +6,6 @@ import itertools
 import tempfile
 from pathlib import Path
 
-import cloudpickle
 import numpy as np
 import pytest
 import store_kit as kit
@@ -22,15 +21,6 @@ from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.cache.writer import Work, update
 from ichpipe.features.dask_client import connect
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)  # worker processes can't import the tests
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
-
 
 # What is written comes back
 

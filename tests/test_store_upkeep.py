@@ -1,6 +1,5 @@
 """Looking after a store: what is in it, freeing what is not used, and that nothing else is touched."""
 
-import cloudpickle
 import numpy as np
 import pytest
 import store_kit as kit
@@ -9,17 +8,8 @@ from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.features.dask_client import connect
 
 OTHER = kit.generation(weights="bbb")
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
 
 
 @pytest.fixture
@@ -134,9 +124,7 @@ def test_prune_refuses_a_generation_with_missing_rows(store):
 
 def test_verify_finds_damage_beside_the_rows(store):
     (file, *_) = store.glob("*/segment-*/augmentation/c/0/0")
-    content = bytearray(file.read_bytes())
-    content[1] ^= 1
-    file.write_bytes(bytes(content))
+    kit.flip(file, 1)
     assert [problem.array for problem in maintenance.verify(StoreLocation(str(store)))] == ["augmentation"]
     kit.assert_holds(store, kit.Slices())  # the rows themselves are as they were
 
