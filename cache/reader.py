@@ -14,7 +14,7 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import differences, name_of
 from ichpipe.cache.inventory import read_manifest
 from ichpipe.cache.location import StoreLocation
-from ichpipe.cache.rows import as_text, decode_uids, ranges
+from ichpipe.cache.rows import as_text, decode_uids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -193,12 +193,10 @@ class EmbeddingStore:
                 f"{self.location}: {int(missing.sum())} of {len(uids)} series are missing, the first is "
                 f"{uids[int(np.argmax(missing))].decode()}; run: ichpipe extract"
             )
-        offset = self._rows.offset
-        differ = (offset[numbers + 1] - offset[numbers]) != np.diff(rows.offset)
+        stored = self._rows.select(numbers)
+        differ = np.diff(stored.offset) != np.diff(rows.offset)
         if not differ.any():
-            stored = ranges(offset[numbers], offset[numbers + 1])
-            same = (self._rows.source[stored] == rows.source).all(axis=1)
-            same &= (self._rows.sop_uid[stored] == rows.sop_uid).all(axis=1)
+            same = (stored.source == rows.source).all(axis=1) & (stored.sop_uid == rows.sop_uid).all(axis=1)
             differ = np.logical_or.reduceat(~same, rows.offset[:-1])
         if differ.any():
             raise StoreError(

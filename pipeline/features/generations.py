@@ -102,7 +102,7 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
     With ``extract.mirror`` every slice is also mirrored, by the network that embeds it plain for stage two.
     """
     plain = GenerationSpec(artifacts.slice_cnn, index, precision=params.extract.precision)
-    by_fold = []
+    by_fold: list[GenerationSpec] = []
     if params.fit_slices.folds:
         models = fold_models(artifacts, params, digest_of_file(artifacts.index))
         by_fold = [
@@ -113,7 +113,7 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
     section = params.extract.views
     views = [View(number, section.seed, section.augment) for number in range(1, section.count + 1)]
     viewed = [replace(generation, view=view) for view in views for generation in train]
-    mirrored = []
+    mirrored: list[GenerationSpec] = []
     if params.extract.mirror:
         rest = replace(plain, index=index[index["split"] != "train"]) if by_fold else plain
         mirrored = [replace(generation, view=MIRROR) for generation in (rest, *by_fold)]

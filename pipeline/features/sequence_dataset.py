@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,35 +33,31 @@ BATCHES_PER_POOL = 16
 """Series are sorted by length within pools of this many batches."""
 
 
-class Source(Protocol):
-    """One view of one series."""
-
-    def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return cached arrays (T, …) in the precision in which they are stored."""
-
-
 @dataclass(frozen=True)
 class CachedSource:
-    """Reads from the store on demand; on a local disk that costs a copy out of the page cache."""
+    """One view of one series, read from the store on demand: locally a copy out of the page cache."""
 
     store: EmbeddingStore
     series_uid: str
 
     def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Read and copy."""
+        """Return arrays of the store (T, …) in the precision in which they are stored."""
         arrays = {name: self.store.read(self.series_uid, "logit" if name == "logits" else name) for name in names}
         return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
 
 
 @dataclass(frozen=True)
 class HeldSource:
-    """The same numbers, on a device."""
+    """The same numbers on a device."""
 
     held: dict[str, Tensor]
 
     def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the tensors."""
+        """Return the tensors (T, …)."""
         return {name: self.held[name] for name in names}
+
+
+Source = CachedSource | HeldSource
 
 
 @dataclass(frozen=True)
