@@ -162,8 +162,7 @@ def _write_chunks(path: Path, generation: Generation, rows: Rows, block: np.ndar
     place = StoreLocation(path)
     group = layout.create_generation(layout.create_root(place), generation)
     segment = layout.create_segment(group, rows.source, generation.chunk_rows, {})
-    for number in range(segment.n_chunks):
-        part = segment.rows_of_chunk(number)
+    for part in segment.chunks:
         logit = np.zeros((part.stop - part.start, len(CLASSES)), np.float32)
         values = {"embedding": part_of(block, range(part.start, part.stop)), "logit": logit}
         write_rows(place, f"{group.path}/{segment.name}", part, values, range(len(logit)))

@@ -1,4 +1,4 @@
-"""Reading and writing chunks of rows, each with its CRC-32C.
+"""Reads and writes chunks of rows, each with its CRC-32C.
 
 A plain chunk of a local store is raw rows and a checksum, so it is mapped into memory and checked when it is first
 touched. zarr reads, writes and checks all others: those of remote stores, or with other codecs.
@@ -70,8 +70,7 @@ class Chunks:
         self.chunk_rows = int(array.chunks[0])
         self._mapped: dict[int, NDArray[Any]] = {}
         self._fetched = ChunkCache(array.nbytes) if fetched is None else fetched
-        local = location.local if layout.is_plain(array) else None
-        self._folder = None if local is None else local / array.path / "c"
+        self._folder = location.local / array.path / "c" if location.local and layout.is_plain(array) else None
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """Return rows ``start`` to ``stop`` (n, width): a view if they are in one chunk, else a copy."""

@@ -1,7 +1,4 @@
-"""The rows of a generation: those that its manifest lists, and those that its segments hold on disk.
-
-A row is on disk if both files of its chunk exist with their full size.
-"""
+"""The rows of a generation: those that its manifest lists, and those that its segments hold on disk."""
 
 from __future__ import annotations
 
@@ -65,10 +62,10 @@ class Manifest:
         return self.rows.studies_of(np.flatnonzero(inside))
 
 
-def read_manifest(location: StoreLocation, group: zarr.Group, *, prove: bool = False) -> Manifest:
-    """Read the manifest of a generation. Raises StoreError if there is none or it is damaged.
+def read_manifest(location: StoreLocation, group: zarr.Group) -> Manifest:
+    """Read the manifest of a generation, and compare its content with its name (SHA-256).
 
-    Checksums are always compared; ``prove`` also compares the content with the manifest's name (SHA-256, slower).
+    Raises StoreError if there is none or it is damaged.
     """
     name = group.attrs.get("manifest")
     if not isinstance(name, str):
@@ -79,7 +76,7 @@ def read_manifest(location: StoreLocation, group: zarr.Group, *, prove: bool = F
     where = arrays.pop("location")
     try:
         manifest = Manifest(Rows(*arrays.values()), list(segments), where)
-        intact = not prove or name == manifest.name
+        intact = name == manifest.name
     except layout.DAMAGED as error:
         raise StoreError(f"{location}: {group.path}/{name} is damaged; run: ichpipe extract") from error
     if not intact:
@@ -89,19 +86,27 @@ def read_manifest(location: StoreLocation, group: zarr.Group, *, prove: bool = F
     return manifest
 
 
-def write_manifest(
-    location: StoreLocation, group: zarr.Group, rows: Rows, segments: list[str], where: NDArray[np.int64]
-) -> None:
-    """Write a manifest under its own name, point the generation to it, then remove the former one."""
+def write_manifest(location: StoreLocation, group: zarr.Group, rows: Rows, segments: list[layout.Segment]) -> None:
+    """Write a manifest of rows that are in segments: under its own name, then let the generation point to it.
+
+    Former manifests are removed last. Raises StoreError if rows are not on disk.
+    """
+    where = locate(segments, rows.source)
+    n_absent = int((where[:, 0] == ABSENT).sum())
+    if n_absent:
+        raise StoreError(
+            f"{location}: {n_absent} of {len(rows)} rows are missing; run: ichpipe cache verify --repair "
+            f"{location}, then: ichpipe extract"
+        )
     used, numbers = np.unique(where[:, 0], return_inverse=True)
     where = np.stack([numbers.reshape(-1), where[:, 1]], axis=1).astype(np.int64)
-    manifest = Manifest(rows, [segments[number] for number in used.tolist()], where)
+    manifest = Manifest(rows, [segments[number].name for number in used.tolist()], where)
     name = manifest.name
     try:
-        current = read_manifest(location, group, prove=True).name
+        is_current = read_manifest(location, group).name == name
     except StoreError:
-        current = None
-    if current != name:
+        is_current = False
+    if not is_current:
         folder = group.require_group(name)
         for (part, dimensions), values in zip(_ARRAYS.items(), manifest.arrays, strict=True):
             layout.create_small(folder, part, values, dimensions)
@@ -112,60 +117,45 @@ def write_manifest(
         location.remove(f"{group.path}/{other}")
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """The segments of a generation, and for each of their chunks whether it is on disk."""
-
-    segments: list[layout.Segment]
-    present: list[NDArray[np.bool_]]  # of each segment: (n_chunks,)
-
-    def rows_present(self, number: int) -> NDArray[np.intp]:
-        """Return the rows of a segment that are on disk."""
-        segment = self.segments[number]
-        return np.flatnonzero(np.repeat(self.present[number], segment.chunk_rows)[: len(segment.source)])
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows on disk."""
-        return sum(len(self.rows_present(number)) for number in range(len(self.segments)))
-
-    def locate(self, source: Codes) -> NDArray[np.int64]:
-        """Return segment number and row (n, 2) of each file digest (n, 32); ABSENT for rows that are not on disk."""
-        where = np.full((len(source), 2), ABSENT, dtype=np.int64)
-        sources, addresses = [np.zeros((0, DIGEST_BYTES), np.uint8)], [np.zeros((0, 2), np.int64)]
-        for number, segment in enumerate(self.segments):
-            rows = self.rows_present(number)
-            sources.append(segment.source[rows])
-            addresses.append(np.stack([np.full(len(rows), number), rows], axis=1))
-        stored, address = np.concatenate(sources), np.concatenate(addresses)
-        if not len(stored) or not len(source):
-            return where
-        # The first 8 of 32 bytes find the candidate; the comparison of all 32 decides.
-        have, want = (np.ascontiguousarray(codes[:, :8]).view(np.uint64).reshape(-1) for codes in (stored, source))
-        order = np.argsort(have, kind="stable")
-        candidates = order[np.minimum(np.searchsorted(have[order], want), len(order) - 1)]
-        same = (stored[candidates] == source).all(axis=1)
-        where[same] = address[candidates[same]]
+def locate(segments: list[layout.Segment], source: Codes) -> NDArray[np.int64]:
+    """Return segment number and row (n, 2) of each file digest (n, 32); ABSENT for rows that are not on disk."""
+    where = np.full((len(source), 2), ABSENT, dtype=np.int64)
+    sources, addresses = [np.zeros((0, DIGEST_BYTES), np.uint8)], [np.zeros((0, 2), np.int64)]
+    for number, segment in enumerate(segments):
+        rows = segment.rows_present
+        sources.append(segment.source[rows])
+        addresses.append(np.stack([np.full(len(rows), number), rows], axis=1))
+    stored, address = np.concatenate(sources), np.concatenate(addresses)
+    if not len(stored) or not len(source):
         return where
+    # The first 8 of 32 bytes find the candidate; the comparison of all 32 decides.
+    stored_keys, keys = (np.ascontiguousarray(codes[:, :8]).view(np.uint64).reshape(-1) for codes in (stored, source))
+    order = np.argsort(stored_keys, kind="stable")
+    candidates = order[np.minimum(np.searchsorted(stored_keys[order], keys), len(order) - 1)]
+    same = (stored[candidates] == source).all(axis=1)
+    where[same] = address[candidates[same]]
+    return where
 
 
-def take_inventory(location: StoreLocation, group: zarr.Group) -> Inventory:
-    """List the segments of a generation and their chunk files. Segments that are incomplete or damaged are left out."""
+def list_segments(location: StoreLocation, group: zarr.Group) -> list[layout.Segment]:
+    """List the segments of a generation. Segments that are incomplete or damaged are left out.
+
+    A chunk of rows is present if its file in each row array exists with its full size.
+    """
     files = location.files(group.path)
-    inventory = Inventory([], [])
+    segments = []
     for name, folder in layout.parts(location, group, layout.SEGMENT).items():
         try:
             source, embedding = layout.read(folder, "source"), layout.array(folder, "embedding")
         except StoreError:
             continue
-        segment = layout.Segment(name, source, embedding.chunks[0])
-        if name != layout.segment_name(source, segment.chunk_rows) or len(source) != embedding.shape[0]:
+        chunk_rows = embedding.chunks[0]
+        if name != layout.segment_name(source, chunk_rows) or len(source) != embedding.shape[0]:
             continue
-        present = np.ones(segment.n_chunks, dtype=bool)
+        present = np.ones(-(-len(source) // chunk_rows), dtype=bool)
         for kind in layout.ROW_ARRAYS:
             size = layout.chunk_bytes(layout.array(folder, kind))
-            names = (layout.chunk_name(folder.path, kind, chunk) for chunk in range(segment.n_chunks))
+            names = (layout.chunk_name(folder.path, kind, chunk) for chunk in range(len(present)))
             present &= [files.get(file) == size for file in names]
-        inventory.segments.append(segment)
-        inventory.present.append(present)
-    return inventory
+        segments.append(layout.Segment(name, source, chunk_rows, present))
+    return segments

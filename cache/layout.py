@@ -26,6 +26,8 @@ from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from ichpipe.cache.location import StoreLocation
     from ichpipe.cache.rows import Codes
 
@@ -36,6 +38,9 @@ EMBEDDING_LIMIT = float(np.finfo(EMBEDDING_DTYPE).max)
 CRC_BYTES: Final = 4
 ROW_ARRAYS: Final = ("logit", "embedding")
 """The arrays of a segment with one row a slice, in the order in which a chunk of rows is written."""
+
+CODECS: Final[dict[str, Any]] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
+"""Raw values, then a checksum."""
 
 MAX_NAMES_BYTES: Final = 4 * 2**30  # damaged metadata may claim any size; the names of RSNA's slices take 0.1 GiB
 MAX_CHUNKS: Final = 10**6
@@ -64,20 +69,23 @@ class Generation:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows that were computed together; ``source`` (n, 32) is the SHA-256 of each row's file."""
+    """Rows that were computed together."""
 
     name: str
-    source: Codes
+    source: Codes  # (n, 32), SHA-256 of each row's file
     chunk_rows: int
+    present: NDArray[np.bool_]  # of each chunk: whether it is on disk
 
     @property
-    def n_chunks(self) -> int:
-        """Number of chunks; each is one Dask task."""
-        return -(-len(self.source) // self.chunk_rows)
+    def rows_present(self) -> NDArray[np.intp]:
+        """Rows that are on disk."""
+        return np.flatnonzero(np.repeat(self.present, self.chunk_rows)[: len(self.source)])
 
-    def rows_of_chunk(self, chunk: int) -> slice:
-        """Return the rows of a chunk; the last chunk may be shorter."""
-        return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.source)))
+    @property
+    def chunks(self) -> list[slice]:
+        """Rows of each chunk, which is one Dask task; the last chunk may be shorter."""
+        n = len(self.source)
+        return [slice(start, min(start + self.chunk_rows, n)) for start in range(0, n, self.chunk_rows)]
 
 
 def segment_name(source: Codes, chunk_rows: int) -> str:
@@ -127,24 +135,24 @@ def open_root(location: StoreLocation, *, write: bool = False) -> zarr.Group:
 
 def generations(location: StoreLocation, root: zarr.Group) -> dict[str, zarr.Group]:
     """Return the generations of a store by name, sorted."""
-    return {name: subgroup(root, name) for name in _list_groups(location, "", "")}
+    return {name: subgroup(root, name) for name in _list_groups(location, "")}
 
 
 def parts(location: StoreLocation, group: zarr.Group, prefix: str) -> dict[str, zarr.Group]:
     """Return the groups of a generation whose name has the prefix, sorted. Damaged groups are left out."""
     groups = {}
-    for name in _list_groups(location, group.path, prefix):
+    for name in _list_groups(location, group.path):
         with contextlib.suppress(StoreError):
-            groups[name] = subgroup(group, name)
+            if name.startswith(prefix):
+                groups[name] = subgroup(group, name)
     return groups
 
 
-def _list_groups(location: StoreLocation, folder: str, prefix: str) -> list[str]:
+def _list_groups(location: StoreLocation, folder: str) -> list[str]:
     """List the subfolders with metadata. A killed writer leaves folders without, of which zarr would warn."""
     depth = len(folder.split("/")) if folder else 0
     paths = (file.split("/") for file in location.files(folder))
-    names = {path[depth] for path in paths if len(path) == depth + 2 and path[-1] == "zarr.json"}
-    return sorted(name for name in names if name.startswith(prefix))
+    return sorted({path[depth] for path in paths if len(path) == depth + 2 and path[-1] == "zarr.json"})
 
 
 @contextlib.contextmanager
@@ -161,29 +169,26 @@ def has(group: zarr.Group, name: str) -> bool:
         return name in group
 
 
-def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of the group. Raises StoreError if it is missing or damaged."""
-    with _refuse_damage(group, name):
-        member = group.get(name)
-    if not isinstance(member, zarr.Array):
-        raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify --repair")
-    return member
-
-
-def row_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of rows, whose chunks must hold whole rows: a checksum does not prove the order of bytes."""
-    rows = array(group, name)
-    if rows.ndim != 2 or rows.chunks[1] != rows.shape[1]:
-        raise StoreError(f"{group.store_path}: {name} is damaged; run: ichpipe cache verify --repair")
-    return rows
-
-
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     """Return a group of the group. Raises StoreError if it is missing or damaged."""
     with _refuse_damage(group, name):
         member = group.get(name)
     if not isinstance(member, zarr.Group):
         raise StoreError(f"{group.store_path}: {name} is missing; run: ichpipe extract")
+    return member
+
+
+def array(group: zarr.Group, name: str, *, whole_rows: bool = False) -> zarr.Array[Any]:
+    """Return an array of the group. Raises StoreError if it is missing or damaged.
+
+    ``whole_rows``: its chunks must hold whole rows, since a checksum does not prove the order of bytes.
+    """
+    with _refuse_damage(group, name):
+        member = group.get(name)
+        if not isinstance(member, zarr.Array):
+            raise StoreError(f"{group.store_path}: array {name!r} is missing; run: ichpipe cache verify --repair")
+        if whole_rows and (member.ndim != 2 or member.chunks[1] != member.shape[1]):
+            raise ValueError(f"chunks of {member.chunks}")
     return member
 
 
@@ -237,7 +242,7 @@ def create_segment(group: zarr.Group, source: Codes, chunk_rows: int, extra: dic
     for kind, values in extra.items():
         create_small(segment, kind, values, ("slice", "parameter"))
     create_small(segment, "source", source, ("slice", "byte"))  # written last: it completes the segment
-    return Segment(name, source, chunk_rows)
+    return Segment(name, source, chunk_rows, np.zeros(-(-len(source) // chunk_rows), dtype=bool))
 
 
 def create_rows(group: zarr.Group, kind: str, n_rows: int, width: int, chunk_rows: int) -> zarr.Array[Any]:
@@ -246,28 +251,16 @@ def create_rows(group: zarr.Group, kind: str, n_rows: int, width: int, chunk_row
         "embedding": ("float16", "feature", "features of a slice, rounded to float16"),
         "logit": ("float32", "class", "the slice CNN's outputs before the sigmoid, one a class"),
     }[kind]
-    return _create(
-        group,
-        kind,
-        shape=(n_rows, width),
-        chunks=(chunk_rows, width),
-        dtype=dtype,
-        fill_value=np.nan,
-        dimension_names=("slice", columns),
-        attributes={"unit": "1", "meaning": meaning},
-        config={"write_empty_chunks": True},
-    )
+    with contextlib.suppress(ContainsArrayError, ContainsGroupError):
+        return group.create_array(
+            kind, shape=(n_rows, width), chunks=(chunk_rows, width), dtype=dtype, fill_value=np.nan, **CODECS,
+            dimension_names=("slice", columns), attributes={"unit": "1", "meaning": meaning},
+            config={"write_empty_chunks": True},
+        )  # fmt: skip
+    return array(group, kind)
 
 
 def create_small(group: zarr.Group, name: str, data: Any, dimensions: tuple[str, ...]) -> None:
-    """Write an array in one chunk, with its checksum."""
-    _create(group, name, data=np.ascontiguousarray(data), chunks=data.shape, dimension_names=dimensions)
-
-
-def _create(group: zarr.Group, name: str, **settings: Any) -> zarr.Array[Any]:
-    codecs: dict[str, Any] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
-    overwrite = "data" in settings  # a killed writer may have created the array without its chunk
-    try:
-        return group.create_array(name, **codecs, **settings, overwrite=overwrite)
-    except (ContainsArrayError, ContainsGroupError):
-        return array(group, name)
+    """Write an array in one chunk, over the one of a killed writer, which may lack its chunk."""
+    values = np.ascontiguousarray(data)
+    group.create_array(name, data=values, chunks=data.shape, dimension_names=dimensions, **CODECS, overwrite=True)

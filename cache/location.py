@@ -29,11 +29,6 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 class StoreLocation:
     """One store address. fsspec's own configuration (``FSSPEC_S3_…``) gives credentials and endpoints.
 
-    Parameters
-    ----------
-    address
-        Path or fsspec address of the store.
-
     Attributes
     ----------
     local
@@ -63,16 +58,15 @@ class StoreLocation:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Return the size in bytes of every file below ``folder``, by name relative to the store."""
+        if self.local is None:
+            self._fs.invalidate_cache()
+            files = self._fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True).items()
+            return {name[len(self._root) :].lstrip("/"): int(facts["size"]) for name, facts in files}
         sizes = {}
-        if self.local is not None:  # fsspec's walk takes ten times as long
-            for parent, _, names in os.walk(self.local / folder):
-                for path in (Path(parent, name) for name in names):
-                    with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
-                        sizes[path.relative_to(self.local).as_posix()] = path.stat().st_size
-            return sizes
-        self._fs.invalidate_cache()
-        for name, facts in self._fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True).items():
-            sizes[name[len(self._root) :].lstrip("/")] = int(facts["size"])
+        for parent, _, names in os.walk(self.local / folder):  # fsspec's walk takes ten times as long
+            for path in (Path(parent, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
+                    sizes[path.relative_to(self.local).as_posix()] = path.stat().st_size
         return sizes
 
     def remove(self, name: str) -> None:
@@ -112,16 +106,17 @@ class StoreLocation:
         A remote store has no lock: writers of the same rows write the same bytes under the same names.
         """
         try:
-            with contextlib.ExitStack() as stack:
-                if self.local is not None:
-                    self.local.parent.mkdir(parents=True, exist_ok=True)
-                    lock = FileLock(self.local.with_name(f".{self.local.name}.lock"))
-                    try:
-                        lock.acquire(timeout=0)
-                    except Timeout:
-                        on_wait()
-                        lock.acquire()
-                    stack.callback(lock.release)
+            if self.local is None:
+                yield
+                return
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.local.with_name(f".{self.local.name}.lock"))
+            try:
+                held = lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                held = lock.acquire()
+            with held:
                 yield
         except OSError as error:
             if error.errno not in _DISK_ERRORS:

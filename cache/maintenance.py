@@ -11,7 +11,7 @@ from ichpipe.cache import layout
 from ichpipe.cache.chunks import Chunks, DamagedChunkError, write_rows
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of
-from ichpipe.cache.inventory import ABSENT, Inventory, Manifest, read_manifest, take_inventory, write_manifest
+from ichpipe.cache.inventory import ABSENT, Manifest, list_segments, locate, read_manifest, write_manifest
 from ichpipe.cache.rows import Rows, decode_uids
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 def info(location: StoreLocation) -> dict[str, Any]:
     """Count rows, studies, bytes and missing rows of each generation.
-
-    Parameters
-    ----------
-    location
-        Address of the store.
 
     Returns
     -------
@@ -53,39 +48,38 @@ def info(location: StoreLocation) -> dict[str, Any]:
 
 
 def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
-    inventory = take_inventory(location, group)
-    manifest, problem = _read_manifest(location, group)
-    n_chunks = sum(map(len, inventory.present))
+    segments = list_segments(location, group)
+    n_stored = sum(len(segment.rows_present) for segment in segments)
     facts = {
         "generation": group.path,
         "complete": False,
         "identity": group.attrs.get("identity"),
         "embedding_dim": group.attrs.get("embedding_dim"),
         "bytes": sum(size for name, size in files.items() if name.startswith(f"{group.path}/")),
-        "segments": len(inventory.segments),
-        "chunks": n_chunks,
-        "chunks_missing": n_chunks - sum(int(present.sum()) for present in inventory.present),
-        "rows_stored": inventory.n_rows,
+        "segments": len(segments),
+        "chunks": sum(len(segment.present) for segment in segments),
+        "chunks_missing": sum(int((~segment.present).sum()) for segment in segments),
+        "rows_stored": n_stored,
     }
+    manifest, problem = _read_manifest(location, group)
     if manifest is None:
         return facts | {"problem": problem, "rows": 0, "series": 0, "studies": 0, "missing_studies": []}
     rows = manifest.rows
-    absent = np.flatnonzero(inventory.locate(rows.source)[:, 0] == ABSENT)
+    absent = np.flatnonzero(locate(segments, rows.source)[:, 0] == ABSENT)
     return facts | {
         "complete": not len(absent),
         "rows": len(rows),
         "series": len(rows.series_uid),
         "studies": len(set(decode_uids(rows.study_uid))),
-        "rows_unused": inventory.n_rows - (len(rows) - len(absent)),
+        "rows_unused": n_stored - (len(rows) - len(absent)),
         "rows_missing": len(absent),
         "missing_studies": rows.studies_of(absent),
     }
 
 
 def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[Manifest | None, str]:
-    """Return the manifest, or None and the reason."""
     try:
-        return read_manifest(location, group, prove=True), ""
+        return read_manifest(location, group), ""
     except StoreError as error:
         return None, str(error)
 
@@ -116,15 +110,10 @@ class Problem:
 def verify(location: StoreLocation) -> list[Problem]:
     """Compare every chunk with its checksum, and every name with the content that it is derived from.
 
-    Parameters
-    ----------
-    location
-        Address of the store.
-
     Returns
     -------
     list of Problem
-        The damaged parts, with the studies that need them; empty if the store is sound.
+        The damaged parts; empty if the store is sound.
 
     Raises
     ------
@@ -139,23 +128,22 @@ def verify(location: StoreLocation) -> list[Problem]:
         manifest, reason = _read_manifest(location, group)
         if manifest is None and "manifest" in group.attrs:
             problems.append(Problem(name, str(group.attrs["manifest"]), "", None, f"can't be used ({reason})", []))
-        problems += _verify_rows(
-            location, group, manifest or Manifest(Rows.of([], [], [], []), [], np.zeros((0, 2), np.int64))
-        )
+        empty = Manifest(Rows.of([], [], [], []), [], np.zeros((0, 2), np.int64))
+        problems += _verify_rows(location, group, manifest or empty)
         problems += _verify_small_arrays(location, group)
     return problems
 
 
 def _verify_rows(location: StoreLocation, group: zarr.Group, manifest: Manifest) -> Iterator[Problem]:
-    inventory = take_inventory(location, group)
-    for name in sorted(set(manifest.segments) - {segment.name for segment in inventory.segments}):
+    segments = list_segments(location, group)
+    for name in sorted(set(manifest.segments) - {segment.name for segment in segments}):
         yield Problem(group.path, name, "", None, "is missing or has damaged metadata", manifest.studies_in(name))
-    for segment, present in zip(inventory.segments, inventory.present, strict=True):
+    for segment in segments:
         for kind in layout.ROW_ARRAYS:
             array = layout.array(layout.subgroup(group, segment.name), kind)
-            for chunk in range(segment.n_chunks):
-                studies = manifest.studies_in(segment.name, segment.rows_of_chunk(chunk))
-                if not present[chunk] and not studies:
+            for chunk, rows in enumerate(segment.chunks):
+                studies = manifest.studies_in(segment.name, rows)
+                if not segment.present[chunk] and not studies:
                     continue
                 try:
                     Chunks(location, array).chunk(chunk)
@@ -180,16 +168,7 @@ def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator
 
 
 def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
-    """Remove the damaged parts, so that the next ``extract`` computes them again.
-
-    Parameters
-    ----------
-    location
-        Address of the store.
-    problems
-        Result of `verify`.
-
-    """
+    """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again."""
     for problem in problems:
         part = "/".join(filter(None, (problem.generation, problem.part)))
         if problem.chunk is None:
@@ -209,7 +188,7 @@ def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dr
     location
         Address of the store.
     keep
-        Returns whether the generation of an identity stays.
+        Decides by its identity whether a generation stays.
     dry_run
         Remove nothing; ``bytes_freed`` then counts whole generations only.
 
@@ -243,43 +222,38 @@ def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dr
 
 def _compact(location: StoreLocation, group: zarr.Group, *, dry_run: bool) -> int:
     """Copy the rows of the manifest into one segment if there are others; return the number of the others."""
-    manifest = read_manifest(location, group, prove=True)
-    inventory = take_inventory(location, group)
-    unused = inventory.n_rows - len(np.unique(manifest.rows.source, axis=0))
-    if not dry_run:
-        location.remove_partial(group.path)
-        if unused or not all(present.all() for present in inventory.present):
-            _copy(location, group, manifest, inventory)
-    return unused
-
-
-def _copy(location: StoreLocation, group: zarr.Group, manifest: Manifest, inventory: Inventory) -> None:
-    where = inventory.locate(manifest.rows.source)
+    rows = read_manifest(location, group).rows
+    segments = list_segments(location, group)
+    n_unused = sum(len(segment.rows_present) for segment in segments) - len(np.unique(rows.source, axis=0))
+    if dry_run:
+        return n_unused
+    location.remove_partial(group.path)
+    if not n_unused and all(segment.present.all() for segment in segments):
+        return n_unused
+    where = locate(segments, rows.source)
     if (where[:, 0] == ABSENT).any():
         raise StoreError(f"{location}: generation {group.path} lacks rows; run: ichpipe extract")
     first = np.sort(np.unique(where, axis=0, return_index=True)[1])
     where = where[first]
-    folders = [layout.subgroup(group, segment.name) for segment in inventory.segments]
+    folders = [layout.subgroup(group, segment.name) for segment in segments]
     extra = {}  # the parameters of a view
     for name, _ in folders[0].arrays():
         if name not in (*layout.ROW_ARRAYS, "source"):
             parts = [layout.read(folder, name) for folder in folders]
             extra[name] = np.stack([parts[number][row] for number, row in where.tolist()])
-    chunk_rows = max(segment.chunk_rows for segment in inventory.segments)
-    copy = layout.create_segment(group, manifest.rows.source[first], chunk_rows, extra)
+    chunk_rows = max(segment.chunk_rows for segment in segments)
+    copy = layout.create_segment(group, rows.source[first], chunk_rows, extra)
     arrays = {kind: [Chunks(location, layout.array(f, kind)) for f in folders] for kind in layout.ROW_ARRAYS}
-    for chunk in range(copy.n_chunks):
-        rows = copy.rows_of_chunk(chunk)
-        inputs = where[rows].tolist()
+    for chunk, copied in enumerate(copy.chunks):
+        inputs = where[copied].tolist()
         values = {
             kind: np.concatenate([chunks[number].rows(row, row + 1) for number, row in inputs])
             for kind, chunks in arrays.items()
         }
-        write_rows(location, f"{group.path}/{copy.name}", rows, values, inputs)
-    present = np.ones(copy.n_chunks, dtype=bool)
-    write_manifest(
-        location, group, manifest.rows, [copy.name], Inventory([copy], [present]).locate(manifest.rows.source)
-    )
-    for segment in take_inventory(location, group).segments:
+        write_rows(location, f"{group.path}/{copy.name}", copied, values, inputs)
+        copy.present[chunk] = True
+    write_manifest(location, group, rows, [copy])
+    for segment in list_segments(location, group):
         if segment.name != copy.name:
             location.remove(f"{group.path}/{segment.name}")
+    return n_unused

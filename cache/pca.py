@@ -17,11 +17,15 @@ from ichpipe.cache.fingerprint import name_of_bytes
 from ichpipe.cache.reader import PCA_POINTER, EmbeddingStore, PrincipalComponents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from ichpipe.cache.location import StoreLocation
+
+
+BLOCK_ROWS = 4096
+"""Rows in memory at a time, in float64."""
 
 
 def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalComponents:
@@ -31,9 +35,14 @@ def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalC
     """
     width = store.embedding_dim
     n, total, outer = 0, np.zeros(width), np.zeros((width, width))
-    for block in _blocks(store, series_uids):
-        n, total = n + len(block), total + block.sum(axis=0)
-        outer += block.T @ block
+    parts: list[NDArray[np.float64]] = []
+    uids = list(series_uids)
+    for uid in uids:
+        parts.append(store.embedding(uid).astype(np.float64))
+        if sum(map(len, parts)) >= BLOCK_ROWS or uid == uids[-1]:
+            block, parts = np.concatenate(parts), []
+            n, total = n + len(block), total + block.sum(axis=0)
+            outer += block.T @ block
     most = min(n - 1, width)
     if k > most:
         raise StoreError(f"extract.pca is {k}, but {n} train slices of {width} features give at most {most}; lower it")
@@ -46,17 +55,6 @@ def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalC
     return PrincipalComponents(
         mean.astype(np.float32), (components * np.sign(largest)).astype(np.float32), ratio.astype(np.float32)
     )
-
-
-def _blocks(store: EmbeddingStore, series_uids: Iterable[str], rows: int = 4096) -> Iterator[NDArray[np.float64]]:
-    parts: list[NDArray[np.float64]] = []
-    for uid in series_uids:
-        parts.append(store.embedding(uid).astype(np.float64))
-        if sum(map(len, parts)) >= rows:
-            yield np.concatenate(parts)
-            parts = []
-    if parts:
-        yield np.concatenate(parts)
 
 
 def write(location: StoreLocation, store: EmbeddingStore, components: PrincipalComponents, chunk_rows: int) -> None:

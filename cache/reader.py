@@ -14,7 +14,7 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.fingerprint import differences, name_of
 from ichpipe.cache.inventory import read_manifest
 from ichpipe.cache.location import StoreLocation
-from ichpipe.cache.rows import as_text, decode_uids, ranges
+from ichpipe.cache.rows import as_text, decode_uids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import zarr
     from numpy.typing import NDArray
 
-    from ichpipe.cache.rows import Codes, Rows
+    from ichpipe.cache.rows import Rows
 
 HOLD_BYTES = 4 * 2**30
 """Bytes of a remote store that stay in memory after they were fetched; the whole of RSNA takes 3.1 GB."""
@@ -36,14 +36,9 @@ class SeriesFeatures:
     """The cached rows of one series, ordered along the slice normal. The arrays are read-only."""
 
     series_uid: str
-    sop_codes: Codes  # (n, 64)
+    sop_uids: tuple[str, ...]
     embedding: NDArray[np.float16]  # (n, embedding_dim)
     logit: NDArray[np.float32]  # (n, classes), before the sigmoid
-
-    @property
-    def sop_uids(self) -> tuple[str, ...]:
-        """SOPInstanceUID of each slice."""
-        return tuple(decode_uids(self.sop_codes))
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class EmbeddingStore:
     """The slices of one generation, read-only; every chunk is checked when it is first touched.
 
     A local store is mapped into memory, so that RSNA (3.1 GB) takes only memory that the system can spare. Chunks of
-    a remote store are fetched when touched.
+    a remote store are fetched.
 
     Parameters
     ----------
@@ -97,14 +92,19 @@ class EmbeddingStore:
         attributes: Any = self._group.attrs
         self.classes: tuple[str, ...] = tuple(attributes["classes"])
         self.embedding_dim = int(attributes["embedding_dim"])
-        self._manifest = read_manifest(self.location, self._group, prove=True)
+        self._manifest = read_manifest(self.location, self._group)
         self._rows = self._manifest.rows
         self._number = {uid: number for number, uid in enumerate(as_text(self._rows.series_uid).tolist())}
         # Lists, since reading an element of an array takes a tenth of the time of copying a series.
         self._offset: list[int] = self._rows.offset.tolist()
-        self._first: list[list[int]] = self._manifest.where[self._rows.offset[:-1]].tolist()
-        self._contiguous: list[bool] = _find_contiguous(self._rows.offset, self._manifest.where).tolist()
-        self._chunks: dict[tuple[int, str], Chunks] = {}
+        starts = self._rows.offset[:-1]
+        self._first: list[list[int]] = self._manifest.where[starts].tolist()
+        # Whether the rows of a series follow one another in one segment; its first row follows no other.
+        follows = np.zeros(len(self._rows), dtype=bool)
+        follows[1:] = (np.diff(self._manifest.where, axis=0) == [0, 1]).all(axis=1)
+        follows[starts] = True
+        self._contiguous: list[bool] = np.logical_and.reduceat(follows, starts).tolist() if len(starts) else []
+        self._chunks: dict[tuple[str, str], Chunks] = {}
         self.fetched = ChunkCache(hold_bytes)
         if rows is not None:
             self.require(rows)
@@ -127,9 +127,8 @@ class EmbeddingStore:
     def principal_components(self) -> PrincipalComponents:
         """The principal components of the generation; StoreError if there are none."""
         group = self._pca_group
-        return PrincipalComponents(
-            *(layout.read(group, name) for name in ("mean", "components", "explained_variance_ratio"))
-        )
+        names = ("mean", "components", "explained_variance_ratio")
+        return PrincipalComponents(*(layout.read(group, name) for name in names))
 
     @functools.cached_property
     def _pca_group(self) -> zarr.Group:
@@ -141,22 +140,8 @@ class EmbeddingStore:
             raise StoreError(f"{path}: the principal components are of other slices; run: ichpipe extract")
         return group
 
-    @functools.cached_property
-    def _pca_rows(self) -> Chunks:
-        return Chunks(self.location, layout.array(self._pca_group, "embedding"), self.fetched)
-
     def series(self, series_uid: str) -> SeriesFeatures:
-        """Return embeddings and logits of one series.
-
-        Parameters
-        ----------
-        series_uid
-            SeriesInstanceUID.
-
-        Returns
-        -------
-        SeriesFeatures
-            ``embedding`` (n, embedding_dim) float16 and ``logit`` (n, classes) float32, read-only, no unit.
+        """Return embeddings and logits of one series, by its SeriesInstanceUID.
 
         Raises
         ------
@@ -165,11 +150,11 @@ class EmbeddingStore:
 
         """
         embedding, logit = self.read(series_uid, "embedding"), self.read(series_uid, "logit")
-        rows = self._rows_of(series_uid)[1]
-        return SeriesFeatures(series_uid, self._rows.sop_uid[rows], embedding, logit)
+        sop_uids = decode_uids(self._rows.sop_uid[self._rows_of(series_uid)[1]])
+        return SeriesFeatures(series_uid, tuple(sop_uids), embedding, logit)
 
     def read(self, series_uid: str, name: str) -> NDArray[Any]:
-        """Return one array of one series, read-only.
+        """Return one array of one series (n slices, columns), read-only.
 
         Parameters
         ----------
@@ -177,11 +162,6 @@ class EmbeddingStore:
             SeriesInstanceUID.
         name
             ``embedding``, ``logit``, or ``pca`` (principal components, float16).
-
-        Returns
-        -------
-        ndarray
-            Shape (n slices, columns).
 
         Raises
         ------
@@ -191,12 +171,13 @@ class EmbeddingStore:
         """
         number, rows = self._rows_of(series_uid)
         if name == "pca":
-            return self._read_chunks(self._pca_rows, rows.start, rows.stop, "the principal components", None)
+            return self._read_rows(self._pca_group.basename, "embedding", rows.start, rows.stop)
         if self._contiguous[number]:
             segment, start = self._first[number]
-            return self._read_segment(segment, name, start, start + rows.stop - rows.start)
+            return self._read_rows(self._manifest.segments[segment], name, start, start + rows.stop - rows.start)
         where = self._manifest.where[rows].tolist()
-        return np.concatenate([self._read_segment(segment, name, row, row + 1) for segment, row in where])
+        parts = [self._read_rows(self._manifest.segments[segment], name, row, row + 1) for segment, row in where]
+        return np.concatenate(parts)
 
     def embedding(self, series_uid: str) -> NDArray[np.float16]:
         """Return the embeddings of one series (n, embedding_dim), read-only."""
@@ -212,12 +193,10 @@ class EmbeddingStore:
                 f"{self.location}: {int(missing.sum())} of {len(uids)} series are missing, the first is "
                 f"{uids[int(np.argmax(missing))].decode()}; run: ichpipe extract"
             )
-        offset = self._rows.offset
-        differ = (offset[numbers + 1] - offset[numbers]) != np.diff(rows.offset)
+        stored = self._rows.select(numbers)
+        differ = np.diff(stored.offset) != np.diff(rows.offset)
         if not differ.any():
-            stored = ranges(offset[numbers], offset[numbers + 1])
-            same = (self._rows.source[stored] == rows.source).all(axis=1)
-            same &= (self._rows.sop_uid[stored] == rows.sop_uid).all(axis=1)
+            same = (stored.source == rows.source).all(axis=1) & (stored.sop_uid == rows.sop_uid).all(axis=1)
             differ = np.logical_or.reduceat(~same, rows.offset[:-1])
         if differ.any():
             raise StoreError(
@@ -233,27 +212,23 @@ class EmbeddingStore:
             )
         return number, slice(self._offset[number], self._offset[number + 1])
 
-    def _read_segment(self, segment: int, name: str, start: int, stop: int) -> NDArray[Any]:
-        chunks = self._chunks.get((segment, name))
-        part = self._manifest.segments[segment]
+    def _read_rows(self, part: str, name: str, start: int, stop: int) -> NDArray[Any]:
+        chunks = self._chunks.get((part, name))
         if chunks is None:
-            array = layout.row_array(layout.subgroup(self._group, part), name)
-            chunks = self._chunks[segment, name] = Chunks(self.location, array, self.fetched)
-        return self._read_chunks(chunks, start, stop, name, part)
-
-    def _read_chunks(self, chunks: Chunks, start: int, stop: int, name: str, segment: str | None) -> NDArray[Any]:
+            array = layout.array(layout.subgroup(self._group, part), name, whole_rows=True)
+            chunks = self._chunks[part, name] = Chunks(self.location, array, self.fetched)
         try:
             return chunks.rows(start, stop)
         except DamagedChunkError as error:
-            reason = error.reason
-            if segment is not None:
+            subject, reason = "the principal components", error.reason
+            if part.startswith(layout.SEGMENT):
                 rows = slice(error.chunk * chunks.chunk_rows, (error.chunk + 1) * chunks.chunk_rows)
-                uids = self._manifest.studies_in(segment, rows)
+                uids = self._manifest.studies_in(part, rows)
                 more = f" and {len(uids) - 3} more" if len(uids) > 3 else ""
                 studies = f"{'study' if len(uids) == 1 else 'studies'} {', '.join(uids[:3])}{more}"
-                name, reason = f"{name} in {segment}", f"{reason}; it holds slices of {studies}"
+                subject, reason = f"{name} in {part}", f"{reason}; it holds slices of {studies}"
             raise StoreError(
-                f"{self.location}: chunk {error.chunk} of {name} {reason}; "
+                f"{self.location}: chunk {error.chunk} of {subject} {reason}; "
                 f"run: ichpipe cache verify --repair {self.location}, then: ichpipe extract"
             ) from error
 
@@ -275,11 +250,3 @@ def _select_generation(location: StoreLocation, identity: dict[str, Any] | None)
     lists = (differences(layout.identity_of(group), identity) for group in groups.values())
     nearest = min(lists, key=len, default=["it is empty"])
     raise StoreError(f"{location} was made by something else; run: ichpipe extract\n  " + "\n  ".join(nearest))
-
-
-def _find_contiguous(offset: NDArray[np.int64], where: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return for each series whether its rows follow one another in one segment."""
-    follows = np.ones(len(where), dtype=bool)
-    follows[1:] = (where[1:, 0] == where[:-1, 0]) & (where[1:, 1] == where[:-1, 1] + 1)
-    follows[offset[:-1]] = True  # the first row of a series follows no other
-    return np.logical_and.reduceat(follows, offset[:-1]) if len(where) else follows

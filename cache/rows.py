@@ -54,9 +54,9 @@ class Rows:
 
     def select(self, series: NDArray[np.intp]) -> Rows:
         """Return the rows of some series, by number, in the given order."""
-        rows = ranges(self.offset[series], self.offset[series + 1])
         lengths = self.offset[series + 1] - self.offset[series]
         offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        rows = np.repeat(self.offset[series] - offset[:-1], lengths) + np.arange(offset[-1])
         return Rows(self.sop_uid[rows], self.source[rows], self.series_uid[series], self.study_uid[series], offset)
 
     def join(self, other: Rows) -> Rows:
@@ -73,13 +73,6 @@ class Rows:
         """Return the StudyInstanceUIDs of some rows, sorted, each once."""
         series = np.unique(np.searchsorted(self.offset, rows, side="right") - 1)
         return sorted(set(decode_uids(self.study_uid[series])))
-
-
-def ranges(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Concatenate ``arange(start, stop)`` of every pair, without a loop."""
-    lengths = stops - starts
-    begins = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) if len(starts) else starts
-    return begins + np.arange(int(lengths.sum()), dtype=np.int64)
 
 
 def encode_uids(uids: Sequence[str]) -> Codes:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.inventory import ABSENT, Inventory, read_manifest, take_inventory, write_manifest
+from ichpipe.cache.inventory import ABSENT, list_segments, locate, read_manifest, write_manifest
+from ichpipe.cache.rows import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ class Work:
         to embeddings (n, D) and logits (n, C), float32.
     connect
         Opens a Dask client; called only if rows are missing.
-    known
+    make_extra
         Maps row numbers to further arrays with one row each, which are stored beside the embeddings.
 
     """
@@ -55,7 +56,7 @@ class Work:
     inputs: Sequence[Any]
     make_compute: Callable[[int], Compute]
     connect: Callable[[], AbstractContextManager[Client]]
-    known: Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]] | None = None
+    make_extra: Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,34 +107,45 @@ def update(
     with location.writing(on_wait):
         group = layout.create_generation(layout.create_root(location), generation)
         location.remove_partial(group.path)
-        inventory = take_inventory(location, group)
-        absent = np.flatnonzero(inventory.locate(rows.source)[:, 0] == ABSENT)
+        segments = list_segments(location, group)
+        absent = np.flatnonzero(locate(segments, rows.source)[:, 0] == ABSENT)
         yield len(rows) - len(absent)
         if len(absent):
-            tasks = _plan_tasks(group, generation.chunk_rows, inventory, rows.source, absent, work)
+            tasks = _plan_tasks(group, generation.chunk_rows, segments, rows.source, absent, work)
             with work.connect() as client:
                 yield from _run_tasks(client, location, group.path, tasks, work)
-        _publish(location, group, rows, keep_vanished=keep_vanished)
+        segments = list_segments(location, group)
+        location.sync(group.path)
+        if keep_vanished:
+            with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
+                former = read_manifest(location, group).rows
+                vanished = np.flatnonzero(~np.isin(as_text(former.series_uid), as_text(rows.series_uid)))
+                rows = rows.join(former.select(vanished))
+        write_manifest(location, group, rows, segments)
 
 
 def _plan_tasks(
-    group: zarr.Group, chunk_rows: int, inventory: Inventory, source: Codes, absent: NDArray[np.intp], work: Work
+    group: zarr.Group,
+    chunk_rows: int,
+    segments: list[layout.Segment],
+    source: Codes,
+    absent: NDArray[np.intp],
+    work: Work,
 ) -> list[_Task]:
     """Finish the segments of an interrupted run, then put the other rows into a new segment."""
     number_of = {source[row].tobytes(): int(row) for row in absent}  # files with the same content are computed once
     tasks = []
-    for segment, present in zip(inventory.segments, inventory.present, strict=True):
-        for chunk in np.flatnonzero(~present).tolist():
-            rows = segment.rows_of_chunk(chunk)
+    for segment in segments:
+        for rows, present in zip(segment.chunks, segment.present, strict=True):
             digests = [digest.tobytes() for digest in segment.source[rows]]
-            if all(digest in number_of for digest in digests):
+            if not present and all(digest in number_of for digest in digests):
                 numbers = [number_of.pop(digest) for digest in digests]
                 tasks.append(_Task(segment.name, rows, np.array(numbers, dtype=np.intp)))
     rest = np.array(list(number_of.values()), dtype=np.intp)
     if len(rest):
-        segment = layout.create_segment(group, source[rest], chunk_rows, work.known(rest) if work.known else {})
-        chunks = map(segment.rows_of_chunk, range(segment.n_chunks))
-        tasks += [_Task(segment.name, rows, rest[rows]) for rows in chunks]
+        extra = work.make_extra(rest) if work.make_extra else {}
+        segment = layout.create_segment(group, source[rest], chunk_rows, extra)
+        tasks += [_Task(segment.name, rows, rest[rows]) for rows in segment.chunks]
     return tasks
 
 
@@ -169,23 +181,3 @@ def select_inputs(inputs: Sequence[Any], numbers: NDArray[np.intp]) -> list[Any]
     if np.array_equal(numbers, np.arange(first, end)):
         return list(inputs[first:end])
     return [inputs[number] for number in numbers]
-
-
-def _publish(location: StoreLocation, group: zarr.Group, rows: Rows, *, keep_vanished: bool) -> None:
-    """Write the manifest of ``rows``, with the series of the former manifest if asked for."""
-    inventory = take_inventory(location, group)
-    location.sync(group.path)
-    if keep_vanished:
-        with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
-            former = read_manifest(location, group).rows
-            series = set(map(bytes, rows.series_uid))
-            vanished = [number for number, uid in enumerate(map(bytes, former.series_uid)) if uid not in series]
-            rows = rows.join(former.select(np.array(vanished, dtype=np.intp)))
-    where = inventory.locate(rows.source)
-    absent = where[:, 0] == ABSENT
-    if absent.any():
-        raise StoreError(
-            f"{location}: {int(absent.sum())} of {len(rows)} rows are missing; run: ichpipe cache verify --repair "
-            f"{location}, then: ichpipe extract"
-        )
-    write_manifest(location, group, rows, [segment.name for segment in inventory.segments], where)

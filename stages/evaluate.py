@@ -129,13 +129,13 @@ def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
     """Refuse models of another split or of another network's embeddings; their scores would look valid."""
-    from ichpipe.features.generations import made_by
+    from ichpipe.features.generations import describe_inputs
     from ichpipe.models.provenance import require_made_from
 
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
     for arm, section in params.sequence.items():
-        made_from = {"index": index, "embeddings": digest_of(made_by(params, artifacts, slices, section))}
+        made_from = {"index": index, "embeddings": digest_of(describe_inputs(params, artifacts, slices, section))}
         require_made_from(artifacts.sequence(arm), made_from, f"ichpipe fit-sequence --arm {arm}")
     parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
     digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}

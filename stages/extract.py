@@ -75,7 +75,7 @@ def run(
     from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.common.device import choose_devices
     from ichpipe.features.embedder import MakeEmbedder
-    from ichpipe.features.generations import list_generations, store_address
+    from ichpipe.features.generations import list_generations, store_url
     from ichpipe.features.prefetch import usual_loaders
     from ichpipe.index.slice_index import read_index
 
@@ -87,7 +87,7 @@ def run(
         if workers and not on_cpu and not scheduler:
             loaders = math.ceil(workers / n_dask)
     index = read_index(artifacts.index, COLUMNS)
-    location = StoreLocation(store_address(params, artifacts))
+    location = StoreLocation(store_url(params, artifacts))
     section = params.extract
     generations = list_generations(params, artifacts, index)
     with contextlib.ExitStack() as stack:

@@ -55,7 +55,7 @@ def run(
     import numpy as np
 
     from ichpipe.common.device import choose_device
-    from ichpipe.features.generations import made_by
+    from ichpipe.features.generations import describe_inputs
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.end_to_end import EndToEnd
@@ -72,7 +72,7 @@ def run(
     section = params.finetune
     index = read_index(artifacts.index)
     model = EndToEnd(load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))).to(device)
-    embeddings = digest_of(made_by(params, artifacts, index, params.sequence[section.arm]))
+    embeddings = digest_of(describe_inputs(params, artifacts, index, params.sequence[section.arm]))
     split = {"index": digest_of_file(artifacts.index)}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"

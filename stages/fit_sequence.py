@@ -93,14 +93,14 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
 
 def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
     """Say whether the arm that `run` would train exists, with its predictions."""
-    from ichpipe.features.generations import made_by
+    from ichpipe.features.generations import describe_inputs
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.provenance import is_fitted
 
     section, index = choose_arm(params, arm), read_index(artifacts.index)
     made_from = {
         "index": digest_of_file(artifacts.index),
-        "embeddings": digest_of(made_by(params, artifacts, index, section)),
+        "embeddings": digest_of(describe_inputs(params, artifacts, index, section)),
     }
     return is_fitted(artifacts.sequence(arm), section.model_dump(mode="json"), made_from)
 

@@ -214,3 +214,17 @@ def index(run):
     from ichpipe.index.slice_index import read_index
 
     return read_index(run.artifacts / "index" / "slices.parquet")
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A Dask client with one worker in this process, for stores of `store_kit`."""
+    import cloudpickle
+    import store_kit
+
+    from ichpipe.features.dask_client import connect
+
+    cloudpickle.register_pickle_by_value(store_kit)  # worker processes can't import the tests
+    with connect(1, None) as dask_client:
+        yield dask_client
+    cloudpickle.unregister_pickle_by_value(store_kit)

@@ -67,9 +67,9 @@ def maker(journal=None, compute=features):
     return make
 
 
-def write(where, slices, client, *, made=None, make=None, known=None, **options):
+def write(where, slices, client, *, made=None, make=None, extra=None, **options):
     """Fill a generation; return how many rows were there before."""
-    work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), known)
+    work = Work(slices.inputs, make or maker(), lambda: contextlib.nullcontext(client), extra)
     steps = list(update(StoreLocation(where), made or generation(), slices.rows, work, **options))
     assert sum(steps) == len(slices.rows)
     return steps[0]
@@ -93,6 +93,18 @@ def assert_holds(where, slices, made=None):
 
 def chunk_files(path):
     return sorted(file for kind in layout.ROW_ARRAYS for file in Path(path).glob(f"*/segment-*/{kind}/c/*/0"))
+
+
+def flip(file, at, mask=1):
+    """Change bits of one byte, in a new file: what is mapped of the old one stays as it was."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= mask
+    replace(file, bytes(content))
+
+
+def replace(file, content):
+    file.unlink()
+    file.write_bytes(content)
 
 
 def all_bytes(path):

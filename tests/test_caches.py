@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import store_kit as kit
 import torch
 import zarr
 from sklearn import decomposition
 
 from ichpipe.cache.errors import StoreError
+from ichpipe.cache.fingerprint import name_of
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator
 from ichpipe.features.embedder import SliceEmbedder, SliceInput, view_draw
-from ichpipe.features.generations import View, list_generations, open_features, store_address
-from ichpipe.features.sequence_dataset import Shuffle, _buffers, collect_series, plain_batches, train_batches
+from ichpipe.features.generations import View, list_generations, open_features, store_url
+from ichpipe.features.sequence_dataset import Shuffle, collect_series, plain_batches, shuffle_in_buffers, train_batches
 from ichpipe.images import augmentation
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.weights import load_sequence, load_slice_cnn
@@ -67,23 +69,21 @@ def test_every_train_series_comes_from_the_network_that_never_saw_it(folded):
 
 def test_a_fold_s_generation_holds_no_patient_that_its_network_was_trained_on(folded):
     params, artifacts, index, _ = opened(folded)
-    caches = [cache for cache in list_generations(params, artifacts, index) if cache.fold is not None]
-    assert len(caches) == 6  # two folds, plain and two views
-    for cache in caches:
-        store = EmbeddingStore(store_address(params, artifacts), cache.identity())
+    specs = [spec for spec in list_generations(params, artifacts, index) if spec.fold is not None]
+    assert len(specs) == 6  # two folds, plain and two views
+    for spec in specs:
+        store = EmbeddingStore(store_url(params, artifacts), spec.identity())
         held = index[index["series_uid"].isin(store.series_uids)]
-        trained_on = index[(index["split"] == "train") & (index["fold"] != cache.fold)]
+        trained_on = index[(index["split"] == "train") & (index["fold"] != spec.fold)]
         assert len(held)
         assert not set(held["patient_id"]) & set(trained_on["patient_id"])
 
 
 def test_reading_a_fold_from_the_other_fold_s_generation_is_an_error(folded):
     params, artifacts, index, _ = opened(folded)
-    zero, one = (
-        cache for cache in list_generations(params, artifacts, index) if cache.fold is not None and not cache.view
-    )
+    zero, one = (spec for spec in list_generations(params, artifacts, index) if spec.fold is not None and not spec.view)
     with pytest.raises(StoreError, match="series are missing"):
-        EmbeddingStore(store_address(params, artifacts), zero.identity(), one.rows())
+        EmbeddingStore(store_url(params, artifacts), zero.identity(), one.rows())
 
 
 def test_an_arm_may_be_trained_in_fold_for_comparison(folded):
@@ -102,34 +102,30 @@ def test_arms_that_read_other_generations_are_made_from_other_embeddings(folded)
 
 def test_a_view_is_one_change_per_series_and_recorded(folded):
     params, artifacts, index, _ = opened(folded)
-    cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
-    root = zarr.open_group(store_address(params, artifacts), mode="r")
-    (segment,) = [
-        group
-        for name, group in root[EmbeddingStore(store_address(params, artifacts), cache.identity())._group.path].groups()
-        if name.startswith("segment-")
-    ]
+    spec = next(spec for spec in list_generations(params, artifacts, index) if spec.view)
+    root = zarr.open_group(store_url(params, artifacts), mode="r")
+    (segment,) = [group for name, group in root[name_of(spec.identity())].groups() if name.startswith("segment-")]
     recorded, seeds = segment["augmentation"][:], segment["noise_seed"][:, 0]
-    draw = view_draw(cache.view, slices_of(cache.index))
+    draw = view_draw(spec.view, slices_of(spec.index))
     source = segment["source"][:]
     order = {bytes(digest): row for row, digest in enumerate(source)}
-    rows = [order[bytes.fromhex(digest)] for digest in cache.index["file_digest"]]
+    rows = [order[bytes.fromhex(digest)] for digest in spec.index["file_digest"]]
     np.testing.assert_array_equal(recorded[rows, :6], draw.affine.flatten(1).numpy())
     np.testing.assert_array_equal(recorded[rows, 6], draw.offset_hu.numpy())
     np.testing.assert_array_equal(seeds[rows], draw.noise_seed.numpy())
     assert len(np.unique(seeds)) == len(seeds)
-    for _, of_series in pd.DataFrame(recorded[rows]).groupby(cache.index["series_uid"].to_numpy()):
+    for _, of_series in pd.DataFrame(recorded[rows]).groupby(spec.index["series_uid"].to_numpy()):
         assert len(of_series.drop_duplicates()) == 1
     assert len(np.unique(recorded, axis=0)) > 1
 
 
 def test_a_view_s_rows_equal_the_augmented_slices_embedded_on_the_fly(folded):
     params, artifacts, index, _ = opened(folded)
-    cache = next(cache for cache in list_generations(params, artifacts, index) if cache.view)
-    store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
-    rows = cache.index[cache.index["series_uid"] == cache.index["series_uid"].iloc[-1]]
-    cnn = load_slice_cnn(cache.model_dir)
-    wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 7, cache.view)(slices_of(rows))
+    spec = next(spec for spec in list_generations(params, artifacts, index) if spec.view)
+    store = EmbeddingStore(store_url(params, artifacts), spec.identity(), spec.rows())
+    rows = spec.index[spec.index["series_uid"] == spec.index["series_uid"].iloc[-1]]
+    cnn = load_slice_cnn(spec.model_dir)
+    wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 7, spec.view)(slices_of(rows))
     plain, _ = SliceEmbedder(cnn, torch.device("cpu"), 7)(slices_of(rows))
     cached = store.embedding(rows["series_uid"].iloc[0]).astype(np.float64)
     np.testing.assert_allclose(cached, wanted, rtol=2.0**-10, atol=1e-4)
@@ -186,7 +182,7 @@ def test_batches_are_the_same_from_a_map_and_read_through_zarr(folded, monkeypat
 
 @pytest.mark.parametrize(("n", "bound"), [(100, 16), (17, 8), (5, 1), (9, 100)])
 def test_a_bounded_shuffle_keeps_every_series_once_and_its_reach(n, bound):
-    buffers = _buffers(n, generator(3), bound)
+    buffers = shuffle_in_buffers(n, generator(3), bound)
     flat = [number for buffer in buffers for number in buffer]
     assert sorted(flat) == list(range(n))
     assert all(len(buffer) <= max(bound, 8) for buffer in buffers)
@@ -232,8 +228,8 @@ def test_components_are_those_of_the_train_slices_alone(reduced):
 
 def test_every_generation_has_its_rows_under_the_same_map(reduced):
     params, artifacts, index, features = opened(reduced, extra=PCA)
-    for cache in list_generations(params, artifacts, index):
-        store = EmbeddingStore(store_address(params, artifacts), cache.identity(), cache.rows())
+    for spec in list_generations(params, artifacts, index):
+        store = EmbeddingStore(store_url(params, artifacts), spec.identity(), spec.rows())
         for uid in store.series_uids:
             wanted = features.plain.principal_components.project(store.embedding(uid))
             np.testing.assert_allclose(store.read(uid, "pca").astype(np.float32), wanted, rtol=2.0**-11, atol=1e-6)
@@ -276,10 +272,7 @@ def test_a_damaged_companion_is_found(reduced, tmp_path, capsys):
     store = own.artifacts / "embeddings.zarr"
     assert own("cache", "verify", store).exit_code == 0
     for victim in store.glob("*/pca-*/embedding/c/0/0"):
-        content = bytearray(victim.read_bytes())
-        content[7] ^= 1
-        victim.unlink()
-        victim.write_bytes(bytes(content))
+        kit.flip(victim, 7)
     result = own("cache", "verify", store)
     assert result.exit_code == 1
     assert "pca-" in result.output

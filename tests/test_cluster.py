@@ -86,10 +86,11 @@ def filling(path, slices, client):
     return update(StoreLocation(path), kit.generation(), slices.rows, work)
 
 
-def test_workers_of_one_machine_have_different_numbers():
-    workers = [f"tcp://{host}:{port}" for host in ("10.0.0.1", "10.0.0.2") for port in (40, 41)]
-    assert sorted(numbers_of(workers).values()) == [0, 0, 1, 1]
-    assert {numbers_of(workers)[f"tcp://10.0.0.2:{port}"] for port in (40, 41)} == {0, 1}
+@pytest.mark.parametrize("ports", [{"10.0.0.1": (40, 41), "10.0.0.2": (40, 41)}, {"b": (1, 2), "a": (9, 10, 11)}])
+def test_workers_of_one_machine_have_different_numbers(ports):
+    numbers = numbers_of([f"tcp://{host}:{port}" for host, of_host in ports.items() for port in of_host])
+    for host, of_host in ports.items():
+        assert sorted(numbers[f"tcp://{host}:{port}"] for port in of_host) == list(range(len(of_host)))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store_kit as kit
 import torch
 
 from ichpipe.cache.layout import Generation
@@ -89,9 +90,7 @@ def test_new_changed_and_vanished_slices(own):
     own.steps("prepare")
     assert to_compute(own("extract").output) == []
     assert len(features_of(own).plain) == len(index)
-    content = bytearray(files[0].read_bytes())
-    content[-1] ^= 1  # the last pixel
-    files[0].write_bytes(bytes(content))
+    kit.flip(files[0], -1)  # the last pixel
     own.steps("prepare")
     assert to_compute(own("extract").output) == [1]
     assert len(features_of(own).plain) == len(index)
@@ -163,10 +162,7 @@ def test_a_flipped_bit_is_found_named_refused_repaired_and_computed_again(branch
     store = branch.artifacts / "embeddings.zarr"
     assert branch("cache", "verify", store).exit_code == 0
     victim = min(store.glob("*/segment-*/embedding/c/1/0"))
-    content = bytearray(victim.read_bytes())
-    content[1000] ^= 8
-    victim.unlink()
-    victim.write_bytes(bytes(content))
+    kit.flip(victim, 1000, 8)
     result = branch("cache", "verify", store, "--json")
     assert result.exit_code == 1
     found = json.loads(result.output)
@@ -211,14 +207,10 @@ def test_cached_rows_equal_those_made_on_the_fly_for_every_kind_of_backbone(back
 def test_two_worker_processes_write_the_same_store(branch, run):
     shutil.rmtree(branch.artifacts / "embeddings.zarr")
     assert branch("extract", "--workers", 2).exit_code == 0
-    files = {
-        p.relative_to(run.artifacts): p.read_bytes()
-        for p in (run.artifacts / "embeddings.zarr").rglob("*")
-        if p.is_file()
-    }
+    files = kit.all_bytes(run.artifacts / "embeddings.zarr")
     assert len(files) > 8
     for name, content in files.items():
-        assert (branch.artifacts / name).read_bytes() == content, name
+        assert (branch.artifacts / "embeddings.zarr" / name).read_bytes() == content, name
 
 
 def test_a_current_store_is_left_alone(branch):
@@ -229,7 +221,7 @@ def test_a_current_store_is_left_alone(branch):
 
 def test_cached_embeddings_equal_those_made_on_the_fly(run, index):
     folder = run.artifacts / "slice-cnn"
-    store = open_features(load_params(run.params), Artifacts(run.artifacts), index).plain
+    store = features_of(run).plain
     embed = SliceEmbedder(load_slice_cnn(folder), torch.device("cpu"), 7)
     uid, rows = next(iter(index.groupby("series_uid")))
     cached = store.series(uid)

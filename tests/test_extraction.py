@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydicom.uid import RLELossless
 
-from ichpipe.cache.worker import numbers_of
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.dataset import is_compressed
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
@@ -175,12 +174,6 @@ def test_bf16_is_another_generation_and_auto_is_the_one_of_before(cnn, slices, t
     assert not np.array_equal(exact, rough)
     np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
     assert same(embed(cnn, slices, 2, precision="bf16"), embed(cnn, slices, 1, precision="bf16"))
-
-
-def test_workers_are_numbered_on_each_machine():
-    found = numbers_of(["tcp://b:1", "tcp://a:9", "tcp://a:10", "tcp://a:11", "tcp://b:2"])
-    assert sorted(found[f"tcp://a:{port}"] for port in (9, 10, 11)) == [0, 1, 2]
-    assert sorted(found[f"tcp://b:{port}"] for port in (1, 2)) == [0, 1]
 
 
 def test_cores_are_shared(monkeypatch):

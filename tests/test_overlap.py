@@ -71,20 +71,18 @@ def test_cross_validation_refuses_the_split(stage1, capsys):
 
 
 @pytest.fixture
-def tables(run):
-    names = {path.stem: path for path in sorted((run.artifacts / "predictions").glob("*.parquet"))}
-    return {name: pd.read_parquet(path) for name, path in names.items()}
-
-
-def test_patients_who_are_not_scored_are_no_overlap(tables):
+def scored(run):
+    """Tables of predictions, parameters and arm: the arguments of `score_all`."""
+    tables = {path.stem: pd.read_parquet(path) for path in sorted((run.artifacts / "predictions").glob("*.parquet"))}
     arm = next(name for name in tables if name.startswith("sequence-")).removeprefix("sequence-")
-    section = EvaluateParams(bootstrap_samples=10)
-    assert score_all(tables, section, arm, frozenset({"nobody"})) == score_all(tables, section, arm)
+    return tables, EvaluateParams(bootstrap_samples=10), arm
 
 
-def test_a_ladder_without_anybody_left_says_so(tables):
-    arm = next(name for name in tables if name.startswith("sequence-")).removeprefix("sequence-")
-    everybody = frozenset(tables["finetuned"]["patient_id"])
-    metrics = score_all(tables, EvaluateParams(bootstrap_samples=10), arm, everybody)
+def test_patients_who_are_not_scored_are_no_overlap(scored):
+    assert score_all(*scored, frozenset({"nobody"})) == score_all(*scored)
+
+
+def test_a_ladder_without_anybody_left_says_so(scored):
+    metrics = score_all(*scored, frozenset(scored[0]["finetuned"]["patient_id"]))
     assert metrics["finetuned"]["without_overlap"] is None
     assert "(not trained on): nobody is left" in ladder_text(metrics)

@@ -6,7 +6,6 @@ import itertools
 import tempfile
 from pathlib import Path
 
-import cloudpickle
 import numpy as np
 import pytest
 import store_kit as kit
@@ -22,15 +21,6 @@ from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.cache.writer import Work, update
 from ichpipe.features.dask_client import connect
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)  # worker processes can't import the tests
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
-
 
 # What is written comes back
 
@@ -68,19 +58,15 @@ def test_series_are_found_by_uid_in_any_order(tmp_path, client):
         store.series("9.9")
 
 
-def test_half_precision_bound_holds_in_a_store(tmp_path, client):
+def test_rows_are_read_only_and_within_half_precision(tmp_path, client):
     slices = kit.Slices()
     kit.write(tmp_path / "s", slices, client)
     store = EmbeddingStore(tmp_path / "s")
     for uid in store.series_uids:
-        wanted = slices.expected(uid)[0]
-        np.testing.assert_allclose(store.embedding(uid).astype(np.float64), wanted, rtol=2**-11, atol=2**-25)
-
-
-def test_rows_that_are_read_can_not_be_changed(tmp_path, client):
-    kit.write(tmp_path / "s", kit.Slices(), client)
-    with pytest.raises(ValueError, match="read-only"):
-        EmbeddingStore(tmp_path / "s").embedding("1.1")[0, 0] = 1
+        embedding = store.embedding(uid)
+        np.testing.assert_allclose(embedding.astype(np.float64), slices.expected(uid)[0], rtol=2**-11, atol=2**-25)
+        with pytest.raises(ValueError, match="read-only"):
+            embedding[0, 0] = 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
@@ -220,23 +206,22 @@ def test_rows_that_are_not_those_of_the_index_are_refused(tmp_path, client, want
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[:4])
 def test_the_rows_of_a_series_must_stand_together(order):
-    series = ["1.1", "1.2", "1.1"]
-    names = [series[at] for at in order]
-    sops, sources = [str(at) for at in order], [kit.digest(str(at)) for at in order]
+    names = [("1.1", "1.2", "1.1")[at] for at in order]
+    columns = names, names, [str(at) for at in order], [kit.digest(str(at)) for at in order]
     if names[0] == names[2]:
         with pytest.raises(StoreError, match="must be contiguous"):
-            Rows.of(names, names, sops, sources)
+            Rows.of(*columns)
     else:
-        assert len(Rows.of(names, names, sops, sources).series_uid) == 2
+        assert len(Rows.of(*columns).series_uid) == 2
 
 
 def test_known_arrays_are_stored_beside_their_rows(tmp_path, client):
     slices = kit.Slices()
 
-    def known(rows):
+    def extra(rows):
         return {"augmentation": np.asarray(rows, np.float32)[:, None] * 10}
 
-    kit.write(tmp_path / "s", slices, client, known=known)
+    kit.write(tmp_path / "s", slices, client, extra=extra)
     (segment,) = (tmp_path / "s").glob("*/segment-*")
     found = zarr.open_group(str(segment), mode="r")
     np.testing.assert_array_equal(found["augmentation"][:, 0], np.arange(10) * 10)

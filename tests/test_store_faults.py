@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import cloudpickle
 import numpy as np
 import pytest
 import store_kit as kit
@@ -19,17 +18,8 @@ from ichpipe.cache.chunks import Chunks, DamagedChunkError
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.features.dask_client import connect
 
 FLIPS = 1000
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +37,6 @@ def store(whole, tmp_path):
 
 
 SLICES = kit.Slices([4] * 10)
-
-
-def replace(file, content):
-    file.unlink()  # a new file: what is mapped of the old one stays as it was
-    file.write_bytes(content)
 
 
 def program(*arguments, **options):
@@ -72,9 +57,7 @@ def test_a_thousand_flipped_bits_are_found_and_none_is_read(store):
         file = draw.choice(files)
         content = file.read_bytes()
         bit = draw.randrange(8 * len(content))
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        replace(file, bytes(flipped))
+        kit.flip(file, bit // 8, 1 << bit % 8)
         kind, chunk = file.parts[-4], int(file.parts[-2])
         array = layout.array(zarr.open_group(str(file.parents[3]), mode="r"), kind)
         with pytest.raises(DamagedChunkError, match="fails its checksum"):
@@ -84,15 +67,13 @@ def test_a_thousand_flipped_bits_are_found_and_none_is_read(store):
             reader.read(manifest.series_uids[chunk], kind)  # chunks of four rows, series of four rows
         except StoreError:
             refused += 1
-        replace(file, content)
+        kit.replace(file, content)
     assert refused == FLIPS
 
 
 def test_verify_names_the_studies_of_a_flipped_bit_and_repair_costs_one_chunk(store, client, tmp_path):
     file = next(f for f in kit.chunk_files(store) if f.parts[-4] == "logit" and f.parts[-2] == "7")
-    content = bytearray(file.read_bytes())
-    content[3] ^= 64
-    replace(file, bytes(content))
+    kit.flip(file, 3, 64)
     (problem,) = maintenance.verify(StoreLocation(store))
     assert (problem.array, problem.chunk, problem.what) == ("logit", 7, "fails its checksum")
     assert problem.studies == ["2.7"]
@@ -114,7 +95,7 @@ def test_a_chunk_that_is_not_whole_is_refused_named_and_computed_again(store, cl
     if damage == "gone":
         file.unlink()
     else:
-        replace(file, {"cut": content[:-9], "empty": b"", "long": content + b"x"}[damage])
+        kit.replace(file, {"cut": content[:-9], "empty": b"", "long": content + b"x"}[damage])
     with pytest.raises(StoreError, match=r"chunk 2 of .* study 2\.2"):
         EmbeddingStore(store).series("1.2")
     assert [problem.studies for problem in maintenance.verify(StoreLocation(store))] == [["2.2"]]
@@ -130,9 +111,7 @@ def test_damage_to_names_is_found_and_refused(store, client):
     assert len(names) > 15
     for file in names:
         content = file.read_bytes()
-        damaged = bytearray(content)
-        damaged[len(content) // 2] ^= 1
-        replace(file, bytes(damaged))
+        kit.flip(file, len(content) // 2)
         try:
             read = {uid: EmbeddingStore(store).series(uid) for uid in dict.fromkeys(SLICES.series)}
         except (StoreError, UnicodeDecodeError):
@@ -140,7 +119,7 @@ def test_damage_to_names_is_found_and_refused(store, client):
         else:
             for uid, found in read.items():
                 assert np.array_equal(found.logit, SLICES.expected(uid)[1]), file
-        replace(file, content)
+        kit.replace(file, content)
     kit.assert_holds(store, SLICES)
 
 
@@ -281,6 +260,6 @@ def _shape(text, size):
 def test_damaged_metadata_is_one_error_and_no_wrong_row(store, part, change):
     generation = next(path for path in store.iterdir() if path.is_dir())
     file = next(generation.glob(f"{part}/zarr.json")) if part else generation / "zarr.json"
-    replace(file, change(file.read_text()).encode())
+    kit.replace(file, change(file.read_text()).encode())
     with pytest.raises(StoreError):
         kit.assert_holds(store, SLICES)

@@ -5,7 +5,6 @@ import os
 import re
 from pathlib import Path
 
-import cloudpickle
 import numpy as np
 import pytest
 import store_kit as kit
@@ -64,13 +63,10 @@ def test_differences_are_empty_exactly_for_equals(left, right):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+def fresh(client, tmp_path_factory):
     path = tmp_path_factory.mktemp("format") / "embeddings.zarr"
-    cloudpickle.register_pickle_by_value(kit)
-    with connect(1, None) as client:
-        kit.write(path, kit.Slices((3, 1)), client)
-        kit.write(path, kit.Slices(), client)
-    cloudpickle.unregister_pickle_by_value(kit)
+    kit.write(path, kit.Slices((3, 1)), client)
+    kit.write(path, kit.Slices(), client)
     return path
 
 

@@ -3,7 +3,6 @@
 import os
 import uuid
 
-import cloudpickle
 import fsspec
 import pytest
 import store_kit as kit
@@ -12,20 +11,11 @@ from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.features.dask_client import connect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(botocore|aiobotocore|s3fs|moto|werkzeug).*"),
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
 
 
 @pytest.fixture(scope="module")

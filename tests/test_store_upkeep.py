@@ -1,38 +1,31 @@
 """Looking after a store: what is in it, freeing what is not used, and that nothing else is touched."""
 
-import cloudpickle
+import shutil
+
 import numpy as np
 import pytest
 import store_kit as kit
+import zarr
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
-from ichpipe.features.dask_client import connect
 
 OTHER = kit.generation(weights="bbb")
-
-
-@pytest.fixture(scope="module")
-def client():
-    cloudpickle.register_pickle_by_value(kit)
-    with connect(1, None) as found:
-        yield found
-    cloudpickle.unregister_pickle_by_value(kit)
 
 
 @pytest.fixture
 def store(tmp_path, client):
     """Two generations; the first has ten rows in use, and three that left the index, over two segments."""
     path = tmp_path / "store"
-    kit.write(path, kit.Slices((3, 3), numbers=[0, 9]), client, known=known)
-    kit.write(path, kit.Slices(), client, known=known)
+    kit.write(path, kit.Slices((3, 3), numbers=[0, 9]), client, extra=extra)
+    kit.write(path, kit.Slices(), client, extra=extra)
     kit.write(path, kit.Slices((2,)), client, made=OTHER)
     return path
 
 
-def known(rows):
+def extra(rows):
     return {"augmentation": np.asarray(rows, np.float32)[:, None]}
 
 
@@ -41,11 +34,11 @@ def keep_first(identity):
 
 
 def by_weights(path):
-    return {one["identity"]["weights"]: one for one in maintenance.info(StoreLocation(str(path)))["generations"]}
+    return {one["identity"]["weights"]: one for one in maintenance.info(StoreLocation(path))["generations"]}
 
 
 def test_info_counts_what_is_there(store):
-    facts = maintenance.info(StoreLocation(str(store)))
+    facts = maintenance.info(StoreLocation(store))
     files = kit.all_bytes(store)
     assert (facts["files"], facts["bytes"]) == (len(files), sum(map(len, files.values())))
     first, other = by_weights(store)["aaa"], by_weights(store)["bbb"]
@@ -71,17 +64,17 @@ def test_info_of_an_interrupted_first_run(tmp_path, client):
 
     with pytest.raises(OSError, match="gone"):
         kit.write(tmp_path / "s", kit.Slices(), client, make=kit.maker(compute=fails))
-    (one,) = maintenance.info(StoreLocation(str(tmp_path / "s")))["generations"]
+    (one,) = maintenance.info(StoreLocation(tmp_path / "s"))["generations"]
     assert (one["complete"], one["rows"], one["chunks_missing"]) == (False, 0, 3)
     assert "not complete" in one["problem"]
-    assert maintenance.verify(StoreLocation(str(tmp_path / "s"))) == []  # nothing that is there is wrong
+    assert maintenance.verify(StoreLocation(tmp_path / "s")) == []  # nothing that is there is wrong
 
 
 def test_prune_frees_and_keeps_every_row_in_use(store, client, tmp_path):
     before = kit.all_bytes(store)
-    said = maintenance.prune(StoreLocation(str(store)), keep_first, dry_run=True)
+    said = maintenance.prune(StoreLocation(store), keep_first, dry_run=True)
     assert kit.all_bytes(store) == before
-    done = maintenance.prune(StoreLocation(str(store)), keep_first)
+    done = maintenance.prune(StoreLocation(store), keep_first)
     assert done["generations_removed"] == said["generations_removed"] == [OTHER.name]
     assert done["rows_removed"] == said["rows_removed"] == 3
     assert done["bytes_freed"] > 0
@@ -89,17 +82,15 @@ def test_prune_frees_and_keeps_every_row_in_use(store, client, tmp_path):
     first = by_weights(store)["aaa"]
     assert (first["rows_stored"], first["rows_unused"], first["segments"]) == (10, 0, 1)
     kit.assert_holds(store, kit.Slices())
-    assert maintenance.verify(StoreLocation(str(store))) == []
-    assert maintenance.prune(StoreLocation(str(store)), keep_first)["bytes_freed"] == 0
+    assert maintenance.verify(StoreLocation(store)) == []
+    assert maintenance.prune(StoreLocation(store), keep_first)["bytes_freed"] == 0
     journal = tmp_path / "computed"
     kit.write(store, kit.Slices(), client, make=kit.maker(journal))
     assert kit.computed(journal) == []
 
 
 def test_what_stands_beside_the_rows_moves_with_them(store):
-    import zarr
-
-    maintenance.prune(StoreLocation(str(store)), keep_first)
+    maintenance.prune(StoreLocation(store), keep_first)
     (segment,) = store.glob("*/segment-*")
     group = zarr.open_group(str(segment), mode="r")
     slices = kit.Slices()
@@ -118,9 +109,9 @@ def test_an_interrupted_prune_loses_nothing(store, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(maintenance, step, killed)
         with pytest.raises(KeyboardInterrupt):
-            maintenance.prune(StoreLocation(str(store)), keep_first)
+            maintenance.prune(StoreLocation(store), keep_first)
     kit.assert_holds(store, kit.Slices())
-    maintenance.prune(StoreLocation(str(store)), keep_first)
+    maintenance.prune(StoreLocation(store), keep_first)
     kit.assert_holds(store, kit.Slices())
     assert by_weights(store)["aaa"]["rows_stored"] == 10
 
@@ -129,24 +120,19 @@ def test_prune_refuses_a_generation_with_missing_rows(store):
     for path in store.glob("*/segment-*/embedding/c/1/0"):
         path.unlink()
     with pytest.raises(StoreError, match=r"lacks rows; run: ichpipe extract"):
-        maintenance.prune(StoreLocation(str(store)), keep_first)
+        maintenance.prune(StoreLocation(store), keep_first)
 
 
 def test_verify_finds_damage_beside_the_rows(store):
     (file, *_) = store.glob("*/segment-*/augmentation/c/0/0")
-    content = bytearray(file.read_bytes())
-    content[1] ^= 1
-    file.write_bytes(bytes(content))
-    assert [problem.array for problem in maintenance.verify(StoreLocation(str(store)))] == ["augmentation"]
+    kit.flip(file, 1)
+    assert [problem.array for problem in maintenance.verify(StoreLocation(store))] == ["augmentation"]
     kit.assert_holds(store, kit.Slices())  # the rows themselves are as they were
 
 
 def test_verify_finds_a_missing_segment(store):
-    import shutil
-
     reader = EmbeddingStore(store, kit.generation().identity)
     shutil.rmtree(min(store.glob(f"{reader.generation}/segment-*")))
-    problems = maintenance.verify(StoreLocation(str(store)))
-    assert len(problems) == 1
-    assert "missing" in problems[0].what
-    assert problems[0].studies
+    (problem,) = maintenance.verify(StoreLocation(store))
+    assert "missing" in problem.what
+    assert problem.studies

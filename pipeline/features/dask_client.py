@@ -1,4 +1,4 @@
-"""A Dask client for one stage: in this process, in worker processes, or on a cluster that is there."""
+"""A Dask client for one stage: in this process, in worker processes, or on an existing cluster."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CONNECT_SECONDS = 20
-"""How long to wait for a scheduler that someone else started."""
+"""How long to wait for the scheduler of an existing cluster."""
 
 SETTINGS: Final = {
-    "distributed.worker.daemon": False,  # daemonic workers may not have children, and a decoding pool would need them
-    # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept; here a worker
-    # that is gone closes its connection.
+    "distributed.worker.daemon": False,  # daemonic workers may not start decoding processes
+    # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept. A worker that
+    # dies is noticed by its closed connection.
     "distributed.scheduler.worker-ttl": None,
     "distributed.admin.low-level-log-length": 1,  # each of the last messages keeps its inputs, 500 bytes a slice
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ENVIRONMENT.items()},
@@ -31,36 +31,27 @@ SETTINGS: Final = {
 
 @contextlib.contextmanager
 def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
-    """Yield a client with ``workers`` workers, or that of the scheduler at an address.
+    """Yield a client of ``workers`` new workers, or of the existing scheduler at an address.
 
-    One worker runs in this process, which saves starting a second interpreter with torch in it.
+    A single worker runs in this process, so that torch is not imported twice.
     """
-    with dask.config.set(SETTINGS):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(SETTINGS))
         if scheduler:
-            with _connect_to(scheduler) as client:
-                yield client
-            return
-        with interrupts_stay_here() if workers > 1 else contextlib.nullcontext():
-            cluster = _local(workers)
-        with cluster, Client(cluster) as client:  # type: ignore[no-untyped-call]
-            yield client
-
-
-def _local(workers: int) -> LocalCluster:
-    """Every port is bound to this machine alone; while one thread of a worker writes a chunk, the other computes."""
-    return LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=workers,
-        threads_per_worker=2,
-        processes=workers > 1,
-        host="127.0.0.1" if workers > 1 else None,
-        dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0",
-        silence_logs=logging.CRITICAL,  # a task's error is raised here, and said once
-    )
-
-
-def _connect_to(address: str) -> Client:
-    try:
-        return Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TimeoutError) as error:
-        raise IchpipeError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error
+            try:
+                client = Client(scheduler, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
+            except (OSError, ValueError, TimeoutError) as error:
+                raise IchpipeError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error})") from error
+        else:
+            with interrupts_stay_here() if workers > 1 else contextlib.nullcontext():
+                cluster = LocalCluster(  # type: ignore[no-untyped-call]
+                    n_workers=workers,
+                    threads_per_worker=2,  # one thread computes while the other writes a chunk
+                    processes=workers > 1,
+                    host="127.0.0.1" if workers > 1 else None,  # ports are open to this machine alone
+                    dashboard_address="127.0.0.1:0",
+                    worker_dashboard_address="127.0.0.1:0",
+                    silence_logs=logging.CRITICAL,  # a task's error is raised here instead
+                )
+            client = Client(stack.enter_context(cluster))  # type: ignore[no-untyped-call]
+        yield stack.enter_context(client)

@@ -1,4 +1,4 @@
-"""Embeddings of slices by stage one's network: on the fly, and as the compute function of the store."""
+"""Embeds slices with the slice CNN: on the fly, and as the compute function of the store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import BoundedSemaphore, Lock
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SliceInput:
-    """What a worker needs to know of one slice."""
+    """The facts of one slice that a worker needs."""
 
     path: str
     series_uid: str
@@ -56,39 +56,45 @@ class SliceInputs(Sequence[SliceInput]):
         """Return the number of slices."""
         return len(self._columns[0])
 
-    @overload
-    def __getitem__(self, row: int) -> SliceInput: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[SliceInput]: ...
-
-    def __getitem__(self, row: int | slice) -> SliceInput | list[SliceInput]:
-        """Return one input, or several."""
+    def __getitem__(self, row: int | slice) -> Any:
+        """Return one input, or a list of them."""
         if isinstance(row, slice):
             return [SliceInput(*texts) for texts in zip(*(column[row] for column in self._columns), strict=True)]
         return SliceInput(*(column[row] for column in self._columns))
 
 
 CPU_BATCH = 16
-"""Slices per forward pass on a CPU: more of 512 px are no faster, and take more memory in each lane."""
+"""Slices per forward pass on a CPU: larger batches of 512 px are no faster and take more memory in each lane."""
 
 CPU_BATCH_PX = 64 * 128**2
-"""Pixels per forward pass on a CPU, where that makes more slices: beside small images Python itself takes time, and
-holds up the other lanes while it does."""
+"""Pixels per forward pass on a CPU for small images, where Python's own time would hold up the other lanes."""
 
 
 def lane_batch(size_px: int, most: int) -> int:
-    """Return how many slices of a size a lane takes at a time, ``most`` at the most."""
+    """Return how many slices of ``size_px`` a lane embeds at a time, at most ``most``."""
     return min(most, max(CPU_BATCH, CPU_BATCH_PX // size_px**2))
 
 
 class SliceEmbedder:
     """Maps slices to embeddings (n, D) and logits (n, 6), float32; under a view, after its augmentation.
 
-    Every forward pass has the same shape (a batch that is not full is filled up with its last slice) and, on a CPU,
-    one thread: so the bytes of a row depend neither on the rows beside it nor on how many lanes and workers there are.
-    Batch normalisation is folded into the convolutions. Several threads may call; they take turns. ``loaders``: lanes
-    on a CPU, decoding processes beside a GPU.
+    Every forward pass has the same shape (the last slice fills up a short batch) and, on a CPU, one thread. So the
+    bytes of a row depend neither on the rows beside it nor on the number of lanes and workers. Batch normalisation is
+    folded into the convolutions. Several threads may call; they take turns.
+
+    Parameters
+    ----------
+    cnn, device
+        The slice CNN, and the device that it is moved to.
+    batch_size
+        Slices per forward pass; on a CPU an upper limit.
+    view
+        The augmented view; None embeds the slices as they are.
+    loaders
+        Lanes on a CPU, decoding processes beside a GPU.
+    precision
+        ``extract.precision`` of the parameters.
+
     """
 
     def __init__(
@@ -110,23 +116,32 @@ class SliceEmbedder:
         self._loader = None if cpu else Loader(cnn.spec.size_px, loaders)
 
     def __call__(self, slices: Sequence[SliceInput]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Read and embed; a file that can't be read raises UnreadableDicomError with its name."""
+        """Read and embed slices. Raises UnreadableDicomError, which names the file."""
         starts = range(0, len(slices), self.batch_size)
-        parts = [slices[start : start + self.batch_size] for start in starts]
         if self._lanes is None:
-            outputs = self._ahead(parts)
-            embedding, logits = (torch.cat([output[which] for output in outputs]).cpu().numpy() for which in (0, 1))
+            assert self._loader is not None  # noqa: S101 - not closed
+            parts = [slices[start : start + self.batch_size] for start in starts]
+            with self._turn:  # the GPU queues all batches; none is copied back before
+                batches = self._loader.batches([item.path for item in slices], self.batch_size, self.device)
+                outputs = [self._embed(hu, part) for hu, part in zip(batches, parts, strict=True)]
+            embedding, logits = (torch.cat(tensors).cpu().numpy() for tensors in zip(*outputs, strict=True))
             return embedding, logits
-        # Filled by the lanes: hundreds of small results that wait for each other would scatter over the heap.
+        # Filled by the lanes: hundreds of small results that wait for each other would fragment the heap.
         embedding, logits = (
             np.empty((len(slices), width), np.float32) for width in (self.cnn.embedding_dim, len(self.cnn.spec.classes))
         )
 
-        def fill(start: int, part: Sequence[SliceInput]) -> None:
+        def fill(start: int) -> None:
+            part = slices[start : start + self.batch_size]
+            paths = [item.path for item in part]
+            # Reading uncompressed files is Python's work, which only half of the lanes do at a time: more would
+            # contend for its lock. A codec releases the lock. The first file decides for its batch.
+            with nullcontext() if is_compressed(paths[0]) else self._reading:
+                hu = load_slices(paths, self.cnn.spec.size_px)
             rows = slice(start, start + len(part))
-            embedding[rows], logits[rows] = (output.numpy() for output in self._read(part))
+            embedding[rows], logits[rows] = (output.numpy() for output in self._embed(hu, part))
 
-        self._lanes.map(lambda one: fill(*one), list(zip(starts, parts, strict=True)), self._turn)
+        self._lanes.map(fill, starts, self._turn)
         return embedding, logits
 
     def close(self) -> None:
@@ -135,27 +150,8 @@ class SliceEmbedder:
             self._lanes.close()
         self._loader = None
 
-    def _read(self, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read and embed one batch. Half of the lanes read at a time, unless a codec does most of it.
-
-        Reading files without compression is Python's work, and two threads that hand its lock to each other are slower
-        than one; meanwhile the other lanes compute, which needs the lock less. One file speaks for its batch.
-        """
-        paths = [one.path for one in slices]
-        with nullcontext() if is_compressed(paths[0]) else self._reading:
-            hu = load_slices(paths, self.cnn.spec.size_px)
-        return self._batch(hu, slices)
-
-    def _ahead(self, parts: Sequence[Sequence[SliceInput]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Queue one batch after the other on a GPU; nothing comes back before all are queued."""
-        assert self._loader is not None  # noqa: S101 - not a CPU, not closed
-        paths = [one.path for part in parts for one in part]
-        with self._turn:
-            batches = self._loader.batches(paths, self.batch_size, self.device)
-            return [self._batch(hu, part) for hu, part in zip(batches, parts, strict=True)]
-
     @torch.inference_mode()
-    def _batch(self, hu: torch.Tensor, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, hu: torch.Tensor, slices: Sequence[SliceInput]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.view is not None:
             hu = augmentation.apply(hu, view_draw(self.view, slices))
         lacking = self.batch_size - len(hu)
@@ -167,22 +163,22 @@ class SliceEmbedder:
 
 
 def view_draw(view: View, slices: Sequence[SliceInput]) -> augmentation.AugmentDraw:
-    """Draw what a view does to slices: one change a series, noise of its own for every file."""
-    uids = [one.series_uid for one in slices]
-    of_series = {
+    """Draw what a view does to slices: one change for each series, and noise for each file."""
+    uids = [item.series_uid for item in slices]
+    draws = {
         uid: augmentation.draw(view.augment, 1, generator(view.seed, "view", view.number, uid))
         for uid in dict.fromkeys(uids)
     }
-    seeds = [derive_seed(view.seed, "view-noise", view.number, one.file_digest) for one in slices]
-    joined = augmentation.AugmentDraw.joined([of_series[uid] for uid in uids])
+    seeds = [derive_seed(view.seed, "view-noise", view.number, item.file_digest) for item in slices]
+    joined = augmentation.AugmentDraw.joined([draws[uid] for uid in uids])
     return replace(joined, noise_seed=torch.tensor(seeds, dtype=torch.int64))
 
 
 def view_parameters(view: View, slices: Sequence[SliceInput]) -> dict[str, NDArray[Any]]:
-    """Return a view's draws as arrays to be stored beside its rows.
+    """Return a view's draws as arrays, to be stored beside its rows.
 
     ``augmentation`` (n, 8), float32: the affine map of `AugmentDraw` row by row, HU offset, noise (HU, standard
-    deviation), then, where the parameters ask for them, 50 displacements of the warp and the blur (pixels);
+    deviation), then, if the parameters ask for them, 50 displacements of the warp and the blur (pixels);
     ``noise_seed`` (n, 1), int64.
     """
     draw = view_draw(view, slices)
@@ -193,7 +189,7 @@ def view_parameters(view: View, slices: Sequence[SliceInput]) -> dict[str, NDArr
 
 @dataclass(frozen=True)
 class MakeEmbedder:
-    """Builds a SliceEmbedder on a Dask worker: only this small description is sent."""
+    """Builds a `SliceEmbedder` on a Dask worker; only this small description is sent."""
 
     model_dir: Path
     devices: tuple[str, ...]
@@ -203,7 +199,7 @@ class MakeEmbedder:
     loaders: int = 1
 
     def __call__(self, worker_number: int) -> SliceEmbedder:
-        """Load the model on the device that falls to this worker."""
+        """Load the model on the device of this worker."""
         device = torch.device(self.devices[worker_number % len(self.devices)])
         cnn = load_slice_cnn(self.model_dir)
         return SliceEmbedder(cnn, device, self.batch_size, self.view, loaders=self.loaders, precision=self.precision)
@@ -228,22 +224,23 @@ def classify_series(
 ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
 
-    Images of ``chunk_slices`` slices are held at one time; the sequence model sees the whole series, or each of its
-    ``stride`` interleaved parts (``ichpipe.index.thin_slices.stride_of``).
+    ``paths`` and ``position_mm`` (along the slice normal) are in slice order; ``chunk_slices`` images are in memory at
+    a time. The sequence model sees the whole series, or each of its ``stride`` interleaved parts
+    (`ichpipe.index.thin_slices.stride_of`).
     """
-    bad: list[tuple[str, str]] = []
+    unreadable: list[tuple[str, str]] = []
 
-    def chunks() -> Iterator[torch.Tensor]:
+    def read_chunks() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), chunk_slices):
-            hu, unreadable = load_readable(paths[start : start + chunk_slices], model.cnn.spec.size_px)
-            bad.extend(unreadable)
+            hu, bad = load_readable(paths[start : start + chunk_slices], model.cnn.spec.size_px)
+            unreadable.extend(bad)
             if len(hu):
                 yield hu
 
-    embedded = _embed_chunks(model, chunks(), device)
-    unread = {path for path, _ in bad}
-    places = torch.tensor([at for at, path in zip(position_mm, paths, strict=True) if path not in unread])
-    return _classify(model, embedded, places, device, stride), bad
+    embedded = _embed_chunks(model, read_chunks(), device)
+    bad_paths = {path for path, _ in unreadable}
+    readable_mm = [mm for mm, path in zip(position_mm, paths, strict=True) if path not in bad_paths]
+    return _classify(model, embedded, torch.tensor(readable_mm), device, stride), unreadable
 
 
 @torch.inference_mode()
@@ -264,9 +261,15 @@ Embedded = tuple[torch.Tensor, torch.Tensor]
 
 
 def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch.device) -> list[list[Embedded]]:
+    """Embed each chunk as it is and, if the sequence model averages over both, mirrored."""
     model.eval()
+    embedded = []
     with autocast(device, "auto"):
-        return [_looks(model, chunk.to(device)) for chunk in chunks]
+        for chunk in chunks:
+            hu = chunk.to(device)
+            images = [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
+            embedded.append([model.cnn(image) for image in images])
+    return embedded
 
 
 def _classify(
@@ -274,24 +277,16 @@ def _classify(
 ) -> torch.Tensor:
     if not embedded:
         return torch.empty((0, len(model.cnn.spec.classes)))
+    results = []
     with autocast(device, "auto"):
-        found = [_join(model, list(look), position_mm, stride) for look in zip(*embedded, strict=True)]
-        return mean_logits(torch.stack(found)) if len(found) > 1 else found[0]
-
-
-def _looks(model: EndToEnd, hu: torch.Tensor) -> list[Embedded]:
-    """Embed slices as they are and, if the sequence model averages over both, mirrored."""
-    looks = [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
-    return [model.cnn(look) for look in looks]
-
-
-def _join(model: EndToEnd, parts: list[Embedded], position_mm: torch.Tensor, stride: int) -> torch.Tensor:
-    embedding, cnn_logits = (torch.cat([part[which] for part in parts]).float() for which in (0, 1))
-    logits = torch.empty_like(cnn_logits)
-    for first in range(min(stride, len(logits))):
-        rows = slice(first, None, stride)
-        logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], position_mm[rows]).float()
-    return logits
+        for chunks in zip(*embedded, strict=True):  # of the images as they are, then mirrored
+            embedding, cnn_logits = (torch.cat(parts).float() for parts in zip(*chunks, strict=True))
+            logits = torch.empty_like(cnn_logits)
+            for first in range(min(stride, len(logits))):
+                rows = slice(first, None, stride)
+                logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], position_mm[rows]).float()
+            results.append(logits)
+        return mean_logits(torch.stack(results)) if len(results) > 1 else results[0]
 
 
 def to_probabilities(logits: torch.Tensor) -> NDArray[np.float64]:

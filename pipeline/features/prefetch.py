@@ -1,10 +1,10 @@
-"""Work in flight at one time: in threads of this process, or decoded ahead by others; never more than a few batches."""
+"""Bounded prefetching of batches: by threads of this process, or by decoding processes."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -37,49 +37,41 @@ def usable_cores() -> int:
 
 
 def usual_loaders(device: str, workers: int) -> int:
-    """Return how many loaders one of ``workers`` processes on this machine should have for a device."""
+    """Return the number of loaders for each of ``workers`` processes on this machine."""
     share = max(1, usable_cores() // max(1, workers))
     return share if device == "cpu" else min(share, MOST_LOADERS)
 
 
 class Lanes:
-    """Threads in which torch uses one thread each, so that they fill the cores side by side.
+    """Threads in which torch uses one thread each.
 
-    Batches side by side waste nothing where threads inside one batch would wait for each other, and a sum is added up
-    in the same order whatever the number of lanes.
+    Batches side by side use the cores better than threads inside one batch, which wait for each other. And a sum is
+    added up in the same order for any number of lanes.
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
         self._threads_before = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item], turn: Lock) -> list[Result]:
         """Apply a function to all items, in order.
 
-        Another thread that waits for its ``turn`` comes in when the last item has been taken on: no lane idles.
+        ``turn`` keeps the items of one caller together: one finishes, and writes, while the next one computes.
         """
-        done: list[Result] = []
-        waiting: deque[Any] = deque()
         with turn:
-            for item in items:
-                if len(waiting) >= 2 * self.count:
-                    done.append(waiting.popleft().result())
-                waiting.append(self._pool.submit(function, item))
-        done.extend(future.result() for future in waiting)
-        return done
+            results = self._pool.map(function, items)
+        return list(results)
 
     def close(self) -> None:
-        """End the threads when they have done what they are at; torch has its former number again."""
+        """Cancel what is queued, and restore torch's number of threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(self._threads_before)
 
 
 class Loader:
-    """Processes that decode slices ahead of a GPU, which launches its work from the thread that waits here.
+    """Processes that decode slices ahead of a GPU; threads would contend for Python's lock with its launches.
 
-    Not threads: launching needs Python's lock hundreds of times a batch. ``count`` 0, or a process that may have no
-    children, decodes in this one.
+    With ``count`` 0, or in a process that may have no children, slices are decoded in this process.
     """
 
     def __init__(self, size_px: int, count: int) -> None:
@@ -99,18 +91,27 @@ class Loader:
     def batches(self, paths: Sequence[str], size: int, device: torch.device) -> Iterator[Tensor]:
         """Yield int16 HU (up to ``size``, 1, size_px, size_px) on the device. Raises UnreadableDicomError.
 
-        Copies go out of pinned memory and are not waited for.
+        Copies out of pinned memory run in the background.
         """
-        starts = range(0, len(paths), size)
-        batches = [_cut(paths[start : start + size]) for start in starts]
-        self._todo[:] = [piece for batch in batches for piece in batch]
-        pieces = iter(self._loader)
-        for batch in batches:
-            yield torch.cat([_sound(next(pieces)).to(device, non_blocking=True) for _ in batch])
+        counts = []  # of pieces in each batch
+        self._todo.clear()
+        for start in range(0, len(paths), size):
+            batch = paths[start : start + size]
+            pieces = [tuple(batch[at : at + PIECE_SLICES]) for at in range(0, len(batch), PIECE_SLICES)]
+            self._todo += pieces
+            counts.append(len(pieces))
+        loaded = iter(self._loader)
+        for count in counts:
+            tensors = []
+            for piece in itertools.islice(loaded, count):
+                if isinstance(piece, str):
+                    raise UnreadableDicomError(piece)
+                tensors.append(piece.to(device, non_blocking=True))
+            yield torch.cat(tensors)
 
 
 class _Pieces(Dataset[Any]):
-    """Slices by their paths; what is wrong with a file comes back as text, without a loader's traceback."""
+    """Reads slices by their paths; an error comes back as text, without a loader's traceback."""
 
     def __init__(self, size_px: int) -> None:
         self.size_px = size_px
@@ -121,13 +122,3 @@ class _Pieces(Dataset[Any]):
             return load_slices(paths, self.size_px)
         except UnreadableDicomError as error:
             return str(error)
-
-
-def _cut(paths: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(paths[start : start + PIECE_SLICES]) for start in range(0, len(paths), PIECE_SLICES)]
-
-
-def _sound(piece: Tensor | str) -> Tensor:
-    if isinstance(piece, str):
-        raise UnreadableDicomError(piece)
-    return piece

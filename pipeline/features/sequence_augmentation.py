@@ -1,7 +1,7 @@
-"""Random changes of training sequences: drawn first, then applied, the same for the same seed, epoch and series.
+"""Random changes of training sequences: drawn first, then applied; the same for the same seed, epoch and series.
 
-Reversal and stride are the 1st place's of RSNA 2019, the contiguous crop is the paper's (10 slices), whole features
-dropped throughout a series the 2nd place's; noise is multiplicative (Gaussian dropout, Srivastava et al. 2014, 10).
+RSNA 2019: reversal and stride are from the 1st place, features dropped throughout a series from the 2nd. The contiguous
+crop is the paper's (10 slices). Noise is multiplicative (Gaussian dropout, Srivastava et al. 2014, section 10).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from ichpipe.params.schema import RegularizeParams
 
-FEATURES = ("embedding", "pca")
-"""Sources that noise and dropout change; logits and positions stay as they are."""
+FEATURES = {"embedding", "pca"}
+"""Sources that noise and dropout change; logits and positions stay."""
 
 SHORTEST = 4
 """A series is not thinned to fewer slices than this."""
@@ -29,7 +29,7 @@ SHORTEST = 4
 class SequenceDraw:
     """What happens to one series."""
 
-    rows: Tensor  # (n,) int64: which slices the model sees, in its order
+    rows: Tensor  # (n,) int64: the slices that the model sees, in its order
     seed: int  # of noise and dropped features
 
 
@@ -49,24 +49,22 @@ def draw(section: RegularizeParams, slices: int, seed: int) -> SequenceDraw:
 
 def apply(section: RegularizeParams, sources: dict[str, Tensor], drawn: SequenceDraw) -> dict[str, Tensor]:
     """Return the sources (T, …) of one series as drawn: (n, …) each."""
-    chosen = {name: values[drawn.rows] for name, values in sources.items()}
-    for name in FEATURES:
-        if name in chosen and (section.feature_noise or section.feature_dropout):
-            chosen[name] = _disturb(section, chosen[name].float(), generator(drawn.seed, name))
-    return chosen
+    result = {name: values[drawn.rows] for name, values in sources.items()}
+    if not section.feature_noise and not section.feature_dropout:
+        return result
+    for name in result.keys() & FEATURES:
+        values, random = result[name].float(), generator(drawn.seed, name)
+        factor = torch.ones_like(values)
+        if section.feature_noise:
+            noise = torch.randn(values.shape, generator=random) * section.feature_noise
+            factor = factor + noise.to(values.device)
+        if section.feature_dropout:
+            kept = torch.rand(values.shape[-1], generator=random) >= section.feature_dropout
+            factor = factor * kept.to(values.device) / (1 - section.feature_dropout)
+        result[name] = values * factor
+    return result
 
 
 def is_active(section: RegularizeParams) -> bool:
-    """Say whether anything is ever changed."""
+    """Return whether the parameters change anything."""
     return any(section.model_dump().values())
-
-
-def _disturb(section: RegularizeParams, values: Tensor, drawn: torch.Generator) -> Tensor:
-    factor = torch.ones_like(values)
-    if section.feature_noise:
-        noise = torch.randn(values.shape, generator=drawn) * section.feature_noise
-        factor = factor + noise.to(values.device)
-    if section.feature_dropout:
-        kept = torch.rand(values.shape[-1], generator=drawn) >= section.feature_dropout
-        factor = factor * kept.to(values.device) / (1 - section.feature_dropout)
-    return values * factor

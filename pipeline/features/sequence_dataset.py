@@ -1,9 +1,9 @@
-"""Series as stage two sees them: cached sequences with labels, in padded batches of like length."""
+"""Series of cached embeddings with labels, in padded batches of similar length: the input of stage two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,50 +26,47 @@ if TYPE_CHECKING:
     from ichpipe.models.sequence import AnySequence
     from ichpipe.params.schema import RegularizeParams
 
-BLOCKS_PER_BUFFER = 8
+RUNS_PER_BUFFER = 8
 """A bounded shuffle fills its buffer with this many runs of neighbours: enough to mix, few enough to read in order."""
 
-
-class Source(Protocol):
-    """One view of one series."""
-
-    def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return arrays of the cache (T, …) in the precision in which they are stored."""
+BATCHES_PER_POOL = 16
+"""Series are sorted by length within pools of this many batches."""
 
 
 @dataclass(frozen=True)
 class CachedSource:
-    """Read from the store when asked for: on a local disk that costs a copy out of the page cache."""
+    """One view of one series, read from the store on demand: locally a copy out of the page cache."""
 
     store: EmbeddingStore
     series_uid: str
 
     def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Read and copy."""
-        return {name: torch.from_numpy(np.array(self.store.read(self.series_uid, _ARRAY[name]))) for name in names}
-
-
-_ARRAY = {"embedding": "embedding", "logits": "logit", "pca": "pca"}
+        """Return arrays of the store (T, …) in the precision in which they are stored."""
+        arrays = {name: self.store.read(self.series_uid, "logit" if name == "logits" else name) for name in names}
+        return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
 
 
 @dataclass(frozen=True)
 class HeldSource:
-    """Held on a device: the same numbers as from the store."""
+    """The same numbers on a device."""
 
     held: dict[str, Tensor]
 
     def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return what is held."""
+        """Return the tensors (T, …)."""
         return {name: self.held[name] for name in names}
+
+
+Source = CachedSource | HeldSource
 
 
 @dataclass(frozen=True)
 class LabelledSeries:
-    """One series: where its features are, labels per slice, rows of the index that they belong to."""
+    """One series of T slices with its labels."""
 
     series_uid: str
-    rows: np.ndarray[tuple[int], np.dtype[np.intp]]  # positions in the index frame, in slice order
-    sources: tuple[Source, ...]  # plain; then, of train series, the views; last the mirror image where it is wanted
+    rows: np.ndarray[tuple[int], np.dtype[np.intp]]  # in the index frame, in slice order
+    sources: tuple[Source, ...]  # plain; then, of train series, the views; last the mirror image if it is read
     labels: Tensor  # (T, 6); NaN where unknown
     position_mm: Tensor  # (T,), along the slice normal
 
@@ -80,63 +77,62 @@ class LabelledSeries:
 
 @dataclass(frozen=True)
 class Batch:
-    """Series of like length, padded to one."""
+    """B series, padded to T slices."""
 
     sources: dict[str, Tensor]  # each (B, T, …); zero in the padding
     labels: Tensor  # (B, T, 6); NaN in the padding
     lengths: Tensor  # (B,)
 
     def to(self, device: torch.device) -> Batch:
-        """Move all but the lengths, which packing wants on the CPU."""
+        """Move all but the lengths, which `pack_padded_sequence` needs on the CPU."""
         moved = {name: values.to(device) for name, values in self.sources.items()}
         return Batch(moved, self.labels.to(device), self.lengths)
 
 
 def collect_series(features: Features, index: pd.DataFrame) -> list[LabelledSeries]:
-    """Join the cache with the index by UID; nothing is read yet.
+    """Find each series of ``index`` in the store; nothing is read yet.
 
-    ``index`` holds the wanted series (any subset of the whole), rows ordered by slice_index within each; opening
-    ``features`` has shown that the cache holds the same slices in the same order.
+    ``index`` is any subset of the whole index, its rows ordered by slice_index within each series. `open_features` has
+    shown that the store holds the same slices in the same order.
     """
-    found = []
     labels = torch.from_numpy(index[list(CLASSES)].to_numpy(np.float32, copy=True))
-    places = torch.from_numpy(index["position_mm"].to_numpy(np.float32, copy=True))
+    position_mm = torch.from_numpy(index["position_mm"].to_numpy(np.float32, copy=True))
     splits, folds = index["split"].to_numpy(), index["fold"].to_numpy()
-    for series_uid, rows in index.reset_index(drop=True).groupby("series_uid", sort=False).indices.items():
-        stores = features.sources(str(splits[rows[0]]), int(folds[rows[0]]))
-        sources = tuple(CachedSource(store, str(series_uid)) for store in stores)
-        chosen = torch.from_numpy(rows)
-        found.append(LabelledSeries(str(series_uid), np.asarray(rows), sources, labels[chosen], places[chosen]))
-    return found
+    series = []
+    for key, rows in index.reset_index(drop=True).groupby("series_uid", sort=False).indices.items():
+        uid, stores = str(key), features.sources(str(splits[rows[0]]), int(folds[rows[0]]))
+        sources = tuple(CachedSource(store, uid) for store in stores)
+        at = torch.from_numpy(rows)
+        series.append(LabelledSeries(uid, np.asarray(rows), sources, labels[at], position_mm[at]))
+    return series
 
 
 def load_to_device(device: torch.device, series: list[LabelledSeries], names: tuple[str, ...]) -> list[LabelledSeries]:
-    """Copy all features to a GPU if they take at most half of its free memory; else return the series as they are.
+    """Copy all features to a GPU if they take at most half of its free memory; else return the series unchanged.
 
-    On a CPU nothing is gained: the store is mapped, and the system keeps it in memory as far as there is room.
+    A CPU gains nothing: the store is mapped, and the system keeps it in memory as far as possible.
     """
     if device.type != "cuda" or not series:
         return series
-    first = series[0]
-    per_slice = sum(tensor[0].nbytes for tensor in first.sources[0].tensors(names).values())
-    size = per_slice * sum(len(one) * len(one.sources) for one in series)
-    if size > torch.cuda.mem_get_info(device)[0] // 2:
+    slice_bytes = sum(tensor[0].nbytes for tensor in series[0].sources[0].tensors(names).values())
+    total_bytes = slice_bytes * sum(len(item) * len(item.sources) for item in series)
+    if total_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         return series
 
-    def held(source: Source) -> HeldSource:
+    def hold(source: Source) -> HeldSource:
         return HeldSource({name: tensor.to(device) for name, tensor in source.tensors(names).items()})
 
-    return [replace(one, sources=tuple(held(source) for source in one.sources)) for one in series]
+    return [replace(item, sources=tuple(hold(source) for source in item.sources)) for item in series]
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How training draws: ``seed`` and ``epoch`` decide order, views and changes; nothing else does."""
+    """How training draws: ``seed`` and ``epoch`` alone decide order, views and changes."""
 
     seed: int
     epoch: int
     regularize: RegularizeParams | None = None
-    within: int | None = None  # how many series the shuffle reaches over; None: all
+    within: int | None = None  # number of series that the shuffle reaches over; None: all
 
 
 def train_batches(
@@ -144,74 +140,72 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield shuffled batches: of each series one of its views, changed as `sequence_augmentation` draws.
 
-    Like lengths come together (within pools of 16 batches), and the batches are shuffled. What a series looks like
-    depends on seed, epoch and its UID alone, not on its batch. ``within`` bounds how far the shuffle reaches, so that
-    a cache that does not fit into memory is read nearly in order.
+    Similar lengths come together (within pools), and the batches are shuffled. Seed, epoch and UID alone decide how a
+    series is changed, not its batch. ``within`` limits the reach of the shuffle, so that a store that does not fit
+    into memory is read nearly in order.
     """
+    if shuffle.regularize and not sequence_augmentation.is_active(shuffle.regularize):
+        shuffle = replace(shuffle, regularize=None)
     order = generator(shuffle.seed, "order", shuffle.epoch)
-    changes = shuffle.regularize if shuffle.regularize and sequence_augmentation.is_active(shuffle.regularize) else None
-    for chosen in _choose([len(one) for one in series], size, order, shuffle.within):
-        drawn = [_drawn(series[number], names, shuffle, changes) for number in chosen]
-        yield _collate(drawn)
+    batches: list[list[int]] = []
+    for buffer in shuffle_in_buffers(len(series), order, shuffle.within):
+        batches_of_buffer = []
+        for start in range(0, len(buffer), BATCHES_PER_POOL * size):
+            pool = sorted(buffer[start : start + BATCHES_PER_POOL * size], key=lambda number: len(series[number]))
+            batches_of_buffer += [pool[at : at + size] for at in range(0, len(pool), size)]
+        shuffled = torch.randperm(len(batches_of_buffer), generator=order).tolist()
+        batches += [batches_of_buffer[number] for number in shuffled]
+    for numbers in batches:
+        yield _collate([_draw(series[number], names, shuffle) for number in numbers])
 
 
 def plain_batches(
     series: Sequence[LabelledSeries], names: tuple[str, ...], size: int, source: int = 0
 ) -> Iterator[Batch]:
-    """Yield batches in the given order, of one source of each series (0: plain), nothing drawn."""
+    """Yield batches in the given order, of one source of each series (0: plain), unchanged."""
     for start in range(0, len(series), size):
-        yield _collate([_taken(one, names, source) for one in series[start : start + size]])
+        yield _collate([_read(item, names, source) for item in series[start : start + size]])
 
 
-Taken = tuple[dict[str, Tensor], Tensor]
+Example = tuple[dict[str, Tensor], Tensor]  # sources and labels of one series
 
 
-def _taken(one: LabelledSeries, names: tuple[str, ...], source: int) -> Taken:
-    found = one.sources[source].tensors(names)
-    place = one.position_mm.to(next(iter(found.values())).device) if found else one.position_mm
-    return found | {POSITION: place}, one.labels
+def _read(series: LabelledSeries, names: tuple[str, ...], source: int) -> Example:
+    tensors = series.sources[source].tensors(names)
+    position_mm = series.position_mm.to(next(iter(tensors.values())).device) if tensors else series.position_mm
+    return tensors | {POSITION: position_mm}, series.labels
 
 
-def _drawn(one: LabelledSeries, names: tuple[str, ...], shuffle: Shuffle, changes: RegularizeParams | None) -> Taken:
-    seed = derive_seed(shuffle.seed, "series", shuffle.epoch, one.series_uid)
-    views = len(one.sources)
+def _draw(series: LabelledSeries, names: tuple[str, ...], shuffle: Shuffle) -> Example:
+    seed = derive_seed(shuffle.seed, "series", shuffle.epoch, series.series_uid)
+    views = len(series.sources)
     view = 0 if views == 1 else int(torch.randint(views, (1,), generator=generator(seed, "view")))
-    sources, labels = _taken(one, names, view)
-    if changes is None:
+    sources, labels = _read(series, names, view)
+    if shuffle.regularize is None:
         return sources, labels
-    drawn = sequence_augmentation.draw(changes, len(one), seed)
-    return sequence_augmentation.apply(changes, sources, drawn), labels[drawn.rows]
+    drawn = sequence_augmentation.draw(shuffle.regularize, len(series), seed)
+    return sequence_augmentation.apply(shuffle.regularize, sources, drawn), labels[drawn.rows]
 
 
-def _collate(taken: list[Taken]) -> Batch:
-    names = taken[0][0].keys()
-    sources = {name: pad_sequence([one[0][name] for one in taken], batch_first=True) for name in names}
-    labels = pad_sequence([one[1] for one in taken], batch_first=True, padding_value=float("nan"))
-    return Batch(sources, labels, torch.tensor([len(one[1]) for one in taken]))
+def _collate(examples: list[Example]) -> Batch:
+    sources = {
+        name: pad_sequence([tensors[name] for tensors, _ in examples], batch_first=True) for name in examples[0][0]
+    }
+    labels = pad_sequence([labels for _, labels in examples], batch_first=True, padding_value=float("nan"))
+    return Batch(sources, labels, torch.tensor([len(labels) for _, labels in examples]))
 
 
-def _choose(lengths: list[int], size: int, order: torch.Generator, within: int | None) -> list[list[int]]:
-    groups = []
-    for buffer in _buffers(len(lengths), order, within):
-        pool, own = size * 16, []
-        for start in range(0, len(buffer), pool):
-            like = sorted(buffer[start : start + pool], key=lambda number: lengths[number])
-            own += [like[at : at + size] for at in range(0, len(like), size)]
-        groups += [own[number] for number in torch.randperm(len(own), generator=order).tolist()]
-    return groups
-
-
-def _buffers(n: int, generator: torch.Generator, within: int | None) -> list[list[int]]:
+def shuffle_in_buffers(n: int, order: torch.Generator, within: int | None) -> list[list[int]]:
     """Permute 0 … n-1: all at once, or runs of neighbours first and then within buffers of about ``within``."""
     if within is None or within >= n:
-        return [torch.randperm(n, generator=generator).tolist()]
-    run = max(1, within // BLOCKS_PER_BUFFER)
+        return [torch.randperm(n, generator=order).tolist()]
+    run = max(1, within // RUNS_PER_BUFFER)
     runs = [range(start, min(start + run, n)) for start in range(0, n, run)]
-    order = torch.randperm(len(runs), generator=generator).tolist()
+    run_order = torch.randperm(len(runs), generator=order).tolist()
     buffers = []
-    for start in range(0, len(order), BLOCKS_PER_BUFFER):
-        members = [number for block in order[start : start + BLOCKS_PER_BUFFER] for number in runs[block]]
-        buffers.append([members[at] for at in torch.randperm(len(members), generator=generator).tolist()])
+    for start in range(0, len(run_order), RUNS_PER_BUFFER):
+        members = [member for number in run_order[start : start + RUNS_PER_BUFFER] for member in runs[number]]
+        buffers.append([members[at] for at in torch.randperm(len(members), generator=order).tolist()])
     return buffers
 
 
@@ -219,12 +213,12 @@ def _buffers(n: int, generator: torch.Generator, within: int | None) -> list[lis
 def predict_batches(
     model: AnySequence, series: Sequence[LabelledSeries], device: torch.device, size: int = 32
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield logits (B, T, 6) in the given order, each with its batch; over a series' sources their mean probability."""
+    """Yield logits (B, T, 6) in the given order, each with its batch; the mean probability over several sources."""
     model.eval()
     names = stored_inputs(model.spec.inputs + model.spec.skip)
     for start in range(0, len(series), size):
         part = series[start : start + size]
-        views = min(len(one.sources) for one in part)
+        views = min(len(item.sources) for item in part)
         batches = [next(plain_batches(part, names, size, source)).to(device) for source in range(views)]
         logits = [model(batch.sources, batch.lengths).float() for batch in batches]
         yield mean_logits(torch.stack(logits)) if views > 1 else logits[0], batches[0]
