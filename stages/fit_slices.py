@@ -110,11 +110,11 @@ def run(
         first = distributed.rank() == 0
         with distributed.first_goes_first():
             pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
-        datasets = [
+        train_set, val_set = (
             SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, pixels)
             for part in (train, val)
-        ]
-        slices = Slices(*datasets, train["series_uid"].tolist())
+        )
+        slices = Slices(train_set, val_set, train["series_uid"].tolist())
         fit = functools.partial(train_network, params, slices, device, workers)
         whole = fit(plain)
         if first:
