@@ -71,7 +71,8 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
             positive = rows[column >= threshold]
             mm = position_mm[positive]
             first, last = (float(mm.min()), float(mm.max())) if mm.size else (None, None)
-            by_class[name] = Extent(tuple(map(str, uids[positive])), first, last, str(uids[rows[int(np.argmax(column))]]))
+            highest = str(uids[rows[int(np.argmax(column))]])
+            by_class[name] = Extent(tuple(map(str, uids[positive])), first, last, highest)
     return by_series
 
 
