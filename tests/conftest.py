@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from click.testing import CliRunner
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -85,6 +86,15 @@ def save_dicom(dataset, path, transfer_syntax=ExplicitVRLittleEndian):
         dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID") or CT_IMAGE
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID") or "1.2.3"
         dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def compress(path, syntax):
+    """Compress the pixels of a file in place."""
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(syntax, generate_instance_uid=False)
+        dataset.save_as(path)
     return path
 
 

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pydicom
 import pytest
-from conftest import ct_dataset
+from conftest import compress, ct_dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
@@ -69,15 +69,14 @@ def jpeg_lossless(pixels, precision=16, restart=0, predictor=1):
 
 
 def coded_file(write_ct, syntax, **options):
-    path = write_ct(**{"pixels": image(), **options})
+    path = write_ct(pixels=image(), **options)
+    if syntax != JPEGLosslessSV1:
+        return compress(path, syntax)
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
-        if syntax == JPEGLosslessSV1:
-            dataset.PixelData = encapsulate([jpeg_lossless(dataset.pixel_array)])
-            dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
-            dataset.file_meta.TransferSyntaxUID = syntax
-        else:
-            dataset.compress(syntax, generate_instance_uid=False)
+        dataset.PixelData = encapsulate([jpeg_lossless(dataset.pixel_array)])
+        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+        dataset.file_meta.TransferSyntaxUID = syntax
         dataset.save_as(path)
     return path
 

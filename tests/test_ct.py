@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pydicom
 import pytest
+from conftest import compress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -38,9 +39,8 @@ def test_hounsfield_units_are_slope_times_stored_plus_intercept(write_ct, syntax
 
 
 def test_fractions_are_rounded_and_ends_are_clipped(write_ct):
-    hu = hounsfield.read_hu(
-        write_ct(pixels=np.array([[3, 5, 32767, -32768]], np.int16), RescaleSlope="1.5", RescaleIntercept="0")
-    )
+    pixels = np.array([[3, 5, 32767, -32768]], np.int16)
+    hu = hounsfield.read_hu(write_ct(pixels=pixels, RescaleSlope="1.5", RescaleIntercept="0"))
     assert hu.tolist() == [[4, 8, 32767, -1024]]  # 4.5 and 7.5 go to the even neighbour
 
 
@@ -77,18 +77,16 @@ def test_12_bit_values_that_wrapped_come_back(write_ct):
 
 @pytest.mark.parametrize(("bits", "intercept"), [(12, "-1024"), (12, "-100"), (16, "0")])
 def test_other_unsigned_files_do_not_wrap(write_ct, bits, intercept):
-    path = write_ct(
-        pixels=np.array([[0, 3500]], np.uint16), BitsStored=bits, HighBit=bits - 1, RescaleIntercept=intercept
-    )
+    pixels = np.array([[0, 3500]], np.uint16)
+    path = write_ct(pixels=pixels, BitsStored=bits, HighBit=bits - 1, RescaleIntercept=intercept)
     assert hounsfield.read_hu(path).tolist() == [[int(intercept), 3500 + int(intercept)]]
 
 
 def test_bits_above_bits_stored_are_no_part_of_the_pixel(write_ct):
     unsigned = write_ct("u", np.array([[0x8005]], np.uint16), BitsStored=12, HighBit=11)
     assert hounsfield.read_hu(unsigned).tolist() == [[5 - 1024]]
-    twos_complement = write_ct(
-        "s", np.array([[0x0FFF, -3024, 7]], np.int16), BitsStored=12, HighBit=11, RescaleIntercept="0"
-    )
+    pixels = np.array([[0x0FFF, -3024, 7]], np.int16)
+    twos_complement = write_ct("s", pixels, BitsStored=12, HighBit=11, RescaleIntercept="0")
     assert hounsfield.read_hu(twos_complement).tolist() == [[-1, -1024, 7]]
 
 
@@ -102,19 +100,15 @@ def test_lossless_compression_gives_the_same_hu(write_ct, syntax):
     pixels = np.random.default_rng(1).integers(-1000, 3000, (32, 32)).astype(np.int16)
     path = write_ct(pixels=pixels)
     plain = hounsfield.read_hu(path)
-    with quiet_pydicom():
-        dataset = pydicom.dcmread(path)
-        dataset.compress(syntax, generate_instance_uid=False)
-        dataset.save_as(path)
+    compress(path, syntax)
     assert read_header(path).compressed
     assert np.array_equal(hounsfield.read_hu(path), plain)
 
 
 def test_a_broken_stream_names_file_and_transfer_syntax(write_ct):
-    path = write_ct(pixels=np.zeros((32, 32), np.int16))
+    path = compress(write_ct(pixels=np.zeros((32, 32), np.int16)), RLELossless)
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
-        dataset.compress(RLELossless, generate_instance_uid=False)
         dataset.PixelData = dataset.PixelData[:24] + bytes(8)
         dataset.save_as(path)
     reason = reason_of(hounsfield.read_hu, path)
@@ -227,10 +221,8 @@ def test_a_file_without_preamble_is_read(write_ct):
 
 
 def test_rsna_identifiers_pass_without_a_warning(write_ct):
-    path = write_ct(
-        SOPInstanceUID="ID_07c9bea25", StudyInstanceUID="ID_1", SeriesInstanceUID="ID_2", InstanceNumber=None
-    )
-    header = read_header(path)  # pytest turns any warning into an error
+    uids = {"SOPInstanceUID": "ID_07c9bea25", "StudyInstanceUID": "ID_1", "SeriesInstanceUID": "ID_2"}
+    header = read_header(write_ct(InstanceNumber=None, **uids))  # pytest turns any warning into an error
     assert (header.sop_uid, header.instance_number) == ("ID_07c9bea25", None)
 
 
@@ -259,9 +251,8 @@ def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
 @pytest.mark.parametrize("image", ["CT1", "CT2"])
 def test_real_lossless_codecs_equal_the_raw_pixels(real_data, image, codec):
     folder = real_data / "nema_wg04_ct_codecs"
-    assert np.array_equal(
-        hounsfield.read_hu(folder / f"{image}_{codec}.dcm"), hounsfield.read_hu(folder / f"{image}_UNC.dcm")
-    )
+    coded, raw = (hounsfield.read_hu(folder / f"{image}_{name}.dcm") for name in (codec, "UNC"))
+    assert np.array_equal(coded, raw)
 
 
 @pytest.mark.real_data
@@ -283,11 +274,7 @@ def test_real_odd_files_are_read_or_refused_as_documented(real_data):
 
 
 def test_a_syntax_without_decoder_names_the_extra_that_brings_it(write_ct, monkeypatch):
-    path = write_ct()
-    with quiet_pydicom():
-        dataset = pydicom.dcmread(path)
-        dataset.compress(RLELossless, generate_instance_uid=False)
-        dataset.save_as(path)
+    path = compress(write_ct(), RLELossless)
     hounsfield.read_hu(path)
     monkeypatch.setattr(decode, "imagecodecs", lambda: None)
     monkeypatch.setattr(decode, "get_decoder", lambda _uid: SimpleNamespace(is_available=False))

@@ -38,15 +38,13 @@ def stored(syntax=ExplicitVRLittleEndian, **values):
     syntax=st.sampled_from(SYNTAXES),
 )  # fmt: skip
 def test_values_are_those_of_pydicom(patient, words, rows, number, floats, syntax):
-    found = stored(
-        syntax, PatientID=patient, ImageType=words, Rows=rows, InstanceNumber=number, ImagePositionPatient=floats
-    )
+    values = {"PatientID": patient, "ImageType": words, "Rows": rows, "InstanceNumber": number}
+    found = stored(syntax, ImagePositionPatient=floats, **values)
     elements = Elements(found)
     assert elements.text("PatientID") == str(found.PatientID or "").strip()
     types = found.get("ImageType") or []
-    assert elements.text("ImageType") == "\\".join(
-        str(part).strip() for part in ([types] if isinstance(types, str) else types)
-    )
+    parts = [types] if isinstance(types, str) else types
+    assert elements.text("ImageType") == "\\".join(str(part).strip() for part in parts)
     assert elements.whole("Rows") == found.Rows == rows
     assert elements.whole("InstanceNumber") == int(found.InstanceNumber) == number
     assert elements.floats("ImagePositionPatient", 3) == [float(value) for value in found.ImagePositionPatient]
@@ -97,9 +95,7 @@ def test_absent_and_empty_values():
 def test_a_wrong_value_names_the_keyword_and_not_the_content(raw, call, complaint):
     keyword, representation, value = raw
     dataset = Dataset()
-    element = pydicom.dataelem.RawDataElement(
-        pydicom.tag.Tag(keyword), representation, len(value), value, 0, False, True, True
-    )
-    dataset[element.tag] = element
+    tag = pydicom.tag.Tag(keyword)
+    dataset[tag] = pydicom.dataelem.RawDataElement(tag, representation, len(value), value, 0, False, True, True)
     with pytest.raises(UnreadableDicomError, match=complaint):
         call(Elements(dataset))

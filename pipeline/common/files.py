@@ -16,10 +16,7 @@ from ichpipe.common.errors import DataError, MissingFileError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
-FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Error numbers for a full disk, an exhausted quota and a size limit."""
-
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 # Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
 _FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")

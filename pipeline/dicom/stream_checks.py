@@ -87,7 +87,7 @@ def require_sound(frame: bytes, syntax: str, claim: Claim) -> None:
 def is_plain(frame: bytes, syntax: str, claim: Claim) -> bool:
     """Whether imagecodecs may decode a stream: understood to the last field, of one tile or scan, and complete.
 
-    Raises UnreadableDicomError for some damaged streams. False may be said of a sound stream.
+    Raises UnreadableDicomError for some damaged streams; some sound streams give False.
     """
     if syntax == RUN_LENGTH:
         return bool(run_segments(frame, claim)) and not any(frame[4 + claim.bits_allocated // 2 : 64])
