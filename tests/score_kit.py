@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ichpipe.common.classes import CLASSES, SUBTYPES
+from ichpipe.index.cq500_reads import FINDINGS, READERS
 from ichpipe.stages.cli import cli, main
 
 KAGGLE = [*SUBTYPES, "any"]
@@ -31,6 +32,12 @@ def make(n=60, patients=6, seed=0):
     found = np.clip(0.4 * true + 0.6 * generator.random((n, 6)), 0.001, 0.999).round(4)
     labels, predictions = (groups.join(pd.DataFrame(values, columns=list(CLASSES))) for values in (true, found))
     return labels, predictions.sample(frac=1, random_state=seed).reset_index(drop=True)
+
+
+def reads_text(rows):
+    """CQ500's reads.csv of rows (name, 18 reads: six findings of each reader)."""
+    columns = [f"{reader}:{finding}" for reader in READERS for finding in FINDINGS.values()]
+    return "".join(",".join(map(str, row)) + "\n" for row in [("name", *columns), *((name, *r) for name, r in rows)])
 
 
 def long_rows(table):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from score_kit import error, score
+from score_kit import error, reads_text, score
 from sklearn.metrics import roc_auc_score
 
 from ichpipe.common.classes import CLASSES
@@ -80,11 +80,9 @@ def test_names_of_scans(text, number):
 
 
 def test_two_of_three_readers_decide(tmp_path):
-    reads = pd.DataFrame({"name": [f"CQ500-CT-{votes}" for votes in range(4)]})
-    for place, reader in enumerate(READERS):
-        for finding in FINDINGS.values():
-            reads[f"{reader}:{finding}"] = [int(place < votes) for votes in range(4)]
-    found = read_majority(write(reads, tmp_path / "reads.csv"))
+    path = tmp_path / "reads.csv"
+    path.write_text(reads_text([(f"CQ500-CT-{votes}", [1] * 6 * votes + [0] * 6 * (3 - votes)) for votes in range(4)]))
+    found = read_majority(path)
     assert found.values.index.tolist() == [f"CQ500-CT-{votes}" for votes in range(4)]
     assert found.values.to_numpy().tolist() == [[0.0] * 6, [0.0] * 6, [1.0] * 6, [1.0] * 6]
 

@@ -39,14 +39,18 @@ def test_any_table_comes_back_by_name_in_any_row_order(tmp_path, labels, seed):
 def test_rows_that_repeat_are_counted_and_change_nothing(tmp_path):
     rows = lines("ID_a", [0, 1, 0, 0, 0]) + lines("ID_b", [0, 0, 0, 0, 0])
     once, _ = read_rsna_labels(write_table(tmp_path / "once.csv", rows))
-    twice, report = read_rsna_labels(write_table(tmp_path / "twice.csv", rows + rows[:6]))
+    twice, report = read_rsna_labels(write_table(tmp_path / "twice.csv", rows + rows[:6]), on_conflict="error")
     assert once.equals(twice)
     assert (report["duplicate_rows"], report["contradictory_slices"]) == (6, 0)
 
 
-def test_a_slice_with_contradictory_rows_becomes_unknown_and_is_reported(tmp_path):
+def test_a_slice_with_contradictory_rows_becomes_unknown_and_is_reported_or_is_an_error_if_asked(tmp_path):
     rows = [*lines("ID_a", [0, 1, 0, 0, 0]), "ID_a_subdural,1", *lines("ID_b", [1, 0, 0, 0, 0])]
-    table, report = read_rsna_labels(write_table(tmp_path / "t.csv", rows))
+    path = write_table(tmp_path / "t.csv", rows)
+    message = r"t\.csv, line 6: contradicts another row of the same ID; keep one of them: 'ID_a_subdural' \(2 such row"
+    with pytest.raises(DataError, match=message):
+        read_rsna_labels(path, on_conflict="error")
+    table, report = read_rsna_labels(path)
     assert table.loc["ID_a"].isna().all()
     assert table.loc["ID_b"].notna().all()
     assert report["contradictory_sop_uids"] == ["ID_a"]

@@ -5,6 +5,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from score_kit import reads_text
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, MissingFileError
@@ -31,9 +32,14 @@ def data_set(tmp_path, write_series, monkeypatch):
     return PrepareParams(dicom_dir="data", labels="labels.csv", seed=1)
 
 
+def prepared(params, out, **options):
+    """Run the stage; return the index that it writes."""
+    prepare.run(params, out, **options)
+    return slice_index.read_index(out / "slices.parquet")
+
+
 def test_prepare_writes_index_rejected_and_summary(data_set, tmp_path):
-    prepare.run(data_set, tmp_path / "index")
-    index = slice_index.read_index(tmp_path / "index/slices.parquet")
+    index = prepared(data_set, tmp_path / "index")
     assert list(index.columns) == slice_index.SCHEMA.names
     assert index["slice_index"].tolist() == [0, 1, 2] * 10
     assert index["position_mm"].tolist() == [0, 5, 10] * 10
@@ -67,17 +73,9 @@ def test_same_input_gives_the_same_bytes_whatever_the_workers(data_set, tmp_path
 
 def test_a_folder_without_labels_is_indexed_with_unknown_labels(data_set, tmp_path):
     params = data_set.model_copy(update={"dataset": "folder", "labels": None})
-    prepare.run(params, tmp_path / "index")
-    index = slice_index.read_index(tmp_path / "index/slices.parquet")
+    index = prepared(params, tmp_path / "index")
     assert index[list(CLASSES)].isna().all(axis=None)
     assert set(index["split"]) == {"train", "val", "test"}
-
-
-def choose_reads(names):
-    findings = ("ICH", "EDH", "IPH", "IVH", "SAH", "SDH")
-    heading = ["name", *(f"R{reader}:{finding}" for reader in (1, 2, 3) for finding in findings)]
-    rows = [[name, *map(str, [number % 2, 0, 0, 0, 0, number % 2] * 3)] for number, name in enumerate(names)]
-    return "\n".join(",".join(row) for row in [heading, *rows]) + "\n"
 
 
 @pytest.fixture
@@ -98,15 +96,15 @@ def cq500(tmp_path, write_series, monkeypatch):
         folder = tmp_path / f"data/CQ500CT{case} CQ500CT{case}"
         shutil.make_archive(str(tmp_path / f"data/CQ500-CT-{case}"), "zip", tmp_path / "data", folder.name)
         shutil.rmtree(folder)
-    (tmp_path / "reads.csv").write_text(choose_reads([f"CQ500-CT-{case}" for case in range(7)]))
+    rows = [(f"CQ500-CT-{case}", [case % 2, 0, 0, 0, 0, case % 2] * 3) for case in range(7)]
+    (tmp_path / "reads.csv").write_text(reads_text(rows))
     monkeypatch.chdir(tmp_path)
     return PrepareParams(dataset="cq500", dicom_dir="data", labels="reads.csv", folds=2)
 
 
 @pytest.mark.slow
 def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path):
-    prepare.run(cq500, tmp_path / "index")
-    index = slice_index.read_index(tmp_path / "index/slices.parquet")
+    index = prepared(cq500, tmp_path / "index")
     series = pd.read_csv(tmp_path / "index/series.csv")
     assert (len(series), series["chosen"].sum()) == (24, 6)
     chosen = series[series["chosen"]]
@@ -115,15 +113,9 @@ def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path)
     reasons = series[~series["chosen"]].groupby("reason").size().to_dict()
     localizer = "ImageType (0008,0008) says LOCALIZER: a localizer or screen, not a slice"
     assert reasons == {localizer: 6, "contrast": 6, "0.625 mm thick; the chosen one has 5 mm": 6}
-    assert (
-        index["position_mm"].is_monotonic_increasing
-        or index.groupby("series_uid")["position_mm"].is_monotonic_increasing.all()
-    )
-    assert (
-        index.loc[index["patient_id"] == "CQ500CT4", "path"]
-        .str.startswith("data/CQ500-CT-4.zip/CQ500CT4 CQ500CT4/Unk")
-        .all()
-    )
+    assert index.groupby("series_uid")["position_mm"].is_monotonic_increasing.all()
+    packed = index.loc[index["patient_id"] == "CQ500CT4", "path"]
+    assert packed.str.startswith("data/CQ500-CT-4.zip/CQ500CT4 CQ500CT4/Unk").all()
     rejected = pd.read_csv(tmp_path / "index/rejected.csv")
     summary = json.loads((tmp_path / "index/summary.json").read_text())
     assert len(index) + len(rejected) == summary["files"] == 6 * (20 + 160 + 20 + 1)
@@ -133,8 +125,7 @@ def test_cq500_takes_one_plain_thick_series_a_scan_and_says_why(cq500, tmp_path)
 
 @pytest.mark.slow
 def test_cq500_labels_are_of_studies(cq500, tmp_path):
-    prepare.run(cq500, tmp_path / "index")
-    index = slice_index.read_index(tmp_path / "index/slices.parquet")
+    index = prepared(cq500, tmp_path / "index")
     table = pd.read_csv(tmp_path / "index/studies.csv").sort_values("patient_id")
     assert table["subdural"].tolist() == table["any"].tolist() == [0, 1] * 3
     assert (table["epidural"] == 0).all()
@@ -148,27 +139,25 @@ def test_cq500_labels_are_of_studies(cq500, tmp_path):
 def test_choices_overrule_the_rules(cq500, tmp_path):
     (tmp_path / "choices.csv").write_text("series_uid\n1.2.3.2\n")
     selection = cq500.selection.model_copy(update={"choices": "choices.csv"})
-    prepare.run(cq500.model_copy(update={"selection": selection}), tmp_path / "index")
-    assert "1.2.3.2" in slice_index.read_index(tmp_path / "index/slices.parquet")["series_uid"].to_numpy()
+    index = prepared(cq500.model_copy(update={"selection": selection}), tmp_path / "index")
+    assert "1.2.3.2" in index["series_uid"].to_numpy()
 
 
 @pytest.mark.slow
 def test_a_damaged_archive_is_rejected_and_the_rest_goes_on(cq500, tmp_path):
     packed = tmp_path / "data/CQ500-CT-4.zip"
     packed.write_bytes(packed.read_bytes()[:-400])
-    prepare.run(cq500, tmp_path / "index")
+    index = prepared(cq500, tmp_path / "index")
     rejected = pd.read_csv(tmp_path / "index/rejected.csv").set_index("path")["reason"]
     assert rejected["data/CQ500-CT-4.zip"] == "damaged zip archive (BadZipFile); get it again"
-    assert slice_index.read_index(tmp_path / "index/slices.parquet")["patient_id"].nunique() == 5
+    assert index["patient_id"].nunique() == 5
 
 
 def test_rsna_keeps_every_series_and_folder_one(data_set, tmp_path, write_series):
     write_series("data/again", [5, 0, 10], series="1.2.10.7", patient="P0", StudyInstanceUID="1.2.10.0.1")
-    counts = {}
-    for dataset in ("rsna", "folder"):
-        prepare.run(data_set.model_copy(update={"dataset": dataset}), tmp_path / dataset)
-        counts[dataset] = slice_index.read_index(tmp_path / dataset / "slices.parquet")["series_uid"].nunique()
-    assert counts == {"rsna": 11, "folder": 10}
+    for dataset, count in (("rsna", 11), ("folder", 10)):
+        index = prepared(data_set.model_copy(update={"dataset": dataset}), tmp_path / dataset)
+        assert index["series_uid"].nunique() == count
 
 
 def test_a_second_run_reads_no_header_and_gives_the_same_bytes(data_set, tmp_path, monkeypatch):
@@ -180,12 +169,9 @@ def test_a_second_run_reads_no_header_and_gives_the_same_bytes(data_set, tmp_pat
 
 
 def test_no_name_or_free_text_reaches_a_file(tmp_path, write_series):
-    secret = {
-        "PatientName": "Doe^Secretname",
-        "PatientBirthDate": "19010203",
-        "SeriesDescription": "Secretname PLAIN 5MM",
-    }
-    secret |= {"StudyDescription": "Secretname HEAD", "ProtocolName": "Secretname", "AccessionNumber": "Secretname"}
+    secret = {"PatientName": "Doe^Secretname", "PatientBirthDate": "19010203"}
+    secret |= {"SeriesDescription": "Secretname PLAIN 5MM", "StudyDescription": "Secretname HEAD"}
+    secret |= {"ProtocolName": "Secretname", "AccessionNumber": "Secretname"}
     for number in range(6):
         write_series(f"data/{number}", [0, 5, 10], series=f"1.2.{number}", patient=f"P{number}", **secret)
     params = PrepareParams(dataset="folder", dicom_dir=str(tmp_path / "data"), labels=None, folds=2)
@@ -230,8 +216,7 @@ def test_a_file_name_that_is_not_utf8_is_rejected_and_named(data_set, tmp_path):
 def test_real_rsna_slices(real_data, tmp_path):
     folder = real_data / "rsna_real_slices"
     params = PrepareParams(dicom_dir=str(folder), labels=str(folder / "stage_2_train.csv"))
-    prepare.run(params, tmp_path)
-    index = slice_index.read_index(tmp_path / "slices.parquet")
+    index = prepared(params, tmp_path)
     assert len(index) == 5
     assert index["any"].notna().all()
     assert pd.read_csv(tmp_path / "rejected.csv")["path"].str.endswith("stage_2_train.csv").tolist() == [True]

@@ -20,6 +20,11 @@ def scan_folder(folder, workers=1):
     return scan.scan([folder], workers)
 
 
+def assert_same(tables, others):
+    for table, other in zip(tables, others, strict=True):
+        pd.testing.assert_frame_equal(table, other)
+
+
 def test_every_file_is_in_exactly_one_table(tmp_path, write_series, write_ct):
     write_series("a", [3, 1, 2], series="1.2.3")
     write_series("b", [0, 5], series="1.2.4", patient="P2")
@@ -36,12 +41,10 @@ def test_every_file_is_in_exactly_one_table(tmp_path, write_series, write_ct):
 def test_workers_do_not_change_the_result(tmp_path, write_series, monkeypatch):
     write_series("a", [3, 1, 2])
     (tmp_path / "a/odd").write_text("x")
-    alone, threads = scan_folder(tmp_path), scan_folder(tmp_path, 2)
+    alone = scan_folder(tmp_path)
+    assert_same(alone, scan_folder(tmp_path, 2))
     monkeypatch.setattr(scan, "PROCESSES_FROM", 2)
-    for one, other in zip(alone, threads, strict=True):
-        pd.testing.assert_frame_equal(one, other)
-    for one, other in zip(alone, scan_folder(tmp_path, 2), strict=True):
-        pd.testing.assert_frame_equal(one, other)
+    assert_same(alone, scan_folder(tmp_path, 2))
 
 
 def kill_at_the_second_chunk(files):
@@ -62,9 +65,7 @@ def test_a_killed_process_is_said_and_what_was_read_is_kept(tmp_path, write_seri
         patch.setattr(multiprocessing, "get_context", lambda _kind: forked)
         with pytest.raises(DataError, match=r"process that reads headers was killed.*fewer --workers"):
             scan.scan([tmp_path / "a"], 2, tmp_path / "cache")
-    again = scan.scan([tmp_path / "a"], 1, tmp_path / "cache")
-    for one, other in zip(again, scan_folder(tmp_path / "a"), strict=True):
-        pd.testing.assert_frame_equal(one, other)
+    assert_same(scan.scan([tmp_path / "a"], 1, tmp_path / "cache"), scan_folder(tmp_path / "a"))
 
 
 def test_nothing_to_scan_gives_two_empty_tables_with_their_columns(tmp_path):
