@@ -25,9 +25,9 @@ def test_columns_are_in_the_files(run, name):
     body = DRAWN[name]
     for path, columns in body["y"].items():
         rows = rows_of(run, path)
-        wanted = {body["x"], *([columns] if isinstance(columns, str) else columns)}
+        plotted = {body["x"], *([columns] if isinstance(columns, str) else columns)}
         assert rows
-        assert all(wanted <= set(row) for row in rows)
+        assert all(plotted <= set(row) for row in rows)
 
 
 @pytest.mark.parametrize("path", PICTURES)

@@ -13,42 +13,33 @@ from ichpipe.scoring.metrics import curves
 ORANGE = tuple(int(POSITIVE[start : start + 2], 16) for start in (1, 3, 5))
 
 
-def one_score(loss, auc):
+def make_score(loss, auc):
     aucs = {name: {"value": auc, "ci_low": auc - 0.02, "ci_high": auc + 0.02, "n_positive": 9} for name in CLASSES}
-    return {
-        "weighted_log_loss": loss,
-        "weighted_log_loss_ci": [loss - 0.01, loss + 0.01],
-        "auc": aucs,
-        "study_auc": aucs,
-    }
+    interval = [loss - 0.01, loss + 0.01]
+    return {"weighted_log_loss": loss, "weighted_log_loss_ci": interval, "auc": aucs, "study_auc": aucs}
 
 
-def some_metrics(arms=("paper",)):
-    scores = {arm: one_score(0.15 - 0.01 * number, 0.9) for number, arm in enumerate(arms)}
-    return {
-        "slice_cnn": one_score(0.2, 0.85),
-        "sequence": scores,
-        "finetuned": one_score(0.12, 0.92),
-        "n_slices": 330,
-        "n_studies": 10,
-    }
+def make_metrics(arms=("paper",)):
+    sequence = {arm: make_score(0.15 - 0.01 * number, 0.9) for number, arm in enumerate(arms)}
+    models = {"slice_cnn": make_score(0.2, 0.85), "sequence": sequence, "finetuned": make_score(0.12, 0.92)}
+    return models | {"n_slices": 330, "n_studies": 10}
 
 
-def some_points():
+def make_points():
     generator = np.random.default_rng(0)
     labels = (generator.random((200, 6)) < 0.3).astype(float)
     labels[:, 1] = 0
     return {name: curves(labels, generator.random((200, 6)))["roc"] for name in ("slice_cnn", "finetuned")}
 
 
-def some_history(epochs=4):
+def make_history(epochs=4):
     return [
         {"epoch": e, "train_loss": None if e == 0 else 0.5 / e, "val_loss": 0.5 / (e + 1), "learning_rate": 0.0}
         for e in range(epochs)
     ]
 
 
-def some_series(slices=12, positive=(4, 5)):
+def make_series(slices=12, positive=(4, 5)):
     hu = np.random.default_rng(0).integers(0, 80, (slices, 32, 32)).astype(np.int16)
     labels = np.zeros((slices, 6))
     labels[list(positive), 0] = labels[list(positive), 5] = 1
@@ -56,10 +47,10 @@ def some_series(slices=12, positive=(4, 5)):
 
 
 DRAWINGS = {
-    "ladder": lambda: ladder(some_metrics()),
-    "roc": lambda: roc(some_points()),
-    "learning_curves": lambda: learning_curves({"slice CNN": some_history(), "fine-tuned": some_history(2)}),
-    "study_sheet": lambda: study_sheet(*some_series(), "series 1.2.3"),
+    "ladder": lambda: ladder(make_metrics()),
+    "roc": lambda: roc(make_points()),
+    "learning_curves": lambda: learning_curves({"slice CNN": make_history(), "fine-tuned": make_history(2)}),
+    "study_sheet": lambda: study_sheet(*make_series(), "series 1.2.3"),
 }
 
 
@@ -85,36 +76,36 @@ def test_same_input_gives_the_same_bytes_and_no_origin(name):
 
 @pytest.mark.slow
 def test_numbers_reach_the_pictures():
-    better = some_metrics()
-    better["finetuned"] = one_score(0.08, 0.95)
-    assert ladder(better) != ladder(some_metrics())
-    moved = some_points()
+    better = make_metrics()
+    better["finetuned"] = make_score(0.08, 0.95)
+    assert ladder(better) != ladder(make_metrics())
+    moved = make_points()
     moved["finetuned"] = moved["slice_cnn"]
-    assert roc(moved) != roc(some_points())
-    assert learning_curves({"a": some_history(4)}) != learning_curves({"a": some_history(5)})
-    hu, probabilities, labels = some_series()
+    assert roc(moved) != roc(make_points())
+    assert learning_curves({"a": make_history(4)}) != learning_curves({"a": make_history(5)})
+    hu, probabilities, labels = make_series()
     other = study_sheet(hu, {**probabilities, "finetuned": labels * 0.5}, labels, "t")
     assert other != study_sheet(hu, probabilities, labels, "t")
 
 
 @pytest.mark.slow
 def test_ladder_grows_by_a_rung_for_each_arm():
-    heights = [pixels(ladder(some_metrics(arms))).shape[0] for arms in (("a",), ("a", "b"), ("a", "b", "c"))]
+    heights = [pixels(ladder(make_metrics(arms))).shape[0] for arms in (("a",), ("a", "b"), ("a", "b", "c"))]
     assert heights[0] < heights[1] < heights[2]
 
 
 def test_ladder_says_where_a_figure_has_no_value():
-    metrics = some_metrics()
+    metrics = make_metrics()
     empty = {"value": None, "ci_low": None, "ci_high": None, "n_positive": 0}
     metrics["slice_cnn"]["study_auc"] = {"any": empty}
     metrics["finetuned"]["weighted_log_loss_ci"] = None
-    assert ladder(metrics) != ladder(some_metrics())
+    assert ladder(metrics) != ladder(make_metrics())
 
 
 @pytest.mark.slow
 def test_more_positive_slices_more_frames():
     def frames(positive):
-        hu, probabilities, labels = some_series(positive=positive)
+        hu, probabilities, labels = make_series(positive=positive)
         return count_of(study_sheet(hu, probabilities, labels, "t"), ORANGE)
 
     none, one, two = frames(()), frames((4,)), frames((4, 8))
@@ -125,7 +116,7 @@ def test_more_positive_slices_more_frames():
 
 def test_slices_are_shown_in_the_brain_window():
     def share_of_grey(hu_value):
-        hu, probabilities, labels = some_series(positive=())
+        hu, probabilities, labels = make_series(positive=())
         tile = pixels(study_sheet(np.full_like(hu, hu_value), probabilities, labels, "t"))
         grey = 255 * np.clip((hu_value - 0) / 80, 0, 1)
         return (np.abs(tile - round(grey)).max(axis=2) <= 2).mean()
@@ -138,7 +129,7 @@ def test_slices_are_shown_in_the_brain_window():
 @pytest.mark.parametrize("slices", [1, 2, 11, 41, 90])
 @pytest.mark.slow
 def test_series_of_any_length(slices):
-    hu, probabilities, labels = some_series(slices, positive=(0,))
+    hu, probabilities, labels = make_series(slices, positive=(0,))
     assert pixels(study_sheet(hu, probabilities, labels, "t")).shape[0] < 1200
 
 

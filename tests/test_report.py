@@ -40,8 +40,8 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         self.words.append(data)
 
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
+    def all(self, *tags):
+        return [attributes for name, attributes in self.tags if name in tags]
 
     @property
     def text(self):
@@ -140,18 +140,16 @@ def test_hostile_names_are_text(branch):
     metrics["sequence"][HOSTILE] = metrics["sequence"].pop("paper")
     metrics["paired"][HOSTILE] = next(iter(metrics["paired"].values()))
     (branch.artifacts / "metrics" / "evaluate.json").write_text(json.dumps(metrics))
-    place = branch.artifacts / "index" / "summary.json"
-    summary = json.loads(place.read_text())
-    summary |= {"rejected": 1, "rejected_by_reason": {HOSTILE: 1}}
-    place.write_text(json.dumps(summary))
-    place = branch.artifacts / "compare" / "arms.json"
-    found = json.loads(place.read_text())
-    found["arms"][0]["arm"], found["baseline"], found["warnings"] = HOSTILE, HOSTILE, [HOSTILE]
-    place.write_text(json.dumps(found))
+    path = branch.artifacts / "index" / "summary.json"
+    summary = json.loads(path.read_text()) | {"rejected": 1, "rejected_by_reason": {HOSTILE: 1}}
+    path.write_text(json.dumps(summary))
+    path = branch.artifacts / "compare" / "arms.json"
+    comparison = json.loads(path.read_text()) | {"baseline": HOSTILE, "warnings": [HOSTILE]}
+    comparison["arms"][0]["arm"] = HOSTILE
+    path.write_text(json.dumps(comparison))
     page = report_again(branch)
     reader = Reader(page)
-    assert not reader.all("script")
-    assert not reader.all("img")
+    assert not reader.all("script", "img")
     assert "<script>alert" not in page
     assert HOSTILE in "".join(reader.words)
     assert "49" not in "".join(word for word in reader.words if "alert" in word)
@@ -169,8 +167,8 @@ def test_hostile_names_are_text(branch):
     ],
 )
 def test_what_is_missing_is_said(branch, gone, sentence):
-    place = branch.artifacts / gone
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    path = branch.artifacts / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert sentence in Reader(report_again(branch)).text
 
 
@@ -189,8 +187,8 @@ def test_nothing_at_all_is_one_error(run, tmp_path, capsys):
 
 
 def test_torn_file_is_named(branch, capsys):
-    place = branch.artifacts / "metrics" / "evaluate.json"
-    place.write_text(place.read_text()[:50])
+    path = branch.artifacts / "metrics" / "evaluate.json"
+    path.write_text(path.read_text()[:50])
     assert "evaluate.json" in branch.error(capsys, "report")
 
 
@@ -247,17 +245,15 @@ def test_operating_point_is_chosen_on_validation(reported):
     """By hand: the threshold for `any` of the page is one of the validation scores, and the counts are those at it."""
     table = pd.read_parquet(reported.artifacts / "finetuned" / "predictions.parquet")
     truth, score = of_studies(table[table["split"] == "val"], "max")
-    wanted = min(score[truth[:, 0] == 1, 0])  # few positives: 0.9 of them is all
+    threshold = min(score[truth[:, 0] == 1, 0])  # few positives: 0.9 of them is all
     test_truth, test_score = of_studies(table[table["split"] == "test"], "max")
-    called, positive = test_score[:, 0] >= wanted, test_truth[:, 0] == 1
-    counts = [
-        (a & b).sum() for a, b in ((called, positive), (~called, positive), (called, ~positive), (~called, ~positive))
-    ]
+    called, positive = test_score[:, 0] >= threshold, test_truth[:, 0] == 1
+    counts = [(a & b).sum() for b in (positive, ~positive) for a in (called, ~called)]
     page = page_of(reported)
     caption = page.index("Threshold for sensitivity")
     row = re.search(r'<th scope="row">any</th>(.*?)</tr>', page[caption:]).group(1)
     cells = re.findall(r"<td>(.*?)</td>", row)
-    assert cells[:5] == [f"{wanted:.3f}", *map(str, counts)]
+    assert cells[:5] == [f"{threshold:.3f}", *map(str, counts)]
 
 
 # The parts
@@ -267,8 +263,8 @@ def test_cases_are_the_extremes_and_each_stands_once():
     series = pd.Series(list("abcdef"))
     positive = np.array([True, True, True, False, False, False])
     score = np.array([0.9, 0.1, 0.5, 0.2, 0.8, 0.3])
-    found = [(case.series_uid, case.kind.split(":")[0]) for case in choose_cases(series, positive, score, 2)]
-    assert found == [
+    cases = [(case.series_uid, case.kind.split(":")[0]) for case in choose_cases(series, positive, score, 2)]
+    assert cases == [
         ("b", "Worst misses"),
         ("c", "Worst misses"),
         ("e", "Worst false alarms"),
@@ -281,8 +277,7 @@ def test_cases_are_the_extremes_and_each_stands_once():
 def test_plot_puts_points_in_their_place():
     svg = str(line_plot("t", [Line("a", [(0, 0), (1, 1)])], Axis("x", 0, 1), Axis("y", 0, 1)))
     path = re.search(r'<path class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg)
-    x0, y0, x1, y1 = map(float, path.groups())
-    assert (x0, y0, x1, y1) == (52, 200, 310, 10)
+    assert [float(number) for number in path.groups()] == [52, 200, 310, 10]
 
 
 def test_plot_escapes_what_comes_in():
@@ -290,8 +285,7 @@ def test_plot_escapes_what_comes_in():
         line_plot(HOSTILE, [Line(HOSTILE, [(0, 0)])], Axis(HOSTILE, 0, 1), Axis(HOSTILE, 0, 1)),
         interval_plot(HOSTILE, [(HOSTILE, Estimate(0.5, 0.4, 0.6))], HOSTILE),
     ):
-        assert not Reader(str(svg)).all("script")
-        assert not Reader(str(svg)).all("img")
+        assert not Reader(str(svg)).all("script", "img")
         assert "alert(1)" in str(svg)
 
 
@@ -325,8 +319,7 @@ def test_numbers_as_people_write_them():
 def test_page_of_plain_sections_escapes_everything():
     section = Section("a", HOSTILE, [HOSTILE], [Table(HOSTILE, [HOSTILE], [[HOSTILE, HOSTILE]])], preformatted=HOSTILE)
     reader = Reader(render_page([section], HOSTILE))
-    assert not reader.all("script")
-    assert not reader.all("img")
+    assert not reader.all("script", "img")
     assert sum(word == HOSTILE for word in reader.words) >= 7
 
 
