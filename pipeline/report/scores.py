@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-WANTED: Final = 0.9
+TARGET: Final = 0.9
 """Sensitivity, and specificity, that a threshold is chosen for."""
 
 RATES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -122,7 +122,7 @@ def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
         if row["model"] in shown:
             numbers = format_number(row["predicted"], 3), format_number(row["observed"], 3), str(row["n"])
             rows.append([model_title(row["model"]), row["class"], *numbers])
-    lines = ["How far probabilities can be taken at their word: on the diagonal, one in five slices of P 0.2 bleeds."]
+    lines = ["On the diagonal a probability equals the share of positives: one in five slices of P 0.2 bleeds."]
     hidden = [Table("Calibration in ten bins", ["model", "class", "mean P", "share positive", "slices"], rows)]
     tables = [] if facts.test is None else [_reliability(facts.test)]
     return Section("calibration", "Calibration", lines, tables, _legend(shown), plots, hidden)
@@ -167,12 +167,12 @@ def operating(facts: Facts, study_score: StudyScore) -> Section:
     for words in ("sensitivity", "specificity"):
         rows = []
         for column, name in enumerate(CLASSES):
-            points = operating_points(val_truth[:, column], val_score[:, column], wanted=WANTED)
+            points = operating_points(val_truth[:, column], val_score[:, column], wanted=TARGET)
             threshold = (points[f"high_{words}"] or {}).get("threshold")
             rows.append([name, *_confusion(truth[:, column] == 1, score[:, column], threshold)])
         head = ["class", "threshold", "true positive", "false negative", "false positive", "true negative"]
         head += ["sensitivity", "specificity"]
-        tables.append(Table(f"Threshold for {words} of at least {WANTED:g} in validation", head, rows))
+        tables.append(Table(f"Threshold for {words} of at least {TARGET:g} in validation", head, rows))
     lines = [
         f"A study is called positive where its score ({study_score} over slices, fine-tuned model) reaches the "
         f"threshold. Thresholds are chosen on the {len(val_truth)} validation studies; counted here are the "

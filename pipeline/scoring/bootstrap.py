@@ -92,9 +92,9 @@ def resampled_mean(values: Floats, patient: NDArray[np.intp], patients: int) -> 
     return means
 
 
-def group_sums(values: Floats, patient: NDArray[np.intp], patients: int) -> Floats:
-    """Sum ``values`` (n,) over the slices of each patient: (patients,)."""
-    return np.bincount(patient, weights=values, minlength=patients).astype(np.float64, copy=False)
+def group_sums(values: Floats, group: NDArray[np.intp], groups: int) -> Floats:
+    """Sum ``values`` (n,) over the rows of each group, such as the slices of a patient: (groups,)."""
+    return np.bincount(group, weights=values, minlength=groups).astype(np.float64, copy=False)
 
 
 def percentile_interval(values: Floats, confidence: float) -> list[float] | None:

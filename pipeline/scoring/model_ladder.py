@@ -88,15 +88,9 @@ def ladder_text(metrics: dict[str, Any]) -> str:
 
 
 def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
-    return score(
-        table[LABELS],
-        table[list(CLASSES)],
-        table["patient_id"],
-        table["series_uid"],
-        **section.bootstrap(),
-        study_score=section.study_score,
-        study_probabilities=smooth_series(table),
-    )
+    columns = table[LABELS], table[list(CLASSES)], table["patient_id"], table["series_uid"]
+    smooth = smooth_series(table)
+    return score(*columns, **section.bootstrap(), study_score=section.study_score, study_probabilities=smooth)
 
 
 def _compare(tables: dict[str, pd.DataFrame], earlier: str, later: str, section: EvaluateParams) -> dict[str, Any]:

@@ -96,9 +96,8 @@ def score_scans(
             raise DataError(f"{against.title} has no scan in common with the predictions; check its names")
         truth, first, second = (frame.loc[common] for frame in (labels.values, probabilities, others))
         tests = {name: compare(truth[name], first[name], second[name], confidence) for name in CLASSES}
-        result["against"] = {
-            "n_studies": len(common), "delong_test": tests, "predictions": against.report | matches
-        }  # fmt: skip
+        report = against.report | matches
+        result["against"] = {"n_studies": len(common), "delong_test": tests, "predictions": report}
     return result | settings
 
 

@@ -184,10 +184,8 @@ def score_slices(
     }
     if against is not None:
         others, report = _join(against, labels, uids, missing)
-        result["against"] = {
-            "predictions": report,
-            **paired_difference(true, others, probabilities, patients, **settings),
-        }
+        difference = paired_difference(true, others, probabilities, patients, **settings)
+        result["against"] = {"predictions": report, **difference}
     return result | settings
 
 
