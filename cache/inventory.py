@@ -76,13 +76,11 @@ def read_manifest(location: StoreLocation, group: zarr.Group) -> Manifest:
     where = arrays.pop("location")
     try:
         manifest = Manifest(Rows(*arrays.values()), list(segments), where)
-        intact = name == manifest.name
+        content_name = manifest.name
     except layout.DAMAGED as error:
         raise StoreError(f"{location}: {group.path}/{name} is damaged; run: ichpipe extract") from error
-    if not intact:
-        raise StoreError(
-            f"{location}: the content of {group.path}/{name} does not match its name; run: ichpipe extract"
-        )
+    if content_name != name:
+        raise StoreError(f"{location}: {group.path}/{name} does not match its content; run: ichpipe extract")
     return manifest
 
 

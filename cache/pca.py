@@ -62,10 +62,8 @@ def write(location: StoreLocation, store: EmbeddingStore, components: PrincipalC
     with location.writing():
         group = layout.subgroup(layout.open_root(location, write=True), store.generation)
         manifest = str(group.attrs["manifest"])
-        arrays = {"mean": components.mean, "components": components.components}
-        name = layout.PCA + name_of_bytes(
-            manifest.encode(), *(np.ascontiguousarray(a).tobytes() for a in arrays.values())
-        )
+        values = [np.ascontiguousarray(array).tobytes() for array in (components.mean, components.components)]
+        name = layout.PCA + name_of_bytes(manifest.encode(), *values)
         if group.attrs.get(PCA_POINTER) != name or name not in group:
             location.remove(f"{group.path}/{name}")
             folder = group.require_group(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +49,9 @@ class ComputePlugin(WorkerPlugin):
 def numbers_of(addresses: Iterable[str]) -> dict[str, int]:
     """Number the workers of each machine from 0, in the order of their addresses."""
     numbers: dict[str, int] = {}
-    workers_on: Counter[str] = Counter()
     for address in sorted(addresses):
         machine = address.rpartition(":")[0]
-        numbers[address] = workers_on[machine]
-        workers_on[machine] += 1
+        numbers[address] = sum(other.rpartition(":")[0] == machine for other in numbers)
     return numbers
 
 
