@@ -70,7 +70,8 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
 
     Text that the report need not repeat is removed: highdicom would copy names of physicians and the like.
     """
-    kept, sources = {*_REQUIRED, *_COPIED, *_KEPT_CODES}, []
+    kept = {*_REQUIRED, *_COPIED, *_KEPT_CODES}
+    sources: list[Dataset] = []
     with quiet_pydicom():
         for path in paths:
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
