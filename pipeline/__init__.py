@@ -29,9 +29,10 @@ __all__ = [
     "Store", "Volume", "find_slices", "load_model", "open_store", "read_hu", "read_series", "read_studies",
 ]  # fmt: skip
 
-# Module of each name; the others are in api.
-_MODULES = {"CLASSES": "common.classes", "IchpipeError": "common.errors", "read_hu": "dicom.hounsfield"}
-_MODULES |= dict.fromkeys(("Found", "Volume", "find_slices", "read_series", "read_studies"), "index.volume")
+_MODULES = dict.fromkeys(("Found", "Volume", "find_slices", "read_series", "read_studies"), "index.volume") | {
+    "CLASSES": "common.classes", "IchpipeError": "common.errors", "read_hu": "dicom.hounsfield"
+}  # fmt: skip
+"""Module of each name; the others are in ``api``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,8 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
     values = smooth_series(slices)
     position_mm, uids = slices["position_mm"].to_numpy(np.float64), slices["sop_uid"].to_numpy(object)
     by_series: dict[str, dict[str, Extent]] = {}
-    for series_uid, rows in slices.groupby("series_uid", sort=False).indices.items():
+    for series_uid, indices in slices.groupby("series_uid", sort=False).indices.items():
+        rows = np.asarray(indices, dtype=np.intp)
         by_class = by_series[str(series_uid)] = {}
         for name, column in zip(CLASSES, values[rows].T, strict=True):
             positive = rows[column >= threshold]

@@ -48,8 +48,8 @@ def predict_slices(
         readable = group[~group["path"].isin([path for path, _ in bad])]
         values = to_probabilities(logits)
         finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
-        not_numbers = readable["path"].to_numpy(object)[~finite]
-        rejected += bad + [(str(path), "its prediction is not a number") for path in not_numbers]
+        not_finite = readable["path"].iloc[np.flatnonzero(~finite)]
+        rejected += bad + [(path, "its prediction is not a number") for path in not_finite]
         values = calibration.apply(values[finite]) if calibration else values[finite]
         parts.append(readable[finite].assign(**dict(zip(CLASSES, values.T, strict=True))))
         counter.add(len(group))
