@@ -52,7 +52,7 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     # Tables first: a wrong one is found in seconds, the scan may take an hour.
     labels = None
     if params.labels is not None:
-        labels = label_tables.read_labels(params.dataset, Path(params.labels)).hidden(pseudonyms)
+        labels = label_tables.read_labels(params.dataset, Path(params.labels)).hide_patients(pseudonyms)
     test_slices = splits.read_test_slices(params.test_slices) if params.split == "stage1" else None
     scanned, rejected = scan([Path(params.dicom_dir)], workers, header_cache, pseudonyms=pseudonyms)
     if scanned.empty:
@@ -67,7 +67,7 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     summary: dict[str, Any] = {"dataset": params.dataset, **index_writer.summarise(index, rejected)}
     summary["labels"] = (labels.report if labels else {}) | matched
     if test_slices is not None:
-        summary["overlap"] = splits.overlap(index)
+        summary["overlap"] = splits.count_overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
     index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
     _log_warnings(index, chosen.series, summary)

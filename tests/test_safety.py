@@ -268,7 +268,7 @@ def test_labels_of_patients_are_joined_by_hashed_identifiers_too(write_series, t
     (tmp_path / "labels.csv").write_text("PatientID,any\nP0,0\nP1,1\nP1,0\n")
     hide = read_pseudonyms("env:KEY")
     slices, _ = scan([tmp_path / "dicom"], pseudonyms=hide)
-    labels = read_labels("folder", tmp_path / "labels.csv").hidden(hide)
+    labels = read_labels("folder", tmp_path / "labels.csv").hide_patients(hide)
     joined, _, counts = join(slices, labels)
     assert counts["studies_without_label"] == 0
     assert (joined.loc[joined["patient_id"] == hide("P0"), "any"] == 0).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, ParamsError
-from ichpipe.index.splits import assign_splits, overlap, read_test_slices
+from ichpipe.index.splits import assign_splits, count_overlap, read_test_slices
 from ichpipe.params.schema import PrepareParams
 
 
@@ -48,7 +48,7 @@ def test_nobody_is_trained_on_who_is_scored(counts, chosen, seed, val):
     assert not scored & learned
     out = result["split"].isna()
     assert set(result.loc[out, "patient_id"]) <= scored
-    found = overlap(result)
+    found = count_overlap(result)
     assert found["slices_left_out_of_training"] == out.sum()
     assert found["patients"] == result.loc[out, "patient_id"].nunique()
     mixed = assign_splits(index.sample(frac=1, random_state=seed), params, uids).loc[result.index]
@@ -61,7 +61,7 @@ def test_the_overlap_of_285_patients_is_found():
     tested = index["series_uid"].isin([f"S{p}.0" for p in range(900, 1285)])
     params = PrepareParams(split="stage1", test_slices="t.csv")
     result = assign_splits(index, params, pd.Index(index.loc[tested, "sop_uid"]))
-    assert overlap(result) == {"patients": 285, "slices_left_out_of_training": 855, "slices_in_test": 855}
+    assert count_overlap(result) == {"patients": 285, "slices_left_out_of_training": 855, "slices_in_test": 855}
     assert result["split"].value_counts().to_dict() == {"test": 3 * 385, "train": 3 * 765, "val": 3 * 135}
 
 

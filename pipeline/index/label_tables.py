@@ -47,7 +47,7 @@ class LabelTable:
     values: pd.DataFrame  # index: identifiers, unique, sorted; the columns of CLASSES, float32; 0, 1 or NaN
     report: dict[str, Any]
 
-    def hidden(self, pseudonyms: Pseudonyms | None) -> LabelTable:
+    def hide_patients(self, pseudonyms: Pseudonyms | None) -> LabelTable:
         """Replace each PatientID by its pseudonym."""
         if pseudonyms is None or self.key != "patient_id":
             return self

@@ -119,8 +119,7 @@ def _find_commonest(rows: pd.DataFrame, column: str) -> pd.Series:
 def axial(slices: pd.DataFrame) -> NDArray[np.bool_]:
     """Mark slices (n,; as ``scan`` returns them) whose normal is within 45 degrees of the body's axis."""
     normals = np.cross(slices[list(DIRECTIONS[:3])], slices[list(DIRECTIONS[3:])])
-    near: NDArray[np.bool_] = np.abs(normals[:, 2]) > _AXIAL_COSINE
-    return near
+    return np.asarray(np.abs(normals[:, 2]) > _AXIAL_COSINE)
 
 
 def upright(slices: pd.DataFrame) -> NDArray[np.bool_]:
@@ -130,8 +129,7 @@ def upright(slices: pd.DataFrame) -> NDArray[np.bool_]:
     mirrored or turned, do not; nothing here turns them back. Slices of another plane are not judged.
     """
     straight = (slices["row_x"] > _AXIAL_COSINE) & (slices["column_y"] > _AXIAL_COSINE)
-    marked: NDArray[np.bool_] = straight.to_numpy() | ~axial(slices)
-    return marked
+    return straight.to_numpy(np.bool_) | ~axial(slices)
 
 
 def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[str, str] | None = None) -> pd.DataFrame:
@@ -141,7 +139,8 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
     """
     table = series.sort_values(_KEYS, ignore_index=True)
     records: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-    chosen, reasons = [], []
+    chosen: list[bool] = []
+    reasons: list[str] = []
     for study, group in groupby(records, key=itemgetter("study_uid")):
         rows = list(group)
         faults = [find_faults(row, params) for row in rows]
@@ -235,37 +234,24 @@ def _why_not(row: dict[str, Any], faults: dict[str, str], best: dict[str, Any]) 
 def read_choices(path: Path, series: pd.DataFrame) -> dict[str, str]:
     """Read a table with the column ``series_uid``, and ``study_uid`` if it has one: study UID to the series to take.
 
-    Raises DataError that names file and line: a series that is not there, has no usable slice or is of another study
-    than the row says; two series of one study.
+    Raises DataError that names file and line: an unknown series, one without a usable slice or of another study than
+    the row says; two series of one study.
     """
     table = read_table(path, "choices of series")
     if "series_uid" not in table.names:
         raise table.error("must have a column series_uid")
     named = pd.Series(table.text("series_uid").to_pandas())
-    known = series.set_index("series_uid")
-    table.refuse(~named.isin(known.index).to_numpy(), "no such series; series.csv lists those there are", named)
-    empty = (known["n_slices"].reindex(named) == 0).to_numpy()
+    facts = series.set_index("series_uid")
+    table.refuse(~named.isin(facts.index).to_numpy(), "no such series; series.csv lists those there are", named)
+    empty = (facts["n_slices"].reindex(named) == 0).to_numpy()
     table.refuse(empty, "the series has no usable slice; rejected.csv says why", named)
-    studies = known["study_uid"].reindex(named)
+    studies = facts["study_uid"].reindex(named)
     if "study_uid" in table.names:
-        said = pd.Series(table.text("study_uid").to_pandas())
+        stated = pd.Series(table.text("study_uid").to_pandas())
         remedy = "the series is of another study; correct study_uid, or leave that column out"
-        table.refuse(said.to_numpy() != studies.to_numpy(), remedy, said)
+        table.refuse(stated.to_numpy() != studies.to_numpy(), remedy, stated)
     table.refuse(studies.duplicated().to_numpy(), "a second series of the same study; name one", named)
     return dict(zip(studies, named, strict=True))
-
-
-def head_slices(slices: pd.DataFrame, head_mm: float | None) -> pd.Series:
-    """Mark the slices within ``head_mm`` of the topmost of their series (boolean); None marks all.
-
-    Along the slice normal, which ascends to the head for axial slices: what lies lower in a long series is neck or
-    chest (CQ500-CT-345). Series of another plane are marked whole.
-    """
-    if head_mm is None:
-        return pd.Series(data=True, index=slices.index)
-    top = slices.groupby("series_uid")["position_mm"].transform("max")
-    near: pd.Series = (top - slices["position_mm"] <= head_mm) | ~axial(slices)
-    return near
 
 
 @dataclass(frozen=True)
@@ -280,7 +266,7 @@ class Selection:
 def select_series(
     slices: pd.DataFrame, rejected: pd.DataFrame, params: SelectionParams, *, one_per_study: bool
 ) -> Selection:
-    """Choose series by the rules of ``selection``; ``slices`` and ``rejected`` are those of ``scan``.
+    """Choose series by rule and the slices within ``head_mm`` of the topmost; both tables are those of ``scan``.
 
     Without ``one_per_study`` every series with a usable slice is chosen whole.
     """
@@ -293,7 +279,9 @@ def select_series(
     series = choose_series(series, params, choices)
     reasons = slices["series_uid"].map(series.set_index("series_uid")["reason"])
     chosen = slices["series_uid"].isin(series.loc[series["chosen"], "series_uid"])
-    below = chosen & ~head_slices(slices, params.head_mm)
+    depth = slices.groupby("series_uid")["position_mm"].transform("max") - slices["position_mm"]
+    # The normal of axial slices ascends to the head: what lies low in a long series is neck or chest (CQ500-CT-345).
+    below = chosen & axial(slices) & (depth > (np.inf if params.head_mm is None else params.head_mm))
     kept = slices[chosen & ~below]
     if below.any():  # numbers and distances of what is left
         kept, _ = order_series(kept.drop(columns=["slice_index", "position_mm", "spacing_mm"]))

@@ -31,8 +31,8 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     * ``fractions``: ``test_fraction`` of all patients, or the fold ``test_fold`` if it is set. With fewer patients than
       splits all are the test set, and with fewer than folds each is a fold: so a single scan has a valid index;
     * ``patient-kfold``: the fold ``test_fold``, by default the first;
-    * ``stage1``: the slices of ``test_slices``. Other slices of their patients get no split (None), and ``overlap``
-      counts them. ``val_fraction`` is a share of the patients outside the test set.
+    * ``stage1``: the slices of ``test_slices``. Other slices of their patients get no split (None), see
+      ``count_overlap``. ``val_fraction`` is a share of the patients outside the test set.
 
     Raises DataError with too few patients, ParamsError without the slices that stage1 needs.
     """
@@ -73,7 +73,7 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     return result
 
 
-def overlap(index: pd.DataFrame) -> dict[str, int]:
+def count_overlap(index: pd.DataFrame) -> dict[str, int]:
     """Count the patients with slices both inside and outside a test set by table, and these slices."""
     out = index["split"].isna()
     patients = pd.Index(index.loc[out, "patient_id"].unique())
