@@ -67,8 +67,8 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
     rows = patients.get_indexer(pd.Index(index["patient_id"]))  # of each slice
     split = pd.Series(np.where(tested, "test", of_patient[rows]), index=index.index, dtype=object)
     result = index.assign(split=split, fold=folds.astype(np.int32)[rows])
-    groups = result.groupby("patient_id")[["split", "fold"]].nunique()
-    if torn := int((groups > 1).any(axis=1).sum()):
+    counts = result.groupby("patient_id")[["split", "fold"]].nunique()
+    if torn := int((counts > 1).any(axis=1).sum()):
         raise DataError(f"{torn} patient(s) are in more than one split or fold; run prepare again")
     return result
 
