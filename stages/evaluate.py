@@ -166,14 +166,14 @@ def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
 
 def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
     """Show the held-out series with the median number of positive slices among those that have any."""
-    from ichpipe.dicom.hounsfield import read_hu
+    from ichpipe.dicom.hounsfield import read_square_hu
     from ichpipe.report.figures import study_sheet
 
     counts = held_out.groupby("series_uid")["any"].sum().sort_values(kind="stable")
     positive = counts[counts > 0] if (counts > 0).any() else counts
     uid = positive.index[len(positive) // 2]
     rows = held_out["series_uid"] == uid
-    hu = [read_hu(path, scanned=True) for path in held_out["path"][rows]]
+    hu = [read_square_hu(path, scanned=True) for path in held_out["path"][rows]]
     probabilities = {name: table[list(CLASSES)].to_numpy()[rows] for name, table in tables.items()}
     labels = held_out[list(CLASSES)].to_numpy()[rows]
     write_bytes(target, study_sheet(hu, probabilities, labels, f"held-out series {uid}"))

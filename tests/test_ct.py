@@ -287,16 +287,17 @@ def hu_in_64_bits(stored, facts):
     values = stored.astype(np.int64)
     span = 1 << facts.bits_stored
     if facts.bits_stored < facts.bits_allocated:
-        if facts.signed:
-            values[(values >= span // 2) & (values < span)] -= span
-        else:
+        above = values >> facts.bits_stored
+        whole = np.isin(above, (0, -1)) | (values == np.iinfo(stored.dtype).min)
+        if not facts.signed:
             values &= span - 1
-    intercept = facts.intercept
-    if facts.bits_stored == 12 and not facts.signed and intercept > -100:
-        values += 1000
-        values[values >= 4096] -= 4096
-        intercept = -1000.0
-    hu = np.clip(np.rint(values * facts.slope + intercept), -1024, 32767).astype(np.int16)
+        elif whole.all():
+            values[(values >= span // 2) & (values < span)] -= span
+        else:  # other data lie above the pixel
+            values = (values & (span - 1) ^ span // 2) - span // 2
+    if facts.bits_stored == 12 and not facts.signed and facts.slope == 1 and abs(facts.intercept) <= 1:
+        values[values >= 3096] -= 4096
+    hu = np.clip(np.rint(values * facts.slope + facts.intercept), -1024, 32767).astype(np.int16)
     if facts.padding is not None:
         hu[(stored >= facts.padding[0]) & (stored <= facts.padding[1])] = -1024
     return hu

@@ -21,6 +21,10 @@ MODALITIES: Final = frozenset({
 RESCALE_TYPES: Final = frozenset({
     "OD", "HU", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT", "HOUNSFIELD", "NORMALIZED",
 })  # fmt: skip
+PHOTOMETRIC: Final = frozenset({
+    "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420",
+    "YBR_ICT", "YBR_RCT", "XYB",
+})  # fmt: skip
 BODY_PARTS: Final = frozenset({
     "ABDOMEN", "ABDOMENPELVIS", "ADRENAL", "ANKLE", "AORTA", "ARM", "ARTERY", "AXILLA", "BACK", "BLADDER", "BODY",
     "BOWEL", "BRAIN", "BREAST", "BREASTS", "BRONCHUS", "BUTTOCK", "CALCANEUS", "CALF", "CAROTID", "CEREBELLUM",

@@ -14,11 +14,11 @@ from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.archive import read_file
-from ichpipe.dicom.coded_terms import RESCALE_TYPES, shown
+from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
+from ichpipe.dicom.stream_checks import RUN_LENGTH, Claim, frame_bytes, require_sound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,18 +39,29 @@ IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
 DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
-UNCOMPRESSED: Final = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE})
+ENCAPSULATED_LITTLE: Final = "1.2.840.10008.1.2.1.98"  # items that hold uncompressed pixels
+UNCOMPRESSED: Final = frozenset({
+    IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE, ENCAPSULATED_LITTLE
+})  # fmt: skip
 # CT has slopes near 1 and intercepts near -1024; a negative slope would make air brighter than bone.
 _MIN_SLOPE, _MAX_SLOPE, _MAX_INTERCEPT = 1e-3, 1e3, 1e5
 _HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
+_GRAY: Final = frozenset({"", "MONOCHROME1", "MONOCHROME2"})  # (0028,0004); 1 turns the display round, not the HU
+OVERLAY_BIT_TAGS: Final = tuple((0x6000 + 2 * plane) << 16 | 0x0102 for plane in range(16))  # OverlayBitPosition
 PIXEL_TAGS: Final = tags(
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",
-    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData",
-)  # fmt: skip
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelSpacing", "PixelAspectRatio", "ModalityLUTSequence",
+    "PixelDataProviderURL", "PixelData",
+) + list(OVERLAY_BIT_TAGS)  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 _SYNTAX_TAG: Final = 0x00020010
+SQUARE_WITHIN: Final = 0.01  # pixels whose sides differ by less count as square
+_EXPORT_AGAIN: Final = "export the image again as Explicit VR Little Endian (1.2.840.10008.1.2.1)"
+READABLE: Final = UNCOMPRESSED | {RUN_LENGTH} | frozenset(
+    f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)
+)  # fmt: skip
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
 
@@ -84,11 +95,24 @@ class PixelFacts(NamedTuple):
     intercept: float  # (0028,1052), HU
     padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value, as stored
     transfer_syntax: str  # (0002,0010)
+    high_bit: int = 0  # (0028,0102)
+    overlay: bool = False  # (60xx,0102): bits above the pixel's own hold an overlay
+    aspect: float = 1.0  # distance of rows / distance of columns, (0028,0030) or (0028,0034)
 
     @property
     def compressed(self) -> bool:
         """Whether the pixels need a codec."""
         return self.transfer_syntax not in UNCOMPRESSED
+
+    @property
+    def encapsulated(self) -> bool:
+        """Whether PixelData (7FE0,0010) is a list of items."""
+        return self.compressed or self.transfer_syntax == ENCAPSULATED_LITTLE
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the stored pixels."""
+        return self.rows * self.columns * self.bits_allocated // 8
 
     @property
     def claim(self) -> Claim:
@@ -110,8 +134,9 @@ class PixelFile(NamedTuple):
 
     @property
     def pixel_data(self) -> bytes:
-        """PixelData (7FE0,0010) as it is stored."""
-        return self.elements.value_bytes("PixelData")
+        """PixelData (7FE0,0010) as it is stored; without the items around uncompressed pixels."""
+        pixels = self.elements.value_bytes("PixelData")
+        return frame_bytes(pixels) if self.facts.transfer_syntax == ENCAPSULATED_LITTLE else pixels
 
 
 def read_pixel_file(path: Path | str) -> PixelFile:
@@ -194,6 +219,14 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
         raise UnreadableDicomError("multi-frame image (NumberOfFrames > 1) is not supported; export single slices")
     if (samples := elements.whole("SamplesPerPixel") or 1) != 1:
         raise UnreadableDicomError(f"SamplesPerPixel is {samples}: a colour image, not CT")
+    if (photometric := elements.text("PhotometricInterpretation").upper()) not in _GRAY:
+        kind = shown(photometric, PHOTOMETRIC)
+        raise UnreadableDicomError(f"PhotometricInterpretation (0028,0004) is {kind}: pixels are no gray values")
+    if elements.has("ModalityLUTSequence"):
+        raise UnreadableDicomError(
+            "ModalityLUTSequence (0028,3000) maps stored values by a table, which is not supported; export the image "
+            "with RescaleSlope and RescaleIntercept"
+        )
     allocated = elements.required_whole("BitsAllocated")
     stored = elements.whole("BitsStored") or allocated
     if allocated not in {8, 16, 32} or not 1 <= stored <= allocated:
@@ -203,21 +236,61 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     signed = sign == 1
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
-    return PixelFacts(rows, columns, allocated, stored, signed, slope, intercept, padding, syntax)
+    return PixelFacts(
+        rows,
+        columns,
+        allocated,
+        stored,
+        signed,
+        slope,
+        intercept,
+        padding,
+        syntax,
+        high_bit=elements.whole("HighBit") or 0,
+        overlay=any(map(elements.nonzero, OVERLAY_BIT_TAGS)),
+        aspect=_aspect(elements),
+    )
+
+
+def _aspect(elements: Elements) -> float:
+    """Return how much farther rows are apart than columns; 1 where neither tag is a pair of positive numbers."""
+    for keyword in ("PixelSpacing", "PixelAspectRatio"):
+        try:
+            down, across = elements.floats(keyword, 2)
+        except UnreadableDicomError:
+            continue
+        if down > 0 and across > 0:
+            return down / across if abs(down / across - 1) > SQUARE_WITHIN else 1.0
+    return 1.0
 
 
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:
     """Raise UnreadableDicomError unless PixelData (7FE0,0010) can hold the image that the header claims."""
-    pixels = elements.value_bytes("PixelData")
+    pixels, syntax = elements.value_bytes("PixelData"), facts.transfer_syntax
+    stated = f"TransferSyntaxUID (0002,0010) is {describe_syntax(syntax)}"
+    if syntax not in READABLE:
+        raise UnreadableDicomError(f"{stated}, which can't be read; {_EXPORT_AGAIN}")
     if not pixels:
-        raise UnreadableDicomError("no PixelData (7FE0,0010)")
+        where = "; they lie on a server (0028,7FE0)" if elements.has("PixelDataProviderURL") else ""
+        raise UnreadableDicomError(f"no PixelData (7FE0,0010){where}")
+    is_list = pixels.startswith(_FIRST_ITEM)
+    if facts.encapsulated != is_list:
+        contrast = "is a list of items (compressed)" if is_list else "is not a list of items (uncompressed)"
+        raise UnreadableDicomError(f"{stated}, but PixelData (7FE0,0010) {contrast}; {_EXPORT_AGAIN}")
     if facts.compressed:
-        if not pixels.startswith(_FIRST_ITEM):
-            syntax = facts.transfer_syntax
-            raise UnreadableDicomError(f"transfer syntax {syntax} is compressed, but PixelData is not encapsulated")
         require_stream(pixels, facts)
-    elif len(pixels) < (size := facts.rows * facts.columns * facts.bits_allocated // 8):
-        raise UnreadableDicomError(f"truncated: PixelData has {len(pixels)} of {size} bytes")
+        return
+    held = frame_bytes(pixels) if facts.encapsulated else pixels
+    if len(held) < facts.size_bytes:
+        raise UnreadableDicomError(f"truncated: PixelData has {len(held)} of {facts.size_bytes} bytes")
+
+
+def describe_syntax(syntax: str) -> str:
+    """Return a transfer syntax as UID and name."""
+    uid = UID(syntax)
+    if uid.is_private:
+        return f"{syntax} (a maker's private one)"
+    return f"{syntax} ({uid.name})" if uid.name != syntax else f"{syntax} (unknown to this version)"
 
 
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:

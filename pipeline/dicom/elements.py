@@ -114,6 +114,17 @@ class Elements:
         except UnreadableDicomError:
             return math.nan
 
+    def has(self, keyword: str) -> bool:
+        """Say whether an element is present and not empty."""
+        element = self._by_tag.get(_tag(keyword))
+        return element is not None and element.value not in (None, b"", "") and bool(element.value)
+
+    def nonzero(self, tag: int) -> bool:
+        """Say whether the element of a tag holds a binary number other than 0."""
+        element = self._by_tag.get(tag)
+        value = None if element is None else element.value
+        return any(value) if isinstance(value, bytes) else bool(value)
+
     def value_bytes(self, keyword: str) -> bytes:
         """Return a value as stored; empty where absent."""
         element = self._by_tag.get(_tag(keyword))

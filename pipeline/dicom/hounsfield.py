@@ -9,13 +9,22 @@ import numpy as np
 from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import decode
-from ichpipe.dicom.dataset import EXPLICIT_BIG, PixelFacts, PixelFile, read_pixel_file, require_stream
+from ichpipe.dicom.dataset import (
+    EXPLICIT_BIG,
+    MAX_SIDE_PX,
+    PixelFacts,
+    PixelFile,
+    read_pixel_file,
+    require_stream,
+)
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+_WRAPPED_FROM = 3096  # -1000 HU in 12 unsigned bits
 
 
 def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
@@ -39,15 +48,43 @@ def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
         Names the file, and the transfer syntax where the codec failed.
 
     """
+    return _read(path, scanned=scanned)[0]
+
+
+def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
+    """Decode one CT slice like ``read_hu``, with pixels as high as wide.
+
+    Where PixelSpacing (0028,0030), or else PixelAspectRatio (0028,0034), says that they are not, rows or columns are
+    interpolated, so that the coarser of the two gets the spacing of the finer.
+    """
+    hu, aspect = _read(path, scanned=scanned)
+    if aspect == 1:
+        return hu
+    axis, factor = (0, aspect) if aspect > 1 else (1, 1 / aspect)
+    length = hu.shape[axis]
+    count = round(length * factor)
+    if count > MAX_SIDE_PX:
+        raise UnreadableDicomError(f"{path}: pixels {factor:.3g} times as long as wide; PixelSpacing (0028,0030)")
+    places = np.clip((np.arange(count) + 0.5) * length / count - 0.5, 0, length - 1)
+    before = np.minimum(places.astype(int), max(length - 2, 0))
+    weight = np.expand_dims(places - before, 1 - axis)
+    first, second = (
+        np.take(hu, rows, axis).astype(np.float64) for rows in (before, np.minimum(before + 1, length - 1))
+    )
+    return np.rint(first + (second - first) * weight).astype(np.int16)
+
+
+def _read(path: Path | str, *, scanned: bool) -> tuple[NDArray[np.int16], float]:
+    """Return HU (rows, columns) and how much farther rows are apart than columns."""
     try:
         with quiet_pydicom():
             file = read_pixel_file(path)
-            stored = _stored_pixels(file)
+            stored = stored_pixels(file)
             if file.facts.compressed and not scanned:
                 require_stream(file.pixel_data, file.facts, stored)
+            return stored_to_hu(stored, file.facts), file.facts.aspect
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
-    return stored_to_hu(stored, file.facts)
 
 
 def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.int16]:
@@ -55,19 +92,19 @@ def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.i
 
     HU = RescaleSlope (0028,1053) * stored + RescaleIntercept (0028,1052), PS3.3 C.11.1. Padding becomes
     -1024. PhotometricInterpretation MONOCHROME1 turns the display round, not the HU (C.7.6.3.1.2).
+    Raises UnreadableDicomError where it is open which bits hold the pixel.
     """
-    values, intercept = _drop_unused_bits(stored, facts), facts.intercept
-    # Some RSNA 2019 files: 12 bits, offset by 1000, wrapped at 4096; their intercept would leave nothing below 0 HU.
-    wraps = facts.bits_stored == 12 and not facts.signed and intercept > -100
+    values = _own_bits(stored, facts)
+    # Some RSNA 2019 files store HU in 12 unsigned bits without an offset: numbers from 3096 on are HU below 0.
+    wraps = facts.bits_stored == 12 and not facts.signed and facts.slope == 1 and abs(facts.intercept) <= 1
     if wraps:
-        values = values + values.dtype.type(1000)
-        np.subtract(values, 4096, out=values, where=values >= 4096)
-        intercept = -1000.0
-    hu = _rescale(values, facts.slope, intercept)
+        values = values.astype(np.int16)
+        np.subtract(values, 4096, out=values, where=values >= _WRAPPED_FROM)
+    hu = _rescale(values, facts.slope, facts.intercept)
     if facts.padding is not None:
         low, high = facts.padding
-        # Most padding values end below -1024 HU anyway; bits that are dropped only lower them.
-        if wraps or facts.slope <= 0 or high * facts.slope + facts.intercept > MIN_HU:
+        # Most padding values end below -1024 HU anyway; bits that are dropped may change them.
+        if wraps or values is not stored or facts.slope <= 0 or high * facts.slope + facts.intercept > MIN_HU:
             hu[(stored >= low) & (stored <= high)] = MIN_HU
     return hu
 
@@ -86,29 +123,45 @@ def _rescale(values: NDArray[np.integer], slope: float, intercept: float) -> NDA
     return values.view(np.int16) + np.int16(intercept)  # signed and unsigned numbers add alike, modulo 65536
 
 
-def _drop_unused_bits(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.integer]:
-    """Drop bits above BitsStored (0028,0101); they are no part of the pixel (PS3.5, 8.1.1).
+def _own_bits(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.integer]:
+    """Return the numbers in the bits that BitsStored (0028,0101) and HighBit (0028,0102) name (PS3.5, 8.1.1).
 
-    Negative numbers that were written whole stay as they are: -3024 is common beside BitsStored 12. The type is that
-    of ``stored``, which is not changed; 8 bits become 16, so that what follows can add to them.
+    Bits above them are no part of the pixel: an overlay may lie there. Negative numbers that were written whole stay
+    as they are: -3024 is common beside BitsStored 12. 8 bits become 16, so that later steps can add to them.
     """
     values: NDArray[np.integer] = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     values = values.astype(np.int16) if values.dtype.itemsize == 1 else values
     if facts.bits_stored == facts.bits_allocated:
         return values
-    span = 1 << facts.bits_stored
-    if not facts.signed:
-        kept: NDArray[np.integer] = values & values.dtype.type(span - 1)
-        return kept
-    if values.max(initial=0) < span // 2:
+    span, unused = 1 << facts.bits_stored, 8 * values.dtype.itemsize - facts.bits_stored
+    low = facts.high_bit + 1 - facts.bits_stored
+    fits = facts.signed and -span // 2 <= values.min(initial=0) and values.max(initial=0) < span // 2
+    if fits and low <= 0 and not facts.overlay:
         return values
+    above = values >> facts.bits_stored  # 0, and -1 for a negative number, where nothing else lies there
+    if low > 0:
+        if not (values & values.dtype.type((1 << low) - 1)).any():
+            values = values >> low
+            above = values >> facts.bits_stored
+        elif not np.isin(above, (0, -1) if facts.signed else 0).all():
+            raise UnreadableDicomError(
+                f"HighBit (0028,0102) is {facts.high_bit} with BitsStored (0028,0101) {facts.bits_stored}, and all "
+                "bits are in use: it is open which of them hold the pixel; export the image again"
+            )
+    if not facts.signed:
+        masked: NDArray[np.integer] = values & values.dtype.type(span - 1)
+        return masked
+    lowest = np.iinfo(stored.dtype).min  # padding, not an overlay over 0
+    if facts.overlay or ((above != 0) & (above != -1) & (values != lowest)).any():
+        own: NDArray[np.integer] = (values << unused) >> unused
+        return own
     not_extended = (values >= span // 2) & (values < span)  # two's complement without its leading ones
     extended: NDArray[np.integer] = np.add(values, -span, out=values.copy(), where=not_extended)
     return extended
 
 
-def _stored_pixels(file: PixelFile) -> NDArray[np.integer]:
-    """Pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
+def stored_pixels(file: PixelFile) -> NDArray[np.integer]:
+    """Return pixels as stored, (rows, columns), of the integer type that BitsAllocated and the sign give."""
     facts, pixels = file.facts, file.pixel_data
     if facts.compressed:
         stored = decode.decode(pixels, facts)

@@ -17,18 +17,22 @@ from ichpipe.dicom.dataset import (
     MAX_FILE_BYTES,
     PIXEL_TAGS,
     UNCOMPRESSED,
+    PixelFile,
     parse,
     pixel_facts,
     require_pixels,
     transfer_syntax,
 )
 from ichpipe.dicom.elements import Elements, tags
+from ichpipe.dicom.hounsfield import stored_pixels, stored_to_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.series_description import marks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from pydicom.dataset import Dataset
 
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
@@ -102,17 +106,20 @@ def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
         dataset = parse(data, _HEADER_TAGS)
         elements = Elements(dataset)
         try:
-            return _slice_header(name, data, elements, transfer_syntax(dataset), force=force)
+            return _slice_header(name, data, elements, dataset, force=force)
         except UnreadableDicomError as error:
             with contextlib.suppress(UnreadableDicomError):
                 error.series = elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
             raise
 
 
-def _slice_header(path: str, data: bytes, elements: Elements, syntax: str, *, force: bool) -> SliceHeader:
+def _slice_header(path: str, data: bytes, elements: Elements, dataset: Dataset, *, force: bool) -> SliceHeader:
     image_type = elements.text("ImageType").upper() if force else _require_ct_slice(elements)
+    syntax = transfer_syntax(dataset)
     facts = pixel_facts(elements, syntax)
     require_pixels(elements, facts)
+    if facts.high_bit >= facts.bits_stored and not facts.compressed:  # it may be open which bits hold the pixel
+        stored_to_hu(stored_pixels(PixelFile(dataset, elements, facts)), facts)
     study_uid = elements.required_text("StudyInstanceUID")
     directions = elements.floats("ImageOrientationPatient", 6)
     row, column = _vector(directions[:3]), _vector(directions[3:])

@@ -28,7 +28,7 @@ HOLD_BYTES = 2**30
 
 def load_slice(path: str | Path, size_px: int) -> Tensor:
     """Read one file as int16 HU (1, size, size); see `fit_to_size`."""
-    return fit_to_size(hounsfield.read_hu(Path(path), scanned=True), size_px)
+    return fit_to_size(hounsfield.read_square_hu(Path(path), scanned=True), size_px)
 
 
 def load_slices(paths: Sequence[str | Path], size_px: int) -> Tensor:
