@@ -40,7 +40,7 @@ class DataError(IchpipeError, ValueError):
 class UnreadableDicomError(DataError):
     """A file is no usable DICOM slice; the message is the reason in ``rejected.csv``."""
 
-    series: tuple[str, str] = ("", "")  # StudyInstanceUID and SeriesInstanceUID if they are readable
+    series: tuple[str, str, str] = ("", "", "")  # StudyInstanceUID, SeriesInstanceUID, PatientID if they are readable
 
 
 class WeightsError(IchpipeError, ValueError):

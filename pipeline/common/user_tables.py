@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv as text_csv
+import difflib
 import gzip
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.files import require_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -33,6 +35,7 @@ _OTHER_FORMATS: Final = {
     b"PK": "is a zip archive or a spreadsheet; unpack it, or save it as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "is a spreadsheet; save it as CSV UTF-8",
 }
+NEAR: Final = 0.8  # likeness of two headings, from 0 to 1
 _ERRORS: Final = (pa.ArrowException, OSError, EOFError, zlib.error, text_csv.Error)
 
 
@@ -108,9 +111,11 @@ class Table:
             return f"line {next(filled, row + 2)}"
 
 
-def read_table(path: Path, role: str) -> Table:
+def read_table(path: Path, role: str, keys: Iterable[str] = (), values: Iterable[str] = ()) -> Table:
     """Read a CSV or parquet file. Messages name it by ``role``.
 
+    Headings match the names in ``keys`` and ``values`` whatever their case, spaces and underscores. A heading that
+    nearly matches an absent one of ``values`` is an error: its column would be lost.
     Raises MissingFileError without a file; DataError at another encoding or format, a row with too many or too few
     cells, two columns of one name, or no row.
     """
@@ -128,13 +133,27 @@ def read_table(path: Path, role: str) -> Table:
         except (*_ERRORS, UnicodeDecodeError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(f"{role} table {path} is not a complete parquet file: {reason}; write it again") from error
-    table = Table(path, role, content, is_csv)
+    keys, values = list(keys), list(values)
+    known = {_plain_name(name): name for name in reversed([*keys, *values])}
+    exact = {*keys, *values} & set(content.column_names)
+    renamed = [name if name in exact else known.get(_plain_name(name), name) for name in content.column_names]
+    table = Table(path, role, content.rename_columns(renamed), is_csv)
+    absent = {_plain_name(name): name for name in values if name not in renamed}
+    for name in set(renamed) - {*keys, *values}:
+        if near := difflib.get_close_matches(_plain_name(name), absent, n=1, cutoff=NEAR):
+            raise table.error(
+                f"has a column {name!r}: rename it {absent[near[0]]!r}, or drop it if it is something else"
+            )
     repeated = sorted({name for name in table.names if table.names.count(name) > 1})
     if repeated:
         raise table.error(f"names {', '.join(repeated)} twice in its heading")
     if not len(content):
         raise table.error("has a heading and no rows")
     return table
+
+
+def _plain_name(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -32,7 +32,7 @@ class ListedFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Files, sorted by path, each once; and the archives that can't be opened, with the reason."""
+    """Files, sorted by path, each once; and what can't be read, such as a damaged archive, with the reason."""
 
     files: list[ListedFile]
     damaged: list[tuple[str, str]]
@@ -42,7 +42,8 @@ def list_files(roots: Sequence[Path]) -> Listing:
     """List the files below ``roots`` whatever their names; zip archives are opened, and count as folders.
 
     Left out are names that begin with a dot (``.DS_Store``, ``._x``, half-written temporaries) or are ``__MACOSX``,
-    and everything in such folders. Links to folders are not followed; archives within archives are not opened.
+    and everything in such folders. Archives within archives are not opened. Dangling links, links to folders, folders
+    that can't be opened and second members of one name are listed as damaged.
     A root may be a folder, a file, an archive or a folder within one; MissingFileError names one that does not exist.
     """
     files: dict[str, ListedFile] = {}
@@ -93,16 +94,29 @@ def _list_root(root: Path, damaged: dict[str, str]) -> Iterator[ListedFile]:
 
 def _walk(folder: str, damaged: dict[str, str]) -> Iterator[ListedFile]:
     subfolders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                subfolders.append(entry.path)
-            elif entry.is_file():
-                yield from _list_file(entry.path, entry.stat(), damaged)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_hidden(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    subfolders.append(entry.path)
+                elif entry.is_file():
+                    yield from _list_file(entry.path, entry.stat(), damaged)
+                elif entry.is_dir():
+                    damaged[_slashes(entry.path)] = "a link to a folder, which is not followed; name the folder itself"
+                elif entry.is_symlink():
+                    damaged[_slashes(entry.path)] = "a link to a file that is not there; fetch the file (git annex get)"
+                else:
+                    damaged[_slashes(entry.path)] = "no regular file"
+    except OSError as error:
+        damaged[_slashes(folder)] = f"the folder can't be read ({_cause(error)}); allow it to be read"
     for path in subfolders:
         yield from _walk(path, damaged)
+
+
+def _slashes(path: str) -> str:
+    return portable(path.replace(os.sep, "/"))
 
 
 def _list_file(path: str, status: os.stat_result, damaged: dict[str, str]) -> Iterator[ListedFile]:
@@ -115,15 +129,24 @@ def _list_file(path: str, status: os.stat_result, damaged: dict[str, str]) -> It
 def _list_members(archive: str, below: str, damaged: dict[str, str]) -> Iterator[ListedFile]:
     """List an archive's files whose name is ``below`` or lies below it."""
     try:
-        members = _open(archive).NameToInfo
+        opened = _open(archive)
     except _DAMAGED as error:
-        damaged[archive.replace(os.sep, "/")] = f"damaged zip archive ({_cause(error)}); get it again"
+        damaged[_slashes(archive)] = f"damaged zip archive ({_cause(error)}); get it again"
         return
     prefix = f"{below.rstrip('/')}/" if below else ""
-    for name, info in members.items():
-        is_below = name.startswith(prefix) or name == below
-        if is_below and not info.is_dir() and not any(map(_is_hidden, name.split("/"))):
-            yield ListedFile(f"{archive}/{name}".replace(os.sep, "/"), info.file_size, info.CRC)
+    for info in opened.infolist():
+        name, is_below = info.filename, info.filename.startswith(prefix) or info.filename == below
+        if not is_below or info.is_dir() or any(map(_is_hidden, name.split("/"))):
+            continue
+        path = f"{archive}/{name}".replace(os.sep, "/")
+        if opened.NameToInfo[name] is info:
+            yield ListedFile(path, info.file_size, info.CRC)
+        else:  # a name finds the last of its members
+            number = 1 + sum(f"{path} (" in listed for listed in damaged)
+            damaged[f"{path} ({number})"] = (
+                "the archive has another file of this name; unpack it with `unzip -B`, which keeps both, and name "
+                "the folder"
+            )
 
 
 def _is_hidden(name: str) -> bool:

@@ -20,6 +20,7 @@ from ichpipe.common.errors import UnreadableDicomError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+MAX_TEXT: Final = 1024
 _ESCAPE: Final = b"\x1b"  # begins another character set in 7-bit text (PS3.5, 6.1.2.5.1)
 # Bytes of one number in the value representations that hold whole numbers in binary; 0: as many as there are.
 _BINARY_BYTES: Final = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "US or SS": 2, "UN": 0, "OB": 0, "OW": 0}
@@ -63,6 +64,10 @@ class Elements:
         text = value.decode("ascii").strip(" \0")
         return "\\".join(part.strip(" \0") for part in text.split("\\")) if "\\" in text else text
 
+    def short_text(self, keyword: str) -> str:
+        """Return the first MAX_TEXT characters of a text; the standard allows 64 in most elements."""
+        return self.text(keyword)[:MAX_TEXT]
+
     def required_text(self, keyword: str) -> str:
         """Return text that may not be absent or empty."""
         text = self.text(keyword)
@@ -89,6 +94,14 @@ class Elements:
         if not number.is_integer():  # neither a fraction nor infinite
             raise UnreadableDicomError(f"{keyword} is not a whole number")
         return int(number)
+
+    def optional_whole(self, keyword: str) -> int | None:
+        """Return one whole number that a float64 can hold; None where it is absent or anything else."""
+        try:
+            value = self.whole(keyword)
+        except UnreadableDicomError:
+            return None
+        return value if value is None or abs(value) < 1 << 53 else None
 
     def required_whole(self, keyword: str) -> int:
         """Return one whole number that may not be absent."""

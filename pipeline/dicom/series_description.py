@@ -31,6 +31,14 @@ _CONTRAST: Final = re.compile(
     r"|\+ ?C\b(?![- ]*SP)|\bC\+|\bE\+|\bCE\b|\bIV\b|\bORAL\b|\bARTERIAL\b|\bVENOUS\b|\bDELAYED\b"
     r"|\b\d+ ?(?:CC|ML)\b"  # 4cc/sec 150cc: rate and amount of an injection
 )
+# ContrastBolusAgent where there was none, without punctuation; also in German, French, Spanish, Italian, Portuguese.
+_NO_AGENT: Final = re.compile(
+    r"(?:(?:IV|ORAL|CONTRAST\w*|AGENT|MEDIUM|MEDIA) )*"
+    r"(?:N|NO|NON|NONE|NIL|NULL|NEG|NEGATIVE|NA|N A|N/A|NOT|OFF|FALSE|F|0+(?: 0+)? ?(?:ML|CC)?|UNKNOWN|UNK|UNSPECIFIED"
+    r"|UNDEFINED|W/?O|WITHOUT|OHNE|KEINE?S?|SANS|AUCUN|SIN|NINGUNO|SENZA|NESSUNO|SEM|NENHUM|PLAIN|NATIVE?|UNENHANCED)"
+    r"(?: (?:IV|I V|ORAL|CONTRAST\w*|KONTRAST\w*|CON|CE|KM|DYE|AGENTS?|MEDIA|MEDIUM|BOLUS|GIVEN|USED|ADMINISTERED|ADDED"
+    r"|APPLICABLE|AVAILABLE|DONE|REQUIRED|INJECTED|INJECTION|DE|AND|OR))*"
+)
 _MARKS: Final = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -76,10 +84,7 @@ def marks_of(series: str, *others: str) -> str:
     them only ``plain`` or ``contrast`` is taken, and only where nothing nearer says either. A text with both (``HEAD
     W/O & W CONTRAST``) says neither. Case, accents and underscores don't matter.
     """
-    texts = []
-    for text in (series, *others):
-        letters = unicodedata.normalize("NFKD", text.upper()).encode("ascii", "ignore").decode("ascii")
-        texts.append(" ".join(letters.replace("_", " ").split()))
+    texts = [" ".join(_ascii_upper(text).replace("_", " ").split()) for text in (series, *others)]
     marks = {name for name, pattern in _MARKS.items() if pattern.search(texts[0])}
     for text in texts:
         rest, plain = _PLAIN.subn(" ", text)
@@ -90,6 +95,22 @@ def marks_of(series: str, *others: str) -> str:
             marks.add(PLAIN if plain else CONTRAST)
             break
     return " ".join(sorted(marks))
+
+
+@lru_cache(maxsize=4096)
+def names_agent(text: str) -> bool:
+    """Say whether a ContrastBolusAgent (0018,0010) names an agent; people also type that there was none.
+
+    ``NONE``, ``-``, ``UNENHANCED``, ``NO IV CONTRAST``, ``0 ml`` and ``UNKNOWN`` name none, also in other languages.
+    """
+    words = re.sub(r"[^A-Z0-9/]+", " ", _ascii_upper(text)).strip()
+    if not re.search(r"[A-Z0-9]", words) or _NO_AGENT.fullmatch(words):
+        return False
+    return not _PLAIN.search(words) or bool(_CONTRAST.search(_PLAIN.sub(" ", words)))
+
+
+def _ascii_upper(text: str) -> str:
+    return unicodedata.normalize("NFKD", text.upper()).encode("ascii", "ignore").decode("ascii")
 
 
 def kernel_kind(kernel: str) -> str:

@@ -23,10 +23,10 @@ from ichpipe.dicom.dataset import (
     require_pixels,
     transfer_syntax,
 )
-from ichpipe.dicom.elements import Elements, tags
+from ichpipe.dicom.elements import MAX_TEXT, Elements, tags
 from ichpipe.dicom.hounsfield import stored_pixels, stored_to_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.series_description import marks_of
+from ichpipe.dicom.series_description import marks_of, names_agent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,11 +39,10 @@ NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE"
 FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
 """Beginnings of the reasons that ``force`` overrules."""
 
-_NO_AGENT: Final = frozenset({"", "NO", "NONE", "N", "0", "OFF", "N/A", "NO CONTRAST", "WITHOUT", "WITHOUT CONTRAST"})
 _SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
 _HEADER_TAGS: Final = PIXEL_TAGS + tags(
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID",
-    "Modality", "ImageType", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient",
+    "Modality", "ImageType", "InstanceNumber", "AcquisitionNumber", "ImagePositionPatient", "ImageOrientationPatient",
     "ConvolutionKernel", "ContrastBolusAgent", "SliceThickness", "BodyPartExamined", "LossyImageCompression",
     *_SERIES_TEXTS,
 )  # fmt: skip
@@ -71,7 +70,8 @@ class SliceHeader(NamedTuple):
     contrast_agent: bool  # (0018,0010) names one
     thickness_mm: float  # (0018,0050); NaN where absent
     body_part: str  # (0018,0015), as far as it is terms of the standard, upper case; may be empty
-    instance_number: int | None  # (0020,0013); absent in RSNA
+    instance_number: int | None  # (0020,0013), orders slices at one place; None where it is no whole number
+    acquisition: str  # (0020,0012); may be empty
     position: tuple[float, float, float]  # (0020,0032), mm, patient coordinates
     row_direction: tuple[float, float, float]  # (0020,0037), first three: unit vector
     column_direction: tuple[float, float, float]  # (0020,0037), last three: unit vector
@@ -109,7 +109,8 @@ def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
             return _slice_header(name, data, elements, dataset, force=force)
         except UnreadableDicomError as error:
             with contextlib.suppress(UnreadableDicomError):
-                error.series = elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
+                uids = elements.text("StudyInstanceUID"), elements.text("SeriesInstanceUID")
+                error.series = (*uids, elements.text("PatientID") or uids[0])
             raise
 
 
@@ -138,13 +139,14 @@ def _slice_header(path: str, data: bytes, elements: Elements, dataset: Dataset, 
         rows=facts.rows,
         columns=facts.columns,
         lossy=loss == "01" or syntax in LOSSY_SYNTAXES or (syntax in MAYBE_LOSSY_SYNTAXES and not loss),
-        image_type=image_type,
-        kernel=elements.text("ConvolutionKernel"),
-        marks=marks_of(*map(elements.text, _SERIES_TEXTS)),
-        contrast_agent=elements.text("ContrastBolusAgent").upper() not in _NO_AGENT,
+        image_type=image_type[:MAX_TEXT],
+        kernel=elements.short_text("ConvolutionKernel"),
+        marks=marks_of(*map(elements.short_text, _SERIES_TEXTS)),
+        contrast_agent=names_agent(elements.short_text("ContrastBolusAgent")),
         thickness_mm=elements.optional_float("SliceThickness"),
-        body_part=body_part(elements.text("BodyPartExamined")),
-        instance_number=elements.whole("InstanceNumber"),
+        body_part=body_part(elements.short_text("BodyPartExamined")),
+        instance_number=elements.optional_whole("InstanceNumber"),
+        acquisition=elements.short_text("AcquisitionNumber"),
         position=_vector(elements.floats("ImagePositionPatient", 3)),
         row_direction=row,
         column_direction=column,

@@ -61,8 +61,8 @@ def read_majority(path: Path) -> ScanTable:
     a name that is no scan of CQ500, two different rows of one scan. The report counts scans with ICH and none of the
     five kinds (some bleeds have no kind), and scans with a kind and no ICH.
     """
-    table = read_table(path, "label")
     columns = [f"{reader}:{finding}" for reader in READERS for finding in FINDINGS.values()]
+    table = read_table(path, "label", ["name", *columns])
     absent = [name for name in ("name", *columns) if name not in table.names]
     if absent:
         raise table.error(f"is no reads.csv of CQ500: it lacks {', '.join(absent[:6])}")

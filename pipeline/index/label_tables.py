@@ -72,7 +72,8 @@ def read_labels(dataset: str, path: Path) -> LabelTable:
 
 def _read_simple(path: Path) -> LabelTable:
     """Read a table with an identifier in each row and any of the six classes: 0, 1, or empty for unknown."""
-    table = read_table(path, "label")
+    keys = [*LONG_COLUMNS, *(name for names in KEYS.values() for name in names)]
+    table = read_table(path, "label", keys, CLASSES)
     if sorted(table.names) == LONG_COLUMNS:
         return LabelTable("sop_uid", *read_rsna_labels(path))
     columns = [(key, column) for key, names in KEYS.items() for column in names if column in table.names]

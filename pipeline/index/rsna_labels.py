@@ -37,7 +37,7 @@ def read_rsna_labels(
     DataError. Raises MissingFileError; DataError that names file and line at another column or class, or another label
     than 0 or 1.
     """
-    table = read_table(path, "label")
+    table = read_table(path, "label", LONG_COLUMNS)
     if sorted(table.names) != LONG_COLUMNS:
         raise table.error("must have exactly the columns ID,Label")
     ids = table.text("ID")

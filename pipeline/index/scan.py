@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _TEXTS: Final = (
     "patient_id", "study_uid", "series_uid", "sop_uid", "path", "transfer_syntax", "file_digest", "image_type",
-    "kernel", "marks", "body_part",
+    "kernel", "marks", "body_part", "acquisition",
 )  # fmt: skip
 _FLAGS: Final = ("lossy", "contrast_agent")
 _NUMBERS: Final = ("thickness_mm", "instance_number", *POSITION, *DIRECTIONS)
@@ -53,7 +53,7 @@ CHUNK_FILES: Final = 4096
 PROCESSES_FROM: Final = 2000
 """With fewer files, starting other processes takes longer than reading here."""
 
-REJECTED: Final = ["path", "reason", "study_uid", "series_uid"]
+REJECTED: Final = ["path", "reason", "study_uid", "series_uid", "patient_id"]
 
 
 def scan(
@@ -83,7 +83,7 @@ def scan(
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "size", "stamp"]).to_pandas()
     damaged = pd.DataFrame(listing.damaged, columns=REJECTED[:2], dtype=object)
     tables = [headers.filter(refused).select(REJECTED).to_pandas(), damaged]
-    for drop in (_drop_repeated, _drop_mixed_series, _drop_tilted, _drop_lossy_copies):
+    for drop in (_drop_repeated, _drop_mixed, _drop_tilted, _drop_lossy_copies):
         slices, dropped = drop(slices)
         tables.append(dropped)
     rejected = pd.concat([table for table in tables if len(table)] or tables[:1]).sort_values("path", kind="stable")
@@ -148,7 +148,7 @@ def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> dict[str, An
     """Return what HEADER_SCHEMA holds of one file; columns without a value are left out."""
     path, facts = portable(file.path), {"size": file.size, "stamp": file.stamp}
     if path != file.path:
-        return facts | dict(zip(REJECTED, (path, "file name is not UTF-8; rename the file", "", ""), strict=True))
+        return facts | dict(zip(REJECTED, (path, "file name is not UTF-8; rename the file", "", "", ""), strict=True))
     try:
         header = read_header(path, force=force)
         if header.compressed:  # its length says nothing: only decoding shows that the stream is whole
@@ -173,12 +173,19 @@ def _drop_repeated(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return kept, copies.assign(reason=reasons)[REJECTED]
 
 
-def _drop_mixed_series(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Reject whole series that stand under two patients or studies: a split by patient would tear them."""
+def _drop_mixed(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Reject series of several patients or studies, and studies of several patients: no split can keep them apart."""
     owners = slices.groupby("series_uid")[["patient_id", "study_uid"]].transform("nunique")
-    mixed = (owners > 1).any(axis=1)
-    reason = "its SeriesInstanceUID (0020,000E) stands under more than one patient or study"
-    return slices[~mixed], slices[mixed].assign(reason=reason)[REJECTED]
+    of_series = (owners > 1).any(axis=1)
+    patients = slices.groupby("study_uid")["patient_id"].transform("nunique")
+    of_study = (patients > 1) & ~of_series
+    series_reason = "its SeriesInstanceUID (0020,000E) stands under more than one patient or study"
+    study_reason = (
+        "its StudyInstanceUID (0020,000D) stands under " + patients.astype(str) + " patients (0010,0020); give each "
+        "patient's study its own"
+    )
+    dropped = slices[of_series | of_study].assign(reason=study_reason.where(of_study, series_reason))
+    return slices[~of_series & ~of_study], dropped[REJECTED]
 
 
 def _drop_tilted(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

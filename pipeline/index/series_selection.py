@@ -8,6 +8,7 @@ of files nor a further, worse series changes the choice.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +20,9 @@ import numpy as np
 import pandas as pd
 
 from ichpipe.common.constants import TIE_MM
+from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.user_tables import read_table
+from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.series_description import kernel_kind
 from ichpipe.index.scan import REJECTED
 from ichpipe.index.slice_order import DIRECTIONS, order_series
@@ -32,11 +35,19 @@ if TYPE_CHECKING:
 SERIES_COLUMNS: Final = [
     "patient_id", "study_uid", "series_uid", "n_slices", "n_refused", "spacing_mm", "thickness_mm", "span_mm",
     "kernel", "kernel_kind", "contrast", "marks", "body_part", "n_same_place", "lossy", "refused_because",
+    "n_single_slice",
 ]  # fmt: skip
 FAULTS: Final = (  # from grave to light; what each means is said in faults_of
-    "unusable", "not a head", "other examination", "too little", "contrast", "reformatted", "bone kernel",
-    "same places", "several sizes", "turned", "perhaps contrast", "lossy", "too long",
+    "unusable", "absurd values", "not a head", "other examination", "too little", "contrast", "reformatted",
+    "bone kernel", "same places", "several passes", "several sizes", "turned", "perhaps contrast", "lossy", "too long",
 )  # fmt: skip
+MIN_BODY_HU: Final = -1000
+MAX_BODY_HU: Final = 4000  # 3071 is the most of 12 bits; metal may be above
+MAX_ABOVE_BODY: Final = 0.2  # share of pixels
+MIN_BODY: Final = 0.01
+MIN_OF_PASS: Final = 3  # slices
+MOST_PASSES: Final = 4
+_JOIN: Final = "such as with dcmodify -m SeriesInstanceUID=UID *.dcm"
 _KEYS: Final = ["study_uid", "series_uid"]
 _HEAD: Final = re.compile("HEAD|BRAIN|SKULL|CRANI|CEREB|NEURO|UNKNOWN|^$")  # BodyPartExamined (0018,0015); often wrong
 _OTHER_PARTS: Final = ("spine", "neck", "chest", "abdomen", "face")
@@ -67,6 +78,7 @@ def describe_series(slices: pd.DataFrame, rejected: pd.DataFrame) -> pd.DataFram
         table[name] = table[name].fillna(0).astype(int)
     for name in ("patient_id", "kernel", "marks", "body_part", "refused_because"):
         table[name] = table[name].astype(object).where(table[name].notna(), "")
+    table["n_single_slice"] = table["n_slices"].eq(1).groupby(table["study_uid"]).transform("sum")
     table["kernel_kind"] = [kernel_kind(kernel) for kernel in table["kernel"]]
     table["lossy"] = table["lossy"].eq(True)
     agent, marks = table["contrast"].eq(True), table["marks"].str.split().map(set)
@@ -87,6 +99,7 @@ def _collect_facts(slices: pd.DataFrame) -> pd.DataFrame:
         "perfusion": ~types.map(_PERFUSION.isdisjoint),
         "turned": ~upright(rows),
         "sizes": groups[["rows", "columns"]].transform("nunique").max(axis=1) > 1,
+        "passes": rows["series_uid"].isin(_find_passes(rows)),
     }
     words = rows["marks"]
     for mark, present in marked.items():
@@ -107,6 +120,43 @@ def _collect_facts(slices: pd.DataFrame) -> pd.DataFrame:
     marks = rows[_KEYS].assign(marks=words).drop_duplicates().groupby(_KEYS)["marks"]
     union = marks.agg(lambda texts: " ".join(sorted(set(" ".join(texts).split()))))
     return facts.join([_find_commonest(rows, "kernel"), _find_commonest(rows, "body_part"), union])
+
+
+def _find_passes(slices: pd.DataFrame) -> set[str]:
+    """Return the series that show a part of the patient several times: their slices would be interleaved.
+
+    Passes have another AcquisitionNumber (0020,0012). Without it, positions in the order of InstanceNumber (0020,0013)
+    begin anew.
+    """
+    found = set()
+    for uid, rows in slices.groupby("series_uid"):
+        passes = rows["acquisition"]
+        if passes.nunique() < 2 and rows["instance_number"].is_unique:
+            ordered = rows.sort_values("instance_number")
+            steps = np.sign(ordered["position_mm"].diff().fillna(0.0))
+            passes = (steps == -np.sign(steps.sum())).cumsum()
+        ranges = rows.groupby(passes)["position_mm"].agg(["min", "max", "size"]).sort_values("min")
+        overlap = ranges["min"] < ranges["max"].cummax().shift() - TIE_MM
+        if 1 < len(ranges) <= MOST_PASSES and ranges["size"].min() >= MIN_OF_PASS and overlap.any():
+            found.add(str(uid))
+    return found
+
+
+def has_absurd_values(hu: NDArray[np.int16]) -> bool:
+    """Say whether HU (rows, columns) of a slice through a body can't be right: nearly all at one end of the scale."""
+    body = (hu > MIN_BODY_HU) & (hu < MAX_BODY_HU)
+    return bool((hu > MAX_BODY_HU).mean() > MAX_ABOVE_BODY or body.mean() < MIN_BODY)
+
+
+def _mark_absurd(series: pd.DataFrame, slices: pd.DataFrame) -> pd.DataFrame:
+    """Add the mark ``absurd`` to series whose middle slice has absurd values; only this slice is decoded."""
+    absurd = set()
+    for uid, paths in slices.groupby("series_uid")["path"]:
+        with contextlib.suppress(UnreadableDicomError):  # decoding reports it
+            if has_absurd_values(read_hu(paths.iloc[len(paths) // 2], scanned=True)):
+                absurd.add(uid)
+    marks = series["marks"].where(~series["series_uid"].isin(absurd), ("absurd " + series["marks"]).str.strip())
+    return series.assign(marks=marks)
 
 
 def _find_commonest(rows: pd.DataFrame, column: str) -> pd.Series:
@@ -169,16 +219,24 @@ def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     bone = kernel == "bone" or ("bone" in marks and kernel != "soft")
     few, long = count < params.min_slices, params.head_mm is not None and span > params.head_mm
     turned = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
+    single = row.get("n_single_slice", 0)
+    join = f"; its study has {single} series of one slice each: give them one SeriesInstanceUID (0020,000E), {_JOIN}"
     checks = (
+        (
+            "absurd values",
+            "absurd" in marks,
+            "absurd values: its middle slice has hardly a pixel in the range of a body",
+        ),
         ("not a head", not_head, f"not a head: {', '.join(parts) or row['body_part'][:16]}"),
         ("other examination", other, f"another examination: {', '.join(other)}"),
         ("contrast", row["contrast"] == "yes", "contrast"),
         ("perhaps contrast", perhaps, "perhaps contrast: called plain, but its header names an agent"),
         ("reformatted", "reformatted" in marks, "reformatted"),
         ("bone kernel", bone, f"bone kernel {row['kernel']}".strip()),
-        ("too little", few, f"fewer than {params.min_slices} slices ({count})"),
+        ("too little", few, f"fewer than {params.min_slices} slices ({count}){join if single > 2 else ''}"),
         ("too little", not few and span < MIN_SPAN_MM, f"covers only {span:.0f} mm"),
         ("same places", same > MAX_SAME_PLACE * count, f"{same} of {count} slices at the place of another"),
+        ("several passes", "passes" in marks, "several passes over one part in one series; split them"),
         ("several sizes", "sizes" in marks, "slices of several sizes, as of two series under one SeriesInstanceUID"),
         ("turned", "turned" in marks, turned),
         ("lossy", row["lossy"], "compressed with loss"),
@@ -237,7 +295,7 @@ def read_choices(path: Path, series: pd.DataFrame) -> dict[str, str]:
     Raises DataError that names file and line: an unknown series, one without a usable slice or of another study than
     the row says; two series of one study.
     """
-    table = read_table(path, "choices of series")
+    table = read_table(path, "choices of series", ("series_uid", "study_uid"))
     if "series_uid" not in table.names:
         raise table.error("must have a column series_uid")
     named = pd.Series(table.text("series_uid").to_pandas())
@@ -270,7 +328,7 @@ def select_series(
 
     Without ``one_per_study`` every series with a usable slice is chosen whole.
     """
-    series = describe_series(slices, rejected)
+    series = _mark_absurd(describe_series(slices, rejected), slices)
     if not one_per_study:
         usable = series["n_slices"] > 0
         reason = np.where(usable, "every series is used", "no usable slice").astype(object)

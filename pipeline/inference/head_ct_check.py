@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     from ichpipe.params.schema import SelectionParams
 
-REFUSING_FAULTS: Final = ("unusable", "not a head", "other examination", "too little", "contrast", "turned")
+REFUSING_FAULTS: Final = (
+    "unusable",
+    "absurd values",
+    "not a head",
+    "other examination",
+    "too little",
+    "contrast",
+    "turned",
+)
 """Keys of the faults that refuse a series. With other faults (bone kernel, loss, thin) it is still a head CT."""
 
 REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "reason"]

@@ -55,7 +55,7 @@ def read_predictions(path: Path) -> SliceTable:
     Raises DataError that names file and line: a value that is NaN or out of range, an unknown or absent class, two
     different values for one slice and class. Rows that repeat an earlier one are counted in the report.
     """
-    return _read(read_table(path, "prediction"), read_probabilities, CLASSES)
+    return _read(read_table(path, "prediction", [*LONG_COLUMNS, *_KEYS, *GROUPS], CLASSES), read_probabilities, CLASSES)
 
 
 def read_labels(path: Path) -> SliceTable:
@@ -64,8 +64,8 @@ def read_labels(path: Path) -> SliceTable:
     Raises DataError as ``read_predictions`` does. Where ``any`` is not the maximum of the five, all six labels become
     unknown, as in ``ichpipe.index.rsna_labels``; the report names the slice.
     """
-    table = read_table(path, "label")
     prefixed = tuple(f"label_{name}" for name in CLASSES)
+    table = read_table(path, "label", [*LONG_COLUMNS, *_KEYS, *GROUPS, *prefixed], CLASSES)
     result = _read(table, _read_label, prefixed if set(prefixed) <= set(table.names) else CLASSES)
     odd = inconsistent_any(result.values.notna().to_numpy(), result.values.to_numpy() == 1.0)
     report = result.report | count_uids("inconsistent_any_slices", result.values.index[odd])

@@ -38,7 +38,7 @@ def read_studies(path: Path, key: str, pool: str | None = None) -> pd.DataFrame:
     Several rows of one key, such as two series of a study, are an error unless ``pool`` (max, mean) is given.
     Raises DataError that names file and line: no such column, a value that is no probability.
     """
-    table = read_table(path, "prediction")
+    table = read_table(path, "prediction", _KEYS, CLASSES)
     absent = [name for name in (key, *CLASSES) if name not in table.names]
     if absent:
         raise table.error(f"lacks {', '.join(absent)}; studies.csv of predict has them (the labels are by {key})")
