@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
+MOST_NAMED = 5
+"""Lost patients that a warning names."""
+
 
 @click.command("prepare")
 @workers_option
@@ -70,14 +73,28 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
         summary["overlap"] = splits.count_overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
     index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
-    _log_warnings(index, chosen.series, summary)
+    _log_warnings(index, chosen.series, rejected, summary)
 
 
-def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, Any]) -> None:
-    """Warn of what changes the meaning of later figures."""
-    flawed = series["chosen"] & series["reason"].str.contains("though: ")
-    if flawed.any():
-        log.warning("%d studies have no series without a fault; series.csv says which faults", int(flawed.sum()))
+def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any]) -> None:
+    """Warn of files and patients that are left out, and of what changes the meaning of later figures."""
+    unused = rejected[~rejected["reason"].str.startswith("series not chosen")]
+    if len(unused):
+        log.warning("%d files are left out; rejected.csv says why for each", len(unused))
+    lost = rejected[(rejected["patient_id"] != "") & ~rejected["patient_id"].isin(index["patient_id"])]
+    for number, (patient, rows) in enumerate(lost.groupby("patient_id")):
+        if number == MOST_NAMED:
+            log.warning("%d more patients have no slice in the index", lost["patient_id"].nunique() - MOST_NAMED)
+            break
+        reason = rows["reason"].value_counts().index[0]
+        log.warning("patient %s has no slice in the index; of %d files most often: %s", patient, len(rows), reason)
+    flawed = series[series["chosen"] & (series["faults"] != "")]
+    if len(flawed):
+        commonest = flawed["faults"].value_counts().index[0]
+        log.warning(
+            "%d studies have no series without a fault; most often: %s; series.csv says which", len(flawed), commonest
+        )
+    _log_label_warnings(summary["labels"])
     if not index["split"].isin(["train", "val"]).any():
         log.warning("nothing to train on: all %d patients are in the test split", index["patient_id"].nunique())
     if index["lossy"].any():
@@ -88,6 +105,16 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, summary: dict[str, 
             "trained on",
             summary["overlap"],
         )
+
+
+def _log_label_warnings(report: dict[str, Any]) -> None:
+    if absent := report.get("classes_without_column"):
+        log.warning("the label table has no column %s: these labels are unknown", ", ".join(absent))
+    for kind in ("slices", "studies"):
+        if without := report.get(f"{kind}_without_label"):
+            log.warning("%d %s have no label in the table", without, kind)
+    if cause := report.get("labels_likely_cause"):
+        log.warning("%s", cause)
 
 
 def _nothing_usable(params: PrepareParams, rejected: pd.DataFrame, out: Path) -> str:

@@ -164,6 +164,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         for what, text in _COUNTED.items()
         if report.get(f"n_{what}")
     ]
+    if result.get("weighted_log_loss", 0.0) is None:
+        unknown = [name for name, value in result.get("log_loss", {}).items() if value is None]
+        cause = f"no label is known of {', '.join(unknown)}" if unknown else "nothing has all six labels"
+        lines.append(f"weighted_log_loss is null: {cause}; check the headings of the label table")
     filled = [(name, report["filled_with"]) for name, report in tables.items() if report.get("filled_with") is not None]
     lines += [f"{name}: scored as {value} where there is no prediction" for name, value in filled]
     excluded = result.get("n_excluded")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import require_file
 from ichpipe.common.user_tables import read_table
@@ -82,6 +83,9 @@ def _read_simple(path: Path) -> LabelTable:
         raise table.error(f"names no slice, series, study or patient: it needs one column of {keys}")
     if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
+    absent = [name for name in CLASSES if name not in table.names]
+    if short := [name for name in absent if ABBREVIATIONS[name] in table.names]:
+        raise table.error(f"has a column {ABBREVIATIONS[short[0]]}; rename it {short[0]}")
     key, column = columns[0]
     names = table.text(column).to_pandas()
     labels = pd.DataFrame(np.nan, index=pd.Index(names, name=key), columns=list(CLASSES))
@@ -97,14 +101,14 @@ def _read_simple(path: Path) -> LabelTable:
     zeros, ones = ((labels == label).groupby(level=0).sum() for label in (0, 1))
     values, contradictory, odd_any = resolve_labels(zeros.to_numpy(), ones.to_numpy(), derive_any=True)
     report: dict[str, Any] = {"file": str(path), "key": key, "rows": len(names), "names": len(zeros)}
-    report["duplicate_rows"] = len(names) - len(zeros)
+    report |= {"duplicate_rows": len(names) - len(zeros), "classes_without_column": absent}
     for kind, marked in (("contradictory", contradictory), ("inconsistent_any", odd_any)):
         report |= {kind: int(marked.sum()), f"{kind}_names": first_names(zeros.index[marked])}
     frame = pd.DataFrame(values.astype(np.float32), index=zeros.index, columns=list(CLASSES))
     return LabelTable(key, frame, report)
 
 
-def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Add the six columns of CLASSES to the index by identifier, and make the table of studies.
 
     Returns the index (float32 labels, NaN where unknown), a row of STUDY_COLUMNS for each series, and counts of rows
@@ -118,9 +122,10 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     matched = names.isin(labels.values.index)
     if not matched.any():
         count = f"{len(index)} slices" if of_slices else f"{index['study_uid'].nunique()} studies"
+        hint = _explain_spelling(names, labels.values.index) or "check prepare.labels and prepare.dicom_dir"
         raise DataError(
             f"none of {count} is in the label table (first {labels.key}: {names.iloc[0]!r}, first in the table: "
-            f"{labels.values.index[0]!r}); check prepare.labels and prepare.dicom_dir"
+            f"{labels.values.index[0]!r}); {hint}"
         )
     values = labels.values[list(CLASSES)].reindex(names).set_axis(index.index)
     kept = values if of_slices else values.where(values == 0.0)
@@ -133,7 +138,28 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
             "studies_without_label": int(index.loc[~matched, "study_uid"].nunique()),
             "labels_without_study": int((~labels.values.index.isin(names)).sum()),
         }
+    if hint := _explain_spelling(names[~matched], labels.values.index):
+        counts["labels_likely_cause"] = hint
     return joined, _reduce_to_series(joined, values), counts
+
+
+def _explain_spelling(unmatched: pd.Series, names: pd.Index) -> str:
+    """Return why identifiers of images match none of the table, if a spreadsheet may have changed their spelling."""
+
+    def simplify(name: object) -> str:
+        text = str(name).strip().casefold()
+        text = text.removesuffix(".0") if text.removesuffix(".0").isdecimal() else text
+        return text.lstrip("0") or text
+
+    by_simple = {simplify(name): str(name) for name in names}
+    pairs = [(str(name), by_simple[simplify(name)]) for name in unmatched.unique() if simplify(name) in by_simple]
+    if not pairs:
+        return ""
+    examples = ", ".join(f"{image!r} is {row!r} there" for image, row in pairs[:3])
+    return (
+        f"{len(pairs)} of the images' identifiers stand in the table in another spelling ({examples}): a spreadsheet "
+        "drops leading zeros and adds .0; write that column as text"
+    )
 
 
 def _name_scans(index: pd.DataFrame) -> pd.Series:

@@ -184,8 +184,8 @@ def _drop_mixed(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         "its StudyInstanceUID (0020,000D) stands under " + patients.astype(str) + " patients (0010,0020); give each "
         "patient's study its own"
     )
-    dropped = slices[of_series | of_study].assign(reason=study_reason.where(of_study, series_reason))
-    return slices[~of_series & ~of_study], dropped[REJECTED]
+    mixed = of_series | of_study
+    return slices[~mixed], slices[mixed].assign(reason=study_reason.where(of_study, series_reason)[mixed])[REJECTED]
 
 
 def _drop_tilted(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -183,7 +183,7 @@ def upright(slices: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[str, str] | None = None) -> pd.DataFrame:
-    """Add ``chosen`` and ``reason`` to the table of ``describe_series``: one chosen series per study with any slice.
+    """Add ``chosen``, ``reason`` and ``faults`` to the table of ``describe_series``: one chosen series a study.
 
     ``choices`` (study UID to series UID) overrules; both come from ``read_choices``.
     """
@@ -191,6 +191,7 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
     records: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
     chosen: list[bool] = []
     reasons: list[str] = []
+    texts: list[str] = []
     for study, group in groupby(records, key=itemgetter("study_uid")):
         rows = list(group)
         faults = [find_faults(row, params) for row in rows]
@@ -202,8 +203,10 @@ def choose_series(series: pd.DataFrame, params: SelectionParams, choices: dict[s
         if usable := rows[best]["n_slices"] > 0:
             explained[best] = f"named in {params.choices}" if named else _why(best, rows, faults, params)
         reasons += explained
+        texts += ["; ".join(words.values()) for words in faults]
         chosen += [usable and number == best for number in range(len(rows))]
-    return table.assign(chosen=np.array(chosen, dtype=np.bool_), reason=pd.Series(reasons, dtype=object))
+    columns = {name: pd.Series(values, dtype=object) for name, values in (("reason", reasons), ("faults", texts))}
+    return table.assign(chosen=np.array(chosen, dtype=np.bool_), **columns)
 
 
 def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
@@ -332,7 +335,7 @@ def select_series(
     if not one_per_study:
         usable = series["n_slices"] > 0
         reason = np.where(usable, "every series is used", "no usable slice").astype(object)
-        return Selection(slices, series.assign(chosen=usable, reason=reason), rejected.iloc[:0])
+        return Selection(slices, series.assign(chosen=usable, reason=reason, faults=""), rejected.iloc[:0])
     choices = read_choices(Path(params.choices), series) if params.choices else None
     series = choose_series(series, params, choices)
     reasons = slices["series_uid"].map(series.set_index("series_uid")["reason"])

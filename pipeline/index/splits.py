@@ -93,7 +93,7 @@ def read_test_slices(path: str | Path | None) -> pd.Index:
     """
     if path is None:
         raise ParamsError("prepare.split stage1 needs prepare.test_slices: a table with the slices of the test set")
-    table = read_table(Path(path), "test slices")
+    table = read_table(Path(path), "test slices", ("SOPInstanceUID", "sop_uid", *LONG_COLUMNS))
     key = next((name for name in ("SOPInstanceUID", "sop_uid", "ID") if name in table.names), None)
     if key is None:
         raise table.error("names no slices: it needs a column SOPInstanceUID, sop_uid or ID")

@@ -49,7 +49,7 @@ class Sample:
 
 def read_sample(path: Path) -> Sample:
     """Read the competition's ``…sample_submission.csv``. Raises MissingFileError, or DataError that names the line."""
-    table = read_table(path, "sample submission")
+    table = read_table(path, "sample submission", ("ID", "Label"))
     if not {"ID", "Label"} <= set(table.names):
         raise table.error("must have the columns ID,Label")
     ids = table.text("ID")

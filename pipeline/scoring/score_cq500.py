@@ -29,7 +29,7 @@ def read_scans(path: Path, pool: str | None = None) -> ScanTable:
     and left out. Several rows of one scan, such as two series, are an error unless they are equal or ``pool``
     (``max``, ``mean``) is given. DataError names file and line, also for a value that is NaN or out of range.
     """
-    table = read_table(path, "prediction")
+    table = read_table(path, "prediction", [*_NAMES, *FINDINGS.values(), *CLASSES])
     forms = [form for form in (FINDINGS, {name: name for name in CLASSES}) if set(form.values()) <= set(table.names)]
     if len(forms) != 1:
         both = f"{', '.join(FINDINGS.values())} and {', '.join(CLASSES)}"
