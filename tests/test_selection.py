@@ -28,6 +28,8 @@ KINDS = {
     "turned": {"directions": [-1.0, 0, 0, 0, 1.0, 0]},
     "lossy": {"lossy": True},
     "spine": {"marks": "spine"},
+    "absurd": {"marks": "absurd"},
+    "passes": {"marks": "passes"},
     "chest": {"body_part": "CHEST"},
     "perfusion": {"marks": "perfusion"},
     "mpr": {"image_type": "DERIVED\\SECONDARY\\REFORMATTED"},
@@ -45,7 +47,7 @@ def series(uid, study="T1", *, count=30, step=5.0, twice=False, directions=AXIAL
     places = np.concatenate([places, places]) if twice else places
     known = {
         "kernel": "STANDARD", "marks": "", "contrast_agent": False, "lossy": False, "thickness_mm": 5.0,
-        "body_part": "HEAD",
+        "body_part": "HEAD", "acquisition": "",
         "image_type": "ORIGINAL\\PRIMARY\\AXIAL", "rows": 512, "columns": 512,
     }  # fmt: skip
     frame = pd.DataFrame({"sop_uid": [f"{uid}.{number:03d}" for number in range(len(places))]})
@@ -58,7 +60,7 @@ def series(uid, study="T1", *, count=30, step=5.0, twice=False, directions=AXIAL
 
 
 def no_rejected(*rows):
-    return pd.DataFrame(rows, columns=REJECTED, dtype=object)
+    return pd.DataFrame([(*row, "") for row in rows], columns=REJECTED, dtype=object)
 
 
 def chosen_of(*parts, params=PARAMS, rejected=None, choices=None):
@@ -151,8 +153,8 @@ def test_what_is_better_than_what(better, worse, reason):
 @pytest.mark.slow
 def test_a_fault_alone_is_worse_than_none_and_the_list_orders_them():
     order = [
-        "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "sizes", "turned", "agent though plain",
-        "lossy", "long", "good",
+        "absurd", "chest", "perfusion", "few", "contrast", "mpr", "bone", "twice", "passes", "sizes", "turned",
+        "agent though plain", "lossy", "long", "good",
     ]  # fmt: skip
     assert len(order) == len(FAULTS)  # "unusable" has no slices; the last one has no fault
     for number, worse in enumerate(order):

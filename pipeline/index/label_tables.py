@@ -149,7 +149,7 @@ def _explain_spelling(unmatched: pd.Series, names: pd.Index) -> str:
     def simplify(name: object) -> str:
         text = str(name).strip().casefold()
         text = text.removesuffix(".0") if text.removesuffix(".0").isdecimal() else text
-        return text.lstrip("0") or text
+        return text.lstrip("0") or text[-1:]
 
     by_simple = {simplify(name): str(name) for name in names}
     pairs = [(str(name), by_simple[simplify(name)]) for name in unmatched.unique() if simplify(name) in by_simple]

@@ -1,0 +1,261 @@
+"""Every file becomes a slice or a line in rejected.csv, and every patient stands in a table or a warning."""
+
+import os
+import time
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ct_dataset, save_dicom
+
+from ichpipe.common.errors import DataError
+from ichpipe.dicom.archive import list_files
+from ichpipe.dicom.series_description import marks_of, names_agent
+from ichpipe.dicom.slice_header import read_header
+from ichpipe.index.label_tables import join, read_labels
+from ichpipe.index.scan import scan
+from ichpipe.index.series_selection import has_absurd_values, select_series
+from ichpipe.params.schema import PrepareParams
+from ichpipe.scoring.score_studies import read_studies
+from ichpipe.stages import prepare
+
+SELECTION = PrepareParams().selection
+
+
+def write_head(folder, *, patient="P1", study="1.2.3", series="1.2.3.1", count=12, pixels=None, start=0.0, **tags):
+    """A series of ``count`` slices 8 mm apart; a callable tag gets the number of the slice."""
+    rng = np.random.default_rng(len(series))
+    for number in range(count):
+        shown = rng.integers(900, 1200, (8, 8)).astype(np.int16) if pixels is None else pixels
+        dataset = ct_dataset(shown, series=series, number=number + 1, z=start + 8.0 * number, patient=patient)
+        dataset.StudyInstanceUID, dataset.BodyPartExamined = study, "HEAD"
+        for keyword, value in tags.items():
+            setattr(dataset, keyword, value(number) if callable(value) else value)
+        save_dicom(dataset, folder / f"{series}-{number:03d}.dcm")
+
+
+def prepared(folder, out, **params):
+    prepare.run(PrepareParams(dataset="folder", dicom_dir=str(folder), **params), out)
+    return pd.read_parquet(out / "slices.parquet"), pd.read_csv(out / "rejected.csv")
+
+
+def test_members_of_one_name_are_lines(tmp_path):
+    write_head(tmp_path / "source")
+    paths = sorted((tmp_path / "source").iterdir())
+    (tmp_path / "zip").mkdir()
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "zip" / "a.zip", "w") as archive:
+        for number, path in enumerate(paths):
+            archive.write(path, f"IM{number % 5}")
+    slices, rejected = scan([tmp_path / "zip"])
+    assert (len(slices), len(rejected)) == (5, 7)
+    assert rejected["reason"].str.contains("another file of this name; unpack it with `unzip -B`").all()
+    assert rejected["path"].is_unique
+
+
+def test_links_and_what_is_no_file_are_lines(tmp_path):
+    write_head(tmp_path / "data", count=1)
+    folder = tmp_path / "data"
+    (folder / "dangling").symlink_to(folder / "annex" / "gone")
+    (folder / "linked").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe")
+    listing = list_files([folder])
+    assert len(listing.files) == 1
+    reasons = {path.rpartition("/")[2]: reason for path, reason in listing.damaged}
+    assert reasons.keys() == {"dangling", "linked", "pipe"}
+    assert "not there; fetch" in reasons["dangling"]
+    assert "name the folder itself" in reasons["linked"]
+
+
+def test_a_folder_that_cannot_be_opened_is_a_line(tmp_path, monkeypatch):
+    write_head(tmp_path / "good", count=1)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_files([tmp_path])
+    assert [path.rpartition("/")[2] for path, _ in listing.damaged] == ["locked"]
+    assert "Permission denied" in listing.damaged[0][1]
+
+
+def test_a_study_of_several_patients_is_refused(tmp_path):
+    for number in range(3):
+        write_head(tmp_path / "in", patient=f"P{number}", study="1.2.77", series=f"1.2.77.{number}")
+    write_head(tmp_path / "in", patient="P9", study="1.2.88", series="1.2.88.1")
+    index, rejected = prepared(tmp_path / "in", tmp_path / "out")
+    assert index["patient_id"].unique().tolist() == ["P9"]
+    assert rejected["reason"].str.contains(r"StudyInstanceUID \(0020,000D\) stands under 3 patients").sum() == 36
+
+
+def test_prepare_names_the_patients_that_it_lost(tmp_path, caplog):
+    for number in range(3):
+        write_head(
+            tmp_path / "in", patient=f"P{number}", study=f"1.2.{number}", series=f"1.2.{number}.1",
+            SOPInstanceUID=lambda row: f"2.16.1.{row + 1}",
+        )  # fmt: skip
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert "24 files are left out; rejected.csv says why for each" in caplog.text
+    for patient in ("P1", "P2"):
+        assert f"patient {patient} has no slice in the index; of 12 files most often: duplicate: same" in caplog.text
+
+
+def test_a_series_uid_per_slice_is_said_with_the_remedy(tmp_path, caplog):
+    write_head(tmp_path / "in", SeriesInstanceUID=lambda row: f"1.2.3.1.{row}")
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert "12 series of one slice each" in caplog.text
+    assert "dcmodify -m SeriesInstanceUID" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"AcquisitionNumber": lambda row: 1 + row // 6}, False),  # side by side
+        ({"AcquisitionNumber": lambda row: 1 + row // 6, "ImagePositionPatient": "again"}, True),
+        ({"AcquisitionNumber": lambda row: row}, False),  # one each
+        ({"ImagePositionPatient": "again"}, True),  # InstanceNumber alone
+        ({"ImagePositionPatient": "again", "InstanceNumber": lambda _row: 1}, False),  # nothing tells them apart
+    ],
+)
+def test_passes_over_one_part_are_a_fault(tmp_path, tags, expected):
+    if tags.get("ImagePositionPatient"):
+        tags = tags | {"ImagePositionPatient": lambda row: [0, 0, 8.0 * (row % 6) + 3.0 * (row // 6)]}
+    write_head(tmp_path, **tags)
+    chosen = select_series(*scan([tmp_path]), SELECTION, one_per_study=True)
+    assert ("several passes" in chosen.series["faults"].iloc[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "absurd"), [(32767, 0.6, True), (3000, 0.9, False), (32767, 0.05, False), (-1024, 1.0, True)]
+)
+def test_values_that_no_body_has_are_a_fault(tmp_path, value, share, absurd):
+    hu = np.full(1000, 40, np.int16)
+    hu[: int(1000 * share)] = value
+    assert has_absurd_values(hu.reshape(20, 50)) == absurd
+    write_head(tmp_path, pixels=hu.reshape(20, 50), RescaleIntercept=0)
+    chosen = select_series(*scan([tmp_path]), SELECTION, one_per_study=True)
+    assert ("absurd values" in chosen.series["faults"].iloc[0]) == absurd
+
+
+@pytest.mark.parametrize("text", [b"4.1", b"K5JR4D", b"12345678901234567890", b"1\\2", b" ", b"1,5", b"-3e400", b"NaN"])
+def test_an_odd_instance_number_costs_no_slice(write_ct, text):
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    path = write_ct()
+    import pydicom
+
+    dataset = pydicom.dcmread(path)
+    tag = Tag("InstanceNumber")
+    dataset._dict[tag] = RawDataElement(tag, "IS", len(text), text + b" " * (len(text) % 2), 0, False, True)
+    dataset.save_as(path)
+    assert read_header(path).instance_number is None
+    assert len(scan([path])[0]) == 1
+
+
+@pytest.mark.parametrize("keyword", ["SeriesDescription", "ProtocolName", "ContrastBolusAgent", "ConvolutionKernel"])
+@pytest.mark.parametrize("unit", ["W ", "W/", "- ", "NO ", "A", "0 "])
+def test_a_text_of_64_000_characters_costs_no_time(write_ct, keyword, unit):
+    path = write_ct(**{keyword: "X"})
+    from ichpipe.dicom.elements import MAX_TEXT
+
+    begin = time.perf_counter()
+    marks_of((unit * 64_000)[:MAX_TEXT])
+    names_agent((unit * 64_000)[:MAX_TEXT])
+    assert time.perf_counter() - begin < 1.0  # a quadratic expression took minutes for the whole text
+    assert read_header(path).kernel == ("X" if keyword == "ConvolutionKernel" else "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "-", ".", "NIL", "NA", "n.a.", "(none)", "UNENHANCED", "NON CONTRAST", "NO IV CONTRAST", "NO CONTRAST GIVEN",
+     "UNKNOWN", "KEINE", "kein KM", "SANS", "Without IV", "0 ml", "0.0 ml", "PLAIN", "FALSE", "W/O", "IV CONTRAST NOT GIVEN"],
+)  # fmt: skip
+def test_texts_that_name_no_agent(text):
+    assert not names_agent(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["OMNIPAQUE 300", "IV", "100 ml Ultravist", "ORAL", "Iopamidol", "NONIONIC", "NON IONIC CONTRAST", "Niopam", "YES",
+     "CONTRAST", "I.V.", "mit KM", "100CC", "50", "Y"],
+)  # fmt: skip
+def test_texts_that_name_an_agent(text):
+    assert names_agent(text)
+
+
+HEADINGS = {
+    "right": ("study_uid", "any", "subdural"),
+    "capitals": ("Study_UID", "ANY", "Subdural"),
+    "spaces": ("Study UID", " any", "sub-dural"),
+    "standard": ("StudyInstanceUID", "Any", "SUBDURAL"),
+    "standard in lower case": ("studyinstanceuid", "any", "subdural"),
+}
+
+
+@pytest.mark.parametrize("name", HEADINGS)
+def test_headings_match_whatever_their_case(tmp_path, name):
+    path = tmp_path / "labels.csv"
+    path.write_text(",".join(HEADINGS[name]) + "\n1.2,1,1\n1.3,0,0\n")
+    labels = read_labels("folder", path)
+    assert labels.key == "study_uid"
+    assert labels.values["subdural"].tolist() == [1.0, 0.0]
+    assert labels.report["classes_without_column"] == [
+        "epidural",
+        "intraparenchymal",
+        "intraventricular",
+        "subarachnoid",
+    ]
+
+
+@pytest.mark.parametrize("heading", ["subdura", "subdurall", "sub_durel", "SDH", "subdural_"])
+def test_a_near_miss_names_the_column(tmp_path, heading):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"study_uid,any,{heading}\n1.2,1,1\n")
+    if heading == "subdural_":  # the same letters
+        assert read_labels("folder", path).values["subdural"].tolist() == [1.0]
+        return
+    with pytest.raises(DataError, match=f"has a column '?{heading}'?.*rename it '?subdural"):
+        read_labels("folder", path)
+
+
+def test_other_columns_are_no_near_misses(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("study_uid,any,subdural,age,subdural_mm,comment\n1.2,1,1,60,4,x\n")
+    assert read_labels("folder", path).values["subdural"].tolist() == [1.0]
+
+
+def test_headings_of_predictions_match_too(tmp_path):
+    names = ("Any", "Epidural", "Intraparenchymal", "Intraventricular", "Subarachnoid", "Subdural")
+    path = tmp_path / "studies.csv"
+    path.write_text("Study_UID," + ",".join(names) + "\n1.2" + ",.5" * 6 + "\n")
+    assert read_studies(path, "study_uid")["subdural"].tolist() == [0.5]
+    path.write_text("Study_UID," + ",".join(names).replace("Subdural", "Subdurl") + "\n1.2" + ",.5" * 6 + "\n")
+    with pytest.raises(DataError, match="'Subdurl': rename it 'subdural'"):
+        read_studies(path, "study_uid")
+
+
+@pytest.mark.parametrize(
+    ("images", "rows", "pairs"),
+    [
+        (["0014", "1016"], ["14", "1016"], "'0014' is '14' there"),
+        (["1016", "1017"], ["1016.0", "1017"], "'1016' is '1016.0' there"),
+        (["AB1", "1017"], ["ab1", "1017"], "'AB1' is 'ab1' there"),
+        (["00", "7"], ["0", "7"], "'00' is '0' there"),
+        (["A", "7"], ["B", "7"], ""),
+    ],
+)
+def test_identifiers_in_another_spelling_are_named(tmp_path, images, rows, pairs):
+    path = tmp_path / "labels.csv"
+    path.write_text("PatientID,any\n" + "".join(f"{name},1\n" for name in rows))
+    index = pd.DataFrame({"patient_id": images, "study_uid": images, "series_uid": images})
+    _, _, counts = join(index, read_labels("folder", path))
+    assert counts["studies_without_label"] == 1
+    assert pairs in counts.get("labels_likely_cause", "")
+    assert bool(pairs) == ("labels_likely_cause" in counts)
