@@ -13,9 +13,9 @@ from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
+from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
 from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.stream_checks import RUN_LENGTH, Claim, frame_bytes, require_sound
@@ -144,7 +144,7 @@ def read_pixel_file(path: Path | str) -> PixelFile:
 
     Raises UnreadableDicomError.
     """
-    dataset = parse(read_file(path if isinstance(path, str) else path.as_posix(), MAX_FILE_BYTES), PIXEL_TAGS)
+    dataset = parse(read_slice_file(path if isinstance(path, str) else path.as_posix(), MAX_FILE_BYTES), PIXEL_TAGS)
     elements = Elements(dataset)
     facts = pixel_facts(elements, transfer_syntax(dataset))
     require_pixels(elements, facts)
@@ -179,8 +179,11 @@ def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from None  # nor in a traceback
-    if Elements(dataset.file_meta).text("MediaStorageSOPClassUID") == _DIRECTORY_CLASS:
+    kind = Elements(dataset.file_meta).text("MediaStorageSOPClassUID")
+    if kind == _DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
+    if kind in ENHANCED_CT:
+        raise EnhancedCtError("enhanced CT: name one of its frames, FILE/frame-0001")
     return dataset
 
 

@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.coded_terms import MODALITIES, body_part, shown
 from ichpipe.dicom.dataset import (
     MAX_FILE_BYTES,
@@ -24,6 +23,7 @@ from ichpipe.dicom.dataset import (
     transfer_syntax,
 )
 from ichpipe.dicom.elements import MAX_TEXT, Elements, tags
+from ichpipe.dicom.enhanced import read_slice_file
 from ichpipe.dicom.hounsfield import stored_pixels, stored_to_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.series_description import marks_of, names_agent
@@ -101,7 +101,7 @@ def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
 
     """
     name = path if isinstance(path, str) else path.as_posix()
-    data = read_file(name, MAX_FILE_BYTES)
+    data = read_slice_file(name, MAX_FILE_BYTES)
     with quiet_pydicom():
         dataset = parse(data, _HEADER_TAGS)
         elements = Elements(dataset)

@@ -19,6 +19,7 @@ from ichpipe.common.progress import Counter
 from ichpipe.dicom.archive import list_files, portable
 from ichpipe.dicom.dataset import UNCOMPRESSED
 from ichpipe.dicom.decode_sandbox import TrialDecoder
+from ichpipe.dicom.enhanced import EnhancedCtError, list_frames
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.header_cache import HeaderCache
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
@@ -128,7 +129,7 @@ def _hide_patients(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table
 def read_headers(files: Sequence[ListedFile], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
     with _no_collection(), TrialDecoder() as trial:
-        rows = [_read(file, trial, force=force) for file in files]
+        rows = [row for file in files for row in _read(file, trial, force=force)]
     return pa.Table.from_pylist(rows, schema=HEADER_SCHEMA)
 
 
@@ -144,20 +145,37 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:
-    """Return what HEADER_SCHEMA holds of one file; columns without a value are left out."""
+def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[str, Any]]:
+    """Return what HEADER_SCHEMA holds of one file, or of each frame of an Enhanced CT."""
     path, facts = portable(file.path), {"size": file.size, "stamp": file.stamp}
     if path != file.path:
-        return facts | dict(zip(REJECTED, (path, "file name is not UTF-8; rename the file", "", "", ""), strict=True))
+        reason = "file name is not UTF-8; rename the file"
+        return [facts | dict(zip(REJECTED, (path, reason, "", "", ""), strict=True))]
+    try:
+        return [facts | _read_slice(path, trial, force=force)]
+    except EnhancedCtError as error:
+        reason = str(error)
+    try:
+        rows = [facts | _read_slice(frame, trial, force=force) for frame in list_frames(path)]
+    except UnreadableDicomError as error:
+        rows, reason = [], str(error)
+    rows = [row | {"reason": f"enhanced CT: {row['reason']}"} if "reason" in row else row for row in rows]
+    return rows or [facts | dict(zip(REJECTED, (path, reason, "", "", ""), strict=True))]
+
+
+def _read_slice(path: str, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:
+    """Return the columns of one slice, or its path and the reason; raises EnhancedCtError for a file of frames."""
     try:
         header = read_header(path, force=force)
         if header.compressed:  # its length says nothing: only decoding shows that the stream is whole
             trial.require(path)
+    except EnhancedCtError:
+        raise
     except UnreadableDicomError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        return facts | dict(zip(REJECTED, (path, reason, *error.series), strict=True))
+        return dict(zip(REJECTED, (path, reason, *error.series), strict=True))
     vectors = (*header.position, *header.row_direction, *header.column_direction)
-    return facts | header._asdict() | dict(zip((*POSITION, *DIRECTIONS), vectors, strict=True))
+    return header._asdict() | dict(zip((*POSITION, *DIRECTIONS), vectors, strict=True))
 
 
 def _drop_repeated(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

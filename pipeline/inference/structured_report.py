@@ -25,6 +25,7 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path
 from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES
+from ichpipe.dicom.enhanced import FRAME
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.inference.findings import package_version
 
@@ -74,6 +75,8 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
     sources: list[Dataset] = []
     with quiet_pydicom():
         for path in paths:
+            if FRAME.fullmatch(path):
+                raise DataError("enhanced CT: a report would have to name frames, which is not supported")
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
             for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
                 vr = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")

@@ -1,0 +1,126 @@
+"""Enhanced CT: every frame becomes a slice with the geometry and rescale of its functional groups."""
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import AXIAL, compress, ct_dataset, save_dicom
+from pydicom.dataset import Dataset
+
+from ichpipe.dicom.enhanced import ENHANCED_CT
+from ichpipe.dicom.hounsfield import read_hu, read_square_hu
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.slice_header import read_header
+from ichpipe.index.scan import scan
+
+FROM_CLASSIC = ("RescaleSlope", "RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber")
+
+
+def item(**tags):
+    dataset = Dataset()
+    for keyword, value in tags.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def write_enhanced(path, pixels, *, intercepts, shared=None, uid="1.2.840.10008.5.1.4.1.1.2.1", **tags):
+    """One file of all ``pixels`` (frames, rows, columns); frame n lies at 5 n mm and has its own intercept."""
+    dataset = ct_dataset(pixels[0])
+    dataset.SOPClassUID, dataset.NumberOfFrames = uid, len(pixels)
+    dataset.PixelData = pixels.tobytes()
+    for keyword in FROM_CLASSIC:
+        delattr(dataset, keyword)
+    groups = [
+        item(
+            PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=intercept, RescaleType="HU")],
+            PlanePositionSequence=[item(ImagePositionPatient=[0, 0, 5.0 * number])],
+            FrameContentSequence=[item(FrameAcquisitionNumber=7)],
+        )
+        for number, intercept in enumerate(intercepts)
+    ]
+    dataset.PerFrameFunctionalGroupsSequence = groups
+    common = item(
+        PlaneOrientationSequence=[item(ImageOrientationPatient=AXIAL)],
+        PixelMeasuresSequence=[item(PixelSpacing=[1, 1], SliceThickness=5)],
+        FrameAnatomySequence=[item(AnatomicRegionSequence=[item(CodeMeaning="Brain")])],
+    )
+    dataset.SharedFunctionalGroupsSequence = [common if shared is None else shared]
+    for keyword, value in tags.items():
+        setattr(dataset, keyword, value)
+    return save_dicom(dataset, path)
+
+
+@pytest.fixture
+def frames():
+    return np.random.default_rng(0).integers(0, 2000, (4, 6, 8)).astype(np.int16)
+
+
+@pytest.mark.parametrize("uid", sorted(ENHANCED_CT))
+@pytest.mark.parametrize("syntax", [None, "1.2.840.10008.1.2.5"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_each_frame_is_a_slice(tmp_path, frames, uid, syntax, count):
+    intercepts = [-1024, -1000, 0, 24][:count]
+    path = write_enhanced(tmp_path / "a.dcm", frames[:count], intercepts=intercepts, uid=uid)
+    if syntax:
+        compress(path, syntax)
+    slices, rejected = scan([tmp_path])
+    assert len(rejected) == 0
+    assert slices["position_mm"].tolist() == [5.0 * number for number in range(count)]
+    assert slices["sop_uid"].is_unique
+    assert set(slices["body_part"]) == {"BRAIN"}
+    assert set(slices["thickness_mm"]) == {5.0}
+    for row, pixels, intercept in zip(slices.itertuples(), frames, intercepts, strict=False):
+        assert np.array_equal(read_hu(row.path), np.maximum(pixels + intercept, -1024))
+        assert read_header(row.path).file_digest == row.file_digest
+
+
+def test_a_frame_keeps_its_own_values_before_shared_ones(tmp_path, frames):
+    shared = item(
+        PlaneOrientationSequence=[item(ImageOrientationPatient=AXIAL)],
+        PixelValueTransformationSequence=[item(RescaleSlope=2, RescaleIntercept=5, RescaleType="HU")],
+        PixelMeasuresSequence=[item(PixelSpacing=[2, 1])],
+    )
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4, shared=shared)
+    assert np.array_equal(read_hu(f"{path}/frame-0002"), frames[1])
+    assert read_square_hu(f"{path}/frame-0002").shape == (12, 8)
+
+
+@pytest.mark.parametrize(("administered", "expected"), [("YES", True), ("NO", False), (None, True)])
+def test_contrast_stands_in_coded_terms(tmp_path, frames, administered, expected):
+    path = write_enhanced(
+        tmp_path / "a.dcm", frames, intercepts=[0] * 4, ContrastBolusAgentSequence=[item(CodeMeaning="Iohexol")]
+    )
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        if administered:
+            for group in dataset.PerFrameFunctionalGroupsSequence:
+                group.ContrastBolusUsageSequence = [item(ContrastBolusAgentAdministered=administered)]
+        dataset.save_as(path)
+    assert set(scan([tmp_path])[0]["contrast_agent"]) == {expected}
+
+
+def test_a_form_that_cannot_be_read_says_enhanced_ct(tmp_path, frames):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0, 0])
+    _, rejected = scan([tmp_path])
+    assert rejected["reason"].tolist() == [
+        "enhanced CT with 4 frames and functional groups (5200,9230) for 2; export it again"
+    ]
+    for number, name in enumerate(("PlanePositionSequence", "PixelValueTransformationSequence")):
+        path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+        with quiet_pydicom():
+            dataset = pydicom.dcmread(path)
+            delattr(dataset.PerFrameFunctionalGroupsSequence[number], name)
+            dataset.save_as(path)
+        slices, rejected = scan([tmp_path])
+        assert (len(slices), len(rejected)) == (3, 1)
+        assert "enhanced CT: " in rejected["reason"].iloc[0]
+
+
+def test_an_archive_may_hold_enhanced_ct(tmp_path, frames):
+    import zipfile
+
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    (tmp_path / "zip").mkdir()
+    with zipfile.ZipFile(tmp_path / "zip" / "b.zip", "w") as archive:
+        archive.write(path, "x/a.dcm")
+    slices, _ = scan([tmp_path / "zip"])
+    assert np.array_equal(read_hu(slices["path"].iloc[2]), frames[2])
