@@ -89,8 +89,22 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
             for keyword in _REQUIRED:
                 if keyword not in source:
                     setattr(source, keyword, "")
+            _repair_character_set(source)
             sources.append(source)
     return sources
+
+
+def _repair_character_set(source: Dataset) -> None:
+    """Name the character set (0008,0005) as highdicom knows it; text under any other name becomes UTF-8.
+
+    An empty first value means the default set, ISO 2022 IR 6 (PS3.3 C.12.1.1.2): usual in Japan and Korea.
+    """
+    value = source.get("SpecificCharacterSet") or []
+    names = [name or "ISO 2022 IR 6" for name in ([value] if isinstance(value, str) else value)]
+    source.decode()
+    known = {name.value for name in hd.enum.SpecificCharacterSetValues}
+    sound = known.issuperset(names) and (len(names) == 1 or all(name.startswith("ISO 2022") for name in names))
+    source.SpecificCharacterSet = names if names and sound else "ISO_IR 192"
 
 
 def require_reportable(sources: Sequence[Dataset]) -> None:
