@@ -59,8 +59,7 @@ def run(
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.end_to_end import EndToEnd
-    from ichpipe.models.header import SPACING
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import SPACING, require_made_from
     from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
     from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
     from ichpipe.training import distributed
@@ -109,7 +108,7 @@ def run(
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the model that `run` would train exists, with its predictions."""
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     section = params.finetune
     return is_fitted(artifacts.finetuned, section.model_dump(mode="json"), _made_from(artifacts, section.arm))

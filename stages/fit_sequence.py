@@ -58,7 +58,7 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import require_made_from
     from ichpipe.models.weights import save_model
     from ichpipe.scoring.heldout_predictions import make_table, model_mark, of_seeds, write_predictions
     from ichpipe.training.run_record import Stopwatch, write_history, write_record
@@ -95,7 +95,7 @@ def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
     """Say whether the arm that `run` would train exists, with its predictions."""
     from ichpipe.features.generations import describe_inputs
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     section, index = choose_arm(params, arm), read_index(artifacts.index)
     made_from = {

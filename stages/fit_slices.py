@@ -136,7 +136,7 @@ def run(
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the networks that `run` would train exist."""
     from ichpipe.models.fold_models import fold_models
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     index = digest_of_file(artifacts.index)
     try:

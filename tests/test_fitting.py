@@ -18,8 +18,7 @@ from ichpipe.common.device import generator
 from ichpipe.features.generations import open_features
 from ichpipe.features.sequence_dataset import collect_series, plain_batches
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import Cut, draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, Cut, draw_cut, sample
 from ichpipe.images.slice_dataset import SliceDataset
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks, repeat_random

@@ -12,8 +12,7 @@ import numpy as np
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import TrainingError, WeightsError
-from ichpipe.models.header import read_header
-from ichpipe.models.provenance import require_made_from
+from ichpipe.models.header import read_header, require_made_from
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads the header of a model file, without torch and without its weights."""
+"""Reads the header of a model file, without torch and without its weights, and refuses a model of other inputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError, safe_open
 
-from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.constants import THICK_SLICE_MM
-from ichpipe.common.errors import WeightsError
-from ichpipe.common.files import require_file
+from ichpipe.common.errors import IchpipeError, WeightsError
+from ichpipe.common.files import read_json, require_file
 from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
 
 if TYPE_CHECKING:
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
 _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
-SPACING = "spacing_mm"
-"""Name in ``made_from`` of the distance of the slices that a model was trained on."""
+SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
+MEANING = {
+    "index": "index (slices, labels or split)",
+    "embeddings": "embedding store",
+    "slice_cnn": "slice CNN",
+    "sequence": "sequence model",
+}
 
 
 class Header(BaseModel):
@@ -84,3 +89,27 @@ def spacing_of(folder: Path) -> float:
     if not 0 < spacing < math.inf:
         raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
     return spacing
+
+
+def require_made_from(folder: Path, digests: dict[str, str], command: str) -> None:
+    """Refuse the model in ``folder`` unless its inputs have these ``digests`` (SHA-256, by name).
+
+    Raises WeightsError that names each input that differs and the ``command`` that trains the model anew.
+    """
+    made_from = read_header(folder, f"run: {command}").made_from
+    changed = [MEANING.get(name, name) for name, digest in digests.items() if made_from.get(name) != digest]
+    if changed:
+        inputs = " and another ".join(changed)
+        raise WeightsError(f"{folder / MODEL_FILE} was trained on another {inputs} than there is now; run: {command}")
+
+
+def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -> bool:
+    """Return whether the model in ``folder`` was trained with these parameters on these inputs, and written whole.
+
+    The record is written last. Code is not compared: a new version of this package alone retrains nothing.
+    """
+    try:
+        require_made_from(folder, made_from, "")
+        return bool(read_json(folder / RECORD_FILE)["params"] == params)
+    except (IchpipeError, KeyError, TypeError):
+        return False

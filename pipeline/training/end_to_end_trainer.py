@@ -15,8 +15,7 @@ from ichpipe.common.errors import TrainingError, UnreadableDicomError
 from ichpipe.common.progress import Counter
 from ichpipe.features.embedder import classify_series
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of

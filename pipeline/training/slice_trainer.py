@@ -11,8 +11,7 @@ import torch
 from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling
 from ichpipe.common.progress import Counter
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import batch_loader, batches_of
 from ichpipe.training.distributed import all_sum, average_statistics, share
 from ichpipe.training.losses import weighted_bce_sum
