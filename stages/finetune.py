@@ -64,9 +64,9 @@ def run(
     from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
     from ichpipe.training import distributed
     from ichpipe.training.end_to_end_trainer import EndToEndFitting, image_series
-    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+    from ichpipe.training.run_record import start_watch, write_history, write_record
 
-    watch = Stopwatch()
+    watch = start_watch()
     device = choose_device(distributed.local_gpu(gpu))
     section = params.finetune
     index = read_index(artifacts.index)
@@ -86,8 +86,8 @@ def run(
         first = distributed.rank() == 0
         with distributed.first_goes_first():
             size = model.cnn.spec.size_px
-            pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
-        fitting = EndToEndFitting(model, section, device, train, val, workers, pixels)
+            read = fill_pixel_cache(pixel_cache, index, size, workers).read if pixel_cache else None
+        fitting = EndToEndFitting(model, section, device, train, val, workers, read)
         trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
     if not first:
@@ -101,7 +101,7 @@ def run(
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
-    seconds = watch.seconds()
+    seconds = watch()
     write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=seconds, facts=facts)
     trainer.finish()
 

@@ -43,8 +43,7 @@ class Cut:
 def draw_cut(params: CutMixParams, n: int, size_px: int, seed: int) -> Cut | None:
     """Draw the rectangle of a batch of ``n`` slices; None where this batch is not mixed.
 
-    The share that stays is Beta(alpha, alpha), corrected where the rectangle is clipped at the border; its centre is
-    uniform.
+    The share that stays is Beta(alpha, alpha), corrected where the border clips the rectangle; its centre is uniform.
     """
     draw = np.random.default_rng(seed)
     if params.alpha == 0 or draw.random() >= params.probability:
@@ -58,17 +57,12 @@ def draw_cut(params: CutMixParams, n: int, size_px: int, seed: int) -> Cut | Non
 
 @dataclass(frozen=True)
 class Batch:
-    """Slices and what is drawn for them when it is needed; every draw is made once."""
+    """Slices and what is drawn for them; the augmentation is drawn once, when it is needed."""
 
     rows: Sequence[int]  # of the data set
     mine: list[int]  # numbers, within the batch, of the slices that this process takes
+    cut: Cut | None
     draw: Callable[[], augmentation.AugmentDraw]
-    draw_cut: Callable[[], Cut | None]
-
-    @cached_property
-    def cut(self) -> Cut | None:
-        """Return the CutMix of the batch."""
-        return self.draw_cut()
 
     @cached_property
     def drawn(self) -> augmentation.AugmentDraw:

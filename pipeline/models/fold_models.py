@@ -1,7 +1,6 @@
 """Out-of-fold slice CNNs: number f is trained on the train patients of all folds but f.
 
-A CNN is more certain of the slices it was fitted on than of any other, so a sequence model would learn from embeddings
-that it never meets again. Embeddings of each train patient by the CNN that left this patient out are like new ones.
+A CNN is more certain of the slices it was fitted on: a sequence model would learn from embeddings unlike new ones.
 """
 
 from __future__ import annotations

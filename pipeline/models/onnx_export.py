@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 TOLERANCE = 1e-4
-LENGTHS = (2, 13, 40)
-"""Slices of the series on which the file is compared with the network; one, for networks of a single slice, too."""
+LENGTHS = (2, 13, 40)  # slices of the series on which the file is compared with the network
 INPUTS = {
     "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal",
     "position_mm": "float32 (slices): positions along the slice normal, mm",

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class _SeriesNetwork(nn.Module):
     """What all networks over series share."""
 
-    spec: SequenceSpec
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.spec = spec
 
     def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
         """Classify the slices of a single series.
@@ -58,8 +60,7 @@ class SequenceModel(_SeriesNetwork):
     """A context over the slices and one linear head for every slice, its bias zero at the start (the paper's)."""
 
     def __init__(self, spec: SequenceSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         self.context = build_context(spec)
         self.dropout = nn.Dropout(spec.dropout)
         width = int(self.context.width)  # type: ignore[arg-type]
@@ -94,8 +95,8 @@ class SequenceModel(_SeriesNetwork):
         """
         position_mm = sources[POSITION]
         on_device = lengths.to(position_mm.device)
-        hidden = self.context(make_inputs(self.spec.inputs, sources, on_device), lengths, position_mm)
-        hidden = self.dropout(hidden)
+        inputs = make_inputs(self.spec.inputs, sources, on_device)
+        hidden = self.dropout(self.context(inputs, lengths, position_mm))
         if self.spec.skip:
             hidden = torch.cat([hidden, make_inputs(self.spec.skip, sources, on_device)], dim=-1)
         logits: Tensor = self.head(hidden)
@@ -112,10 +113,6 @@ class SequenceModel(_SeriesNetwork):
 class MovingAverage(_SeriesNetwork):
     """The baseline: the slice CNN's probabilities averaged over neighbouring slices. Nothing is learned."""
 
-    def __init__(self, spec: SequenceSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
         """See SequenceModel."""
         exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
@@ -127,8 +124,7 @@ class SequenceEnsemble(_SeriesNetwork):
     """Several trained networks as one: the mean of their probabilities, over both orders of slices if asked."""
 
     def __init__(self, spec: SequenceSpec, members: Sequence[SequenceModel | MovingAverage]) -> None:
-        super().__init__()
-        self.spec = spec.model_copy(update={"members": len(members)})
+        super().__init__(spec.model_copy(update={"members": len(members)}))
         self.members = nn.ModuleList(members)
 
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import WindowParams
 
+# Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
+# Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
 PREPROCESSING_VERSION: Final = 1
-"""Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
-Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
-Golden values in the tests fail where the numbers change without it."""
 
+# Bounded well above any network here, so that a damaged header does not ask for all memory.
 Size = Annotated[int, Field(ge=1, le=65_536)]
-"""Bounded well above any network here, so that a damaged header does not ask for all memory."""
-
 Few = Annotated[int, Field(ge=1, le=64)]
 Input = Literal["embedding", "deltas", "logits", "pca", "spacing", "position"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -30,11 +30,8 @@ log = logging.getLogger("ichpipe")
 
 Weights = dict[str, "Tensor"]
 
-SAVE_WITHIN_S = 300.0
-"""Seconds between checkpoints within an epoch."""
-
-LOOK_STEPS = 50
-"""Steps between two checks of the loss: each makes a GPU wait; without them a diverged run would go on for hours."""
+SAVE_WITHIN_S = 300.0  # between checkpoints within an epoch
+LOOK_STEPS = 50  # between two checks of the loss: each makes a GPU wait
 
 
 @dataclass(frozen=True)
