@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.generations import Features
     from ichpipe.features.sequence_dataset import LabelledSeries
+    from ichpipe.models.header import SequenceSpec
     from ichpipe.models.sequence import AnySequence
-    from ichpipe.models.specs import SequenceSpec
     from ichpipe.params.schema import Params, SequenceParams
     from ichpipe.stages.options import Settings
     from ichpipe.training.trainer import Epoch, Weights
@@ -188,7 +188,7 @@ def train_seed(
 
 def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     """Describe one network of an arm."""
-    from ichpipe.models.specs import SequenceSpec
+    from ichpipe.models.header import SequenceSpec
 
     shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
     fields = {name: getattr(section, name) for name in shared}

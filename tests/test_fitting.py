@@ -255,7 +255,7 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
     gradient = sequence_gradient(fitting)
     fitting.model.zero_grad()
     uids = [index.loc[index["path"] == fitting.slices.paths[batch.rows[rows[0]]], "series_uid"].item()
-            for rows in batch.members]  # fmt: skip
+            for rows, _, _ in batch.members]  # fmt: skip
     cached = []
     for uid in uids:
         (batch,) = plain_batches(
@@ -287,7 +287,7 @@ def test_a_sample_without_labels_teaches_nothing(run):
     unknown = torch.full_like(fitting.slices.labels, float("nan"))
     fitting.slices.labels = unknown
     batch = fitting.steps(1)[0][0]
-    assert [len(rows) for rows in batch.members] == [4, 4]
+    assert [len(rows) for rows, _, _ in batch.members] == [4, 4]
     assert fitting.backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
 
 

@@ -20,7 +20,7 @@ from ichpipe.common.files import digest_of
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import track
 from ichpipe.images.slice_dataset import load_slices
-from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.models.header import PREPROCESSING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

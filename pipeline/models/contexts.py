@@ -18,7 +18,7 @@ from ichpipe.models.inputs import extent, inside
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ichpipe.models.specs import SequenceSpec
+    from ichpipe.models.header import SequenceSpec
 
 # Wavelengths of the position encoding: from four slices of 5 mm to twice the longest head scan.
 SHORTEST_MM, LONGEST_MM = 20.0, 800.0
@@ -78,8 +78,7 @@ class Attention(nn.Module):
         """See the module."""
         mask = inside(lengths.to(features.device), features.shape[1])
         tokens = self.project(features) + encode_position(position_mm, lengths.to(features.device), self.width)
-        hidden: Tensor = self.encoder(tokens, src_key_padding_mask=~mask)
-        return hidden
+        return self.encoder(tokens, src_key_padding_mask=~mask)  # type: ignore[no-any-return]
 
 
 def encode_position(position_mm: Tensor, lengths: Tensor, width: int) -> Tensor:

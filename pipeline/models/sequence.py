@@ -18,7 +18,7 @@ from ichpipe.models.inputs import POSITION, make_inputs, reverse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ichpipe.models.specs import SequenceSpec
+    from ichpipe.models.header import SequenceSpec
 
     Sources = dict[str, Tensor]
 
@@ -48,8 +48,7 @@ class _SeriesNetwork(nn.Module):
         length = torch.tensor([len(embedding)])
         if torch.onnx.is_in_onnx_export():  # a plain number would stay in an exported file
             length = torch.ones_like(position_mm, dtype=torch.int64).sum(dim=0, keepdim=True)
-        output: Tensor = self(batch, length)
-        return output.squeeze(0)
+        return self(batch, length).squeeze(0)  # type: ignore[no-any-return]
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the principal components where the model reads them and ``sources`` hold embeddings alone."""
@@ -99,8 +98,7 @@ class SequenceModel(_SeriesNetwork):
         hidden = self.dropout(self.context(inputs, lengths, position_mm))
         if self.spec.skip:
             hidden = torch.cat([hidden, make_inputs(self.spec.skip, sources, on_device)], dim=-1)
-        logits: Tensor = self.head(hidden)
-        return logits
+        return self.head(hidden)  # type: ignore[no-any-return]
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the principal components."""

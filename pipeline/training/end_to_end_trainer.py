@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,7 @@ class ImageSeries:
 class SeriesBatch(Batch):
     """The slices of some series, or of samples of them, as one batch of images."""
 
-    members: list[list[int]]  # of each series of this process: numbers within the batch
-    position_mm: list[Tensor]
-    seeds: list[int]
+    members: list[tuple[list[int], Tensor, int]]  # series of this process: numbers within the batch, mm, seed
     n_series: int  # of all processes
 
 
@@ -147,7 +146,7 @@ class EndToEndFitting:
     def backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
         """Add the gradient of each series of this process, as a share ``of_all`` series; return their losses."""
         batch_labels, size, losses = batch.labels(self.slices.labels), self.section.chunk_slices, []
-        for rows, position_mm, seed in zip(batch.members, batch.position_mm, batch.seeds, strict=True):
+        for rows, position_mm, seed in batch.members:
             labels = batch_labels[rows].to(self.device)
             if labels.isnan().any(dim=1).all():  # a sample may hold no known label
                 continue
@@ -187,8 +186,8 @@ class EndToEndFitting:
             for series, seed in zip(train, seeds, strict=True)
         ]
         ends = np.cumsum([0, *(len(rows) for rows in samples)]).tolist()
-        mine = share(range(len(samples)))
-        members = [list(range(ends[number], ends[number + 1])) for number in mine]
+        spans = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+        members = [(spans[n], train[n].position_mm[list(samples[n])], seeds[n]) for n in share(range(len(samples)))]
         cut = draw_cut(section.cutmix, ends[-1], self.slices.size_px, derive_seed(section.seed, "cut", epoch, start))
 
         def draw() -> augmentation.AugmentDraw:
@@ -199,7 +198,5 @@ class EndToEndFitting:
             return augmentation.AugmentDraw.joined(draws)
 
         all_rows = [self.starts[number] + row for number, rows in zip(numbers, samples, strict=True) for row in rows]
-        own_rows = [row for rows in members for row in rows]
-        position_mm = [train[number].position_mm[list(samples[number])] for number in mine]
-        own_seeds = [seeds[number] for number in mine]
-        return SeriesBatch(all_rows, own_rows, cut, draw, members, position_mm, own_seeds, len(samples))
+        own_rows = [row for rows, _, _ in members for row in rows]
+        return SeriesBatch(all_rows, own_rows, cut, draw, members, len(samples))
