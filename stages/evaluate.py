@@ -130,7 +130,7 @@ def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float6
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
     """Refuse models of another split or of another network's embeddings; their scores would look valid."""
     from ichpipe.features.generations import describe_inputs
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import require_made_from
 
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.generations import Features
     from ichpipe.features.sequence_dataset import LabelledSeries
+    from ichpipe.models.header import SequenceSpec
     from ichpipe.models.sequence import AnySequence
-    from ichpipe.models.specs import SequenceSpec
     from ichpipe.params.schema import Params, SequenceParams
     from ichpipe.stages.options import Settings
     from ichpipe.training.trainer import Epoch, Weights
@@ -58,12 +58,12 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import require_made_from
     from ichpipe.models.weights import save_model
     from ichpipe.scoring.heldout_predictions import make_table, model_mark, of_seeds, write_predictions
-    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+    from ichpipe.training.run_record import start_watch, write_history, write_record
 
-    watch = Stopwatch()
+    watch = start_watch()
     device, section = choose_device(gpu), choose_arm(params, arm)
     index = read_index(artifacts.index)
     split = {"index": digest_of_file(artifacts.index)}
@@ -86,7 +86,7 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
     write_history(folder, fitted[0].history)
     facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
     params_read = section.model_dump(mode="json")
-    write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
+    write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch(), facts=facts)
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
 
@@ -95,7 +95,7 @@ def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
     """Say whether the arm that `run` would train exists, with its predictions."""
     from ichpipe.features.generations import describe_inputs
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     section, index = choose_arm(params, arm), read_index(artifacts.index)
     made_from = {
@@ -169,16 +169,16 @@ def train_seed(
 
     from ichpipe.common.device import derive_seed
     from ichpipe.features.sequence_dataset import predict_rows
-    from ichpipe.training.run_record import Stopwatch
+    from ichpipe.training.run_record import start_watch
     from ichpipe.training.sequence_trainer import SequenceFitting
 
-    watch = Stopwatch()
+    watch = start_watch()
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(section, features).to(device)
     fitting = SequenceFitting(model, section, device, data.train, data.val, seed)
     trainer = fitting.trainer(checkpoint, key)
     history = trainer.run(fitting.train_epoch, fitting.validate)
-    seconds = watch.seconds()
+    seconds = watch()
     trained = _assemble(section, features, trainer.kept).to(device)
     probabilities = predict_rows(trained, data.predicted, len(data.held_out), device)
     log.info("seed %d: %.1f s", seed, seconds)
@@ -188,7 +188,7 @@ def train_seed(
 
 def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
     """Describe one network of an arm."""
-    from ichpipe.models.specs import SequenceSpec
+    from ichpipe.models.header import SequenceSpec
 
     shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
     fields = {name: getattr(section, name) for name in shared}

@@ -109,9 +109,9 @@ def run(
     with distributed.processes():
         first = distributed.rank() == 0
         with distributed.first_goes_first():
-            pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
+            read = fill_pixel_cache(pixel_cache, index, size, workers).read if pixel_cache else None
         train_set, val_set = (
-            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, pixels)
+            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, read)
             for part in (train, val)
         )
         slices = Slices(train_set, val_set, train["series_uid"].tolist())
@@ -136,7 +136,7 @@ def run(
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the networks that `run` would train exist."""
     from ichpipe.models.fold_models import fold_models
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     index = digest_of_file(artifacts.index)
     try:
@@ -198,10 +198,10 @@ def _tasks(params: Params, artifacts: Artifacts, train: pd.DataFrame) -> list[Ta
 def train_network(params: Params, slices: Slices, device: torch.device, workers: int, task: Task) -> Fitted:
     """Train one network, or go on from its checkpoint (a finished one is loaded and not trained further)."""
     from ichpipe.training import distributed
-    from ichpipe.training.run_record import Stopwatch
+    from ichpipe.training.run_record import start_watch
     from ichpipe.training.slice_trainer import SliceFitting
 
-    watch = Stopwatch()
+    watch = start_watch()
     cnn = build(params).to(device)
     if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
         from timm.layers.norm_act import convert_sync_batchnorm
@@ -219,7 +219,7 @@ def train_network(params: Params, slices: Slices, device: torch.device, workers:
         facts["excluded_fold"] = int(task.made_from["excluded_fold"])
         facts["n_out_of_fold_slices"] = len(task.left_out)
         facts["out_of_fold_loss"] = fitting.loss_on(slices.train, task.left_out)
-    return Fitted(task, cnn.cpu(), history, facts, watch.seconds())
+    return Fitted(task, cnn.cpu(), history, facts, watch())
 
 
 def _write_record(params: Params, device: torch.device, whole: Fitted, parts: list[Fitted]) -> None:

@@ -18,8 +18,7 @@ from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.index.slice_index import TextColumn
 from ichpipe.models.fold_models import fold_models, rows_of_fold
-from ichpipe.models.header import read_header
-from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.models.header import PREPROCESSING_VERSION, read_header
 from ichpipe.params.schema import AugmentParams
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Out-of-fold slice CNNs: number f is trained on the train patients of all folds but f.
 
-A CNN is more certain of the slices it was fitted on than of any other, so a sequence model would learn from embeddings
-that it never meets again. Embeddings of each train patient by the CNN that left this patient out are like new ones.
+A CNN is more certain of the slices it was fitted on: a sequence model would learn from embeddings unlike new ones.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import numpy as np
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import TrainingError, WeightsError
-from ichpipe.models.header import read_header
-from ichpipe.models.provenance import require_made_from
+from ichpipe.models.header import require_made_from
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,8 +65,7 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
     """
     folders = {fold: artifacts.fold_cnn(fold) for fold in fold_numbers(params)}
     for fold, folder in folders.items():
-        require_made_from(folder, {"index": index_digest}, COMMAND)
-        made_from = read_header(folder, f"run: {COMMAND}").made_from
+        made_from = require_made_from(folder, {"index": index_digest}, COMMAND)
         left_out, folds = made_from.get("excluded_fold"), made_from.get("folds")
         if (left_out, folds) != (str(fold), str(params.fit_slices.folds)):
             patients = "on all folds" if None in (left_out, folds) else f"without fold {left_out} of {folds}"

@@ -17,6 +17,7 @@ from ichpipe.common.artifacts import HISTORY_FILE, RECORD_FILE
 from ichpipe.common.files import write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -26,15 +27,10 @@ if TYPE_CHECKING:
 PACKAGES = ("ichpipe", "torch", "timm", "numpy", "pydicom", "zarr", "dask")
 
 
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Return the wall time so far, to a tenth of a second."""
-        return round(time.perf_counter() - self._start, 1)
+def start_watch() -> Callable[[], float]:
+    """Return a function that returns the seconds from now on, to a tenth."""
+    start = time.perf_counter()
+    return lambda: round(time.perf_counter() - start, 1)
 
 
 def write_record(
