@@ -55,11 +55,6 @@ def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.Da
     return table
 
 
-def of_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    """Put the tables of an arm's seeds into one, with a column ``seed``."""
-    return pd.concat([table.assign(seed=seed) for seed, table in tables.items()], ignore_index=True)
-
-
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write one model's predictions as parquet."""
     with atomic_path(path) as temporary:
