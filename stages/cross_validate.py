@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -69,9 +69,12 @@ def run(
     folds = []
     for number in numbers:  # this fold is the test set
         prepare_params = params.prepare.model_copy(update={"test_fold": number})
-        folds.append((params.model_copy(update={"prepare": prepare_params}), Artifacts(whole.root / f"fold-{number}")))
-    for fold_params, fold in folds:
-        _fit_fold(fold_params, whole, fold, gpu, workers, arms_only=arms_only)
+        fold_params, fold = (
+            params.model_copy(update={"prepare": prepare_params}),
+            Artifacts(whole.root / f"fold-{number}"),
+        )
+        _fit_fold(fold_params, fold, whole, gpu, workers, arms_only=arms_only)
+        folds.append((fold_params, fold))
     for arm in params.sequence:
         _pool_arm([fold.sequence(arm) for _, fold in folds], whole.sequence(arm))
     ladder = "" if arms_only else _score(params, whole, folds) + "\n\n"
@@ -83,7 +86,7 @@ def _name(params: Params) -> str:
 
 
 def _fit_fold(
-    params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, workers: int, *, arms_only: bool
+    params: Params, artifacts: Artifacts, whole: Artifacts, gpu: str, workers: int, *, arms_only: bool
 ) -> None:
     import pandas as pd
 
@@ -116,7 +119,7 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
     tables = [read_predictions(folder, "ichpipe cross-validate") for folder in folders]
     test = pd.concat([table[table["split"] == "test"] for table in tables], ignore_index=True)
     write_predictions(test, target, POOLED)
-    records: list[dict[str, Any]] = [read_json(folder / RECORD_FILE) for folder in folders]
+    records = [read_json(folder / RECORD_FILE) for folder in folders]
     seeds = [
         {"seed": parts[0]["seed"], "seconds": round(sum(part["seconds"] for part in parts), 1)}
         for parts in zip(*(record["seeds"] for record in records), strict=True)
