@@ -84,10 +84,7 @@ def run(params: Params, artifacts: Artifacts) -> str:
     rows = calibration_report.reliability_rows(*test, calibration)
     write_json(artifacts.plots / "reliability.json", rows)
     write_bytes(artifacts.plots / "reliability.png", calibration_report.reliability_figure(rows))
-    write_json(artifacts.metrics, metrics)
-    for name, table in tables.items():
-        predictions.write_table(table, artifacts.predictions / f"{name}.parquet")
-    write_plots(artifacts.plots, metrics, tables)
+    write_scores(artifacts, metrics, tables)
     folders = {"slice CNN": artifacts.slice_cnn}
     folders |= {f"sequence, {arm}": artifacts.sequence(arm) for arm in params.sequence}
     folders["fine-tuned"] = artifacts.finetuned
@@ -101,18 +98,21 @@ def run(params: Params, artifacts: Artifacts) -> str:
     return f"{text}\n\n{compare.run(params, artifacts)}"
 
 
-def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
-    """Write ROC, precision-recall and calibration points as JSON for DVC, and the pictures of them."""
+def write_scores(artifacts: Artifacts, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
+    """Write metrics and predictions; ROC, precision-recall and calibration points as JSON for DVC; their pictures."""
     from ichpipe.report.figures import ladder, roc
-    from ichpipe.scoring.heldout_predictions import LABELS
+    from ichpipe.scoring.heldout_predictions import LABELS, write_table
     from ichpipe.scoring.metrics import curves
 
+    write_json(artifacts.metrics, metrics)
+    for name, table in tables.items():
+        write_table(table, artifacts.predictions / f"{name}.parquet")
     points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
     for kind in ("roc", "precision_recall", "calibration"):
         rows = [{"model": name, **row} for name, curve in points.items() for row in curve[kind]]
-        write_json(folder / f"{kind}.json", rows)
-    write_bytes(folder / "ladder.png", ladder(metrics))
-    write_bytes(folder / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
+        write_json(artifacts.plots / f"{kind}.json", rows)
+    write_bytes(artifacts.plots / "ladder.png", ladder(metrics))
+    write_bytes(artifacts.plots / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
 
 
 def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
