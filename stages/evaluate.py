@@ -17,9 +17,7 @@ from ichpipe.common.files import digest_of, digest_of_file, read_json, write_byt
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     import pandas as pd
-    from numpy.typing import NDArray
 
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
@@ -77,9 +75,10 @@ def run(params: Params, artifacts: Artifacts) -> str:
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
     val = finetuned[finetuned["split"] == "val"]  # these patients are never scored
     patients, mark = val["patient_id"].to_numpy(object), predictions.model_mark(artifacts.finetuned)
-    calibration = fit_calibration(*_values(val), patients, params.evaluate.calibration, mark)
+    values, method = predictions.labels_and_probabilities(val), params.evaluate.calibration
+    calibration = fit_calibration(*values, patients, method, mark)
     write_calibration(artifacts.finetuned, calibration)
-    test = _values(tables[predictions.FINETUNED])
+    test = predictions.labels_and_probabilities(tables[predictions.FINETUNED])
     metrics["calibration"] = calibration_report.calibration_scores(*test, calibration)
     rows = calibration_report.reliability_rows(*test, calibration)
     write_json(artifacts.plots / "reliability.json", rows)
@@ -101,26 +100,18 @@ def run(params: Params, artifacts: Artifacts) -> str:
 def write_scores(artifacts: Artifacts, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
     """Write metrics and predictions; ROC, precision-recall and calibration points as JSON for DVC; their pictures."""
     from ichpipe.report.figures import ladder, roc
-    from ichpipe.scoring.heldout_predictions import LABELS, write_table
+    from ichpipe.scoring.heldout_predictions import labels_and_probabilities, write_table
     from ichpipe.scoring.metrics import curves
 
     write_json(artifacts.metrics, metrics)
     for name, table in tables.items():
         write_table(table, artifacts.predictions / f"{name}.parquet")
-    points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
+    points = {name: curves(*labels_and_probabilities(table)) for name, table in tables.items()}
     for kind in ("roc", "precision_recall", "calibration"):
         rows = [{"model": name, **row} for name, curve in points.items() for row in curve[kind]]
         write_json(artifacts.plots / f"{kind}.json", rows)
     write_bytes(artifacts.plots / "ladder.png", ladder(metrics))
     write_bytes(artifacts.plots / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
-
-
-def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    import numpy as np
-
-    from ichpipe.scoring.heldout_predictions import LABELS
-
-    return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
 
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:

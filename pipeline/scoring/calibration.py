@@ -30,12 +30,9 @@ Method = Literal["none", "temperature", "isotonic"]
 
 RANGE: Final = (0.05, 20.0)  # of temperatures
 MIN_SLICES: Final = 10  # positive, and negative, validation slices of a class that gets a map
+# Patients with positive slices of a class that gets a map; with fewer, the map describes these patients. With two to
+# four in a fold of CT-ICH, fitting made the held-out log loss worse in nine of ten tries (docs/predict.md).
 MIN_PATIENTS: Final = {"temperature": 5, "isotonic": 20}
-"""Patients with positive slices of a class that gets a map; with fewer, the map describes these patients.
-
-On 55 patients of CT-ICH, with two to four positive ones in a fold, fitting made the held-out log loss worse in nine
-of ten tries (docs/predict.md).
-"""
 
 
 class Curve(BaseModel):

@@ -55,6 +55,11 @@ def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.Da
     return table
 
 
+def labels_and_probabilities(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both as arrays (n, 6), columns in the order of CLASSES."""
+    return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write one model's predictions as parquet."""
     with atomic_path(path) as temporary:
