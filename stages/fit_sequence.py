@@ -146,8 +146,8 @@ def collect_data(features: Features, index: pd.DataFrame, section: SequenceParam
                 f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
             )
         parts.append(load_to_device(device, labelled, stored_inputs(section.all_inputs)))
-    rows = held_out(index)
-    return Data(*parts, rows, collect_series(features, rows))
+    (train, val), rows = parts, held_out(index)
+    return Data(train, val, rows, collect_series(features, rows))
 
 
 def train_seed(

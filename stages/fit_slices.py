@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
     from ichpipe.training.slice_trainer import Slices
@@ -104,7 +103,7 @@ def run(
         losses = [of_fold["out_of_fold_loss"] for of_fold in facts_of_folds]
         facts["n_folds"], facts["n_out_of_fold_slices"] = len(parts), sum(counts)
         facts["out_of_fold_loss"] = sum(map(operator.mul, counts, losses)) / sum(counts)
-        facts["folds_wall_seconds"] = [of_fold for _, of_fold in parts]
+        facts["folds_wall_seconds"] = [seconds_of_fold for _, seconds_of_fold in parts]
     folder, identity = artifacts.slice_cnn, _identity(params)
     write_record(folder, stage="fit-slices", params=identity, device=device, seconds=seconds, facts=facts)
     for checkpoint in artifacts.resume("").glob("fit-slices.*pt"):  # also of folds that a former run had
@@ -121,25 +120,6 @@ def is_done(params: Params, artifacts: Artifacts) -> bool:
     except IchpipeError:
         return False
     return is_fitted(artifacts.slice_cnn, _identity(params), {"index": index})
-
-
-def build(params: Params) -> SliceCnn:
-    """Build the network that the parameters describe, with its pretrained weights where they name some.
-
-    All networks of one run start from the same weights, so that their embeddings stay comparable.
-    """
-    import torch
-
-    from ichpipe.common.device import derive_seed
-    from ichpipe.models.slice_cnn import SliceCnn, spec_for
-    from ichpipe.models.weights import load_pretrained
-
-    section = params.fit_slices
-    torch.manual_seed(derive_seed(section.seed, "weights"))
-    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
-    if section.pretrained is not None:
-        load_pretrained(cnn.backbone, section.backbone, section.pretrained)
-    return cnn
 
 
 def labelled(index: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -168,8 +148,11 @@ def train_network(
     ``left_out`` are positions in ``slices.train``: the patients of ``fold``. Without a fold it is the network of all
     train slices, and the folds' networks of former runs go. Returns facts for the record, and seconds.
     """
+    import torch
+
     from ichpipe.common.device import derive_seed
-    from ichpipe.models.weights import save_model
+    from ichpipe.models.slice_cnn import SliceCnn, spec_for
+    from ichpipe.models.weights import load_pretrained, save_model
     from ichpipe.training import distributed
     from ichpipe.training.run_record import Stopwatch, write_history
     from ichpipe.training.slice_trainer import SliceFitting
@@ -182,7 +165,11 @@ def train_network(
         seed = derive_seed(seed, "fold", fold)  # of order, augmentation and dropout
         made_from |= {"excluded_fold": str(fold), "folds": str(section.folds)}
         folder, checkpoint = artifacts.fold_cnn(fold), artifacts.resume(f"fit-slices.fold-{fold}.pt")
-    cnn = build(params).to(device)
+    torch.manual_seed(derive_seed(section.seed, "weights"))  # all networks start from the same weights
+    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
+    if section.pretrained is not None:
+        load_pretrained(cnn.backbone, section.backbone, section.pretrained)
+    cnn.to(device)
     if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
         from timm.layers.norm_act import convert_sync_batchnorm
 

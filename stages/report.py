@@ -127,18 +127,16 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
-    import numpy as np
-
     from ichpipe.report.cases import as_picture
-    from ichpipe.scoring.heldout_predictions import LABELS
+    from ichpipe.scoring.heldout_predictions import labels_and_probabilities
 
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())
     if series.bad:
         raise DataError(series.bad[0][1])
-    labels = rows[LABELS].to_numpy()
+    labels, probabilities = labels_and_probabilities(rows)
     png = explainer.draw(
         series,
-        probabilities=rows[list(CLASSES)].to_numpy(np.float64),
+        probabilities=probabilities,
         title="",
         note="",
         framed=labels[:, 0] == 1,

@@ -1,9 +1,7 @@
 """Compares arms of stage two: means and spreads over seeds, and paired differences from a baseline arm.
 
-Patients are resampled once for all arms: every difference is paired. With a dozen arms, one in twenty intervals misses
-by chance. The verdict therefore rests on simultaneous intervals: the largest studentised deviation over all arms in
-each resample (Westfall & Young 1993, Romano & Wolf 2005). A difference below twice its standard error over seeds is
-noise.
+With a dozen arms, one in twenty intervals misses by chance. The verdict therefore rests on simultaneous intervals: the
+largest studentised deviation over all arms in each resample (Westfall & Young 1993, Romano & Wolf 2005).
 """
 
 from __future__ import annotations

@@ -39,11 +39,12 @@ def score_all(
     for name, table in tables.items() if overlap else ():
         rest = table[~table["patient_id"].isin(overlap)]
         scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
-    paired, columns = {}, list(CLASSES)
+    columns = list(CLASSES)
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
     pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
     pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
+    paired = {}
     for earlier, later in pairs:
         before, after = tables[earlier], tables[later]
         if before["sop_uid"].tolist() != after["sop_uid"].tolist():

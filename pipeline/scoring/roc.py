@@ -7,7 +7,7 @@ over patients in ``ichpipe.scoring.metrics``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import beta, norm, rankdata
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Floats = NDArray[np.float64]
-
-
-_ROUNDING: Final = 1e-6  # of a case: 0.9 of 130 is 117, whatever the binary digits say
 
 
 def areas(labels: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats] | None:
@@ -86,9 +83,9 @@ def operating_points(
     thresholds = np.append(np.unique(values), np.inf)
     true_positives = m - np.searchsorted(np.sort(values[positive]), thresholds)
     true_negatives = np.searchsorted(np.sort(values[~positive]), thresholds)
-    rows = {
-        "high_sensitivity": np.flatnonzero(true_positives >= wanted * m - _ROUNDING)[-1],
-        "high_specificity": np.flatnonzero(true_negatives >= wanted * n - _ROUNDING)[0],
+    rows = {  # 1e-6 of a case: 0.9 of 130 is 117, whatever the binary digits say
+        "high_sensitivity": np.flatnonzero(true_positives >= wanted * m - 1e-6)[-1],
+        "high_specificity": np.flatnonzero(true_negatives >= wanted * n - 1e-6)[0],
     }
     return {
         name: {
