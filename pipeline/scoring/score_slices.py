@@ -123,8 +123,8 @@ def _read(table: Table, read_column: Callable[[Table, str], Floats], columns: tu
     differ = ((values != kept) & ~(np.isnan(values) & np.isnan(kept))).any(axis=1)
     table.refuse(differ, "contradicts another row of the same ID; keep one of them", names)
     rows = len(table.content)
-    report = {"file": str(table.path), "form": "long" if is_long else "wide"}
-    report |= {"n_rows": rows, "n_duplicate_rows": rows - distinct_rows}
+    report = {"file": str(table.path), "form": "long" if is_long else "wide", "n_rows": rows}
+    report["n_duplicate_rows"] = rows - distinct_rows
     frame = pd.DataFrame(cells, index=unique, columns=list(CLASSES))
     return SliceTable(table.title, frame, pd.DataFrame(groups, index=unique), report)
 
