@@ -43,7 +43,24 @@ def info(store: str, as_json: bool) -> str:
     from ichpipe.cache.location import StoreLocation
 
     facts = maintenance.info(StoreLocation(store))
-    return json.dumps(facts, indent=2) if as_json else _info_text(facts)
+    if as_json:
+        return json.dumps(facts, indent=2)
+    lines = [f"{facts['store']}: format {facts['format_version']}, {_size(facts['bytes'])} in {facts['files']} files"]
+    for part in facts["generations"]:
+        state = "complete" if part["complete"] else "not complete"
+        lines += [
+            f"generation {part['generation']}, {state}, {_size(part['bytes'])}, {part['segments']} segments",
+            "  {rows} rows of {embedding_dim} features, {series} series, {studies} studies".format_map(part),
+        ]
+        if part.get("rows_unused"):
+            lines.append(f"  {part['rows_unused']} rows that left the index (ichpipe cache prune frees them)")
+        if part["chunks_missing"]:
+            lines.append("  {chunks_missing} of {chunks} chunks are missing (run: ichpipe extract)".format_map(part))
+        lines += [f"  missing: study {uid}" for uid in part["missing_studies"]]
+        for name, value in (part["identity"] or {}).items():
+            text = json.dumps(value)
+            lines.append(f"  {name}: {text if len(text) <= 90 else f'{text[:87]}...'}")
+    return "\n".join(lines)
 
 
 @command.command("verify")
@@ -110,25 +127,6 @@ def prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, 
     verb = "would go" if dry_run else "removed"
     names = ", ".join(done["generations_removed"]) or "none"
     return f"generations {verb}: {names}; rows {verb}: {done['rows_removed']}; {_size(done['bytes_freed'])} freed"
-
-
-def _info_text(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['store']}: format {facts['format_version']}, {_size(facts['bytes'])} in {facts['files']} files"]
-    for part in facts["generations"]:
-        state = "complete" if part["complete"] else "not complete"
-        lines += [
-            f"generation {part['generation']}, {state}, {_size(part['bytes'])}, {part['segments']} segments",
-            "  {rows} rows of {embedding_dim} features, {series} series, {studies} studies".format_map(part),
-        ]
-        if part.get("rows_unused"):
-            lines.append(f"  {part['rows_unused']} rows that left the index (ichpipe cache prune frees them)")
-        if part["chunks_missing"]:
-            lines.append("  {chunks_missing} of {chunks} chunks are missing (run: ichpipe extract)".format_map(part))
-        lines += [f"  missing: study {uid}" for uid in part["missing_studies"]]
-        for name, value in (part["identity"] or {}).items():
-            text = json.dumps(value)
-            lines.append(f"  {name}: {text if len(text) <= 90 else f'{text[:87]}...'}")
-    return "\n".join(lines)
 
 
 def _size(n: float) -> str:

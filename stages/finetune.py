@@ -71,27 +71,26 @@ def run(
     section = params.finetune
     index = read_index(artifacts.index)
     model = EndToEnd(load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))).to(device)
+    made_from = _made_from(artifacts, section.arm)
     embeddings = digest_of(describe_inputs(params, artifacts, index, params.sequence[section.arm]))
-    split = {"index": digest_of_file(artifacts.index)}
+    split = {"index": made_from["index"]}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
     require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, remedy)
     if section.compile:
         model.cnn.compile()
     train, val = image_series(index, "train"), image_series(index, "val")
-    made_from = _made_from(artifacts, section.arm)
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     with distributed.processes():
-        first = distributed.rank() == 0
         with distributed.first_goes_first():
             size = model.cnn.spec.size_px
             read = fill_pixel_cache(pixel_cache, index, size, workers).read if pixel_cache else None
         fitting = EndToEndFitting(model, section, device, train, val, workers, read)
         trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
-    if not first:
-        return
+        if distributed.rank():
+            return
     # Median distance of neighbouring train slices, mm, for predictions on thinner series.
     spacing = index.loc[(index["split"] == "train") & (index["slice_index"] > 0), "spacing_mm"].median()
     save_model(artifacts.finetuned, model, made_from | ({} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}))

@@ -146,6 +146,6 @@ def test_score_reads_back_what_was_written(tmp_path):
     build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False, lineterminator="\n")
     slices[["sop_uid"]].assign(**dict(zip(CLASSES, labels.T, strict=True))).to_csv(tmp_path / "labels.csv", index=False)
     tables = tmp_path / "submission.csv", tmp_path / "labels.csv"
-    text = score.run("rsna", *tables, None, EvaluateParams(), score.Options())
+    text = score.run("rsna", *tables, None, EvaluateParams())
     direct = weighted_log_loss(labels, slices[list(CLASSES)].to_numpy())
     assert json.loads(text)["weighted_log_loss"] == pytest.approx(direct, abs=1e-7)

@@ -17,7 +17,7 @@ from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.index.slice_index import TextColumn
-from ichpipe.models.fold_models import fold_models, rows_of_fold
+from ichpipe.models.fold_models import fold_models
 from ichpipe.models.header import PREPROCESSING_VERSION, read_header
 from ichpipe.params.schema import AugmentParams
 
@@ -104,8 +104,9 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
     by_fold: list[GenerationSpec] = []
     if params.fit_slices.folds:
         models = fold_models(artifacts, params, digest_of_file(artifacts.index))
-        by_fold = [
-            replace(plain, model_dir=folder, index=rows_of_fold(index, fold), fold=fold)
+        train_rows = index[index["split"] == "train"]
+        by_fold = [  # a fold's CNN embeds the train rows that it never saw
+            replace(plain, model_dir=folder, index=train_rows[train_rows["fold"] == fold], fold=fold)
             for fold, folder in models.items()
         ]
     train = by_fold or [replace(plain, index=index[index["split"] == "train"])]

@@ -13,8 +13,8 @@ from ichpipe.report.page import Section, Table, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.metrics import reliability
-from ichpipe.scoring.operating_points import operating_points, proportion_interval
 from ichpipe.scoring.pooling import StudyScore, pool
+from ichpipe.scoring.roc import operating_points, proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
