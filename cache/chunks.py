@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Chunks are written in small pieces: for large writes Linux looks for large memory pages, which may take long.
 WRITE_BYTES = 2**15
-"""Chunks are written in small pieces: for large writes Linux looks for large memory pages, which may take long."""
 
 
 class DamagedChunkError(Exception):

@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-FORMAT_VERSION = 2
-"""Version of the layout on disk (docs/store-format.md); a reader refuses a newer one."""
-
-NAME_DIGITS = 16
-"""Hexadecimal digits of a SHA-256 in a folder name: 64 bits make a collision among millions of names unlikely."""
+FORMAT_VERSION = 2  # of the layout on disk (docs/store-format.md); a reader refuses a newer one
+NAME_DIGITS = 16  # of a SHA-256 in a folder name: 64 bits make a collision among millions of names unlikely
 
 
 def name_of(value: Any) -> str:

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
-PARTIAL = ".partial"
-"""Suffix of a file that is still being written, as in zarr's LocalStore. A killed process leaves such files behind."""
-
+PARTIAL = ".partial"  # suffix of a file being written, as in zarr's LocalStore; a killed process leaves such files
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
     from ichpipe.cache.location import StoreLocation
 
-
-BLOCK_ROWS = 4096
-"""Rows in memory at a time, in float64."""
+BLOCK_ROWS = 4096  # in memory at a time, in float64
 
 
 def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalComponents:

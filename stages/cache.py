@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,7 +67,7 @@ def verify(store: str, as_json: bool, repair: bool) -> Verdict:
         maintenance.repair(location, problems)
     studies = sorted({uid for problem in problems for uid in problem.studies})
     if as_json:
-        listed = [problem.as_dict() for problem in problems]
+        listed = [asdict(problem) for problem in problems]
         text = json.dumps({"sound": not problems, "problems": listed, "studies": studies}, indent=2)
     elif not problems:
         text = f"{store} is sound: every chunk has its checksum"
