@@ -16,9 +16,7 @@ from ichpipe.common.processes import interrupts_stay_here
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONNECT_SECONDS = 20
-"""How long to wait for the scheduler of an existing cluster."""
-
+CONNECT_SECONDS = 20  # to wait for the scheduler of an existing cluster
 SETTINGS: Final = {
     "distributed.worker.daemon": False,  # daemonic workers may not start decoding processes
     # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept. A worker that

@@ -63,11 +63,8 @@ class SliceInputs(Sequence[SliceInput]):
         return SliceInput(*(column[row] for column in self._columns))
 
 
-CPU_BATCH = 16
-"""Slices per forward pass on a CPU: larger batches of 512 px are no faster and take more memory in each lane."""
-
-CPU_BATCH_PX = 64 * 128**2
-"""Pixels per forward pass on a CPU for small images, where Python's own time would hold up the other lanes."""
+CPU_BATCH = 16  # slices per forward pass: larger batches of 512 px are no faster and take more memory in each lane
+CPU_BATCH_PX = 64 * 128**2  # pixels per forward pass of small images, whose Python time would hold up other lanes
 
 
 def lane_batch(size_px: int, most: int) -> int:
@@ -82,19 +79,8 @@ class SliceEmbedder:
     bytes of a row depend neither on the rows beside it nor on the number of lanes and workers. Batch normalisation is
     folded into the convolutions. Several threads may call; they take turns.
 
-    Parameters
-    ----------
-    cnn, device
-        The slice CNN, and the device that it is moved to.
-    batch_size
-        Slices per forward pass; on a CPU an upper limit.
-    view
-        The augmented view; None embeds the slices as they are.
-    loaders
-        Lanes on a CPU, decoding processes beside a GPU.
-    precision
-        ``extract.precision`` of the parameters.
-
+    ``batch_size`` is an upper limit on a CPU. ``loaders`` are lanes on a CPU, decoding processes beside a GPU.
+    ``precision`` is ``extract.precision`` of the parameters. The ``cnn`` is moved to the device.
     """
 
     def __init__(
@@ -257,10 +243,10 @@ def classify_hu(
     return _classify(model, embedded, torch.tensor(position_mm), device, stride)
 
 
-Embedded = tuple[torch.Tensor, torch.Tensor]
+Embedded = list[list[tuple[torch.Tensor, torch.Tensor]]]  # of each chunk: embeddings and logits, plain and mirrored
 
 
-def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch.device) -> list[list[Embedded]]:
+def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch.device) -> Embedded:
     """Embed each chunk as it is and, if the sequence model averages over both, mirrored."""
     model.eval()
     embedded = []
@@ -273,7 +259,7 @@ def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch
 
 
 def _classify(
-    model: EndToEnd, embedded: list[list[Embedded]], position_mm: torch.Tensor, device: torch.device, stride: int
+    model: EndToEnd, embedded: Embedded, position_mm: torch.Tensor, device: torch.device, stride: int
 ) -> torch.Tensor:
     if not embedded:
         return torch.empty((0, len(model.cnn.spec.classes)))

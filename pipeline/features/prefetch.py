@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MOST_LOADERS: Final = 16
-"""Decoding processes for one GPU: as many decode JPEG lossless faster than an H100 takes slices of 512 px."""
-
-PIECE_SLICES: Final = 16
-"""Slices that a loader hands over at a time: 8 MB at 512 px."""
+MOST_LOADERS: Final = 16  # for one GPU: as many decode JPEG lossless faster than an H100 takes slices of 512 px
+PIECE_SLICES: Final = 16  # that a loader hands over at a time: 8 MB at 512 px
 
 
 def usable_cores() -> int:
