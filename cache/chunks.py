@@ -1,7 +1,6 @@
 """Reads and writes chunks of rows, each with its CRC-32C.
 
-A plain chunk of a local store is raw rows and a checksum, so it is mapped into memory and checked when it is first
-touched. zarr reads, writes and checks all others: those of remote stores, or with other codecs.
+A plain chunk of a local store is mapped into memory, and checked when it is first touched. zarr handles all others.
 """
 
 from __future__ import annotations

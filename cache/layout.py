@@ -1,4 +1,4 @@
-"""Groups, arrays and rows of a store: opened, created and listed (Zarr v3, documented in docs/store-format.md).
+"""Names, groups, arrays and rows of a store, as docs/store-format.md describes them (Zarr v3).
 
     STORE/                      attributes: format, format_version
       <generation>/             attributes: identity, classes, embedding_dim, manifest
@@ -12,6 +12,8 @@ can be mapped into memory and a flipped bit is detected.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,11 +23,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
 from ichpipe.cache.rows import DIGEST_BYTES, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ichpipe.cache.rows import Codes
 
 FORMAT = "ichpipe-embeddings"
+FORMAT_VERSION = 2  # of the layout on disk (docs/store-format.md); a reader refuses a newer one
+NAME_DIGITS = 16  # of a SHA-256 in a folder name: 64 bits make a collision among millions of names unlikely
 SEGMENT, MANIFEST, PCA = "segment-", "manifest-", "pca-"
 EMBEDDING_DTYPE = np.float16
 EMBEDDING_LIMIT = float(np.finfo(EMBEDDING_DTYPE).max)
@@ -55,6 +58,43 @@ DAMAGED: Final = (  # what zarr raises for damaged metadata or chunks
     ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ArithmeticError, RecursionError,
     MemoryError,
 )  # fmt: skip
+
+
+# Names derive from content: of a generation, from all that turns a file into a row
+
+
+def name_of(value: Any) -> str:
+    """Hash the canonical JSON text of a value: 16 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:NAME_DIGITS]
+
+
+def name_of_bytes(*parts: bytes | memoryview) -> str:
+    """Hash byte strings and their lengths: 16 hexadecimal digits."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()[:NAME_DIGITS]
+
+
+def digest_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Return the SHA-256 of (series UID, SOP UID, file digest) of every row in order, hexadecimal."""
+    return hashlib.sha256("\n".join("\0".join(row) for row in rows).encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Name every field in which two identities differ, with both values."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+
+    return [
+        f"{name}: store has {short(stored.get(name))}, requested {short(requested.get(name))}"
+        for name in sorted({*stored, *requested})
+        if stored.get(name) != requested.get(name)
+    ]
 
 
 @dataclass(frozen=True)
@@ -242,7 +282,7 @@ def read(group: zarr.Group, name: str) -> Any:
         return np.asarray(small[:])
 
 
-# Creating. Names derive from content, so that creating the same group again changes nothing.
+# Creating. Creating the same group again changes nothing.
 
 
 def create_root(location: StoreLocation) -> zarr.Group:

@@ -10,7 +10,6 @@ import numpy as np
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import Chunks, DamagedChunkError, write_rows
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of
 from ichpipe.cache.rows import Rows, decode_uids
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def info(location: StoreLocation) -> dict[str, Any]:
     files = location.files()
     return {
         "store": str(location),
-        "format_version": FORMAT_VERSION,
+        "format_version": layout.FORMAT_VERSION,
         "files": len(files),
         "bytes": sum(files.values()),
         "generations": [_describe(location, group, files) for group in layout.generations(location, root).values()],
@@ -100,7 +99,7 @@ def verify(location: StoreLocation) -> list[Problem]:
     """
     problems: list[Problem] = []
     for name, group in layout.generations(location, layout.open_root(location)).items():
-        if name_of(group.attrs.get("identity")) != name:
+        if layout.name_of(group.attrs.get("identity")) != name:
             problems.append(Problem(name, "", "", None, "has an identity that does not match its name", []))
         manifest, reason = _read_manifest(location, group)
         if manifest is None and "manifest" in group.attrs:

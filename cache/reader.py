@@ -11,7 +11,6 @@ import numpy as np
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import ChunkCache, Chunks, DamagedChunkError
 from ichpipe.cache.errors import SeveralGenerationsError, StoreError
-from ichpipe.cache.fingerprint import differences, name_of
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.rows import as_text, decode_uids
 
@@ -231,8 +230,8 @@ class EmbeddingStore:
 
 def _select_generation(location: StoreLocation, identity: dict[str, Any] | None) -> zarr.Group:
     root = layout.open_root(location)
-    if identity is not None and layout.has(root, name_of(identity)):
-        group = layout.subgroup(root, name_of(identity))
+    if identity is not None and layout.has(root, layout.name_of(identity)):
+        group = layout.subgroup(root, layout.name_of(identity))
         if layout.identity_of(group) != identity:
             raise StoreError(
                 f"{location}: the metadata of {group.path} is damaged; remove that folder and run: ichpipe extract"
@@ -243,6 +242,6 @@ def _select_generation(location: StoreLocation, identity: dict[str, Any] | None)
         if len(groups) != 1:
             raise SeveralGenerationsError(f"{location} holds {len(groups)} generations; say which by its identity")
         return next(iter(groups.values()))
-    lists = (differences(layout.identity_of(group), identity) for group in groups.values())
+    lists = (layout.differences(layout.identity_of(group), identity) for group in groups.values())
     nearest = min(lists, key=len, default=["it is empty"])
     raise StoreError(f"{location} was made by something else; run: ichpipe extract\n  " + "\n  ".join(nearest))

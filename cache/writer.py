@@ -1,8 +1,7 @@
-"""Filling a generation with Dask: only missing rows are computed, one task per Zarr chunk.
+"""Fills a generation with Dask: only missing rows are computed. Each Zarr chunk is one task, which also writes it.
 
-Chunks and tasks coincide, because tasks that share a chunk lose rows silently. The worker that computed a chunk writes
-it; only the inputs travel. A chunk file is written once, by renaming. The manifest makes rows visible, and is
-written last, after all its rows are on disk. So a reader sees the former rows or all new ones, also after a power loss.
+Tasks that share a chunk would lose rows silently. The manifest makes rows visible, and is written last, after all its
+rows are on disk: a reader sees the former rows or all new ones, also after a power loss.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, 
       ichpipe cache prune artifacts/embeddings.zarr --dry-run
     """
     from ichpipe.cache import maintenance
-    from ichpipe.cache.fingerprint import name_of
+    from ichpipe.cache.layout import name_of
     from ichpipe.cache.location import StoreLocation
 
     weights = {digest_of_file(path) for path in settings.artifacts().slice_cnn.rglob(MODEL_FILE)}

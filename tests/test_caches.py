@@ -13,7 +13,7 @@ import zarr
 from sklearn import decomposition
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import name_of
+from ichpipe.cache.layout import name_of
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator

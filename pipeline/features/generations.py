@@ -1,8 +1,7 @@
 """The generations of the embedding store that a run needs, each with the identity of what made it.
 
-A generation is one network applied to files in one way: the slice CNN of all train patients, plain; per fold, the CNN
-that never saw this fold's patients; each of them again per augmented view. Stage two trains on the out-of-fold
-generations if there are any. Held-out slices always go through the network of all train patients.
+A generation is one network applied in one way: the slice CNN of all train patients; per fold, the CNN that never saw
+its patients; each again per augmented view. Held-out slices always go through the network of all train patients.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
+from ichpipe.cache.layout import FORMAT_VERSION, digest_rows
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.common.artifacts import MODEL_FILE
