@@ -382,11 +382,10 @@ def write_manifest(location: StoreLocation, group: zarr.Group, rows: Rows, segme
     where = np.stack([numbers.reshape(-1), where[:, 1]], axis=1).astype(np.int64)
     manifest = Manifest(rows, [segments[number].name for number in used.tolist()], where)
     name = manifest.name
-    try:
-        is_current = read_manifest(location, group).name == name
-    except StoreError:
-        is_current = False
-    if not is_current:
+    former = ""
+    with contextlib.suppress(StoreError):  # none yet, or a damaged one
+        former = read_manifest(location, group).name
+    if former != name:
         folder = group.require_group(name)
         for (part, dimensions), values in zip(MANIFEST_ARRAYS.items(), manifest.arrays, strict=True):
             create_small(folder, part, values, dimensions)

@@ -147,11 +147,10 @@ def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
     """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again."""
     for problem in problems:
         part = "/".join(filter(None, (problem.generation, problem.part)))
-        if problem.chunk is None:
-            location.remove(part)
-        else:
-            for kind in layout.ROW_ARRAYS:
-                location.remove(layout.chunk_name(part, kind, problem.chunk))
+        chunk = problem.chunk
+        files = [part] if chunk is None else [layout.chunk_name(part, kind, chunk) for kind in layout.ROW_ARRAYS]
+        for name in files:
+            location.remove(name)
 
 
 def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:

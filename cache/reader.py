@@ -121,9 +121,8 @@ class EmbeddingStore:
     @functools.cached_property
     def principal_components(self) -> PrincipalComponents:
         """The principal components of the generation; StoreError if there are none."""
-        group = self._pca_group
         names = ("mean", "components", "explained_variance_ratio")
-        return PrincipalComponents(*(layout.read(group, name) for name in names))
+        return PrincipalComponents(*(layout.read(self._pca_group, name) for name in names))
 
     @functools.cached_property
     def _pca_group(self) -> zarr.Group:

@@ -109,10 +109,10 @@ def load_to_device(device: torch.device, series: list[LabelledSeries], names: tu
     if total_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         return series
 
-    def hold(source: Source) -> Source:
-        return {name: source[name].to(device) for name in names}
-
-    return [replace(item, sources=tuple(hold(source) for source in item.sources)) for item in series]
+    return [
+        replace(item, sources=tuple({name: source[name].to(device) for name in names} for source in item.sources))
+        for item in series
+    ]
 
 
 @dataclass(frozen=True)
