@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,7 +84,7 @@ def verify(store: str, as_json: bool, repair: bool) -> Verdict:
         maintenance.repair(location, problems)
     studies = sorted({uid for problem in problems for uid in problem.studies})
     if as_json:
-        listed = [problem.as_dict() for problem in problems]
+        listed = [asdict(problem) for problem in problems]
         text = json.dumps({"sound": not problems, "problems": listed, "studies": studies}, indent=2)
     elif not problems:
         text = f"{store} is sound: every chunk has its checksum"
@@ -108,7 +109,7 @@ def prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, 
       ichpipe cache prune artifacts/embeddings.zarr --dry-run
     """
     from ichpipe.cache import maintenance
-    from ichpipe.cache.fingerprint import name_of
+    from ichpipe.cache.layout import name_of
     from ichpipe.cache.location import StoreLocation
 
     weights = {digest_of_file(path) for path in settings.artifacts().slice_cnn.rglob(MODEL_FILE)}
