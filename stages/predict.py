@@ -211,10 +211,10 @@ def run(
         write_json(out / "predictions.json", document)
     remarks = [] if options.sr is None else _write_reports(result, inputs, options.sr)
     if options.kaggle is not None:
-        submission = build_submission(result.slices, result.rejected, sample, options.missing)
-        for remark in submission.remarks:
-            log.warning(remark)
-        _write_csv(submission.table, options.kaggle)
+        submission, warnings = build_submission(result.slices, result.rejected, sample, options.missing)
+        for warning in warnings:
+            log.warning(warning)
+        _write_csv(submission, options.kaggle)
     if options.as_json:
         return json.dumps(document, indent=2, allow_nan=False)
     return _as_text(result, inputs, out, remarks)
@@ -226,7 +226,7 @@ def _collect(
     import pandas as pd
 
     from ichpipe.inference.findings import extents
-    from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
+    from ichpipe.inference.inputs import REFUSED_COLUMNS
     from ichpipe.inference.predictor import IDENTIFIERS, score_series
 
     lost = inputs.slices[~inputs.slices["series_uid"].isin(slices["series_uid"])]
@@ -251,7 +251,7 @@ def _collect(
 
 def _write_reports(result: Predicted, inputs: Inputs, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of series without one, and return a line about the written ones."""
-    from ichpipe.inference.findings_text import counted
+    from ichpipe.inference.findings import counted
     from ichpipe.inference.structured_report import make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
@@ -276,7 +276,7 @@ def _write_csv(table: pd.DataFrame, target: Path) -> None:
 
 
 def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
-    from ichpipe.inference.findings_text import counted, format_refused, wrapped
+    from ichpipe.inference.findings import counted, format_refused, wrapped
 
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
     if result.refused.empty:
@@ -287,7 +287,7 @@ def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
 
 
 def _as_text(result: Predicted, inputs: Inputs, out: Path | None, remarks: list[str]) -> str:
-    from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
+    from ichpipe.inference.findings import counted, format_refused, format_studies, wrapped
 
     mark = partial(click.style, fg="red", bold=True)
     threshold = result.provenance.threshold

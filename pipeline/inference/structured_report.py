@@ -1,11 +1,6 @@
-"""Writes the findings of one series as a DICOM Structured Report for a PACS.
+"""Writes the findings of one series as a DICOM Enhanced SR (PS3.3 A.35.2, template TID 1500 of PS3.16) for a PACS.
 
-Enhanced SR (PS3.3 A.35.2) by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID 1501:
-finding, site, probability with its source images, present or absent. **This is the one output with the patient's
-identity.** A PACS files by it. It is copied from the source images and goes nowhere else.
-
-Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's dictionary (pydicom.sr.codedict) where it has them. It has no
-haemorrhage of the ventricles: that is written by morphology and site, as SNOMED CT defines it.
+**This is the one output with the patient's identity.** It is copied from the source images and goes nowhere else.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
 
     from ichpipe.inference.findings import Extent, Provenance
 
-FINDINGS: Final = {  # finding and site
+FINDINGS: Final = {  # finding and site; SNOMED CT defines a haemorrhage of the ventricles by morphology and site
     "any": (Code("1386000", "SCT", "Intracranial hemorrhage"), codes.SCT.Intracranial),
     "epidural": (Code("82999001", "SCT", "Epidural intracranial hemorrhage"), codes.SCT.Intracranial),
     "intraparenchymal": (Code("274100004", "SCT", "Cerebral hemorrhage"), codes.SCT.Brain),
@@ -122,11 +117,7 @@ def make_report(
     require_reportable(sources)
     try:
         with quiet_pydicom():
-            by_uid = {str(source.SOPInstanceUID): source for source in sources}
-            groups = [
-                _make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES
-            ]
-            return _make_document(sources, groups, provenance, forced)
+            return _make_document(sources, probability, where, provenance, forced)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
         raise DataError(f"a header has what a report can't repeat ({type(error).__name__})") from None
 
@@ -138,16 +129,21 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
 
 
 def _make_document(
-    sources: Sequence[Dataset], groups: list[Any], provenance: Provenance, forced: str
+    sources: Sequence[Dataset],
+    probability: Mapping[str, float],
+    where: Mapping[str, Extent],
+    provenance: Provenance,
+    forced: str,
 ) -> hd.sr.EnhancedSR:
+    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    groups = [_make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES]
     model = provenance.model_sha256
     uid = f"2.25.{int(model[:32], 16)}"  # one UID for one model (PS3.5 B.2)
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid, name="ichpipe", manufacturer_name="ichpipe", model_name="ichpipe", serial_number=model
     )
     in_library = all(
-        source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
-        for source in sources
+        source.get("SOPClassUID") == CTImageStorage and all(map(source.get, _DESCRIBED)) for source in sources
     )
     observer = hd.sr.ObserverContext(codes.DCM.Device, device)
     content = hd.sr.MeasurementReport(
@@ -169,9 +165,7 @@ def _make_document(
         software_versions=package_version(),
         device_serial_number=model,
         series_description=f"ichpipe haemorrhage (research{', FORCED' if forced else ''})",
-        is_complete=True,
-        is_final=False,
-        is_verified=False,
+        is_complete=True,  # neither final nor verified
     )
     for keyword in _COPIED:
         if keyword in sources[0]:
@@ -182,7 +176,7 @@ def _make_document(
 def _make_group(
     name: str, probability: float, where: Extent, by_uid: Mapping[str, Dataset], provenance: Provenance, forced: str
 ) -> Any:
-    """Make the group of TID 1501 for one class."""
+    """Make the group of TID 1501 for one class: finding, site, probability with its images, present or absent."""
     finding, site = FINDINGS[name]
     uids = where.sop_uids or [where.highest]
     images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
