@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.cases import Case
     from ichpipe.report.facts import Facts
     from ichpipe.report.page import Picture, Section
+    from ichpipe.report.scores import Case
     from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
@@ -104,7 +104,6 @@ def _shorten_paths(value: Any) -> Any:
 
 def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: str) -> Section:
     from ichpipe.report import scores
-    from ichpipe.report.cases import choose_cases
     from ichpipe.report.page import Section
 
     section = partial(Section, "cases", "Best and worst cases")
@@ -119,7 +118,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
-    cases = choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
+    cases = scores.choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
     try:
         explainer = Explainer(artifacts.finetuned, choose_device(gpu))
         paths = read_index(artifacts.index).set_index("sop_uid")["path"]
@@ -138,7 +137,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
     import numpy as np
 
-    from ichpipe.report.cases import as_picture
+    from ichpipe.report.page import as_picture
     from ichpipe.scoring.heldout_predictions import LABELS
 
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())

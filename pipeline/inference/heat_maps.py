@@ -63,7 +63,7 @@ class EmbeddedSeries:
         """Return the integrated gradients (Sundararajan et al., ICML 2017) of one slice's logit, (D,) and (6,) a look.
 
         The path leads from the mean embedding of the series to the slice's own: a single gradient there localises less
-        well. The sum of direction times (own - mean) is the rise of the logit over a series with the mean in that slice.
+        well. The sum of direction times (own - mean) is the logit's rise over a series with the mean in that slice.
         """
         part, at = slice(row % self.stride, None, self.stride), row // self.stride
         inputs = [values[part] for look in self.looks for values in look]

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 WIDTH: Final = 320.0
 HEIGHT: Final = 240.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 40.0
-LOOKS: Final = 6
-"""Lines that can be told apart; the style sheet has a colour and dashes for each (``s0`` … ``s5``)."""
-
+LOOKS: Final = 6  # lines that can be told apart: the style sheet has a colour and dashes for each (``s0`` … ``s5``)
 ROW: Final = 40.0
 NAME_LENGTH: Final = 44
 
