@@ -106,13 +106,8 @@ def make_report(
 
     ``sources`` are the headers of all its images. ``forced`` tells why it would have been refused without ``--force``.
     Each measurement refers to the slices that show the finding, or else to the one with the highest probability. All
-    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes.
-
-    Raises
-    ------
-    DataError
-        A UID is invalid, or a header holds a value that a report can't repeat.
-
+    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes. Raises
+    DataError where a UID is invalid, or a header holds a value that a report can't repeat.
     """
     require_reportable(sources)
     try:
