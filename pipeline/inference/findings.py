@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.files import installed_versions
 from ichpipe.scoring.model_ladder import smooth_series
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+PACKAGE_VERSION: Final = installed_versions(["ichpipe"]).get("ichpipe", "unknown")
 FORMAT: Final = "ichpipe-predictions"
 FORMAT_VERSION: Final = 1
 DIGITS: Final = 9
@@ -97,7 +98,7 @@ def build_document(
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "ichpipe": package_version(),
+        "ichpipe": PACKAGE_VERSION,
         "model_sha256": provenance.model_sha256,
         "calibration": {"method": provenance.calibration, "classes": list(provenance.calibrated)},
         "threshold": provenance.threshold,
@@ -132,14 +133,6 @@ def build_document(
         ],
         "refused": refused.to_dict("records"),
     }
-
-
-def package_version() -> str:
-    """Return the version of this package; unknown where it is not installed."""
-    try:
-        return version("ichpipe")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _round(value: float | None) -> float | None:

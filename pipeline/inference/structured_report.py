@@ -21,7 +21,7 @@ from ichpipe.common.files import atomic_path
 from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.inference.findings import package_version
+from ichpipe.inference.findings import PACKAGE_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -157,7 +157,7 @@ def _make_document(
         instance_number=1,
         manufacturer="ichpipe",
         manufacturer_model_name="ichpipe",
-        software_versions=package_version(),
+        software_versions=PACKAGE_VERSION,
         device_serial_number=model,
         series_description=f"ichpipe haemorrhage (research{', FORCED' if forced else ''})",
         is_complete=True,  # neither final nor verified
@@ -187,7 +187,7 @@ def _make_group(
     if forced:
         parameters.append(f"forced, although refused: {forced}")
         comment += f" Forced: the series was refused ({forced})."
-    software = hd.sr.AlgorithmIdentification("ichpipe", package_version(), parameters, manufacturer="ichpipe")
+    software = hd.sr.AlgorithmIdentification("ichpipe", PACKAGE_VERSION, parameters, manufacturer="ichpipe")
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
         finding_type=finding,
