@@ -50,12 +50,7 @@ def run(params: Params, artifacts: Artifacts) -> str:
     """
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.report.calibration_report import (
-        calibration_scores,
-        calibration_text,
-        reliability_figure,
-        reliability_rows,
-    )
+    from ichpipe.report.calibration_report import calibration_scores, calibration_text, reliability_figure
     from ichpipe.scoring.calibration import fit_calibration, write_calibration
     from ichpipe.scoring.heldout_predictions import (
         FINETUNED,
@@ -89,11 +84,9 @@ def run(params: Params, artifacts: Artifacts) -> str:
     patients, mark = val["patient_id"].to_numpy(object), model_mark(artifacts.finetuned)
     calibration = fit_calibration(*_values(val), patients, params.evaluate.calibration, mark)
     write_calibration(artifacts.finetuned, calibration)
-    test = _values(tables[FINETUNED])
-    metrics["calibration"] = calibration_scores(*test, calibration)
-    rows = reliability_rows(*test, calibration)
-    write_json(artifacts.plots / "reliability.json", rows)
-    write_bytes(artifacts.plots / "reliability.png", reliability_figure(rows))
+    metrics["calibration"], points = calibration_scores(*_values(tables[FINETUNED]), calibration)
+    write_json(artifacts.plots / "reliability.json", points)
+    write_bytes(artifacts.plots / "reliability.png", reliability_figure(points))
     write_json(artifacts.metrics, metrics)
     for name, table in tables.items():
         write_table(table, artifacts.predictions / f"{name}.parquet")

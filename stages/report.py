@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.facts import Facts
     from ichpipe.report.page import Picture, Section
+    from ichpipe.report.runs import Facts
     from ichpipe.report.scores import Case
     from ichpipe.stages.options import Settings
 
@@ -65,10 +65,9 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
     the fine-tuned model; 0: no pictures. Raises DataError for a run without any file.
     """
     from ichpipe.report import runs, scores
-    from ichpipe.report.facts import read_facts
     from ichpipe.report.page import render_page
 
-    facts = read_facts(artifacts, list(params.sequence), shown_params(params))
+    facts = runs.read_facts(artifacts, list(params.sequence), shown_params(params))
     if not (facts.summary or facts.records or facts.metrics):
         raise DataError(f"{artifacts.root} holds no run to report on; run: ichpipe prepare (see dvc.yaml)")
     study_score = params.evaluate.study_score

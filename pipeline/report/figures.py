@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import ABBREVIATIONS
-from ichpipe.report.facts import rungs_of
+from ichpipe.report.runs import rungs_of
 from ichpipe.scoring.arm_comparison import BETTER, WORSE
 from ichpipe.scoring.bootstrap import Estimate
 

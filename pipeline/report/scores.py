@@ -9,8 +9,8 @@ import numpy as np
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
-from ichpipe.report.facts import Facts, model_title, rungs_of
 from ichpipe.report.page import Section, Table, format_number, format_share
+from ichpipe.report.runs import Facts, model_title, rungs_of
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.metrics import reliability
