@@ -62,6 +62,20 @@ class Provenance:
         return f"calibrated: {self.calibration}{classes}"
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """The results of all inputs."""
+
+    slices: pd.DataFrame  # SLICE_COLUMNS and more
+    studies: pd.DataFrame  # STUDY_COLUMNS
+    series: pd.DataFrame  # one row a series: facts, ``chosen``, ``reason``
+    refused: pd.DataFrame  # REFUSED_COLUMNS
+    rejected: pd.DataFrame  # path, reason
+    forced: Mapping[str, str]  # by series UID: why it would have been refused
+    where: Mapping[str, Mapping[str, Extent]]  # by series UID and class
+    provenance: Provenance
+
+
 def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Extent]]:
     """Return the extent of each class, by series UID and class.
 
@@ -83,18 +97,11 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
     return by_series
 
 
-def build_document(
-    studies: pd.DataFrame,
-    slices: pd.DataFrame,
-    where: Mapping[str, Mapping[str, Extent]],
-    series: pd.DataFrame,
-    refused: pd.DataFrame,
-    forced: Mapping[str, str],
-    provenance: Provenance,
-) -> dict[str, Any]:
+def build_document(result: Predicted) -> dict[str, Any]:
     """Build predictions.json as docs/predict.md lists it. It holds no date: same input, same document."""
-    reasons = series.set_index("series_uid")["reason"]
-    parts = {str(uid): part for uid, part in slices.groupby("series_uid", sort=False)}
+    forced, provenance = result.forced, result.provenance
+    reasons = result.series.set_index("series_uid")["reason"]
+    parts = {str(uid): part for uid, part in result.slices.groupby("series_uid", sort=False)}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -118,7 +125,7 @@ def build_document(
                         "last_mm": _round(extent.last_mm),
                         "n_slices": len(extent.sop_uids),
                     }
-                    for name, extent in where[row["series_uid"]].items()
+                    for name, extent in result.where[row["series_uid"]].items()
                 },
                 "slices": [
                     {
@@ -129,9 +136,9 @@ def build_document(
                     for item in parts[row["series_uid"]].to_dict("records")
                 ],
             }
-            for row in studies.to_dict("records")
+            for row in result.studies.to_dict("records")
         ],
-        "refused": refused.to_dict("records"),
+        "refused": result.refused.to_dict("records"),
     }
 
 
@@ -139,26 +146,20 @@ def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{DIGITS}g}")
 
 
-def format_studies(
-    studies: pd.DataFrame,
-    where: Mapping[str, Mapping[str, Extent]],
-    series: pd.DataFrame,
-    forced: Mapping[str, str],
-    threshold: float,
-    mark: Callable[[str], str] = str,
-) -> str:
+def format_studies(result: Predicted, mark: Callable[[str], str] = str) -> str:
     """Return a table of studies and classes, with the mm of the first and last positive slice along the normal.
 
     Below each study stands the series and the reason for its choice. ``mark`` is applied to the lines of classes whose
-    probability is ``threshold`` or more.
+    probability is the threshold or more.
     """
-    reasons = series.set_index("series_uid")["reason"]
+    threshold, forced = result.provenance.threshold, result.forced
+    reasons = result.series.set_index("series_uid")["reason"]
     lines = [f"{'study':<25}{'class':<17}{'probability':>11}{'first mm':>10}{'last mm':>9}{'slices':>8}"]
-    for row in studies.to_dict("records"):
+    for row in result.studies.to_dict("records"):
         uid, study = str(row["series_uid"]), short_uid(str(row["study_uid"]))
         for name in CLASSES:
-            if len(studies) <= MAX_FULL_STUDIES or name == "any" or row[name] >= threshold:
-                extent = where[uid][name]
+            if len(result.studies) <= MAX_FULL_STUDIES or name == "any" or row[name] >= threshold:
+                extent = result.where[uid][name]
                 first, last = ("-" if mm is None else f"{mm:.1f}" for mm in (extent.first_mm, extent.last_mm))
                 line = f"{study:<25}{name:<17}{row[name]:>11.3f}{first:>10}{last:>9}{len(extent.sop_uids):>8}"
                 lines.append(mark(line) if row[name] >= threshold else line)
