@@ -56,9 +56,8 @@ class Axis:
         """Return ``value`` with the digits that tell neighbouring ticks apart."""
         step = (self.high - self.low) / 5
         digits = max(0, min(6, 1 - math.floor(math.log10(step)))) if step < 10 else 0
-        text = f"{value:.{digits}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text else text
-        return "0" if text in ("-0", "") else text
+        text = f"{value:z.{digits}f}"  # z turns -0 into 0
+        return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def axis_over(name: str, values: Sequence[float], *, pad: float = 0.06) -> Axis:
