@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.generations import Features
     from ichpipe.features.sequence_dataset import LabelledSeries
-    from ichpipe.models.header import SequenceSpec
     from ichpipe.models.sequence import AnySequence
     from ichpipe.params.schema import Params, SequenceParams
     from ichpipe.stages.options import Settings
@@ -185,8 +184,8 @@ def build_model(section: SequenceParams, features: Features) -> AnySequence:
     """Build one network of an arm, to be trained."""
     import torch
 
-    from ichpipe.models.sequence import SequenceModel, build_sequence
     from ichpipe.models.header import SequenceSpec
+    from ichpipe.models.sequence import SequenceModel, build_sequence
 
     shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
     fields = {name: getattr(section, name) for name in shared}

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.cases import Case
-    from ichpipe.report.facts import Facts
     from ichpipe.report.page import Picture, Section
+    from ichpipe.report.runs import Facts
+    from ichpipe.report.scores import Case
     from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
@@ -61,11 +61,14 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
     the fine-tuned model; 0: no pictures. Raises DataError for a run without any file.
     """
     from ichpipe.report import runs, scores
-    from ichpipe.report.facts import read_facts
     from ichpipe.report.page import render_page
 
+<<<<<<< HEAD
     shown_params = _shorten_paths(params.model_dump(mode="json", by_alias=True))
     facts = read_facts(artifacts, list(params.sequence), shown_params)
+=======
+    facts = runs.read_facts(artifacts, list(params.sequence), shown_params(params))
+>>>>>>> inference
     if not (facts.summary or facts.records or facts.metrics):
         raise DataError(f"{artifacts.root} holds no run to report on; run: ichpipe prepare (see dvc.yaml)")
     study_score = params.evaluate.study_score
@@ -96,7 +99,6 @@ def _shorten_paths(value: Any) -> Any:
 
 def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: str) -> Section:
     from ichpipe.report import scores
-    from ichpipe.report.cases import choose_cases
     from ichpipe.report.page import Section
 
     section = partial(Section, "cases", "Best and worst cases")
@@ -111,6 +113,10 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
+<<<<<<< HEAD
+=======
+    cases = scores.choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
+>>>>>>> inference
     try:
         explainer = Explainer(artifacts.finetuned, choose_device(gpu))
         paths = read_index(artifacts.index).set_index("sop_uid")["path"]
@@ -127,8 +133,15 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
+<<<<<<< HEAD
     from ichpipe.report.cases import as_picture
     from ichpipe.scoring.heldout_predictions import labels_and_probabilities
+=======
+    import numpy as np
+
+    from ichpipe.report.page import as_picture
+    from ichpipe.scoring.heldout_predictions import LABELS
+>>>>>>> inference
 
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())
     if series.bad:

@@ -10,11 +10,10 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ichpipe.common.artifacts import HISTORY_FILE, RECORD_FILE
-from ichpipe.common.files import write_json
+from ichpipe.common.files import installed_versions, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,14 +36,11 @@ def write_record(
     folder: Path, *, stage: str, params: dict[str, Any], device: torch.device, seconds: float, facts: dict[str, Any]
 ) -> None:
     """Write ``record.json``; ``facts`` are the stage's own (counts, best epoch, …)."""
-    device_name, versions = device.type, {"python": platform.python_version()}
+    device_name, versions = device.type, {"python": platform.python_version()} | installed_versions(PACKAGES)
     if device.type == "cuda":
         import torch  # noqa: PLC0415 - already loaded where there is a device
 
         device_name = torch.cuda.get_device_name(device)
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
     commit: str | None = None  # of the working folder, where it is a git checkout
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607
