@@ -50,12 +50,8 @@ def run(params: Params, artifacts: Artifacts) -> str:
 
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-<<<<<<< HEAD
     from ichpipe.report import calibration_report, figures
     from ichpipe.scoring import heldout_predictions as predictions
-=======
-    from ichpipe.report.calibration_report import calibration_scores, calibration_text, reliability_figure
->>>>>>> inference
     from ichpipe.scoring.calibration import fit_calibration, write_calibration
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import compare
@@ -82,12 +78,10 @@ def run(params: Params, artifacts: Artifacts) -> str:
     values, method = predictions.labels_and_probabilities(val), params.evaluate.calibration
     calibration = fit_calibration(*values, patients, method, mark)
     write_calibration(artifacts.finetuned, calibration)
-<<<<<<< HEAD
     test = predictions.labels_and_probabilities(tables[predictions.FINETUNED])
-    metrics["calibration"] = calibration_report.calibration_scores(*test, calibration)
-    rows = calibration_report.reliability_rows(*test, calibration)
-    write_json(artifacts.plots / "reliability.json", rows)
-    write_bytes(artifacts.plots / "reliability.png", calibration_report.reliability_figure(rows))
+    metrics["calibration"], points = calibration_report.calibration_scores(*test, calibration)
+    write_json(artifacts.plots / "reliability.json", points)
+    write_bytes(artifacts.plots / "reliability.png", calibration_report.reliability_figure(points))
     write_scores(artifacts, metrics, tables)
     folders = {"slice CNN": artifacts.slice_cnn}
     folders |= {f"sequence, {arm}": artifacts.sequence(arm) for arm in params.sequence}
@@ -96,16 +90,6 @@ def run(params: Params, artifacts: Artifacts) -> str:
     lines = [{"model": name, **line} for name, history in histories.items() for line in history]
     write_json(artifacts.plots / "learning_curves.json", lines)
     write_bytes(artifacts.plots / "learning_curves.png", figures.learning_curves(histories))
-=======
-    metrics["calibration"], points = calibration_scores(*_values(tables[FINETUNED]), calibration)
-    write_json(artifacts.plots / "reliability.json", points)
-    write_bytes(artifacts.plots / "reliability.png", reliability_figure(points))
-    write_json(artifacts.metrics, metrics)
-    for name, table in tables.items():
-        write_table(table, artifacts.predictions / f"{name}.parquet")
-    write_plots(artifacts.plots, metrics, tables)
-    _write_learning_curves(artifacts, list(params.sequence))
->>>>>>> inference
     _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
     text = f"{ladder_text(metrics)}\n\n{calibration_report.calibration_text(metrics['calibration'])}"
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")

@@ -63,12 +63,8 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
     from ichpipe.report import runs, scores
     from ichpipe.report.page import render_page
 
-<<<<<<< HEAD
     shown_params = _shorten_paths(params.model_dump(mode="json", by_alias=True))
-    facts = read_facts(artifacts, list(params.sequence), shown_params)
-=======
-    facts = runs.read_facts(artifacts, list(params.sequence), shown_params(params))
->>>>>>> inference
+    facts = runs.read_facts(artifacts, list(params.sequence), shown_params)
     if not (facts.summary or facts.records or facts.metrics):
         raise DataError(f"{artifacts.root} holds no run to report on; run: ichpipe prepare (see dvc.yaml)")
     study_score = params.evaluate.study_score
@@ -107,16 +103,12 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     if not count:
         return section(["Pictures were not asked for (--cases 0)."])
     truth, score = scores.of_studies(facts.test, params.evaluate.study_score)
-    cases = choose_cases(facts.test["series_uid"].drop_duplicates(), truth[:, 0] == 1, score[:, 0], count)
+    cases = scores.choose_cases(facts.test["series_uid"].drop_duplicates(), truth[:, 0] == 1, score[:, 0], count)
 
     from ichpipe.common.device import choose_device
     from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
-<<<<<<< HEAD
-=======
-    cases = scores.choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
->>>>>>> inference
     try:
         explainer = Explainer(artifacts.finetuned, choose_device(gpu))
         paths = read_index(artifacts.index).set_index("sop_uid")["path"]
@@ -133,15 +125,8 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
-<<<<<<< HEAD
-    from ichpipe.report.cases import as_picture
-    from ichpipe.scoring.heldout_predictions import labels_and_probabilities
-=======
-    import numpy as np
-
     from ichpipe.report.page import as_picture
-    from ichpipe.scoring.heldout_predictions import LABELS
->>>>>>> inference
+    from ichpipe.scoring.heldout_predictions import labels_and_probabilities
 
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())
     if series.bad:
