@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from ichpipe.common.classes import CLASSES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.images.slice_dataset import fit_to_size
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.inputs import POSITION
 from ichpipe.models.sequence import build_sequence
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.training.losses import weighted_bce
 

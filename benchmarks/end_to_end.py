@@ -21,9 +21,9 @@ import torch
 
 from ichpipe.common.device import autocast, choose_device
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.params.schema import PAPER_WINDOWS
 from ichpipe.training.losses import weighted_bce
 

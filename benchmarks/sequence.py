@@ -41,10 +41,10 @@ from ichpipe.features.sequence_dataset import Shuffle, collect_series, load_to_d
 from ichpipe.index.index_writer import write_outputs
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.inputs import stored_inputs
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS, load_params
 from ichpipe.training.losses import weighted_bce

@@ -1,7 +1,6 @@
 """Reads and writes chunks of rows, each with its CRC-32C.
 
-A plain chunk of a local store is raw rows and a checksum, so it is mapped into memory and checked when it is first
-touched. zarr reads, writes and checks all others: those of remote stores, or with other codecs.
+A plain chunk of a local store is mapped into memory, and checked when it is first touched. zarr handles all others.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Chunks are written in small pieces: for large writes Linux looks for large memory pages, which may take long.
 WRITE_BYTES = 2**15
-"""Chunks are written in small pieces: for large writes Linux looks for large memory pages, which may take long."""
 
 
 class DamagedChunkError(Exception):

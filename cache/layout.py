@@ -1,4 +1,4 @@
-"""Groups and arrays of a store: how they are opened and created (Zarr v3, documented in docs/store-format.md).
+"""Names, groups, arrays and rows of a store, as docs/store-format.md describes them (Zarr v3).
 
     STORE/                      attributes: format, format_version
       <generation>/             attributes: identity, classes, embedding_dim, manifest
@@ -12,6 +12,8 @@ can be mapped into memory and a flipped bit is detected.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,10 +23,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of, name_of_bytes
+from ichpipe.cache.rows import DIGEST_BYTES, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -32,24 +34,67 @@ if TYPE_CHECKING:
     from ichpipe.cache.rows import Codes
 
 FORMAT = "ichpipe-embeddings"
+FORMAT_VERSION = 2  # of the layout on disk (docs/store-format.md); a reader refuses a newer one
+NAME_DIGITS = 16  # of a SHA-256 in a folder name: 64 bits make a collision among millions of names unlikely
 SEGMENT, MANIFEST, PCA = "segment-", "manifest-", "pca-"
 EMBEDDING_DTYPE = np.float16
 EMBEDDING_LIMIT = float(np.finfo(EMBEDDING_DTYPE).max)
 CRC_BYTES: Final = 4
-ROW_ARRAYS: Final = ("logit", "embedding")
-"""The arrays of a segment with one row a slice, in the order in which a chunk of rows is written."""
-
+ABSENT = -1  # the segment of a row that is not on disk
+ROW_ARRAYS: Final = ("logit", "embedding")  # of a segment, one row a slice, in the order in which they are written
+MANIFEST_ARRAYS: Final = {  # and their dimensions
+    "sop_uid": ("slice", "character"),
+    "source": ("slice", "byte"),
+    "series_uid": ("series", "character"),
+    "study_uid": ("series", "character"),
+    "series_offset": ("series_boundary",),
+    "location": ("slice", "segment_and_row"),
+}
 CODECS: Final[dict[str, Any]] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
-"""Raw values, then a checksum."""
-
 MAX_NAMES_BYTES: Final = 4 * 2**30  # damaged metadata may claim any size; the names of RSNA's slices take 0.1 GiB
 MAX_CHUNKS: Final = 10**6
 
-DAMAGED: Final = (
+DAMAGED: Final = (  # what zarr raises for damaged metadata or chunks
     ValueError, LookupError, TypeError, AttributeError, NotImplementedError, ArithmeticError, RecursionError,
     MemoryError,
 )  # fmt: skip
-"""What zarr raises for damaged metadata or chunks."""
+
+
+# Names derive from content: of a generation, from all that turns a file into a row
+
+
+def name_of(value: Any) -> str:
+    """Hash the canonical JSON text of a value: 16 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:NAME_DIGITS]
+
+
+def name_of_bytes(*parts: bytes | memoryview) -> str:
+    """Hash byte strings and their lengths: 16 hexadecimal digits."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()[:NAME_DIGITS]
+
+
+def digest_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Return the SHA-256 of (series UID, SOP UID, file digest) of every row in order, hexadecimal."""
+    return hashlib.sha256("\n".join("\0".join(row) for row in rows).encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Name every field in which two identities differ, with both values."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+
+    return [
+        f"{name}: store has {short(stored.get(name))}, requested {short(requested.get(name))}"
+        for name in sorted({*stored, *requested})
+        if stored.get(name) != requested.get(name)
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,6 +131,36 @@ class Segment:
         """Rows of each chunk, which is one Dask task; the last chunk may be shorter."""
         n = len(self.source)
         return [slice(start, min(start + self.chunk_rows, n)) for start in range(0, n, self.chunk_rows)]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The slices of a generation; ``where`` (n, 2) is a number in ``segments`` and a row in that segment."""
+
+    rows: Rows
+    segments: list[str]
+    where: NDArray[np.int64]
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """The arrays in the order of the format."""
+        rows = self.rows
+        return rows.sop_uid, rows.source, rows.series_uid, rows.study_uid, rows.offset, self.where
+
+    @property
+    def name(self) -> str:
+        """Name of the group: a digest of the whole content, so that damage is detected."""
+        views = (np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in self.arrays)
+        return MANIFEST + name_of_bytes("\n".join(self.segments).encode(), *views)
+
+    def studies_in(self, segment: str, rows: slice | None = None) -> list[str]:
+        """Return the studies with a row in a segment, or in some rows of it."""
+        if segment not in self.segments:
+            return []
+        inside = self.where[:, 0] == self.segments.index(segment)
+        if rows is not None:
+            inside &= (self.where[:, 1] >= rows.start) & (self.where[:, 1] < rows.stop)
+        return self.rows.studies_of(np.flatnonzero(inside))
 
 
 def segment_name(source: Codes, chunk_rows: int) -> str:
@@ -207,7 +282,7 @@ def read(group: zarr.Group, name: str) -> Any:
         return np.asarray(small[:])
 
 
-# Creating. Names derive from content, so that creating the same group again changes nothing.
+# Creating. Creating the same group again changes nothing.
 
 
 def create_root(location: StoreLocation) -> zarr.Group:
@@ -264,3 +339,102 @@ def create_small(group: zarr.Group, name: str, data: Any, dimensions: tuple[str,
     """Write an array in one chunk, over the one of a killed writer, which may lack its chunk."""
     values = np.ascontiguousarray(data)
     group.create_array(name, data=values, chunks=data.shape, dimension_names=dimensions, **CODECS, overwrite=True)
+
+
+# The rows of a generation: those that its manifest lists, and those that its segments hold
+
+
+def read_manifest(location: StoreLocation, group: zarr.Group) -> Manifest:
+    """Read the manifest of a generation, and compare its content with its name (SHA-256).
+
+    Raises StoreError if there is none or it is damaged.
+    """
+    name = group.attrs.get("manifest")
+    if not isinstance(name, str):
+        raise StoreError(f"{location}: generation {group.path} is not complete; run: ichpipe extract")
+    folder = subgroup(group, name)
+    segments: Any = folder.attrs.get("segments")
+    arrays = {part: read(folder, part) for part in MANIFEST_ARRAYS}
+    where = arrays.pop("location")
+    try:
+        manifest = Manifest(Rows(*arrays.values()), list(segments), where)
+        content_name = manifest.name
+    except DAMAGED as error:
+        raise StoreError(f"{location}: {group.path}/{name} is damaged; run: ichpipe extract") from error
+    if content_name != name:
+        raise StoreError(f"{location}: {group.path}/{name} does not match its content; run: ichpipe extract")
+    return manifest
+
+
+def write_manifest(location: StoreLocation, group: zarr.Group, rows: Rows, segments: list[Segment]) -> None:
+    """Write a manifest of rows that are in segments: under its own name, then let the generation point to it.
+
+    Former manifests are removed last. Raises StoreError if rows are not on disk.
+    """
+    where = locate(segments, rows.source)
+    n_absent = int((where[:, 0] == ABSENT).sum())
+    if n_absent:
+        raise StoreError(
+            f"{location}: {n_absent} of {len(rows)} rows are missing; run: ichpipe cache verify --repair "
+            f"{location}, then: ichpipe extract"
+        )
+    used, numbers = np.unique(where[:, 0], return_inverse=True)
+    where = np.stack([numbers.reshape(-1), where[:, 1]], axis=1).astype(np.int64)
+    manifest = Manifest(rows, [segments[number].name for number in used.tolist()], where)
+    name = manifest.name
+    former = ""
+    with contextlib.suppress(StoreError):  # none yet, or a damaged one
+        former = read_manifest(location, group).name
+    if former != name:
+        folder = group.require_group(name)
+        for (part, dimensions), values in zip(MANIFEST_ARRAYS.items(), manifest.arrays, strict=True):
+            create_small(folder, part, values, dimensions)
+        folder.attrs["segments"] = manifest.segments
+        location.sync(f"{group.path}/{name}")
+        group.attrs["manifest"] = name
+    for other in parts(location, group, MANIFEST).keys() - {name}:
+        location.remove(f"{group.path}/{other}")
+
+
+def locate(segments: list[Segment], source: Codes) -> NDArray[np.int64]:
+    """Return segment number and row (n, 2) of each file digest (n, 32); ABSENT for rows that are not on disk."""
+    where = np.full((len(source), 2), ABSENT, dtype=np.int64)
+    sources, addresses = [np.zeros((0, DIGEST_BYTES), np.uint8)], [np.zeros((0, 2), np.int64)]
+    for number, segment in enumerate(segments):
+        rows = segment.rows_present
+        sources.append(segment.source[rows])
+        addresses.append(np.stack([np.full(len(rows), number), rows], axis=1))
+    stored, address = np.concatenate(sources), np.concatenate(addresses)
+    if not len(stored) or not len(source):
+        return where
+    # The first 8 of 32 bytes find the candidate; the comparison of all 32 decides.
+    stored_keys, keys = (np.ascontiguousarray(codes[:, :8]).view(np.uint64).reshape(-1) for codes in (stored, source))
+    order = np.argsort(stored_keys, kind="stable")
+    candidates = order[np.minimum(np.searchsorted(stored_keys[order], keys), len(order) - 1)]
+    same = (stored[candidates] == source).all(axis=1)
+    where[same] = address[candidates[same]]
+    return where
+
+
+def list_segments(location: StoreLocation, group: zarr.Group) -> list[Segment]:
+    """List the segments of a generation. Segments that are incomplete or damaged are left out.
+
+    A chunk of rows is present if its file in each row array exists with its full size.
+    """
+    files = location.files(group.path)
+    segments = []
+    for name, folder in parts(location, group, SEGMENT).items():
+        try:
+            source, embedding = read(folder, "source"), array(folder, "embedding")
+        except StoreError:
+            continue
+        chunk_rows = embedding.chunks[0]
+        if name != segment_name(source, chunk_rows) or len(source) != embedding.shape[0]:
+            continue
+        present = np.ones(-(-len(source) // chunk_rows), dtype=bool)
+        for kind in ROW_ARRAYS:
+            size = chunk_bytes(array(folder, kind))
+            names = (chunk_name(folder.path, kind, chunk) for chunk in range(len(present)))
+            present &= [files.get(file) == size for file in names]
+        segments.append(Segment(name, source, chunk_rows, present))
+    return segments

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
@@ -20,31 +21,27 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
-PARTIAL = ".partial"
-"""Suffix of a file that is still being written, as in zarr's LocalStore. A killed process leaves such files behind."""
+PARTIAL = ".partial"  # suffix of a file being written, as in zarr's LocalStore; a killed process leaves such files
+log = logging.getLogger("ichpipe")
 
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class StoreLocation:
     """One store address. fsspec's own configuration (``FSSPEC_S3_…``) gives credentials and endpoints.
 
-    Attributes
-    ----------
-    local
-        The folder, if the store is on this machine's file system; else None.
-
+    ``local`` is the folder, if the store is on this machine's file system; else None.
     """
 
     def __init__(self, address: str | Path) -> None:
         self.address = os.fspath(address)
         try:
-            fs, root = url_to_fs(self.address)
+            self._fs, root = url_to_fs(self.address)
         except (ValueError, ImportError) as error:  # an unknown protocol, or its package is not installed
             raise StoreError(f"{self.address}: {error}") from error
-        self._fs: Any = fs
         self._root = str(root).rstrip("/")
-        self.local = Path(self._root) if isinstance(fs, LocalFileSystem) else None
+        self.local = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
     def __str__(self) -> str:
         """Return the address as the user wrote it."""
@@ -111,12 +108,16 @@ class StoreLocation:
                 return
             self.local.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.local.with_name(f".{self.local.name}.lock"))
-            try:
-                held = lock.acquire(timeout=0)
-            except Timeout:
-                on_wait()
-                held = lock.acquire()
-            with held:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(lock.acquire(timeout=0))
+                except Timeout:
+                    on_wait()
+                    stack.enter_context(lock.acquire())
+                except (NotImplementedError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                        raise
+                    log.warning("%s: this file system has no locks; start no second writer at the same time", self)
                 yield
         except OSError as error:
             if error.errno not in _DISK_ERRORS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +10,6 @@ import numpy as np
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import Chunks, DamagedChunkError, write_rows
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, name_of
-from ichpipe.cache.inventory import ABSENT, Manifest, list_segments, locate, read_manifest, write_manifest
 from ichpipe.cache.rows import Rows, decode_uids
 
 if TYPE_CHECKING:
@@ -23,24 +21,15 @@ if TYPE_CHECKING:
 
 
 def info(location: StoreLocation) -> dict[str, Any]:
-    """Count rows, studies, bytes and missing rows of each generation.
+    """Return ``store``, ``format_version``, ``files``, ``bytes`` and the counts of each of the ``generations``.
 
-    Returns
-    -------
-    dict
-        JSON-like: ``store``, ``format_version``, ``files``, ``bytes``, and a list ``generations``.
-
-    Raises
-    ------
-    StoreError
-        The store is absent or of another format.
-
+    The values are JSON-like. Raises StoreError if the store is absent or of another format.
     """
     root = layout.open_root(location)
     files = location.files()
     return {
         "store": str(location),
-        "format_version": FORMAT_VERSION,
+        "format_version": layout.FORMAT_VERSION,
         "files": len(files),
         "bytes": sum(files.values()),
         "generations": [_describe(location, group, files) for group in layout.generations(location, root).values()],
@@ -48,7 +37,7 @@ def info(location: StoreLocation) -> dict[str, Any]:
 
 
 def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int]) -> dict[str, Any]:
-    segments = list_segments(location, group)
+    segments = layout.list_segments(location, group)
     n_stored = sum(len(segment.rows_present) for segment in segments)
     facts = {
         "generation": group.path,
@@ -65,7 +54,7 @@ def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int])
     if manifest is None:
         return facts | {"problem": problem, "rows": 0, "series": 0, "studies": 0, "missing_studies": []}
     rows = manifest.rows
-    absent = np.flatnonzero(locate(segments, rows.source)[:, 0] == ABSENT)
+    absent = np.flatnonzero(layout.locate(segments, rows.source)[:, 0] == layout.ABSENT)
     return facts | {
         "complete": not len(absent),
         "rows": len(rows),
@@ -77,9 +66,9 @@ def _describe(location: StoreLocation, group: zarr.Group, files: dict[str, int])
     }
 
 
-def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[Manifest | None, str]:
+def _read_manifest(location: StoreLocation, group: zarr.Group) -> tuple[layout.Manifest | None, str]:
     try:
-        return read_manifest(location, group), ""
+        return layout.read_manifest(location, group), ""
     except StoreError as error:
         return None, str(error)
 
@@ -95,10 +84,6 @@ class Problem:
     what: str
     studies: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON-like values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         """Return one line."""
         path = "/".join(filter(None, (self.generation, self.part, self.array)))
@@ -110,32 +95,23 @@ class Problem:
 def verify(location: StoreLocation) -> list[Problem]:
     """Compare every chunk with its checksum, and every name with the content that it is derived from.
 
-    Returns
-    -------
-    list of Problem
-        The damaged parts; empty if the store is sound.
-
-    Raises
-    ------
-    StoreError
-        The store is absent or of another format.
-
+    Returns the damaged parts. Raises StoreError if the store is absent or of another format.
     """
     problems: list[Problem] = []
     for name, group in layout.generations(location, layout.open_root(location)).items():
-        if name_of(group.attrs.get("identity")) != name:
+        if layout.name_of(group.attrs.get("identity")) != name:
             problems.append(Problem(name, "", "", None, "has an identity that does not match its name", []))
         manifest, reason = _read_manifest(location, group)
         if manifest is None and "manifest" in group.attrs:
             problems.append(Problem(name, str(group.attrs["manifest"]), "", None, f"can't be used ({reason})", []))
-        empty = Manifest(Rows.of([], [], [], []), [], np.zeros((0, 2), np.int64))
+        empty = layout.Manifest(Rows.of([], [], [], []), [], np.zeros((0, 2), np.int64))
         problems += _verify_rows(location, group, manifest or empty)
         problems += _verify_small_arrays(location, group)
     return problems
 
 
-def _verify_rows(location: StoreLocation, group: zarr.Group, manifest: Manifest) -> Iterator[Problem]:
-    segments = list_segments(location, group)
+def _verify_rows(location: StoreLocation, group: zarr.Group, manifest: layout.Manifest) -> Iterator[Problem]:
+    segments = layout.list_segments(location, group)
     for name in sorted(set(manifest.segments) - {segment.name for segment in segments}):
         yield Problem(group.path, name, "", None, "is missing or has damaged metadata", manifest.studies_in(name))
     for segment in segments:
@@ -171,37 +147,18 @@ def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
     """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again."""
     for problem in problems:
         part = "/".join(filter(None, (problem.generation, problem.part)))
-        if problem.chunk is None:
-            location.remove(part)
-        else:
-            for kind in layout.ROW_ARRAYS:
-                location.remove(layout.chunk_name(part, kind, problem.chunk))
+        chunk = problem.chunk
+        files = [part] if chunk is None else [layout.chunk_name(part, kind, chunk) for kind in layout.ROW_ARRAYS]
+        for name in files:
+            location.remove(name)
 
 
 def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:
     """Remove whole generations, and from the others all rows outside the manifest.
 
-    A generation with such rows is first copied without them; open readers may have to open it again.
-
-    Parameters
-    ----------
-    location
-        Address of the store.
-    keep
-        Decides by its identity whether a generation stays.
-    dry_run
-        Remove nothing; ``bytes_freed`` then counts whole generations only.
-
-    Returns
-    -------
-    dict
-        ``generations_removed`` (names), ``rows_removed``, ``bytes_freed``, ``dry_run``.
-
-    Raises
-    ------
-    StoreError
-        The store can't be written, or a generation lacks rows.
-
+    ``keep`` decides by its identity whether a generation stays. One with rows outside the manifest is first copied
+    without them; open readers may have to open it again. With ``dry_run`` nothing is removed, and ``bytes_freed``
+    counts whole generations only. Raises StoreError if the store can't be written or a generation lacks rows.
     """
     removed, n_rows, freed = [], 0, 0
     before = sum(location.files().values())
@@ -222,16 +179,16 @@ def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dr
 
 def _compact(location: StoreLocation, group: zarr.Group, *, dry_run: bool) -> int:
     """Copy the rows of the manifest into one segment if there are others; return the number of the others."""
-    rows = read_manifest(location, group).rows
-    segments = list_segments(location, group)
+    rows = layout.read_manifest(location, group).rows
+    segments = layout.list_segments(location, group)
     n_unused = sum(len(segment.rows_present) for segment in segments) - len(np.unique(rows.source, axis=0))
     if dry_run:
         return n_unused
     location.remove_partial(group.path)
     if not n_unused and all(segment.present.all() for segment in segments):
         return n_unused
-    where = locate(segments, rows.source)
-    if (where[:, 0] == ABSENT).any():
+    where = layout.locate(segments, rows.source)
+    if (where[:, 0] == layout.ABSENT).any():
         raise StoreError(f"{location}: generation {group.path} lacks rows; run: ichpipe extract")
     first = np.sort(np.unique(where, axis=0, return_index=True)[1])
     where = where[first]
@@ -252,8 +209,8 @@ def _compact(location: StoreLocation, group: zarr.Group, *, dry_run: bool) -> in
         }
         write_rows(location, f"{group.path}/{copy.name}", copied, values, inputs)
         copy.present[chunk] = True
-    write_manifest(location, group, rows, [copy])
-    for segment in list_segments(location, group):
+    layout.write_manifest(location, group, rows, [copy])
+    for segment in layout.list_segments(location, group):
         if segment.name != copy.name:
             location.remove(f"{group.path}/{segment.name}")
     return n_unused

@@ -13,7 +13,6 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import name_of_bytes
 from ichpipe.cache.reader import PCA_POINTER, EmbeddingStore, PrincipalComponents
 
 if TYPE_CHECKING:
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
     from ichpipe.cache.location import StoreLocation
 
-
-BLOCK_ROWS = 4096
-"""Rows in memory at a time, in float64."""
+BLOCK_ROWS = 4096  # in memory at a time, in float64
 
 
 def fit(store: EmbeddingStore, series_uids: Iterable[str], k: int) -> PrincipalComponents:
@@ -63,7 +60,7 @@ def write(location: StoreLocation, store: EmbeddingStore, components: PrincipalC
         group = layout.subgroup(layout.open_root(location, write=True), store.generation)
         manifest = str(group.attrs["manifest"])
         values = [np.ascontiguousarray(array).tobytes() for array in (components.mean, components.components)]
-        name = layout.PCA + name_of_bytes(manifest.encode(), *values)
+        name = layout.PCA + layout.name_of_bytes(manifest.encode(), *values)
         if group.attrs.get(PCA_POINTER) != name or name not in group:
             location.remove(f"{group.path}/{name}")
             folder = group.require_group(name)

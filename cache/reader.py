@@ -10,9 +10,7 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.chunks import ChunkCache, Chunks, DamagedChunkError
-from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import differences, name_of
-from ichpipe.cache.inventory import read_manifest
+from ichpipe.cache.errors import SeveralGenerationsError, StoreError
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.rows import as_text, decode_uids
 
@@ -24,11 +22,8 @@ if TYPE_CHECKING:
 
     from ichpipe.cache.rows import Rows
 
-HOLD_BYTES = 4 * 2**30
-"""Bytes of a remote store that stay in memory after they were fetched; the whole of RSNA takes 3.1 GB."""
-
-PCA_POINTER = "companion"
-"""Attribute of a generation that names the group of its principal components."""
+HOLD_BYTES = 4 * 2**30  # of a remote store stay in memory after they were fetched; the whole of RSNA takes 3.1 GB
+PCA_POINTER = "companion"  # attribute of a generation that names the group of its principal components
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class EmbeddingStore:
         attributes: Any = self._group.attrs
         self.classes: tuple[str, ...] = tuple(attributes["classes"])
         self.embedding_dim = int(attributes["embedding_dim"])
-        self._manifest = read_manifest(self.location, self._group)
+        self._manifest = layout.read_manifest(self.location, self._group)
         self._rows = self._manifest.rows
         self._number = {uid: number for number, uid in enumerate(as_text(self._rows.series_uid).tolist())}
         # Lists, since reading an element of an array takes a tenth of the time of copying a series.
@@ -126,9 +121,8 @@ class EmbeddingStore:
     @functools.cached_property
     def principal_components(self) -> PrincipalComponents:
         """The principal components of the generation; StoreError if there are none."""
-        group = self._pca_group
         names = ("mean", "components", "explained_variance_ratio")
-        return PrincipalComponents(*(layout.read(group, name) for name in names))
+        return PrincipalComponents(*(layout.read(self._pca_group, name) for name in names))
 
     @functools.cached_property
     def _pca_group(self) -> zarr.Group:
@@ -235,8 +229,8 @@ class EmbeddingStore:
 
 def _select_generation(location: StoreLocation, identity: dict[str, Any] | None) -> zarr.Group:
     root = layout.open_root(location)
-    if identity is not None and layout.has(root, name_of(identity)):
-        group = layout.subgroup(root, name_of(identity))
+    if identity is not None and layout.has(root, layout.name_of(identity)):
+        group = layout.subgroup(root, layout.name_of(identity))
         if layout.identity_of(group) != identity:
             raise StoreError(
                 f"{location}: the metadata of {group.path} is damaged; remove that folder and run: ichpipe extract"
@@ -245,8 +239,8 @@ def _select_generation(location: StoreLocation, identity: dict[str, Any] | None)
     groups = layout.generations(location, root)
     if identity is None:
         if len(groups) != 1:
-            raise StoreError(f"{location} holds {len(groups)} generations; say which by its identity")
+            raise SeveralGenerationsError(f"{location} holds {len(groups)} generations; say which by its identity")
         return next(iter(groups.values()))
-    lists = (differences(layout.identity_of(group), identity) for group in groups.values())
+    lists = (layout.differences(layout.identity_of(group), identity) for group in groups.values())
     nearest = min(lists, key=len, default=["it is empty"])
     raise StoreError(f"{location} was made by something else; run: ichpipe extract\n  " + "\n  ".join(nearest))

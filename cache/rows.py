@@ -14,14 +14,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-UID_BYTES = 64
-"""A UID has at most 64 characters (DICOM PS3.5 9.1)."""
-
-DIGEST_BYTES = 32
-"""Length of a SHA-256."""
-
-PIECE_ROWS = 2**14
-"""Texts are encoded in pieces: Python objects of all texts take several times the memory of the codes."""
+UID_BYTES = 64  # DICOM PS3.5 9.1
+DIGEST_BYTES = 32  # of a SHA-256
+PIECE_ROWS = 2**14  # Python objects of all texts would take several times the memory of the codes
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -28,8 +28,8 @@ class ComputePlugin(WorkerPlugin):
 
     name = PLUGIN
 
-    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int] | None = None) -> None:
-        self.make_compute, self.numbers = make_compute, numbers or {}
+    def __init__(self, make_compute: Callable[[int], Compute], numbers: dict[str, int]) -> None:
+        self.make_compute, self.numbers = make_compute, numbers
         self.compute: Compute | None = None
 
     def setup(self, worker: Worker) -> None:

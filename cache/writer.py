@@ -1,8 +1,7 @@
-"""Filling a generation with Dask: only missing rows are computed, one task per Zarr chunk.
+"""Fills a generation with Dask: only missing rows are computed. Each Zarr chunk is one task, which also writes it.
 
-Chunks and tasks coincide, because tasks that share a chunk lose rows silently. The worker that computed a chunk writes
-it; only the inputs travel. A chunk file is written once, by renaming. The manifest makes rows visible, and is
-written last, after all its rows are on disk. So a reader sees the former rows or all new ones, also after a power loss.
+Tasks that share a chunk would lose rows silently. The manifest makes rows visible, and is written last, after all its
+rows are on disk: a reader sees the former rows or all new ones, also after a power loss.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import numpy as np
 
 from ichpipe.cache import layout
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.inventory import ABSENT, list_segments, locate, read_manifest, write_manifest
 from ichpipe.cache.rows import as_text
 
 if TYPE_CHECKING:
@@ -31,8 +29,9 @@ if TYPE_CHECKING:
     from ichpipe.cache.rows import Codes, Rows
     from ichpipe.cache.worker import Compute
 
-TASKS_PER_WORKER = 3
-"""One task computes, one writes, one waits; memory stays flat."""
+    Task = tuple[str, slice, NDArray[np.intp]]  # a segment, rows in it, and the numbers of the same rows in `Rows`
+
+TASKS_PER_WORKER = 3  # one task computes, one writes, one waits; memory stays flat
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,6 @@ class Work:
     make_compute: Callable[[int], Compute]
     connect: Callable[[], AbstractContextManager[Client]]
     make_extra: Callable[[NDArray[np.intp]], dict[str, NDArray[Any]]] | None = None
-
-
-@dataclass(frozen=True)
-class _Task:
-    segment: str
-    segment_rows: slice
-    numbers: NDArray[np.intp]  # of the same rows in `Rows`
 
 
 def update(
@@ -107,21 +99,21 @@ def update(
     with location.writing(on_wait):
         group = layout.create_generation(layout.create_root(location), generation)
         location.remove_partial(group.path)
-        segments = list_segments(location, group)
-        absent = np.flatnonzero(locate(segments, rows.source)[:, 0] == ABSENT)
+        segments = layout.list_segments(location, group)
+        absent = np.flatnonzero(layout.locate(segments, rows.source)[:, 0] == layout.ABSENT)
         yield len(rows) - len(absent)
         if len(absent):
             tasks = _plan_tasks(group, generation.chunk_rows, segments, rows.source, absent, work)
             with work.connect() as client:
                 yield from _run_tasks(client, location, group.path, tasks, work)
-        segments = list_segments(location, group)
+        segments = layout.list_segments(location, group)
         location.sync(group.path)
         if keep_vanished:
             with contextlib.suppress(StoreError):  # no manifest yet, or a damaged one
-                former = read_manifest(location, group).rows
+                former = layout.read_manifest(location, group).rows
                 vanished = np.flatnonzero(~np.isin(as_text(former.series_uid), as_text(rows.series_uid)))
                 rows = rows.join(former.select(vanished))
-        write_manifest(location, group, rows, segments)
+        layout.write_manifest(location, group, rows, segments)
 
 
 def _plan_tasks(
@@ -131,26 +123,26 @@ def _plan_tasks(
     source: Codes,
     absent: NDArray[np.intp],
     work: Work,
-) -> list[_Task]:
+) -> list[Task]:
     """Finish the segments of an interrupted run, then put the other rows into a new segment."""
     number_of = {source[row].tobytes(): int(row) for row in absent}  # files with the same content are computed once
-    tasks = []
+    tasks: list[Task] = []
     for segment in segments:
         for rows, present in zip(segment.chunks, segment.present, strict=True):
             digests = [digest.tobytes() for digest in segment.source[rows]]
             if not present and all(digest in number_of for digest in digests):
                 numbers = [number_of.pop(digest) for digest in digests]
-                tasks.append(_Task(segment.name, rows, np.array(numbers, dtype=np.intp)))
+                tasks.append((segment.name, rows, np.array(numbers, dtype=np.intp)))
     rest = np.array(list(number_of.values()), dtype=np.intp)
     if len(rest):
         extra = work.make_extra(rest) if work.make_extra else {}
         segment = layout.create_segment(group, source[rest], chunk_rows, extra)
-        tasks += [_Task(segment.name, rows, rest[rows]) for rows in segment.chunks]
+        tasks += [(segment.name, rows, rest[rows]) for rows in segment.chunks]
     return tasks
 
 
 def _run_tasks(
-    client: Client, location: StoreLocation, generation: str, tasks: list[_Task], work: Work
+    client: Client, location: StoreLocation, generation: str, tasks: list[Task], work: Work
 ) -> Iterator[int]:
     # Importing distributed takes half a second, and is not needed if all rows exist.
     from distributed import as_completed  # noqa: PLC0415
@@ -164,10 +156,10 @@ def _run_tasks(
 
     def submit_next() -> None:
         limit = TASKS_PER_WORKER * max(1, len(client.nthreads()))  # type: ignore[no-untyped-call] # workers come and go
-        for task in itertools.islice(waiting, max(0, limit - running.count())):
-            inputs = Inputs(select_inputs(work.inputs, task.numbers))
-            segment = f"{generation}/{task.segment}"
-            running.add(client.submit(compute_chunk, str(location), segment, task.segment_rows, inputs, pure=False))
+        for name, rows, numbers in itertools.islice(waiting, max(0, limit - running.count())):
+            inputs = Inputs(select_inputs(work.inputs, numbers))
+            segment = f"{generation}/{name}"
+            running.add(client.submit(compute_chunk, str(location), segment, rows, inputs, pure=False))
 
     submit_next()
     for future in running:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ichpipe.cache.errors import StoreError
+from ichpipe.cache.errors import SeveralGenerationsError, StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
@@ -422,11 +422,10 @@ def open_store(address: str | Path, model: str | Path | None = None) -> Store:
 def _store_errors() -> Iterator[None]:
     try:
         yield
+    except SeveralGenerationsError as error:
+        raise StoreUnusableError(f"{error}: open_store(address, model='artifacts/slice-cnn')") from error
     except StoreError as error:
-        text = str(error)
-        if "generations" in text:
-            text = f"{text}: open_store(address, model='artifacts/slice-cnn')"
-        raise StoreUnusableError(text) from error
+        raise StoreUnusableError(str(error)) from error
 
 
 def _positions(count: int, position_mm: ArrayLike | None, spacing_mm: float | None) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,7 +44,24 @@ def info(store: str, as_json: bool) -> str:
     from ichpipe.cache.location import StoreLocation
 
     facts = maintenance.info(StoreLocation(store))
-    return json.dumps(facts, indent=2) if as_json else _info_text(facts)
+    if as_json:
+        return json.dumps(facts, indent=2)
+    lines = [f"{facts['store']}: format {facts['format_version']}, {_size(facts['bytes'])} in {facts['files']} files"]
+    for part in facts["generations"]:
+        state = "complete" if part["complete"] else "not complete"
+        lines += [
+            f"generation {part['generation']}, {state}, {_size(part['bytes'])}, {part['segments']} segments",
+            "  {rows} rows of {embedding_dim} features, {series} series, {studies} studies".format_map(part),
+        ]
+        if part.get("rows_unused"):
+            lines.append(f"  {part['rows_unused']} rows that left the index (ichpipe cache prune frees them)")
+        if part["chunks_missing"]:
+            lines.append("  {chunks_missing} of {chunks} chunks are missing (run: ichpipe extract)".format_map(part))
+        lines += [f"  missing: study {uid}" for uid in part["missing_studies"]]
+        for name, value in (part["identity"] or {}).items():
+            text = json.dumps(value)
+            lines.append(f"  {name}: {text if len(text) <= 90 else f'{text[:87]}...'}")
+    return "\n".join(lines)
 
 
 @command.command("verify")
@@ -66,7 +84,7 @@ def verify(store: str, as_json: bool, repair: bool) -> Verdict:
         maintenance.repair(location, problems)
     studies = sorted({uid for problem in problems for uid in problem.studies})
     if as_json:
-        listed = [problem.as_dict() for problem in problems]
+        listed = [asdict(problem) for problem in problems]
         text = json.dumps({"sound": not problems, "problems": listed, "studies": studies}, indent=2)
     elif not problems:
         text = f"{store} is sound: every chunk has its checksum"
@@ -91,7 +109,7 @@ def prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, 
       ichpipe cache prune artifacts/embeddings.zarr --dry-run
     """
     from ichpipe.cache import maintenance
-    from ichpipe.cache.fingerprint import name_of
+    from ichpipe.cache.layout import name_of
     from ichpipe.cache.location import StoreLocation
 
     weights = {digest_of_file(path) for path in settings.artifacts().slice_cnn.rglob(MODEL_FILE)}
@@ -110,25 +128,6 @@ def prune(settings: Settings, store: str, keep: tuple[str, ...], dry_run: bool, 
     verb = "would go" if dry_run else "removed"
     names = ", ".join(done["generations_removed"]) or "none"
     return f"generations {verb}: {names}; rows {verb}: {done['rows_removed']}; {_size(done['bytes_freed'])} freed"
-
-
-def _info_text(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['store']}: format {facts['format_version']}, {_size(facts['bytes'])} in {facts['files']} files"]
-    for part in facts["generations"]:
-        state = "complete" if part["complete"] else "not complete"
-        lines += [
-            f"generation {part['generation']}, {state}, {_size(part['bytes'])}, {part['segments']} segments",
-            "  {rows} rows of {embedding_dim} features, {series} series, {studies} studies".format_map(part),
-        ]
-        if part.get("rows_unused"):
-            lines.append(f"  {part['rows_unused']} rows that left the index (ichpipe cache prune frees them)")
-        if part["chunks_missing"]:
-            lines.append("  {chunks_missing} of {chunks} chunks are missing (run: ichpipe extract)".format_map(part))
-        lines += [f"  missing: study {uid}" for uid in part["missing_studies"]]
-        for name, value in (part["identity"] or {}).items():
-            text = json.dumps(value)
-            lines.append(f"  {name}: {text if len(text) <= 90 else f'{text[:87]}...'}")
-    return "\n".join(lines)
 
 
 def _size(n: float) -> str:

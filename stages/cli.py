@@ -113,6 +113,7 @@ def _without_colour() -> bool:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exit code 0 done, 1 input, data or machine wrong, 2 wrong usage, 128 + n signal n."""
     if arguments is None:  # a process of our own
+        _require_streams()
         keep_freed_memory()
     with stop_cleanly(leaving=arguments is None):
         words = sys.argv[1:] if arguments is None else arguments
@@ -125,6 +126,20 @@ def main(arguments: list[str] | None = None) -> Any:
             color = False if _without_colour() else None
             click.echo(f"{click.style('ichpipe:', fg='red')} {message}", err=True, color=color)
             sys.exit(1)
+
+
+def _require_streams() -> None:
+    """Replace characters that the terminal or pipe can't show; give absent streams (``2>&-``) a place to write to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, so that no file of ours gets it
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+        elif name != "stdin":
+            stream.reconfigure(errors="replace")
 
 
 def _message(error: Exception) -> str | None:

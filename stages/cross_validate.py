@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -66,24 +66,21 @@ def run(
     if params.prepare.split == "stage1":
         raise ParamsError("cross-validate makes folds of patients; prepare.split must be patient-kfold, not stage1")
     prepare.run(params.prepare, whole.index_dir, workers, artifacts.resume("prepare"))
-    folds = []
-    for number in numbers:  # this fold is the test set
+    folds: dict[str, tuple[Params, Artifacts]] = {}
+    for number in numbers:
+        name = f"fold {number + 1} of {params.prepare.folds}"
         prepare_params = params.prepare.model_copy(update={"test_fold": number})
-        folds.append((params.model_copy(update={"prepare": prepare_params}), Artifacts(whole.root / f"fold-{number}")))
-    for fold_params, fold in folds:
-        _fit_fold(fold_params, whole, fold, gpu, workers, arms_only=arms_only)
+        fold_params = params.model_copy(update={"prepare": prepare_params})
+        folds[name] = fold_params, Artifacts(whole.root / f"fold-{number}")
+        _fit_fold(name, *folds[name], whole, gpu, workers, arms_only=arms_only)
     for arm in params.sequence:
-        _pool_arm([fold.sequence(arm) for _, fold in folds], whole.sequence(arm))
+        _pool_arm([fold.sequence(arm) for _, fold in folds.values()], whole.sequence(arm))
     ladder = "" if arms_only else _score(params, whole, folds) + "\n\n"
     return ladder + compare.run(params, whole)
 
 
-def _name(params: Params) -> str:
-    return f"fold {(params.prepare.test_fold or 0) + 1} of {params.prepare.folds}"
-
-
 def _fit_fold(
-    params: Params, whole: Artifacts, artifacts: Artifacts, gpu: str, workers: int, *, arms_only: bool
+    name: str, params: Params, artifacts: Artifacts, whole: Artifacts, gpu: str, workers: int, *, arms_only: bool
 ) -> None:
     import pandas as pd
 
@@ -91,7 +88,6 @@ def _fit_fold(
     from ichpipe.index.slice_index import read_index
     from ichpipe.stages import extract, finetune, fit_sequence, fit_slices
 
-    name = _name(params)
     log.info(name)
     index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), params.prepare)
     rejected = pd.read_csv(whole.index_dir / "rejected.csv")
@@ -116,7 +112,7 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
     tables = [read_predictions(folder, "ichpipe cross-validate") for folder in folders]
     test = pd.concat([table[table["split"] == "test"] for table in tables], ignore_index=True)
     write_predictions(test, target, POOLED)
-    records: list[dict[str, Any]] = [read_json(folder / RECORD_FILE) for folder in folders]
+    records = [read_json(folder / RECORD_FILE) for folder in folders]
     seeds = [
         {"seed": parts[0]["seed"], "seconds": round(sum(part["seconds"] for part in parts), 1)}
         for parts in zip(*(record["seeds"] for record in records), strict=True)
@@ -126,16 +122,16 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
     write_json(target / RECORD_FILE, {**first, "store": store, "folds": len(folders), "seeds": seeds})
 
 
-def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Artifacts]]) -> str:
+def _score(params: Params, whole: Artifacts, by_fold: dict[str, tuple[Params, Artifacts]]) -> str:
     import pandas as pd
 
-    from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name, write_table
+    from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import evaluate
 
-    for fold_params, fold in by_fold:
-        log.info("%s\n%s", _name(fold_params), evaluate.run(fold_params, fold))
-    folds = [fold for _, fold in by_fold]
+    for name, (fold_params, fold) in by_fold.items():
+        log.info("%s\n%s", name, evaluate.run(fold_params, fold))
+    folds = [fold for _, fold in by_fold.values()]
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
     tables = {
         name: pd.concat([pd.read_parquet(fold.predictions / f"{name}.parquet") for fold in folds], ignore_index=True)
@@ -143,10 +139,7 @@ def _score(params: Params, whole: Artifacts, by_fold: Sequence[tuple[Params, Art
     }
     metrics = score_all(tables, params.evaluate, params.finetune.arm)
     metrics["folds"] = [read_json(fold.metrics) for fold in folds]
-    write_json(whole.metrics, metrics)
-    for name, table in tables.items():
-        write_table(table, whole.predictions / f"{name}.parquet")
-    evaluate.write_plots(whole.plots, metrics, tables)
+    evaluate.write_scores(whole, metrics, tables)
     text = ladder_text(metrics)
     write_text(whole.metrics.with_name("ladder.txt"), text + "\n")
     return text

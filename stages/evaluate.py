@@ -17,11 +17,8 @@ from ichpipe.common.files import digest_of, digest_of_file, read_json, write_byt
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     import pandas as pd
-    from numpy.typing import NDArray
 
-    from ichpipe.cache.reader import EmbeddingStore
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
@@ -48,89 +45,78 @@ def run(params: Params, artifacts: Artifacts) -> str:
     Scores are of the networks' own probabilities; the effect of calibration is written beside them.
     Returns ladder, calibration and comparison as text.
     """
+    import numpy as np
+    from scipy.special import expit
+
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.report.calibration_report import (
-        calibration_scores,
-        calibration_text,
-        reliability_figure,
-        reliability_rows,
-    )
+    from ichpipe.report import calibration_report, figures
+    from ichpipe.scoring import heldout_predictions as predictions
     from ichpipe.scoring.calibration import fit_calibration, write_calibration
-    from ichpipe.scoring.heldout_predictions import (
-        FINETUNED,
-        SLICE_CNN,
-        known_slices,
-        make_table,
-        model_mark,
-        own_predictions,
-        read_predictions,
-        sequence_name,
-        write_table,
-    )
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import compare
 
     index = read_index(artifacts.index)
-    held_out = known_slices(index, "test")
+    held_out = predictions.known_slices(index, "test")
     if held_out.empty:
         raise DataError("the test split holds no series with labels; check prepare.labels and prepare.test_fraction")
     features = open_features(params, artifacts, index)
     _require_one_run(params, artifacts, index)
-    tables = {SLICE_CNN: make_table(held_out, _slice_probabilities(features.plain, held_out))}
+    slice_probabilities = np.full((len(held_out), len(CLASSES)), np.nan)  # `open_features` has checked the order
+    for uid, positions in held_out.groupby("series_uid", sort=False).indices.items():
+        slice_probabilities[positions] = expit(features.plain.read(str(uid), "logit").astype(np.float64))
+    tables = {predictions.SLICE_CNN: predictions.make_table(held_out, slice_probabilities)}
     for arm, section in params.sequence.items():
-        seeds = read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
-        tables[sequence_name(arm)] = own_predictions(seeds, average_seeds=section.average.seeds)
-    finetuned = read_predictions(artifacts.finetuned, "ichpipe finetune")
-    tables[FINETUNED] = finetuned[finetuned["split"] == "test"].reset_index(drop=True)
+        seeds = predictions.read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
+        tables[predictions.sequence_name(arm)] = predictions.own_predictions(seeds, average_seeds=section.average.seeds)
+    finetuned = predictions.read_predictions(artifacts.finetuned, "ichpipe finetune")
+    tables[predictions.FINETUNED] = finetuned[finetuned["split"] == "test"].reset_index(drop=True)
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
     val = finetuned[finetuned["split"] == "val"]  # these patients are never scored
-    patients, mark = val["patient_id"].to_numpy(object), model_mark(artifacts.finetuned)
-    calibration = fit_calibration(*_values(val), patients, params.evaluate.calibration, mark)
+    patients, mark = val["patient_id"].to_numpy(object), predictions.model_mark(artifacts.finetuned)
+    values, method = predictions.labels_and_probabilities(val), params.evaluate.calibration
+    calibration = fit_calibration(*values, patients, method, mark)
     write_calibration(artifacts.finetuned, calibration)
-    test = _values(tables[FINETUNED])
-    metrics["calibration"] = calibration_scores(*test, calibration)
-    rows = reliability_rows(*test, calibration)
-    write_json(artifacts.plots / "reliability.json", rows)
-    write_bytes(artifacts.plots / "reliability.png", reliability_figure(rows))
-    write_json(artifacts.metrics, metrics)
-    for name, table in tables.items():
-        write_table(table, artifacts.predictions / f"{name}.parquet")
-    write_plots(artifacts.plots, metrics, tables)
-    _write_learning_curves(artifacts, list(params.sequence))
+    test = predictions.labels_and_probabilities(tables[predictions.FINETUNED])
+    metrics["calibration"], points = calibration_report.calibration_scores(*test, calibration)
+    write_json(artifacts.plots / "reliability.json", points)
+    write_bytes(artifacts.plots / "reliability.png", calibration_report.reliability_figure(points))
+    write_scores(artifacts, metrics, tables)
+    folders = {"slice CNN": artifacts.slice_cnn}
+    folders |= {f"sequence, {arm}": artifacts.sequence(arm) for arm in params.sequence}
+    folders["fine-tuned"] = artifacts.finetuned
+    histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
+    lines = [{"model": name, **line} for name, history in histories.items() for line in history]
+    write_json(artifacts.plots / "learning_curves.json", lines)
+    write_bytes(artifacts.plots / "learning_curves.png", figures.learning_curves(histories))
     _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
-    text = f"{ladder_text(metrics)}\n\n{calibration_text(metrics['calibration'])}"
+    text = f"{ladder_text(metrics)}\n\n{calibration_report.calibration_text(metrics['calibration'])}"
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
     return f"{text}\n\n{compare.run(params, artifacts)}"
 
 
-def write_plots(folder: Path, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
-    """Write ROC, precision-recall and calibration points as JSON for DVC, and the pictures of them."""
+def write_scores(artifacts: Artifacts, metrics: dict[str, Any], tables: dict[str, pd.DataFrame]) -> None:
+    """Write metrics and predictions; ROC, precision-recall and calibration points as JSON for DVC; their pictures."""
     from ichpipe.report.figures import ladder, roc
-    from ichpipe.scoring.heldout_predictions import LABELS
+    from ichpipe.scoring.heldout_predictions import labels_and_probabilities, write_table
     from ichpipe.scoring.metrics import curves
 
-    points = {name: curves(table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy()) for name, table in tables.items()}
+    write_json(artifacts.metrics, metrics)
+    for name, table in tables.items():
+        write_table(table, artifacts.predictions / f"{name}.parquet")
+    points = {name: curves(*labels_and_probabilities(table)) for name, table in tables.items()}
     for kind in ("roc", "precision_recall", "calibration"):
         rows = [{"model": name, **row} for name, curve in points.items() for row in curve[kind]]
-        write_json(folder / f"{kind}.json", rows)
-    write_bytes(folder / "ladder.png", ladder(metrics))
-    write_bytes(folder / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
-
-
-def _values(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    import numpy as np
-
-    from ichpipe.scoring.heldout_predictions import LABELS
-
-    return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
+        write_json(artifacts.plots / f"{kind}.json", rows)
+    write_bytes(artifacts.plots / "ladder.png", ladder(metrics))
+    write_bytes(artifacts.plots / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
 
 
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame) -> None:
     """Refuse models of another split or of another network's embeddings; their scores would look valid."""
     from ichpipe.features.generations import describe_inputs
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import require_made_from
 
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
@@ -140,28 +126,6 @@ def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame)
     parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
     digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
     require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
-
-
-def _slice_probabilities(store: EmbeddingStore, rows: pd.DataFrame) -> NDArray[np.float64]:
-    """Return the slice CNN's own probabilities; `open_features` has checked slices and their order."""
-    import numpy as np
-    from scipy.special import expit
-
-    result = np.full((len(rows), len(CLASSES)), np.nan)
-    for uid, positions in rows.groupby("series_uid", sort=False).indices.items():
-        result[positions] = expit(store.read(str(uid), "logit").astype(np.float64))
-    return result
-
-
-def _write_learning_curves(artifacts: Artifacts, arms: list[str]) -> None:
-    from ichpipe.report.figures import learning_curves
-
-    folders = {"slice CNN": artifacts.slice_cnn} | {f"sequence, {arm}": artifacts.sequence(arm) for arm in arms}
-    folders["fine-tuned"] = artifacts.finetuned
-    histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
-    rows = [{"model": name, **line} for name, lines in histories.items() for line in lines]
-    write_json(artifacts.plots / "learning_curves.json", rows)
-    write_bytes(artifacts.plots / "learning_curves.png", learning_curves(histories))
 
 
 def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +11,14 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_bytes, write_text
 from ichpipe.common.progress import track
+from ichpipe.common.text_table import format_table
 from ichpipe.stages.options import FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ichpipe.inference.heat_maps import EmbeddedSeries
     from ichpipe.params.schema import SelectionParams
     from ichpipe.stages.options import Settings
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
-
-    selection: SelectionParams
-    class_name: str = "any"
-    threshold: float = 0.5
-    panels: int = 18
-    all_series: bool = False
 
 
 @click.command("explain")
@@ -55,34 +40,36 @@ class Options:
 @click.option("--panels", type=click.IntRange(1, 60), default=18, show_default=True, help="Most slices on one sheet.")
 @click.option("--all-series", is_flag=True, help="A sheet for every series of a study, not the one that stands for it.")
 @click.pass_obj
-def command(
-    settings: Settings,
-    /,
-    paths: tuple[Path, ...],
-    out: Path,
-    model: Path | None,
-    gpu: str,
-    workers: int,
-    **options: Any,
-) -> str:
+def command(settings: Settings, /, paths: tuple[Path, ...], out: Path, model: Path | None, **options: Any) -> str:
     """Show where the fine-tuned model looked: one contact sheet per study, with heat maps and P along the head.
 
     \b
     Example:
       ichpipe explain data/phantom/dicom --out explained
     """
-    given = Options(selection=settings.params().prepare.selection, **options)
+    selection = settings.params().prepare.selection
     with lock_folder(out, "explain"):
-        return run(paths, out, model or settings.artifacts().finetuned, given, gpu=gpu, workers=workers)
+        return run(paths, out, model or settings.artifacts().finetuned, selection, **options)
 
 
 def run(
-    paths: Sequence[Path], out: Path, model_dir: Path, options: Options, *, gpu: str = "auto", workers: int = 0
+    paths: Sequence[Path],
+    out: Path,
+    model_dir: Path,
+    selection: SelectionParams,
+    *,
+    class_name: str,
+    threshold: float,
+    panels: int,
+    all_series: bool,
+    gpu: str,
+    workers: int,
 ) -> str:
     """Write ``study-NNN.png`` for each study, and ``explained.csv`` of what each shows; return the table as text.
 
     Series are chosen as by ``predict``. The pictures hold no identifier; the table names study and series by UID.
     """
+    import numpy as np
     import pandas as pd
 
     from ichpipe.common.device import choose_device
@@ -92,9 +79,9 @@ def run(
 
     explainer = Explainer(model_dir, choose_device(gpu))
     scanned, rejected = scan(list(paths), workers)
-    chosen = select_series(scanned, rejected, options.selection, one_per_study=not options.all_series)
+    chosen = select_series(scanned, rejected, selection, one_per_study=not all_series)
     groups = chosen.slices.groupby("series_uid", sort=False)
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     n_bad = len(rejected)
     for uid, group in track(groups, "explain", len(groups), "series"):
         series = explainer.embed(group["path"].tolist(), group["position_mm"].tolist())
@@ -103,39 +90,33 @@ def run(
             continue
         number = len(lines) + 1
         picture, probabilities = explainer.sheet(
-            series, f"Study {number}", class_name=options.class_name, threshold=options.threshold, panels=options.panels
+            series, f"Study {number}", class_name=class_name, threshold=threshold, panels=panels
         )
         name = f"study-{number:03d}.png"
         write_bytes(out / name, picture)
-        uids = {"study_uid": group["study_uid"].iloc[0], "series_uid": uid}
-        lines.append({"picture": name, **uids, **_describe(series, probabilities, options)})
+        own = probabilities[:, CLASSES.index(class_name)]
+        position_mm = series.position_mm.numpy()  # along the slice normal
+        positive, highest = np.flatnonzero(own >= threshold), int(np.argmax(own))
+        lines.append(
+            {
+                "picture": name,
+                "study_uid": group["study_uid"].iloc[0],
+                "series_uid": uid,
+                "class": class_name,
+                "n_slices": len(own),
+                "n_positive": len(positive),
+                "probability": float(own[highest]),
+                "highest_slice": highest,
+                "highest_mm": float(position_mm[highest]),
+                "first_positive_mm": float(position_mm[positive[0]]) if positive.size else None,
+                "last_positive_mm": float(position_mm[positive[-1]]) if positive.size else None,
+            }
+        )
     if not lines:
         raise DataError(f"none of {n_bad} files is a usable CT slice; `ichpipe predict` lists why for each")
     table = pd.DataFrame(lines)
     write_text(out / "explained.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    text = [f"{'picture':<16}{'slices':>7}{f'P({options.class_name})':>20}{'at, mm':>9}{'positive':>10}"]
-    row = "{picture:<16}{n_slices:>7}{probability:>20.3f}{highest_mm:>9.0f}{n_positive:>10}"
-    text += [row.format_map(line) for line in lines]
-    return "\n".join(
-        [*text, *([f"{n_bad} files were left out; `ichpipe predict` lists why for each"] if n_bad else [])]
-    )
-
-
-def _describe(series: EmbeddedSeries, probabilities: NDArray[np.float64], options: Options) -> dict[str, object]:
-    """Describe where a series is positive; mm are positions along the slice normal, empty where it is negative."""
-    import numpy as np
-
-    own = probabilities[:, CLASSES.index(options.class_name)]
-    position_mm = series.position_mm.numpy()
-    positive = np.flatnonzero(own >= options.threshold)
-    highest = int(np.argmax(own))
-    return {
-        "class": options.class_name,
-        "n_slices": len(own),
-        "n_positive": len(positive),
-        "probability": float(own[highest]),
-        "highest_slice": highest,
-        "highest_mm": float(position_mm[highest]),
-        "first_positive_mm": float(position_mm[positive[0]]) if positive.size else None,
-        "last_positive_mm": float(position_mm[positive[-1]]) if positive.size else None,
-    }
+    row = "{picture} {n_slices} {probability:.3f} {highest_mm:.0f} {n_positive}"
+    head = ["picture", "slices", f"P({class_name})", "at, mm", "positive"]
+    text = format_table(head, [row.format_map(line).split() for line in lines])
+    return text + (f"\n{n_bad} files were left out; `ichpipe predict` lists why for each" if n_bad else "")

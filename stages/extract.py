@@ -14,7 +14,7 @@ from ichpipe.common.progress import Counter
 from ichpipe.stages.options import gpu_option, workers_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from distributed import Client
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.embedder import MakeEmbedder
     from ichpipe.features.generations import GenerationSpec
-    from ichpipe.params.schema import Params
+    from ichpipe.params.schema import ExtractParams, Params
     from ichpipe.stages.options import Settings
-
-    Connect = Callable[[], AbstractContextManager[Client]]
 
 log = logging.getLogger("ichpipe")
 
-COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")
-"""The columns of the index that are read; the other half of its bytes stays on disk."""
+COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")  # half of the index's bytes
 
 
 @click.command("extract")
@@ -91,11 +88,17 @@ def run(
     section = params.extract
     generations = list_generations(params, artifacts, index)
     with contextlib.ExitStack() as stack:
-        connect = _connect_once(stack, n_dask, scheduler)
+
+        @functools.cache
+        def open_client() -> Client:
+            from ichpipe.features.dask_client import connect
+
+            return stack.enter_context(connect(n_dask, scheduler))
+
         for spec in generations:
             model = spec.model_dir.resolve()
             maker = MakeEmbedder(model, devices, section.batch_size, spec.view, spec.precision, loaders)
-            _fill(params, location, spec, maker, connect)
+            _fill(section, location, spec, maker, lambda: contextlib.nullcontext(open_client()))
     if section.pca is None:
         return
     # Fitted on the plain train slices alone; one map for every generation keeps them comparable.
@@ -108,14 +111,19 @@ def run(
         pca.write(location, store, components, section.chunk_rows)
 
 
-def _fill(params: Params, location: StoreLocation, spec: GenerationSpec, maker: MakeEmbedder, connect: Connect) -> None:
+def _fill(
+    section: ExtractParams,
+    location: StoreLocation,
+    spec: GenerationSpec,
+    maker: MakeEmbedder,
+    connect: Callable[[], AbstractContextManager[Client]],
+) -> None:
     from ichpipe.cache.layout import Generation
     from ichpipe.cache.writer import Work, select_inputs, update
     from ichpipe.features.embedder import SliceInputs, view_parameters
     from ichpipe.models.weights import load_slice_cnn
 
-    section, view = params.extract, spec.view
-    slices = SliceInputs(spec.index)
+    slices, view = SliceInputs(spec.index), spec.view
     cnn = load_slice_cnn(spec.model_dir)
     generation = Generation(spec.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
     parameters = (lambda rows: view_parameters(view, select_inputs(slices, rows))) if view else None
@@ -123,25 +131,8 @@ def _fill(params: Params, location: StoreLocation, spec: GenerationSpec, maker: 
     on_wait = functools.partial(log.info, "another process writes this store; waiting for it to finish")
     steps = update(location, generation, spec.rows(), work, keep_vanished=section.keep_vanished, on_wait=on_wait)
     missing = len(slices) - next(steps)
-    if missing:
-        log.info("%s: %d of %d slices to compute", spec.describe(), missing, len(slices))
-    else:
-        log.info("%s: all %d slices are there", spec.describe(), len(slices))
+    state = f"{missing} of {len(slices)} slices to compute" if missing else f"all {len(slices)} slices are there"
+    log.info("%s: %s", spec.describe(), state)
     with Counter("extract", missing, "slice") as counter:
         for rows in steps:
             counter.add(rows)
-
-
-def _connect_once(stack: contextlib.ExitStack, workers: int, scheduler: str | None) -> Connect:
-    """Return a function that opens the Dask client at its first call and lends the same client afterwards."""
-    clients: list[Client] = []
-
-    @contextlib.contextmanager
-    def lend() -> Iterator[Client]:
-        from ichpipe.features.dask_client import connect
-
-        if not clients:
-            clients.append(stack.enter_context(connect(workers, scheduler)))
-        yield clients[0]
-
-    return lend

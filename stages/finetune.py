@@ -59,40 +59,38 @@ def run(
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.end_to_end import EndToEnd
-    from ichpipe.models.header import SPACING
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import SPACING, require_made_from
     from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
     from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
     from ichpipe.training import distributed
     from ichpipe.training.end_to_end_trainer import EndToEndFitting, image_series
-    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+    from ichpipe.training.run_record import start_watch, write_history, write_record
 
-    watch = Stopwatch()
+    watch = start_watch()
     device = choose_device(distributed.local_gpu(gpu))
     section = params.finetune
     index = read_index(artifacts.index)
     model = EndToEnd(load_slice_cnn(artifacts.slice_cnn), load_sequence(artifacts.sequence(section.arm))).to(device)
+    made_from = _made_from(artifacts, section.arm)
     embeddings = digest_of(describe_inputs(params, artifacts, index, params.sequence[section.arm]))
-    split = {"index": digest_of_file(artifacts.index)}
+    split = {"index": made_from["index"]}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
     require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, remedy)
     if section.compile:
         model.cnn.compile()
     train, val = image_series(index, "train"), image_series(index, "val")
-    made_from = _made_from(artifacts, section.arm)
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     with distributed.processes():
-        first = distributed.rank() == 0
         with distributed.first_goes_first():
             size = model.cnn.spec.size_px
-            pixels = fill_pixel_cache(pixel_cache, index, size, workers) if pixel_cache else None
-        fitting = EndToEndFitting(model, section, device, train, val, workers, pixels)
+            read = fill_pixel_cache(pixel_cache, index, size, workers).read if pixel_cache else None
+        fitting = EndToEndFitting(model, section, device, train, val, workers, read)
         trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
-    if not first:
-        return
+        if distributed.rank():
+            return
     # Median distance of neighbouring train slices, mm, for predictions on thinner series.
     spacing = index.loc[(index["split"] == "train") & (index["slice_index"] > 0), "spacing_mm"].median()
     save_model(artifacts.finetuned, model, made_from | ({} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}))
@@ -102,14 +100,14 @@ def run(
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
-    seconds = watch.seconds()
+    seconds = watch()
     write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=seconds, facts=facts)
     trainer.finish()
 
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the model that `run` would train exists, with its predictions."""
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     section = params.finetune
     return is_fitted(artifacts.finetuned, section.model_dump(mode="json"), _made_from(artifacts, section.arm))

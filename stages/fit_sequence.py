@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -15,16 +14,13 @@ from ichpipe.stages.options import complete_arm, gpu_option
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     import pandas as pd
     import torch
-    from numpy.typing import NDArray
 
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.features.generations import Features
     from ichpipe.features.sequence_dataset import LabelledSeries
     from ichpipe.models.sequence import AnySequence
-    from ichpipe.models.specs import SequenceSpec
     from ichpipe.params.schema import Params, SequenceParams
     from ichpipe.stages.options import Settings
     from ichpipe.training.trainer import Epoch, Weights
@@ -55,38 +51,50 @@ def run(params: Params, artifacts: Artifacts, arm: str, gpu: str = "auto") -> No
 
     Checkpoints stay until all is written: an interrupted arm trains no finished seed again.
     """
+    import pandas as pd
+
     from ichpipe.common.device import choose_device
     from ichpipe.features.generations import open_features
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import require_made_from
+    from ichpipe.models.header import require_made_from
     from ichpipe.models.weights import save_model
-    from ichpipe.scoring.heldout_predictions import make_table, model_mark, of_seeds, write_predictions
-    from ichpipe.training.run_record import Stopwatch, write_history, write_record
+    from ichpipe.scoring.heldout_predictions import model_mark, write_predictions
+    from ichpipe.training.run_record import start_watch, write_history, write_record
 
-    watch = Stopwatch()
+    watch = start_watch()
     device, section = choose_device(gpu), choose_arm(params, arm)
     index = read_index(artifacts.index)
     split = {"index": digest_of_file(artifacts.index)}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     features = open_features(params, artifacts, index, section)
-    data = Data.of(features, index, section, device)
+    data = collect_data(features, index, section, device)
     made_from = {**split, "embeddings": digest_of(features.made_by)}
-    key = digest_of({"params": _identity(section), "made_from": made_from, "device": device.type})
+    params_read = section.model_dump(mode="json")
+    identity = {name: value for name, value in params_read.items() if name not in ("seed", "seeds")}  # decides weights
+    key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     seeds = range(section.seed, section.seed + section.seeds)
     checkpoints = [artifacts.resume(f"fit-sequence.{arm}.seed-{seed}.pt") for seed in seeds]
     fitted = [
         train_seed(section, features, data, device, seed, checkpoint, key)
         for seed, checkpoint in zip(seeds, checkpoints, strict=True)
     ]
-    members = [weights for seed in (fitted if section.average.seeds else fitted[:1]) for weights in seed.kept]
+    members = [weights for kept, *_ in (fitted if section.average.seeds else fitted[:1]) for weights in kept]
     folder = artifacts.sequence(arm)
     save_model(folder, _assemble(section, features, members), made_from)
-    tables = {seed.seed: make_table(data.held_out, seed.probabilities) for seed in fitted}
-    write_predictions(of_seeds(tables), folder, model_mark(folder))
-    write_history(folder, fitted[0].history)
-    facts = {"arm": arm, "store": features.store, **_facts(data, fitted)}
-    params_read = section.model_dump(mode="json")
-    write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch.seconds(), facts=facts)
+    write_predictions(pd.concat([table for _, _, table, _ in fitted], ignore_index=True), folder, model_mark(folder))
+    write_history(folder, fitted[0][1])
+    facts_of_seeds = [facts for *_, facts in fitted]
+    facts = {
+        "arm": arm,
+        "store": features.store,
+        "n_train_series": len(data.train),
+        "n_val_series": len(data.val),
+        "n_parameters": sum(parameter.numel() for parameter in build_model(section, features).parameters()),
+        "best_epoch": facts_of_seeds[0]["best_epoch"],
+        "val_loss": facts_of_seeds[0]["val_loss"],
+        "seeds": facts_of_seeds,
+    }
+    write_record(folder, stage="fit-sequence", params=params_read, device=device, seconds=watch(), facts=facts)
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
 
@@ -95,7 +103,7 @@ def is_done(params: Params, artifacts: Artifacts, arm: str) -> bool:
     """Say whether the arm that `run` would train exists, with its predictions."""
     from ichpipe.features.generations import describe_inputs
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.provenance import is_fitted
+    from ichpipe.models.header import is_fitted
 
     section, index = choose_arm(params, arm), read_index(artifacts.index)
     made_from = {
@@ -114,8 +122,7 @@ def choose_arm(params: Params, arm: str) -> SequenceParams:
     return section
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """What all seeds of an arm share."""
 
     train: list[LabelledSeries]
@@ -123,89 +130,71 @@ class Data:
     held_out: pd.DataFrame  # index rows of validation and test
     predicted: list[LabelledSeries]  # the series of these rows
 
-    @classmethod
-    def of(cls, features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
-        """Join the embeddings with the index; on a GPU hold as much as fits."""
-        from ichpipe.features.sequence_dataset import collect_series, load_to_device
-        from ichpipe.models.inputs import stored_inputs
-        from ichpipe.scoring.heldout_predictions import held_out
 
-        names = stored_inputs(section.all_inputs)
-        train, val = (load_to_device(device, series_of(features, index, split), names) for split in ("train", "val"))
-        rows = held_out(index)
-        return cls(train, val, rows, collect_series(features, rows))
+def collect_data(features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
+    """Join the embeddings with the index; train on series with a known label; on a GPU hold as much as fits."""
+    from ichpipe.features.sequence_dataset import collect_series, load_to_device
+    from ichpipe.models.inputs import stored_inputs
+    from ichpipe.scoring.heldout_predictions import held_out
 
-
-def series_of(features: Features, index: pd.DataFrame, split: str) -> list[LabelledSeries]:
-    """Return the series of one split that have a known label."""
-    from ichpipe.features.sequence_dataset import collect_series
-
-    every = collect_series(features, index[index["split"] == split])
-    labelled = [series for series in every if not series.labels.isnan().any(dim=1).all()]
-    if not labelled:
-        raise TrainingError(
-            f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
-        )
-    return labelled
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """One seed, trained."""
-
-    seed: int
-    kept: list[Weights]  # of the best epoch, or of the last ones
-    history: list[Epoch]
-    probabilities: NDArray[np.float64]  # of the held-out rows
-    n_parameters: int
-    seconds: float
+    parts = []
+    for split in ("train", "val"):
+        every = collect_series(features, index[index["split"] == split])
+        labelled = [series for series in every if not series.labels.isnan().any(dim=1).all()]
+        if not labelled:
+            raise TrainingError(
+                f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
+            )
+        parts.append(load_to_device(device, labelled, stored_inputs(section.all_inputs)))
+    (train, val), rows = parts, held_out(index)
+    return Data(train, val, rows, collect_series(features, rows))
 
 
 def train_seed(
     section: SequenceParams, features: Features, data: Data, device: torch.device, seed: int, checkpoint: Path, key: str
-) -> Fitted:
-    """Train one network with one seed, or go on from its checkpoint, and predict the held-out rows."""
+) -> tuple[list[Weights], list[Epoch], pd.DataFrame, dict[str, Any]]:
+    """Train one network with one seed, or go on from its checkpoint, and predict the held-out rows.
+
+    Returns the weights of the best epoch or of the last ones, the history, the predictions, and facts for the record.
+    """
     import torch
 
     from ichpipe.common.device import derive_seed
     from ichpipe.features.sequence_dataset import predict_rows
-    from ichpipe.training.run_record import Stopwatch
+    from ichpipe.scoring.heldout_predictions import make_table
+    from ichpipe.training.run_record import start_watch
     from ichpipe.training.sequence_trainer import SequenceFitting
 
-    watch = Stopwatch()
+    watch = start_watch()
     torch.manual_seed(derive_seed(seed, "weights"))
     model = build_model(section, features).to(device)
     fitting = SequenceFitting(model, section, device, data.train, data.val, seed)
     trainer = fitting.trainer(checkpoint, key)
     history = trainer.run(fitting.train_epoch, fitting.validate)
-    seconds = watch.seconds()
+    seconds = watch()
     trained = _assemble(section, features, trainer.kept).to(device)
     probabilities = predict_rows(trained, data.predicted, len(data.held_out), device)
     log.info("seed %d: %.1f s", seed, seconds)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Fitted(seed, trainer.kept, history, probabilities, n_parameters, seconds)
-
-
-def spec_of(section: SequenceParams, features: Features) -> SequenceSpec:
-    """Describe one network of an arm."""
-    from ichpipe.models.specs import SequenceSpec
-
-    shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
-    fields = {name: getattr(section, name) for name in shared}
-    plain = features.plain
-    pca = len(plain.principal_components.components) if "pca" in section.all_inputs else 0
-    return SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **fields)
+    best = min(history, key=lambda line: line.val_loss)
+    facts = {"seed": seed, "best_epoch": best.epoch, "val_loss": best.val_loss, "seconds": seconds}
+    return trainer.kept, history, make_table(data.held_out, probabilities).assign(seed=seed), facts
 
 
 def build_model(section: SequenceParams, features: Features) -> AnySequence:
     """Build one network of an arm, to be trained."""
     import torch
 
+    from ichpipe.models.header import SequenceSpec
     from ichpipe.models.sequence import SequenceModel, build_sequence
 
-    model = build_sequence(spec_of(section, features))
-    if isinstance(model, SequenceModel) and "pca" in section.all_inputs:
-        components = features.plain.principal_components
+    shared = set(SequenceSpec.model_fields) & set(type(section).model_fields)
+    fields = {name: getattr(section, name) for name in shared}
+    plain = features.plain
+    components = plain.principal_components if "pca" in section.all_inputs else None
+    pca = len(components.components) if components else 0
+    spec = SequenceSpec(embedding_dim=plain.embedding_dim, pca=pca, mirrored=section.average.mirrored, **fields)
+    model = build_sequence(spec)
+    if isinstance(model, SequenceModel) and components:
         model.set_principal_components(torch.from_numpy(components.mean), torch.from_numpy(components.components))
     return model
 
@@ -219,25 +208,5 @@ def _assemble(section: SequenceParams, features: Features, weights: list[Weights
         member.load_state_dict(state)
     if len(members) == 1 and not section.average.reversed:
         return members[0]
-    spec = spec_of(section, features).model_copy(update={"reversed": section.average.reversed})
+    spec = members[0].spec.model_copy(update={"reversed": section.average.reversed})
     return SequenceEnsemble(spec, members)  # type: ignore[arg-type]
-
-
-def _identity(section: SequenceParams) -> dict[str, Any]:
-    """Return what decides one seed's weights."""
-    return section.model_dump(mode="json", exclude={"seed", "seeds"})
-
-
-def _facts(data: Data, fitted: list[Fitted]) -> dict[str, Any]:
-    best = [min(seed.history, key=lambda line: line.val_loss) for seed in fitted]
-    return {
-        "n_train_series": len(data.train),
-        "n_val_series": len(data.val),
-        "n_parameters": fitted[0].n_parameters,
-        "best_epoch": best[0].epoch,
-        "val_loss": best[0].val_loss,
-        "seeds": [
-            {"seed": seed.seed, "best_epoch": line.epoch, "val_loss": line.val_loss, "seconds": seed.seconds}
-            for seed, line in zip(fitted, best, strict=True)
-        ],
-    }

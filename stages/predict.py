@@ -19,12 +19,12 @@ from ichpipe.common.files import digest_of_file, write_json, write_text
 from ichpipe.stages.options import FILE, FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import TextIO
+    from collections.abc import Sequence
+    from typing import BinaryIO
 
     import pandas as pd
 
-    from ichpipe.inference.findings import Extent, Provenance
+    from ichpipe.inference.findings import Predicted, Provenance
     from ichpipe.inference.inputs import Inputs
     from ichpipe.params.schema import SelectionParams
     from ichpipe.scoring.pooling import StudyScore
@@ -54,25 +54,11 @@ class Options:
     hash_patient_ids: str | None = None  # where the key is (`pseudonyms`); None: PatientIDs stay as they are
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """The results of all inputs."""
-
-    slices: pd.DataFrame  # SLICE_COLUMNS and more
-    studies: pd.DataFrame  # STUDY_COLUMNS
-    refused: pd.DataFrame  # REFUSED_COLUMNS
-    rejected: pd.DataFrame  # path, reason
-    where: Mapping[str, Mapping[str, Extent]]
-    provenance: Provenance
-
-
 @click.command("predict")
 @gpu_option
 @workers_option
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="PATH...")
-@click.option(
-    "--list", "listed", type=click.File(encoding="utf-8"), help="Paths from this file, one a line; - is stdin."
-)
+@click.option("--list", "listed", type=click.File("rb"), help="Paths from this file, one a line; - is stdin.")
 @click.option("--out", type=FOLDER, help="Folder of tables and predictions.json; without it, none.")
 @click.option("--model", type=FOLDER, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
 @click.option("--json", "as_json", is_flag=True, help="Print predictions.json instead of the table.")
@@ -103,7 +89,7 @@ def command(
     settings: Settings,
     /,
     paths: tuple[Path, ...],
-    listed: TextIO | None,
+    listed: BinaryIO | None,
     out: Path | None,
     model: Path | None,
     gpu: str,
@@ -201,23 +187,21 @@ def run(
         _write_csv(inputs.series, out / "series.csv")
     if result.slices.empty:
         raise DataError(_explain_nothing_left(result, out))
-    document = build_document(
-        result.studies, result.slices, result.where, inputs.series, result.refused, inputs.forced, provenance
-    )
+    document = build_document(result)
     if out is not None:
         more = [FORCED] if options.force else []
         _write_csv(result.slices[SLICE_COLUMNS + more], out / "slices.csv")
         _write_csv(result.studies[STUDY_COLUMNS + more], out / "studies.csv")
         write_json(out / "predictions.json", document)
-    remarks = [] if options.sr is None else _write_reports(result, inputs, options.sr)
+    remarks = [] if options.sr is None else _write_reports(result, options.sr)
     if options.kaggle is not None:
-        submission = build_submission(result.slices, result.rejected, sample, options.missing)
-        for remark in submission.remarks:
-            log.warning(remark)
-        _write_csv(submission.table, options.kaggle)
+        submission, warnings = build_submission(result.slices, result.rejected, sample, options.missing)
+        for warning in warnings:
+            log.warning(warning)
+        _write_csv(submission, options.kaggle)
     if options.as_json:
         return json.dumps(document, indent=2, allow_nan=False)
-    return _as_text(result, inputs, out, remarks)
+    return _as_text(result, out, remarks)
 
 
 def _collect(
@@ -225,8 +209,8 @@ def _collect(
 ) -> Predicted:
     import pandas as pd
 
-    from ichpipe.inference.findings import extents
-    from ichpipe.inference.head_ct_check import REFUSED_COLUMNS
+    from ichpipe.inference.findings import Predicted, extents
+    from ichpipe.inference.inputs import REFUSED_COLUMNS
     from ichpipe.inference.predictor import IDENTIFIERS, score_series
 
     lost = inputs.slices[~inputs.slices["series_uid"].isin(slices["series_uid"])]
@@ -242,23 +226,25 @@ def _collect(
     return Predicted(
         slices,
         studies,
+        inputs.series,
         pd.concat(refused, ignore_index=True) if refused else inputs.refused,
         pd.concat([inputs.rejected, undecodable], ignore_index=True)[["path", "reason"]],
+        inputs.forced,
         extents(slices, options.threshold),
         provenance,
     )
 
 
-def _write_reports(result: Predicted, inputs: Inputs, folder: Path) -> list[str]:
+def _write_reports(result: Predicted, folder: Path) -> list[str]:
     """Write a DICOM SR per predicted series; warn of series without one, and return a line about the written ones."""
-    from ichpipe.inference.findings_text import counted
+    from ichpipe.inference.findings import counted
     from ichpipe.inference.structured_report import make_report, read_source, write_report
 
     failed: dict[str, list[str]] = {}
     paths = {str(uid): part["path"].tolist() for uid, part in result.slices.groupby("series_uid")}
     for row in result.studies.to_dict("records"):
         uid = str(row["series_uid"])
-        probability, forced = {name: row[name] for name in CLASSES}, inputs.forced.get(uid, "")
+        probability, forced = {name: row[name] for name in CLASSES}, result.forced.get(uid, "")
         try:
             report = make_report(read_source(paths[uid]), probability, result.where[uid], result.provenance, forced)
             write_report(folder / f"{uid}.dcm", report)
@@ -276,7 +262,7 @@ def _write_csv(table: pd.DataFrame, target: Path) -> None:
 
 
 def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
-    from ichpipe.inference.findings_text import counted, format_refused, wrapped
+    from ichpipe.inference.findings import counted, format_refused, wrapped
 
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
     if result.refused.empty:
@@ -286,14 +272,13 @@ def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
     return "\n".join([head, *format_refused(result.refused), *wrapped(f"{remedy}; {why}")])
 
 
-def _as_text(result: Predicted, inputs: Inputs, out: Path | None, remarks: list[str]) -> str:
-    from ichpipe.inference.findings_text import counted, format_refused, format_studies, wrapped
+def _as_text(result: Predicted, out: Path | None, remarks: list[str]) -> str:
+    from ichpipe.inference.findings import counted, format_refused, format_studies, wrapped
 
     mark = partial(click.style, fg="red", bold=True)
-    threshold = result.provenance.threshold
-    table = format_studies(result.studies, result.where, inputs.series, inputs.forced, threshold, mark)
-    lines = wrapped(f"positive from {threshold:g}; {result.provenance.describe_calibration()}")
-    usable = inputs.series[inputs.series["n_slices"] > 0]
+    table = format_studies(result, mark)
+    lines = wrapped(f"positive from {result.provenance.threshold:g}; {result.provenance.describe_calibration()}")
+    usable = result.series[result.series["n_slices"] > 0]
     if passed_over := int((~usable["chosen"]).sum()):
         lines.append(f"{passed_over} series passed over for another one of their study{_see(out, 'series.csv')}")
     if len(result.refused):

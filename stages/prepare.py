@@ -60,7 +60,12 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     scanned, rejected = scan([Path(params.dicom_dir)], workers, header_cache, pseudonyms=pseudonyms)
     if scanned.empty:
         index_writer.write_rejected(out, rejected)
-        raise DataError(_nothing_usable(params, rejected, out))
+        if rejected.empty:
+            raise DataError(f"no file in {params.dicom_dir}; set prepare.dicom_dir to a folder with DICOM images")
+        raise DataError(
+            f"none of {len(rejected)} files in {params.dicom_dir} is a usable CT slice; most often: "
+            f"{rejected['reason'].value_counts().index[0]}; {out / 'rejected.csv'} says why for each"
+        )
     per_study = params.selection.per_study
     one_per_study = params.dataset != "rsna" if per_study == "auto" else per_study == "one"
     chosen = select_series(scanned, rejected, params.selection, one_per_study=one_per_study)
@@ -115,13 +120,3 @@ def _log_label_warnings(report: dict[str, Any]) -> None:
             log.warning("%d %s have no label in the table", without, kind)
     if cause := report.get("labels_likely_cause"):
         log.warning("%s", cause)
-
-
-def _nothing_usable(params: PrepareParams, rejected: pd.DataFrame, out: Path) -> str:
-    if rejected.empty:
-        return f"no file in {params.dicom_dir}; set prepare.dicom_dir to a folder with DICOM images"
-    reason = rejected["reason"].value_counts().index[0]
-    return (
-        f"none of {len(rejected)} files in {params.dicom_dir} is a usable CT slice; "
-        f"most often: {reason}; {out / 'rejected.csv'} says why for each"
-    )

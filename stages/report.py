@@ -1,7 +1,4 @@
-"""``ichpipe report``: write one HTML page of the run: data, learning, scores, cases, provenance.
-
-The page depends on the run's files alone, not on date or clock. Wall times are those that the stages recorded.
-"""
+"""``ichpipe report``: write one HTML page of the run, from its files alone: no date, no clock."""
 
 from __future__ import annotations
 
@@ -24,15 +21,14 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.inference.heat_maps import Explainer
     from ichpipe.params.schema import Params
-    from ichpipe.report.cases import Case
-    from ichpipe.report.facts import Facts
     from ichpipe.report.page import Picture, Section
+    from ichpipe.report.runs import Facts
+    from ichpipe.report.scores import Case
     from ichpipe.stages.options import Settings
 
 log = logging.getLogger("ichpipe")
 
-PANELS, COLUMNS, WIDTH_IN = 8, 4, 6.5
-TITLE = "ichpipe: report of a run"
+PANELS = 8  # slices shown of each case
 
 
 @click.command("report")
@@ -65,10 +61,10 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
     the fine-tuned model; 0: no pictures. Raises DataError for a run without any file.
     """
     from ichpipe.report import runs, scores
-    from ichpipe.report.facts import read_facts
     from ichpipe.report.page import render_page
 
-    facts = read_facts(artifacts, list(params.sequence), shown_params(params))
+    shown_params = _shorten_paths(params.model_dump(mode="json", by_alias=True))
+    facts = runs.read_facts(artifacts, list(params.sequence), shown_params)
     if not (facts.summary or facts.records or facts.metrics):
         raise DataError(f"{artifacts.root} holds no run to report on; run: ichpipe prepare (see dvc.yaml)")
     study_score = params.evaluate.study_score
@@ -83,17 +79,12 @@ def run(params: Params, artifacts: Artifacts, out: Path, *, cases: int = 2, gpu:
         scores.ablation(facts),
         runs.provenance(facts),
     ]
-    write_text(out, render_page(sections, TITLE))
+    write_text(out, render_page(sections, "ichpipe: report of a run"))
     return f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser, without network"
 
 
-def shown_params(params: Params) -> dict[str, Any]:
-    """Return the parameters as the page shows them: of a path outside the project only its last part."""
-    shown: dict[str, Any] = _shorten_paths(params.model_dump(mode="json", by_alias=True))
-    return shown
-
-
 def _shorten_paths(value: Any) -> Any:
+    """Keep only the last part of a path outside the project."""
     if isinstance(value, dict):
         return {key: _shorten_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -104,7 +95,6 @@ def _shorten_paths(value: Any) -> Any:
 
 def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: str) -> Section:
     from ichpipe.report import scores
-    from ichpipe.report.cases import choose_cases
     from ichpipe.report.page import Section
 
     section = partial(Section, "cases", "Best and worst cases")
@@ -113,13 +103,12 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     if not count:
         return section(["Pictures were not asked for (--cases 0)."])
     truth, score = scores.of_studies(facts.test, params.evaluate.study_score)
-    series = facts.test["series_uid"].drop_duplicates()
+    cases = scores.choose_cases(facts.test["series_uid"].drop_duplicates(), truth[:, 0] == 1, score[:, 0], count)
 
     from ichpipe.common.device import choose_device
     from ichpipe.index.slice_index import read_index
     from ichpipe.inference.heat_maps import Explainer
 
-    cases = choose_cases(series, truth[:, 0] == 1, score[:, 0], count)
     try:
         explainer = Explainer(artifacts.finetuned, choose_device(gpu))
         paths = read_index(artifacts.index).set_index("sop_uid")["path"]
@@ -136,25 +125,23 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
 
 
 def _picture(explainer: Explainer, paths: pd.Series, rows: pd.DataFrame, case: Case) -> Picture:
-    import numpy as np
-
-    from ichpipe.report.cases import as_picture
-    from ichpipe.scoring.heldout_predictions import LABELS
+    from ichpipe.report.page import as_picture
+    from ichpipe.scoring.heldout_predictions import labels_and_probabilities
 
     series = explainer.embed(paths.loc[rows["sop_uid"]].tolist(), rows["position_mm"].tolist())
     if series.bad:
         raise DataError(series.bad[0][1])
-    labels = rows[LABELS].to_numpy()
+    labels, probabilities = labels_and_probabilities(rows)
     png = explainer.draw(
         series,
-        probabilities=rows[list(CLASSES)].to_numpy(np.float64),
+        probabilities=probabilities,
         title="",
         note="",
         framed=labels[:, 0] == 1,
         framed_means="labelled positive",
         panels=PANELS,
-        columns=COLUMNS,
-        width_in=WIDTH_IN,
+        columns=4,
+        width_in=6.5,
     )
     findings = [name for name, column in zip(CLASSES[1:], labels.T[1:], strict=True) if column.any()]
     labelled = ", ".join(findings) or "none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
-_COUNTED: Final = {
+_COUNTED: Final = {  # by the reports of tables, as the log says it
     "duplicate_rows": "rows repeat another one",
     "inconsistent_any_slices": "slices whose any is not the maximum of the five",
     "slices_without_label": "slices have no label and are not scored",
@@ -31,17 +30,6 @@ _COUNTED: Final = {
     "scans_without_label": "scans have no label and are not scored",
     "scans_without_prediction": "labelled scans have no prediction",
 }
-"""What the reports of tables count, as the log says it."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command that change the figures."""
-
-    missing: float | None = None  # probability of what has no prediction; None: an error (rsna), left out (cq500)
-    against: Path | None = None  # another model's predictions
-    pool: str | None = None  # cq500, several rows of one scan: max, mean; None: an error
-    operating_point: float = 0.9  # cq500: wanted sensitivity, and wanted specificity
 
 
 @click.command("score")
@@ -86,95 +74,71 @@ def command(settings: Settings, /, predictions: Path, labels: Path, form: str, o
     if form == "rsna" and options["pool"]:
         raise click.UsageError("--pool is for scans and studies: --format cq500, studies")
 
-    return run(form, predictions, labels, out, settings.params().evaluate, Options(**options))
+    return run(form, predictions, labels, out, settings.params().evaluate, **options)
 
 
-def run(form: str, predictions: Path, labels: Path, out: Path | None, section: EvaluateParams, options: Options) -> str:
+def run(
+    form: str,
+    predictions: Path,
+    labels: Path,
+    out: Path | None,
+    section: EvaluateParams,
+    *,
+    missing: float | None = None,
+    against: Path | None = None,
+    pool: str | None = None,
+    operating_point: float = 0.9,
+) -> str:
     """Score two tables and return JSON; ``out`` is written whole or not at all, what did not match goes to the log."""
-    inputs = [predictions, labels, *([options.against] if options.against else [])]
+    inputs = [predictions, labels, *([against] if against else [])]
     if out is not None and out.resolve() in [path.resolve() for path in inputs]:
         raise DataError(f"--out {out} is one of the tables to read; name another file")
-    result = _FORMS[form](predictions, labels, section, options)
-    for line in _remarks(result):
-        log.warning(line)
+    settings = {"missing": missing, **section.bootstrap()}
+    result: dict[str, Any] = {"format": form}
+    if form == "rsna":
+        from ichpipe.scoring.score_slices import read_labels, read_predictions, score_slices
+
+        slices, slice_labels = read_predictions(predictions), read_labels(labels)
+        other_slices = read_predictions(against) if against else None
+        result |= score_slices(slices, slice_labels, against=other_slices, **settings)
+    elif form == "cq500":
+        from ichpipe.index.cq500_reads import read_majority
+        from ichpipe.scoring.score_cq500 import read_scans, score_scans
+
+        scans, truth = read_scans(predictions, pool), read_majority(labels)
+        other_scans = read_scans(against, pool) if against else None
+        result |= score_scans(scans, truth, against=other_scans, operating_point=operating_point, **settings)
+    elif against is not None:
+        raise DataError("--against is for --format rsna and cq500")
+    else:
+        from ichpipe.index.label_tables import read_labels as read_label_table
+        from ichpipe.scoring.score_studies import score_studies
+
+        table = read_label_table("folder", labels)
+        result |= score_studies(predictions, table, pool=pool, operating_point=operating_point, **settings)
+    _log_remarks(result)
     if out is not None:
         write_json(out, result)
     return json.dumps(result, indent=2, allow_nan=False)
 
 
-def _rsna(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
-    from ichpipe.scoring.score_slices import read_labels, read_predictions, score_slices
-
-    found = score_slices(
-        read_predictions(predictions),
-        read_labels(labels),
-        missing=options.missing,
-        against=read_predictions(options.against) if options.against else None,
-        **section.bootstrap(),
-    )
-    return {"format": "rsna", **found}
-
-
-def _cq500(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
-    from ichpipe.index.cq500_reads import read_majority
-    from ichpipe.scoring.score_cq500 import read_scans, score_scans
-
-    found = score_scans(
-        read_scans(predictions, options.pool),
-        read_majority(labels),
-        missing=options.missing,
-        against=read_scans(options.against, options.pool) if options.against else None,
-        operating_point=options.operating_point,
-        **section.bootstrap(),
-    )
-    return {"format": "cq500", **found}
-
-
-def _studies(predictions: Path, labels: Path, section: EvaluateParams, options: Options) -> dict[str, Any]:
-    from ichpipe.index.label_tables import read_labels as read_label_table
-    from ichpipe.scoring.score_studies import score_studies
-
-    if options.against is not None:
-        raise DataError("--against is for --format rsna and cq500")
-    found = score_studies(
-        predictions,
-        read_label_table("folder", labels),
-        pool=options.pool,
-        missing=options.missing,
-        operating_point=options.operating_point,
-        **section.bootstrap(),
-    )
-    return {"format": "studies", **found}
-
-
-_FORMS: Final = {"rsna": _rsna, "cq500": _cq500, "studies": _studies}
-
-
-def _remarks(result: dict[str, Any]) -> list[str]:
-    """Return one line for each thing that was counted and changes what the figures are about."""
-    against = result.get("against", {})
-    tables = {
-        "predictions": result["predictions"],
-        "labels": result["labels"],
-        "against": against.get("predictions", {}),
-    }
-    lines = [
-        f"{name}: {report[f'n_{what}']} {text}{_examples(report, what)}"
-        for name, report in tables.items()
-        for what, text in _COUNTED.items()
-        if report.get(f"n_{what}")
-    ]
+def _log_remarks(result: dict[str, Any]) -> None:
+    """Log one line for each thing that was counted and changes what the figures are about."""
+    tables = {name: result[name] for name in ("predictions", "labels")}
+    tables["against"] = result.get("against", {}).get("predictions", {})
+    for name, report in tables.items():
+        for key, text in _COUNTED.items():
+            if count := report.get(f"n_{key}"):
+                first = report.get(f"first_of_{key}")
+                names = ([first] if first else report.get(key, []))[:3]
+                more = ", …" if count > len(names) else ""
+                log.warning("%s: %d %s%s", name, count, text, f" ({', '.join(names)}{more})" if names else "")
+    for name, report in tables.items():
+        if (value := report.get("filled_with")) is not None:
+            log.warning("%s: scored as %s where there is no prediction", name, value)
+    if excluded := result.get("n_excluded"):
+        log.warning("labels: %d slices left out: not all six labels are known", excluded)
     if result.get("weighted_log_loss", 0.0) is None:
         unknown = [name for name, value in result.get("log_loss", {}).items() if value is None]
         cause = f"no label is known of {', '.join(unknown)}" if unknown else "nothing has all six labels"
-        lines.append(f"weighted_log_loss is null: {cause}; check the headings of the label table")
-    filled = [(name, report["filled_with"]) for name, report in tables.items() if report.get("filled_with") is not None]
-    lines += [f"{name}: scored as {value} where there is no prediction" for name, value in filled]
-    excluded = result.get("n_excluded")
-    return [*lines, f"labels: {excluded} slices left out: not all six labels are known"] if excluded else lines
-
-
-def _examples(report: dict[str, Any], what: str) -> str:
-    first = report.get(f"first_of_{what}")
-    names = [first] if first else report.get(what, [])
-    return f" ({', '.join(names[:3])}{', …' if report[f'n_{what}'] > len(names[:3]) else ''})" if names else ""
+        log.warning("weighted_log_loss is null: %s; check the headings of the label table", cause)

@@ -104,7 +104,7 @@ def test_mirrored_rows_are_the_mirror_images_embedded(armed):
         rows = index[index["split"] == split]
         rows = rows[rows["series_uid"] == rows["series_uid"].iloc[0]]
         (series,) = collect_series(features, rows.reset_index(drop=True))
-        cached = series.sources[-1].tensors(("embedding",))["embedding"].double().numpy()
+        cached = series.sources[-1]["embedding"].double().numpy()
         inputs = [SliceInput(*row) for row in rows[["path", "series_uid", "file_digest"]].itertuples(index=False)]
         wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 50, MIRROR)(inputs)
         plain, _ = SliceEmbedder(cnn, torch.device("cpu"), 50)(inputs)

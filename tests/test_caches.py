@@ -13,7 +13,7 @@ import zarr
 from sklearn import decomposition
 
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import name_of
+from ichpipe.cache.layout import name_of
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.device import generator
@@ -60,7 +60,7 @@ def test_every_train_series_comes_from_the_network_that_never_saw_it(folded):
     fold_cnns = {fold: load_slice_cnn(artifacts.fold_cnn(fold)) for fold in (0, 1)}
     for (_, split, fold), rows in index.groupby(["series_uid", "split", "fold"], sort=False):
         (series,) = collect_series(features, rows.reset_index(drop=True))
-        cached = series.sources[0].tensors(("embedding",))["embedding"].double().numpy()
+        cached = series.sources[0]["embedding"].double().numpy()
         cnn = fold_cnns[fold] if split == "train" else plain
         wanted, _ = SliceEmbedder(cnn, torch.device("cpu"), 50)(slices_of(rows))
         np.testing.assert_allclose(cached, wanted, rtol=2.0**-10, atol=1e-4)
@@ -149,9 +149,9 @@ def test_training_draws_every_view_and_validation_only_the_plain_slices(folded):
         def __init__(self, source, number):
             self.source, self.number = source, number
 
-        def tensors(self, names):
+        def __getitem__(self, name):
             drawn.append(self.number)
-            return self.source.tensors(names)
+            return self.source[name]
 
     spied = [replace(one, sources=tuple(Spy(s, n) for n, s in enumerate(one.sources))) for one in train]
     for epoch in range(40):
@@ -242,7 +242,7 @@ def test_a_model_of_components_needs_no_store(reduced):
     rows = index[index["split"] == "test"].reset_index(drop=True)
     for series in collect_series(features, rows)[:3]:
         stored = next(plain_batches([series], model.spec.inputs, 1))
-        raw = series.sources[0].tensors(("embedding", "logits"))
+        raw = series.sources[0]
         with torch.inference_mode():
             left = model(stored.sources, stored.lengths)[0]
             right = model.one_series(raw["embedding"], raw["logits"], series.position_mm)

@@ -53,7 +53,7 @@ def test_what_is_fitted_on_some_patients_helps_on_others(method):
     labels, probabilities, patients = cases(temperature=3.0)
     calibration = fit_calibration(labels, probabilities, patients, method, "x")
     others = cases(temperature=3.0, seed=1)[:2]
-    scores = calibration_scores(*others, calibration)
+    scores, _ = calibration_scores(*others, calibration)
     assert scores["after"]["weighted_log_loss"] < scores["before"]["weighted_log_loss"] - 0.1
     for name in CLASSES:
         assert scores["after"]["calibration_error"][name] < scores["before"]["calibration_error"][name]
@@ -101,14 +101,14 @@ def test_none_changes_nothing():
     labels, probabilities, patients = cases(200)
     found = fit_calibration(labels, probabilities, patients, "none", "x")
     assert (found.apply(probabilities) == probabilities).all()
-    assert "not calibrated" in calibration_text(calibration_scores(labels, probabilities, found))
+    assert "not calibrated" in calibration_text(calibration_scores(labels, probabilities, found)[0])
 
 
 def test_every_slice_below_a_subtype_is_counted():
     labels, probabilities, patients = cases(100)
     probabilities[:, 0], probabilities[:, 1:] = 0.5, 0.4
     probabilities[:25, 3] = 0.6
-    scores = calibration_scores(labels, probabilities, fit_calibration(labels, probabilities, patients, "none", "x"))
+    scores, _ = calibration_scores(labels, probabilities, fit_calibration(labels, probabilities, patients, "none", "x"))
     assert scores["before"]["any_below_subtype"] == 0.25
 
 
@@ -118,7 +118,7 @@ def test_text_fits_80_columns():
     labels[np.isin(patients, ["P0", "P1"]), 3] = 1
     calibration = fit_calibration(labels, probabilities, patients, "temperature", "x")
     assert set(calibration.as_they_are) == {"intraparenchymal", "intraventricular"}
-    text = calibration_text(calibration_scores(*cases(seed=1)[:2], calibration))
+    text = calibration_text(calibration_scores(*cases(seed=1)[:2], calibration)[0])
     assert max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in CLASSES)
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.index.cq500_reads import FINDINGS, READERS, read_majority, scan_number
-from ichpipe.scoring.delong import compare, interval
+from ichpipe.scoring.roc import compare, interval
 from ichpipe.stages.cli import cli
 
 CQ500 = ("--format", "cq500")
@@ -257,7 +257,7 @@ def test_real_areas_are_those_of_the_lancet(real):
 def test_real_intervals(real):
     done = CliRunner().invoke(cli, ["score", *map(str, real), *CQ500])  # 1,000 resamples, the default
     found = json.loads(done.stdout)
-    expected = {  # DeLong's; test_delong.py holds them against the definition
+    expected = {  # DeLong's; test_roc.py holds them against the definition
         "any": (0.9223, 0.9616),
         "intraparenchymal": (0.9349, 0.9739),
         "intraventricular": (0.8651, 0.9968),

@@ -20,9 +20,9 @@ from ichpipe.inference import heat_maps
 from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet, head_box, overlay
 from ichpipe.inference.heat_maps import Explainer, HeatMaps, embed_series, target_layer
 from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_pretrained
 from ichpipe.params.schema import WindowParams
 from ichpipe.phantom.dataset import write_study

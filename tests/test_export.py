@@ -9,9 +9,9 @@ import torch
 from ichpipe.common.errors import IchpipeError
 from ichpipe.models import onnx_export
 from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.params.schema import PAPER_WINDOWS
 

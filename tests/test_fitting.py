@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from ichpipe.common.device import generator
 from ichpipe.features.generations import open_features
 from ichpipe.features.sequence_dataset import collect_series, plain_batches
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import Cut, draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, Cut, draw_cut, sample
 from ichpipe.images.slice_dataset import SliceDataset
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks, repeat_random
@@ -134,7 +132,7 @@ def test_images_of_a_batch_are_the_same_whole_in_parts_and_in_shares():
     cut = draw_cut(CutMixParams(alpha=1.0), 6, SIZE, 1)
 
     def images(mine):
-        batch = Batch(rows, mine, lambda: drawn, lambda: cut)
+        batch = Batch(rows, mine, cut, lambda: drawn)
         return batch.images(hu[batch.needed_rows], mine, CPU)
 
     whole = images(list(rows))
@@ -160,7 +158,7 @@ def slice_fitting(n=12, **settings):
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(section.backbone, PAPER_WINDOWS, SIZE, 0.0))
     labels = (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1)
-    dataset = SliceDataset(list(range(n)), labels, SIZE, SimpleNamespace(read=random_hu(n).__getitem__))
+    dataset = SliceDataset(list(range(n)), labels, SIZE, random_hu(n).__getitem__)
     slices = Slices(dataset, dataset, [f"series {row // 4}" for row in range(n)])
     return SliceFitting(cnn, section, CPU, 0, slices, range(n), 7)
 
@@ -211,7 +209,7 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     hu, labels = random_hu(10), (torch.arange(60).view(10, 6) % 7 == 0).float()
     drawn = augmentation.draw(WILD, 10, generator(8), together=True)
     cut = draw_cut(CutMixParams(alpha=1.0), 10, SIZE, 3)
-    batch, position_mm = Batch(range(10), list(range(10)), lambda: drawn, lambda: cut), torch.arange(10) * 5.0
+    batch, position_mm = Batch(range(10), list(range(10)), cut, lambda: drawn), torch.arange(10) * 5.0
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
     loss_of = partial(weighted_bce, labels=batch.labels(labels))
     chunks = [partial(batch.images, hu, part, CPU) for part in parts]
@@ -251,13 +249,13 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
     fitting.model.sequence.eval()  # no dropout; the CNN has none
     fitting.unfreeze(1)
     batch = fitting.steps(1)[0][0]
-    hu = torch.stack([fitting.slices[row][0] for row in batch.images.needed_rows])
+    hu = torch.stack([fitting.slices[row][0] for row in batch.needed_rows])
     losses = fitting.backward(batch, hu, 3)
     assert all(parameter.grad is None for parameter in fitting.model.cnn.parameters())
     gradient = sequence_gradient(fitting)
     fitting.model.zero_grad()
-    uids = [index.loc[index["path"] == fitting.slices.paths[batch.images.rows[rows[0]]], "series_uid"].item()
-            for rows in batch.members]  # fmt: skip
+    uids = [index.loc[index["path"] == fitting.slices.paths[batch.rows[rows[0]]], "series_uid"].item()
+            for rows, _, _ in batch.members]  # fmt: skip
     cached = []
     for uid in uids:
         (batch,) = plain_batches(
@@ -289,14 +287,14 @@ def test_a_sample_without_labels_teaches_nothing(run):
     unknown = torch.full_like(fitting.slices.labels, float("nan"))
     fitting.slices.labels = unknown
     batch = fitting.steps(1)[0][0]
-    assert [len(rows) for rows in batch.members] == [4, 4]
+    assert [len(rows) for rows, _, _ in batch.members] == [4, 4]
     assert fitting.backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
 
 
 def test_the_batches_of_a_step_hold_each_series_once(run):
     fitting = series_fitting(run, batch_series=2, accumulate=2)[0]
     steps = fitting.steps(1)
-    rows = [row for batches in steps for batch in batches for row in batch.images.rows]
+    rows = [row for batches in steps for batch in batches for row in batch.rows]
     assert sorted(rows) == list(range(len(fitting.slices)))
     assert all(len(batches) == 2 for batches in steps[:-1])
     assert isinstance(fitting.train[0], ImageSeries)

@@ -14,10 +14,11 @@ from ichpipe.common.artifacts import FOLDS_FILE, MODEL_FILE, RECORD_FILE, Artifa
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import MissingFileError, ParamsError, TrainingError, WeightsError
 from ichpipe.common.files import digest_of_file, read_json
+from ichpipe.features.generations import list_generations
 from ichpipe.images.slice_dataset import SliceDataset, load_slices
 from ichpipe.index.index_writer import write_outputs
 from ichpipe.index.slice_index import read_index
-from ichpipe.models import fold_models
+from ichpipe.models.fold_models import fold_models, fold_numbers
 from ichpipe.models.header import read_header
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params.schema import Params, load_params
@@ -138,8 +139,15 @@ def test_each_network_is_fed_every_train_slice_but_those_of_its_fold(spy, index)
         assert not of_fold & set(patient_of[list(fed)])
 
 
-def test_rows_of_fold_are_the_train_rows_that_this_fold_s_network_never_saw(spy, index):
-    parts = [fold_models.rows_of_fold(index, fold) for fold in range(FOLDS)]
+def rows_by_fold(run, params, index):
+    """What each fold's network embeds."""
+    specs = list_generations(params, run, index)
+    return {spec.fold: spec.index for spec in specs if spec.fold is not None}
+
+
+def test_each_fold_s_network_embeds_the_train_rows_that_it_never_saw(run, params, spy, index):
+    parts = list(rows_by_fold(run, params, index).values())
+    assert len(parts) == FOLDS
     for fold, rows in enumerate(parts):
         assert not set(rows["path"]) & spy.fed[f"fold-{fold}"]
         assert index.loc[rows.index].equals(rows)
@@ -156,8 +164,8 @@ def test_all_networks_start_from_the_same_weights_and_draw_their_own_numbers(spy
 
 def test_the_loss_out_of_fold_is_that_of_each_network_on_what_it_left_out(run, params, index):
     labels, probabilities = [], []
-    for fold, folder in fold_models.fold_models(run, params, digest_of_file(run.index)).items():
-        rows = fold_models.rows_of_fold(index, fold)
+    for fold, folder in fold_models(run, params, digest_of_file(run.index)).items():
+        rows = rows_by_fold(run, params, index)[fold]
         with torch.no_grad():
             _, logits = load_slice_cnn(folder)(load_slices(rows["path"].tolist(), params.prepare.size_px))
         labels.append(rows[list(CLASSES)].to_numpy())
@@ -201,7 +209,7 @@ def test_without_folds_there_is_one_network_the_same_one_and_no_fold(run, fresh,
     assert read_json(fresh.fold_cnns / FOLDS_FILE) == []
     assert list(stale.parent.iterdir()) == []
     assert "out_of_fold_loss" not in read_json(fresh.slice_cnn / RECORD_FILE)
-    assert fold_models.fold_models(fresh, plain(params), digest_of_file(fresh.index)) == {}
+    assert fold_models(fresh, plain(params), digest_of_file(fresh.index)) == {}
 
 
 @pytest.mark.slow
@@ -234,7 +242,7 @@ def test_folds_of_other_parameters_are_gone_before_the_new_network_stands(run, p
             fit_slices.run(params.model_copy(update={"fit_slices": shorter}), other, "cpu")
     assert (other.slice_cnn / MODEL_FILE).read_bytes() != (run.slice_cnn / MODEL_FILE).read_bytes()
     with pytest.raises(MissingFileError, match=r"fold-0.*run: ichpipe fit-slices"):
-        fold_models.fold_models(other, params, digest_of_file(other.index))
+        fold_models(other, params, digest_of_file(other.index))
 
 
 @pytest.mark.parametrize("folds", [1, 2, 4])
@@ -245,23 +253,20 @@ def test_another_number_of_folds_than_the_index_has_is_refused(folds):
 
 def test_the_held_out_fold_of_a_cross_validation_has_no_network(params):
     def numbers(**changes):
-        return fold_models.fold_numbers(
-            params.model_copy(update={"prepare": params.prepare.model_copy(update=changes)})
-        )
+        return fold_numbers(params.model_copy(update={"prepare": params.prepare.model_copy(update=changes)}))
 
     assert numbers() == [0, 1, 2]
     assert numbers(test_fold=1) == [0, 2]
-    assert fold_models.fold_numbers(plain(params)) == []
+    assert fold_numbers(plain(params)) == []
 
 
-@pytest.mark.parametrize(("fold", "words"), [(0, "fold 0 holds none"), (1, "fold 1 holds them all")])
-def test_a_fold_that_can_not_be_left_out_stops_the_stage_before_it_trains(fresh, params, index, fold, words):
+@pytest.mark.parametrize(("test_fold", "words"), [(None, "fold 0 holds none"), (0, "fold 1 holds them all")])
+def test_a_fold_that_can_not_be_left_out_stops_the_stage_before_it_trains(fresh, params, index, test_fold, words):
     one_fold = index.assign(fold=np.int32(1))
     write_outputs(fresh.index_dir, one_fold, pd.DataFrame(columns=["path", "reason"]), {})
+    section = params.prepare.model_copy(update={"test_fold": test_fold})
     with pytest.raises(TrainingError, match=rf"{words}.*prepare\.folds"):
-        fold_models.part_rows(one_fold[one_fold["split"] == "train"], fold)
-    with pytest.raises(TrainingError, match=r"prepare\.folds"):
-        fit_slices.run(params, fresh, "cpu")
+        fit_slices.run(params.model_copy(update={"prepare": section}), fresh, "cpu")
     assert not fresh.slice_cnn.exists()
 
 
@@ -277,12 +282,12 @@ def test_a_network_that_left_out_another_fold_is_refused(run, params, tmp_path, 
     shutil.copytree(run.slice_cnn, other.slice_cnn)
     shutil.copy(run.root / source / MODEL_FILE, other.fold_cnn(0))
     with pytest.raises(WeightsError, match=rf"fold-0/model\.safetensors {words}.*run: ichpipe fit-slices"):
-        fold_models.fold_models(other, params, digest_of_file(run.index))
+        fold_models(other, params, digest_of_file(run.index))
 
 
 def test_networks_of_another_index_or_number_of_folds_are_refused(run, params):
     with pytest.raises(WeightsError, match=r"fold-0/model\.safetensors was trained on another index.*fit-slices"):
-        fold_models.fold_models(run, params, "0" * 64)
+        fold_models(run, params, "0" * 64)
     two = params.model_copy(update={"fit_slices": params.fit_slices.model_copy(update={"folds": 2})})
     with pytest.raises(WeightsError, match="without fold 0 of 3, wanted without fold 0 of 2"):
-        fold_models.fold_models(run, two, digest_of_file(run.index))
+        fold_models(run, two, digest_of_file(run.index))

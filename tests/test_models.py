@@ -11,9 +11,9 @@ import torch
 
 from ichpipe.common.errors import ParamsError
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import SequenceModel
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import load_slice_cnn, save_model
 from ichpipe.params.schema import PAPER_WINDOWS
 from ichpipe.training.losses import weighted_bce

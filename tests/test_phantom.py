@@ -18,7 +18,7 @@ from ichpipe.params.schema import PhantomParams
 from ichpipe.phantom import bleeds, dataset, make_study, write_dataset
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import MIN_AREA_MM2, MIN_SLICES, draw_lesion, slice_area_mm2, slice_of_voxel
-from ichpipe.phantom.geometry import draw_geometry
+from ichpipe.phantom.fields import draw_geometry
 from ichpipe.phantom.scanner import ENCODINGS, Encoding, encode, field_of_view
 from ichpipe.phantom.study import patient_of
 from ichpipe.stages import phantom as phantom_stage

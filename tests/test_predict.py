@@ -92,7 +92,7 @@ def test_every_form_of_input_gives_the_same(run, head, tmp_path, form):
 
 def test_lists_that_are_empty_missing_or_no_text_say_so(tmp_path):
     with pytest.raises(DataError, match="names no path"):
-        read_list("# nothing\n\n", "list.txt")
+        read_list(b"# nothing\n\n", "list.txt")
     with pytest.raises(MissingFileError, match=r"gone\.txt does not exist"):
         expand([Path("@gone.txt")])
     (tmp_path / "image").write_bytes(b"\xff\xfe\x00")

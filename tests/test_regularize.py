@@ -8,8 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.features import sequence_augmentation
-from ichpipe.features.sequence_dataset import HeldSource, LabelledSeries, Shuffle, plain_batches, train_batches
+from ichpipe.features.sequence_dataset import (
+    LabelledSeries,
+    Shuffle,
+    apply_changes,
+    draw_changes,
+    plain_batches,
+    train_batches,
+)
 from ichpipe.params.schema import RegularizeParams
 
 ALL = RegularizeParams(
@@ -27,7 +33,7 @@ def make_series(count=12, seed=0):
         own = torch.arange(size, dtype=torch.float32) + 100 * number
         held = {"embedding": own[:, None].repeat(1, 5), "logits": own[:, None].repeat(1, 6)}
         labels = own[:, None].repeat(1, 6)
-        series.append(LabelledSeries(f"1.2.{number}", np.arange(size), (HeldSource(held),), labels, own * 5))
+        series.append(LabelledSeries(f"1.2.{number}", np.arange(size), (held,), labels, own * 5))
     return series
 
 
@@ -41,7 +47,7 @@ def make_series(count=12, seed=0):
 )
 def test_what_is_drawn_is_a_run_of_slices_of_the_series(slices, seed, crop, stride, turn):
     section = RegularizeParams(crop_slices=crop, stride2_probability=stride, reverse_probability=turn)
-    rows = sequence_augmentation.draw(section, slices, seed).rows.tolist()
+    rows = draw_changes(section, slices, seed).rows.tolist()
     assert 0 < len(rows) <= (crop or slices)
     assert all(0 <= row < slices for row in rows)
     step = 2 if stride and slices >= 8 else 1
@@ -52,14 +58,14 @@ def test_what_is_drawn_is_a_run_of_slices_of_the_series(slices, seed, crop, stri
 
 def test_every_start_of_a_crop_is_drawn():
     section = RegularizeParams(crop_slices=4)
-    starts = {int(sequence_augmentation.draw(section, 9, seed).rows[0]) for seed in range(300)}
+    starts = {int(draw_changes(section, 9, seed).rows[0]) for seed in range(300)}
     assert starts == set(range(6))
 
 
 def test_the_same_draw_gives_the_same_numbers_and_another_seed_others():
     sources = {"embedding": torch.randn(30, 8), "logits": torch.randn(30, 6), "position_mm": torch.randn(30)}
-    one, again, other = (sequence_augmentation.draw(ALL, 30, seed) for seed in (1, 1, 2))
-    first, second, third = (sequence_augmentation.apply(ALL, sources, drawn) for drawn in (one, again, other))
+    one, again, other = (draw_changes(ALL, 30, seed) for seed in (1, 1, 2))
+    first, second, third = (apply_changes(ALL, sources, drawn) for drawn in (one, again, other))
     assert all(torch.equal(first[name], second[name]) for name in sources)
     assert first["embedding"].shape != third["embedding"].shape or not torch.equal(
         first["embedding"], third["embedding"]
@@ -69,13 +75,11 @@ def test_the_same_draw_gives_the_same_numbers_and_another_seed_others():
 
 def test_noise_and_dropout_have_the_size_they_are_asked_for():
     sources = {"embedding": torch.full((40, 4000), 3.0)}
-    noisy = sequence_augmentation.apply(
-        RegularizeParams(feature_noise=0.2), sources, sequence_augmentation.draw(ALL, 40, 5)
-    )["embedding"]
+    noisy = apply_changes(RegularizeParams(feature_noise=0.2), sources, draw_changes(ALL, 40, 5))["embedding"]
     assert float(noisy.mean()) == pytest.approx(3, rel=0.01)
     assert float(noisy.std()) == pytest.approx(0.6, rel=0.02)
     section = RegularizeParams(feature_dropout=0.3)
-    dropped = sequence_augmentation.apply(section, sources, sequence_augmentation.draw(section, 40, 5))["embedding"]
+    dropped = apply_changes(section, sources, draw_changes(section, 40, 5))["embedding"]
     gone = (dropped == 0).all(dim=0)
     assert float(gone.float().mean()) == pytest.approx(0.3, abs=0.03)
     assert torch.allclose(dropped[:, ~gone], torch.tensor(3 / 0.7))  # whole features, throughout the series

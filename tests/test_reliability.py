@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.scoring.metrics import BINS, average_precision, brier, calibration_error, reliability
-from ichpipe.scoring.operating_points import operating_points, proportion_interval
+from ichpipe.scoring.roc import operating_points, proportion_interval
 
 
 def example(seed=0, n=400):

@@ -15,10 +15,9 @@ from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.params.schema import load_params
 from ichpipe.report import page as parts
-from ichpipe.report.cases import as_picture, choose_cases
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
-from ichpipe.report.page import Section, Table, render_page
-from ichpipe.report.scores import of_studies
+from ichpipe.report.page import Section, Table, as_picture, render_page
+from ichpipe.report.scores import choose_cases, of_studies
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import LABELS, model_mark, read_predictions, write_predictions
 from ichpipe.stages.report import run as make_report

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
 from ichpipe.models.contexts import encode_position, moving_average
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.inputs import make_inputs, reverse, stored_inputs
 from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence, mean_logits
-from ichpipe.models.specs import SequenceSpec
 
 DIM, PCA = 8, 3
 BASE = {

@@ -12,7 +12,7 @@ from ichpipe.common.errors import DataError, WeightsError
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import choose_series, describe_series
 from ichpipe.index.slice_index import read_index
-from ichpipe.inference.head_ct_check import check_head_ct
+from ichpipe.inference.inputs import check_head_ct
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.params.schema import SelectionParams
 
@@ -40,9 +40,9 @@ def test_mirrored_and_turned_images_are_flagged_and_refused_by_predict(tmp_path,
     write_series("in", POSITIONS, ImageOrientationPatient=direction)
     slices, series = series_of(tmp_path / "in")
     assert ("mirrored or turned" in series["reason"][0]) is turned
-    refused = check_head_ct(slices, series, SelectionParams()).refused
+    _, refused, _ = check_head_ct(slices, series, SelectionParams())
     assert refused["reason"].str.contains("mirrored or turned").any() is np.bool_(turned)
-    assert len(check_head_ct(slices, series, SelectionParams(), force=True).refused) == 0
+    assert len(check_head_ct(slices, series, SelectionParams(), force=True)[1]) == 0
 
 
 def test_slices_of_two_sizes_under_one_series_are_flagged(tmp_path, write_series):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ichpipe.cache import layout, maintenance
 from ichpipe.cache.errors import StoreError
-from ichpipe.cache.fingerprint import FORMAT_VERSION, differences, digest_rows, name_of
+from ichpipe.cache.layout import FORMAT_VERSION, differences, digest_rows, name_of
 from ichpipe.cache.location import StoreLocation
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import decode_uids, encode_digests, encode_uids

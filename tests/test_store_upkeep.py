@@ -101,13 +101,13 @@ def test_what_stands_beside_the_rows_moves_with_them(store):
         assert value == first_write.get(name, row_of[name])
 
 
-@pytest.mark.parametrize("step", ["write_rows", "write_manifest"])
+@pytest.mark.parametrize("step", ["maintenance.write_rows", "layout.write_manifest"])
 def test_an_interrupted_prune_loses_nothing(store, monkeypatch, step):
     def killed(*_arguments, **_options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(maintenance, step, killed)
+        patch.setattr(f"ichpipe.cache.{step}", killed)
         with pytest.raises(KeyboardInterrupt):
             maintenance.prune(StoreLocation(store), keep_first)
     kit.assert_holds(store, kit.Slices())

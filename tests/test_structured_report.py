@@ -13,7 +13,7 @@ from conftest import save_dicom
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.inference.findings import Extent, Provenance, package_version
+from ichpipe.inference.findings import PACKAGE_VERSION, Extent, Provenance
 from ichpipe.inference.structured_report import FINDINGS, make_report, read_source, write_report
 
 hd = pytest.importorskip("highdicom")
@@ -135,7 +135,7 @@ def test_it_says_which_algorithm_and_model_made_it(series, tmp_path):
     text = report.to_json()
     for word in (
         "ichpipe",
-        package_version(),
+        PACKAGE_VERSION,
         "ab" * 32,
         "calibrated: temperature",
         "at least 0.5",

@@ -27,8 +27,8 @@ def predictions(count, seed=0):
     return pd.DataFrame(values, columns=list(CLASSES)).assign(sop_uid=names)
 
 
-def value_of(submission):
-    return submission.table.assign(Label=submission.table["Label"].astype(float)).set_index("ID")["Label"]
+def value_of(table):
+    return table.assign(Label=table["Label"].astype(float)).set_index("ID")["Label"]
 
 
 def write_sample(path, names):
@@ -43,9 +43,9 @@ def test_rows_are_those_of_the_sample_in_its_order(tmp_path_factory, count, seed
     names = [f"{uid}_{name}" for uid in slices["sop_uid"] for name in ORDER]
     shuffled = list(np.random.default_rng(seed).permutation(names))
     sample = write_sample(tmp_path_factory.mktemp("sample") / "s.csv", shuffled)
-    submission = build_submission(slices, NOTHING, sample)
-    assert submission.table["ID"].tolist() == shuffled
-    assert not submission.remarks
+    submission, remarks = build_submission(slices, NOTHING, sample)
+    assert submission["ID"].tolist() == shuffled
+    assert not remarks
     values = value_of(submission)
     for row in slices.to_dict("records"):
         for name in CLASSES:
@@ -53,21 +53,21 @@ def test_rows_are_those_of_the_sample_in_its_order(tmp_path_factory, count, seed
 
 
 def test_without_a_sample_slices_are_sorted_and_classes_in_the_order_of_the_competition():
-    submission = build_submission(predictions(3).iloc[::-1], NOTHING)
-    assert submission.table["ID"].tolist()[:7] == [
+    submission, _ = build_submission(predictions(3).iloc[::-1], NOTHING)
+    assert submission["ID"].tolist()[:7] == [
         *(f"ID_000000000_{name}" for name in (
             "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "any"
         )),
         "ID_000000001_epidural",
     ]  # fmt: skip
-    assert list(submission.table.columns) == ["ID", "Label"]
-    assert submission.table["Label"].str.fullmatch(r"[01]\.\d{9}").all()
+    assert list(submission.columns) == ["ID", "Label"]
+    assert submission["Label"].str.fullmatch(r"[01]\.\d{9}").all()
 
 
 def test_certainty_is_kept_within_what_nine_decimals_can_say():
     slices = predictions(1)
     slices.loc[0, ["any", "epidural", "subdural"]] = [1e-30, 1.0, 1e-8]
-    values = value_of(build_submission(slices, NOTHING))
+    values = value_of(build_submission(slices, NOTHING)[0])
     ids = [f"ID_000000000_{name}" for name in ("any", "epidural", "subdural")]
     assert values[ids].tolist() == [1e-9, 1 - 1e-9, 1e-8]
 
@@ -81,24 +81,24 @@ def test_a_slice_without_prediction_is_an_error_that_says_why(tmp_path):
     )
     with pytest.raises(DataError, match=message):
         build_submission(predictions(1), CORRUPT, sample)
-    submission = build_submission(predictions(1), CORRUPT, sample, 0.25)
+    submission, remarks = build_submission(predictions(1), CORRUPT, sample, 0.25)
     assert value_of(submission)[names[1:]].tolist() == [0.25, 0.25]
-    assert "written as 0.25" in submission.remarks[0]
+    assert "written as 0.25" in remarks[0]
 
 
 def test_without_a_sample_a_rejected_file_named_like_a_slice_is_missed():
     with pytest.raises(DataError, match="1 slices of the submission have no prediction: ID_6431af929"):
         build_submission(predictions(2), CORRUPT)
-    submission = build_submission(predictions(2), CORRUPT, missing=0.5)
-    assert len(submission.table) == 18
+    submission, _ = build_submission(predictions(2), CORRUPT, missing=0.5)
+    assert len(submission) == 18
     assert (value_of(submission).filter(like="6431af929") == 0.5).all()
 
 
 def test_slices_that_the_sample_does_not_name_are_counted(tmp_path):
     sample = write_sample(tmp_path / "s.csv", ["ID_000000001_any"])
-    submission = build_submission(predictions(5), NOTHING, sample)
-    assert len(submission.table) == 1
-    assert "4 predicted slices are not in" in submission.remarks[0]
+    submission, remarks = build_submission(predictions(5), NOTHING, sample)
+    assert len(submission) == 1
+    assert "4 predicted slices are not in" in remarks[0]
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_a_prediction_that_is_not_a_number_is_none(tmp_path, with_sample, value)
     message = r"1 slices of the submission have no prediction: ID_000000001 \(its prediction is not a number\)"
     with pytest.raises(DataError, match=message):
         build_submission(slices, NOTHING, sample)
-    submission = build_submission(slices, NOTHING, sample, 0.25)
-    assert "written as 0.25" in submission.remarks[0]
+    submission, remarks = build_submission(slices, NOTHING, sample, 0.25)
+    assert "written as 0.25" in remarks[0]
     values = value_of(submission)
     assert (values.filter(like="ID_000000001") == 0.25).all()
     assert values["ID_000000002_any"] == pytest.approx(slices.loc[2, "any"], abs=1e-9)
@@ -143,9 +143,9 @@ def test_a_prediction_that_is_not_a_number_is_none(tmp_path, with_sample, value)
 def test_score_reads_back_what_was_written(tmp_path):
     slices, labels = predictions(50), (np.random.default_rng(1).random((50, 6)) < 0.3).astype(float)
     labels[:, 0] = labels[:, 1:].max(axis=1)
-    build_submission(slices, NOTHING).table.to_csv(tmp_path / "submission.csv", index=False, lineterminator="\n")
+    build_submission(slices, NOTHING)[0].to_csv(tmp_path / "submission.csv", index=False, lineterminator="\n")
     slices[["sop_uid"]].assign(**dict(zip(CLASSES, labels.T, strict=True))).to_csv(tmp_path / "labels.csv", index=False)
     tables = tmp_path / "submission.csv", tmp_path / "labels.csv"
-    text = score.run("rsna", *tables, None, EvaluateParams(), score.Options())
+    text = score.run("rsna", *tables, None, EvaluateParams())
     direct = weighted_log_loss(labels, slices[list(CLASSES)].to_numpy())
     assert json.loads(text)["weighted_log_loss"] == pytest.approx(direct, abs=1e-7)

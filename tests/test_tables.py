@@ -8,7 +8,7 @@ from score_kit import KAGGLE, error, long_rows, make, score, write_long, write_w
 
 from ichpipe.common.errors import IchpipeError
 from ichpipe.params.schema import EvaluateParams
-from ichpipe.stages.score import Options, run
+from ichpipe.stages.score import run
 
 RSNA = ("--format", "rsna")
 
@@ -152,7 +152,7 @@ def test_any_damage_ends_in_figures_or_in_one_error(tmp_path, form):
     for _ in range(120):
         path.write_bytes(changed(content, generator))
         try:
-            run("rsna", path, truth, None, EvaluateParams(bootstrap_samples=2), Options())
+            run("rsna", path, truth, None, EvaluateParams(bootstrap_samples=2))
         except IchpipeError as caught:
             messages.append(str(caught))
     assert len(messages) > 60

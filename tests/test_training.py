@@ -14,8 +14,8 @@ from torch import nn
 from ichpipe.common.errors import TrainingError
 from ichpipe.images import augmentation, slice_dataset
 from ichpipe.images.slice_dataset import SliceDataset, batches_of, fit_to_size
-from ichpipe.models.specs import PREPROCESSING_VERSION
-from ichpipe.models.windows import Windows
+from ichpipe.models.header import PREPROCESSING_VERSION
+from ichpipe.models.slice_cnn import Windows
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams
 from ichpipe.scoring.metrics import weighted_log_loss
 from ichpipe.training import trainer

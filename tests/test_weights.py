@@ -11,9 +11,9 @@ from torch import nn
 
 from ichpipe.common.errors import MissingFileError, WeightsError
 from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import SequenceModel, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
-from ichpipe.models.specs import SequenceSpec
 from ichpipe.models.weights import (
     load_end_to_end,
     load_pretrained,

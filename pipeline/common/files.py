@@ -1,20 +1,21 @@
-"""Files that are written whole or not at all, and digests of files and values."""
+"""Files that are written whole or not at all, digests of files and values, and versions of packages."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ichpipe.common.errors import DataError, MissingFileError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
@@ -101,6 +102,16 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def decode_text(data: bytes, title: str) -> str:
+    """Decode a text that the user wrote: UTF-8, or UTF-16 with a byte order mark. Raises DataError with the remedy."""
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{title}, line {line}: neither UTF-8 nor UTF-16 text; save it as UTF-8") from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON that a stage wrote; an error names a missing or incomplete file."""
     require_file(path, "run the stage that writes it (see dvc.yaml)")
@@ -127,3 +138,14 @@ def digest_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    from importlib import metadata  # noqa: PLC0415 - 10 ms, which `ichpipe --help` can do without
+
+    versions = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

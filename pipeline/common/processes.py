@@ -50,6 +50,34 @@ def interrupts_stay_here() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def launched_rank() -> tuple[int, int]:
+    """Return this process's number and how many a launcher such as `torchrun` started; (0, 1) without one.
+
+    A cluster may leave RANK or WORLD_SIZE in the environment without starting further processes. Then nobody can be
+    found, since MASTER_ADDR or MASTER_PORT is missing.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name, "").strip() for name in names]
+    if not all(values) or not values[0].isdecimal() or not values[1].isdecimal():
+        return 0, 1
+    return int(values[0]), int(values[1])
+
+
+@contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process in the block, which waits in native code and could not answer them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end_children() -> None:
     """Terminate the processes that `multiprocessing` started here."""
     for child in multiprocessing.active_children():

@@ -8,16 +8,22 @@ of stage two has its own lock, so arms can train side by side. The embedding sto
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import re
 from typing import TYPE_CHECKING, Final
 
 from ichpipe.common.errors import BusyError, OutputError
+from ichpipe.common.processes import launched_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+log = logging.getLogger("ichpipe")
+
+NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
 _TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  # of files.atomic_path; of safetensors
 
 
@@ -31,7 +37,7 @@ def hold_lock(
     ``outputs`` in ``folder`` alone. Raises BusyError if another process holds the lock, OutputError if the folder is
     not writable.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank()[0] > 0:
         yield
         return
     pid_file, new = folder / f".{stage}.pid", not folder.exists()
@@ -78,5 +84,7 @@ def _acquire(stack: contextlib.ExitStack, folder: Path, stage: str, pid_file: Pa
             remedy = f"wait for it, end it (kill {pid}), or name another folder"
             message = f"process {pid} is running {stage} in {folder}; {remedy}"
         raise BusyError(message) from None
-    except NotImplementedError:  # a file system without locks
-        pass
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; start no second %s there at the same time", folder, stage)

@@ -16,13 +16,10 @@ from ichpipe.common.processes import interrupts_stay_here
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONNECT_SECONDS = 20
-"""How long to wait for the scheduler of an existing cluster."""
-
+CONNECT_SECONDS = 20  # to wait for the scheduler of an existing cluster
 SETTINGS: Final = {
     "distributed.worker.daemon": False,  # daemonic workers may not start decoding processes
-    # A scheduler forgets workers that were silent for five minutes, as all are after a laptop has slept. A worker that
-    # dies is noticed by its closed connection.
+    # A scheduler forgets silent workers, as all are after a laptop has slept. Dead ones close their connection.
     "distributed.scheduler.worker-ttl": None,
     "distributed.admin.low-level-log-length": 1,  # each of the last messages keeps its inputs, 500 bytes a slice
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ENVIRONMENT.items()},

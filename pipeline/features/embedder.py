@@ -63,11 +63,8 @@ class SliceInputs(Sequence[SliceInput]):
         return SliceInput(*(column[row] for column in self._columns))
 
 
-CPU_BATCH = 16
-"""Slices per forward pass on a CPU: larger batches of 512 px are no faster and take more memory in each lane."""
-
-CPU_BATCH_PX = 64 * 128**2
-"""Pixels per forward pass on a CPU for small images, where Python's own time would hold up the other lanes."""
+CPU_BATCH = 16  # slices per forward pass: larger batches of 512 px are no faster and take more memory in each lane
+CPU_BATCH_PX = 64 * 128**2  # pixels per forward pass of small images, whose Python time would hold up other lanes
 
 
 def lane_batch(size_px: int, most: int) -> int:
@@ -82,19 +79,8 @@ class SliceEmbedder:
     bytes of a row depend neither on the rows beside it nor on the number of lanes and workers. Batch normalisation is
     folded into the convolutions. Several threads may call; they take turns.
 
-    Parameters
-    ----------
-    cnn, device
-        The slice CNN, and the device that it is moved to.
-    batch_size
-        Slices per forward pass; on a CPU an upper limit.
-    view
-        The augmented view; None embeds the slices as they are.
-    loaders
-        Lanes on a CPU, decoding processes beside a GPU.
-    precision
-        ``extract.precision`` of the parameters.
-
+    ``batch_size`` is an upper limit on a CPU. ``loaders`` are lanes on a CPU, decoding processes beside a GPU.
+    ``precision`` is ``extract.precision`` of the parameters. The ``cnn`` is moved to the device.
     """
 
     def __init__(
@@ -229,6 +215,7 @@ def classify_series(
     (`ichpipe.index.thin_slices.stride_of`).
     """
     unreadable: list[tuple[str, str]] = []
+    readable_mm: list[float] = []
 
     def read_chunks() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), chunk_slices):
@@ -236,11 +223,10 @@ def classify_series(
             unreadable.extend(bad)
             if len(hu):
                 yield hu
+        bad_paths = {path for path, _ in unreadable}
+        readable_mm.extend(mm for mm, path in zip(position_mm, paths, strict=True) if path not in bad_paths)
 
-    embedded = _embed_chunks(model, read_chunks(), device)
-    bad_paths = {path for path, _ in unreadable}
-    readable_mm = [mm for mm, path in zip(position_mm, paths, strict=True) if path not in bad_paths]
-    return _classify(model, embedded, torch.tensor(readable_mm), device, stride), unreadable
+    return _classify(model, read_chunks(), readable_mm, device, stride), unreadable
 
 
 @torch.inference_mode()
@@ -253,15 +239,13 @@ def classify_hu(
     stride: int = 1,
 ) -> torch.Tensor:
     """Return float32 logits (n, 6) of one series given as HU (n, 1, size, size), int16; else as `classify_series`."""
-    embedded = _embed_chunks(model, torch.split(hu, chunk_slices), device)
-    return _classify(model, embedded, torch.tensor(position_mm), device, stride)
+    return _classify(model, torch.split(hu, chunk_slices), position_mm, device, stride)
 
 
-Embedded = tuple[torch.Tensor, torch.Tensor]
-
-
-def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch.device) -> list[list[Embedded]]:
-    """Embed each chunk as it is and, if the sequence model averages over both, mirrored."""
+def _classify(
+    model: EndToEnd, chunks: Iterable[torch.Tensor], position_mm: Sequence[float], device: torch.device, stride: int
+) -> torch.Tensor:
+    """Classify the slices of ``chunks``; ``position_mm`` is complete only after the last chunk was read."""
     model.eval()
     embedded = []
     with autocast(device, "auto"):
@@ -269,22 +253,15 @@ def _embed_chunks(model: EndToEnd, chunks: Iterable[torch.Tensor], device: torch
             hu = chunk.to(device)
             images = [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
             embedded.append([model.cnn(image) for image in images])
-    return embedded
-
-
-def _classify(
-    model: EndToEnd, embedded: list[list[Embedded]], position_mm: torch.Tensor, device: torch.device, stride: int
-) -> torch.Tensor:
-    if not embedded:
-        return torch.empty((0, len(model.cnn.spec.classes)))
-    results = []
-    with autocast(device, "auto"):
-        for chunks in zip(*embedded, strict=True):  # of the images as they are, then mirrored
-            embedding, cnn_logits = (torch.cat(parts).float() for parts in zip(*chunks, strict=True))
+        if not embedded:
+            return torch.empty((0, len(model.cnn.spec.classes)))
+        results, mm = [], torch.tensor(position_mm)
+        for outputs in zip(*embedded, strict=True):  # of the images as they are, then mirrored
+            embedding, cnn_logits = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
             logits = torch.empty_like(cnn_logits)
             for first in range(min(stride, len(logits))):
                 rows = slice(first, None, stride)
-                logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], position_mm[rows]).float()
+                logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], mm[rows]).float()
             results.append(logits)
         return mean_logits(torch.stack(results)) if len(results) > 1 else results[0]
 

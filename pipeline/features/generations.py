@@ -1,8 +1,7 @@
 """The generations of the embedding store that a run needs, each with the identity of what made it.
 
-A generation is one network applied to files in one way: the slice CNN of all train patients, plain; per fold, the CNN
-that never saw this fold's patients; each of them again per augmented view. Stage two trains on the out-of-fold
-generations if there are any. Held-out slices always go through the network of all train patients.
+A generation is one network applied in one way: the slice CNN of all train patients; per fold, the CNN that never saw
+its patients; each again per augmented view. Held-out slices always go through the network of all train patients.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ichpipe.cache.fingerprint import FORMAT_VERSION, digest_rows
+from ichpipe.cache.layout import FORMAT_VERSION, digest_rows
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.cache.rows import Rows
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.index.slice_index import TextColumn
-from ichpipe.models.fold_models import fold_models, rows_of_fold
-from ichpipe.models.header import read_header
-from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.models.fold_models import fold_models
+from ichpipe.models.header import PREPROCESSING_VERSION, read_header
 from ichpipe.params.schema import AugmentParams
 
 if TYPE_CHECKING:
@@ -102,18 +100,18 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
     With ``extract.mirror`` every slice is also mirrored, by the network that embeds it plain for stage two.
     """
     plain = GenerationSpec(artifacts.slice_cnn, index, precision=params.extract.precision)
-    by_fold: list[GenerationSpec] = []
+    by_fold, mirrored = list[GenerationSpec](), list[GenerationSpec]()
     if params.fit_slices.folds:
         models = fold_models(artifacts, params, digest_of_file(artifacts.index))
-        by_fold = [
-            replace(plain, model_dir=folder, index=rows_of_fold(index, fold), fold=fold)
+        train_rows = index[index["split"] == "train"]
+        by_fold = [  # a fold's CNN embeds the train rows that it never saw
+            replace(plain, model_dir=folder, index=train_rows[train_rows["fold"] == fold], fold=fold)
             for fold, folder in models.items()
         ]
     train = by_fold or [replace(plain, index=index[index["split"] == "train"])]
     section = params.extract.views
     views = [View(number, section.seed, section.augment) for number in range(1, section.count + 1)]
     viewed = [replace(generation, view=view) for view in views for generation in train]
-    mirrored: list[GenerationSpec] = []
     if params.extract.mirror:
         rest = replace(plain, index=index[index["split"] != "train"]) if by_fold else plain
         mirrored = [replace(generation, view=MIRROR) for generation in (rest, *by_fold)]
@@ -124,24 +122,14 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
 class Features:
     """The opened generations that one arm of stage two reads.
 
-    Attributes
-    ----------
-    plain
-        All slices, plain, by the network of all train patients.
-    mirrored
-        Mirror images of the held-out slices, if the arm averages over them.
-    train
-        For each view (the first: plain) the train slices by the fold of the patient. The only key is None if the
-        network of all train patients embeds them all.
-    made_by
-        Result of `describe_inputs`.
-
+    ``train`` holds for each view (the first: plain) the train slices by the fold of the patient. The only key is None
+    if the network of all train patients embeds them all.
     """
 
-    plain: EmbeddingStore
-    mirrored: EmbeddingStore | None
+    plain: EmbeddingStore  # all slices, by the network of all train patients
+    mirrored: EmbeddingStore | None  # mirror images of the held-out slices, if the arm averages over them
     train: tuple[dict[int | None, EmbeddingStore], ...]
-    made_by: dict[str, Any]
+    made_by: dict[str, Any]  # result of `describe_inputs`
 
     def sources(self, split: str, fold: int) -> list[EmbeddingStore]:
         """Return the stores that hold a series of this split and fold: plain, its views, its mirror image."""
@@ -172,20 +160,25 @@ def open_features(
         stores_of_view = train.setdefault(view, {})
         if fold is not None or not has_folds:
             stores_of_view[fold] = store
-    made_by = describe_inputs(params, artifacts, index, section)
+    made_by = describe_inputs(params, artifacts, index, section, generations)
     return Features(stores[None, None], stores.get((None, MIRROR)), tuple(train.values()), made_by)
 
 
 def describe_inputs(
-    params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
+    params: Params,
+    artifacts: Artifacts,
+    index: pd.DataFrame,
+    section: SequenceParams | None,
+    generations: list[GenerationSpec] | None = None,
 ) -> dict[str, Any]:
     """Return what an arm is made from: digest of all rows, identities of its generations, number of components.
 
-    The store is not opened.
+    The store is not opened. ``generations`` are those of the arm, if they are listed already.
     """
     names = ("series_uid", "sop_uid", "file_digest")
     rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))
-    generations = list_arm_generations(params, artifacts, index, section)
+    if generations is None:
+        generations = list_arm_generations(params, artifacts, index, section)
     pca = params.extract.pca if section is not None and "pca" in section.all_inputs else None
     return {"rows": rows, "generations": [spec.identity() for spec in generations], "pca": pca}
 
@@ -194,16 +187,17 @@ def list_arm_generations(
     params: Params, artifacts: Artifacts, index: pd.DataFrame, section: SequenceParams | None
 ) -> list[GenerationSpec]:
     """Return the generations that an arm reads. Raises ParamsError if it asks for views that are not extracted."""
-    if section is not None and "pca" in section.all_inputs and params.extract.pca is None:
+    if section is None:
+        return list_generations(params, artifacts, index)[:1]  # plain
+    if "pca" in section.all_inputs and params.extract.pca is None:
         raise ParamsError("an arm has the input pca, but extract.pca is null; set it to a number of components")
-    views = section.views if section else 0
+    views, mirrored, has_folds = section.views, section.average.mirrored, params.fit_slices.folds > 0
     if views > params.extract.views.count:
         raise ParamsError(f"an arm asks for {views} views, but extract.views.count is {params.extract.views.count}")
-    mirrored = section is not None and section.average.mirrored
     if mirrored and not params.extract.mirror:
         raise ParamsError("an arm averages mirrored images, but extract.mirror is false; set it to true")
-    out_of_fold = section is not None and section.out_of_fold and params.fit_slices.folds > 0
-    if (views or mirrored) and params.fit_slices.folds and not out_of_fold:
+    out_of_fold = section.out_of_fold and has_folds
+    if (views or mirrored) and has_folds and not out_of_fold:
         raise ParamsError(
             "an arm asks for views with out_of_fold: false, but where fit-slices.folds is set views are extracted by "
             "the networks of the folds alone; set views to 0 and average.mirrored to false, or out_of_fold to true"
@@ -214,7 +208,6 @@ def list_arm_generations(
             return True
         if spec.view == MIRROR:
             return mirrored
-        is_read = (spec.fold is not None) == out_of_fold and (spec.view is None or spec.view.number <= views)
-        return section is not None and is_read
+        return (spec.fold is not None) == out_of_fold and (spec.view is None or spec.view.number <= views)
 
     return [spec for spec in list_generations(params, artifacts, index) if reads(spec)]

@@ -22,13 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-MOST_LOADERS: Final = 16
-"""Decoding processes for one GPU: as many decode JPEG lossless faster than an H100 takes slices of 512 px."""
-
-PIECE_SLICES: Final = 16
-"""Slices that a loader hands over at a time: 8 MB at 512 px."""
+MOST_LOADERS: Final = 16  # for one GPU: as many decode JPEG lossless faster than an H100 takes slices of 512 px
+PIECE_SLICES: Final = 16  # that a loader hands over at a time: 8 MB at 512 px
 
 
 def usable_cores() -> int:
@@ -53,14 +49,14 @@ class Lanes:
         self._threads_before = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(1,))
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item], turn: Lock) -> list[Result]:
-        """Apply a function to all items, in order.
+    def map(self, function: Callable[[Item], object], items: Sequence[Item], turn: Lock) -> None:
+        """Apply a function to all items; raise its first error.
 
         ``turn`` keeps the items of one caller together: one finishes, and writes, while the next one computes.
         """
         with turn:
             results = self._pool.map(function, items)
-        return list(results)
+        list(results)
 
     def close(self) -> None:
         """Cancel what is queued, and restore torch's number of threads."""

@@ -1,4 +1,8 @@
-"""Series of cached embeddings with labels, in padded batches of similar length: the input of stage two."""
+"""Series of cached embeddings with labels, changed at random, in padded batches of similar length.
+
+RSNA 2019: reversal and stride are from the 1st place, features dropped throughout a series from the 2nd. The contiguous
+crop is the paper's (10 slices). Noise is multiplicative (Gaussian dropout, Srivastava et al. 2014, section 10).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.device import derive_seed, generator
-from ichpipe.features import sequence_augmentation
 from ichpipe.models.inputs import POSITION, stored_inputs
 from ichpipe.models.sequence import mean_logits
 
@@ -26,38 +29,25 @@ if TYPE_CHECKING:
     from ichpipe.models.sequence import AnySequence
     from ichpipe.params.schema import RegularizeParams
 
-RUNS_PER_BUFFER = 8
-"""A bounded shuffle fills its buffer with this many runs of neighbours: enough to mix, few enough to read in order."""
-
-BATCHES_PER_POOL = 16
-"""Series are sorted by length within pools of this many batches."""
+RUNS_PER_BUFFER = 8  # of neighbours, in a bounded shuffle: enough to mix, few enough to read in order
+BATCHES_PER_POOL = 16  # series are sorted by length within a pool
+FEATURES = {"embedding", "pca"}  # sources that noise and dropout change; logits and positions stay
+SHORTEST = 4  # a series is not thinned to fewer slices than this
 
 
 @dataclass(frozen=True)
 class CachedSource:
-    """One view of one series, read from the store on demand: locally a copy out of the page cache."""
+    """Arrays of one view of one series, read from the store on demand: locally a copy out of the page cache."""
 
     store: EmbeddingStore
     series_uid: str
 
-    def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return arrays of the store (T, …) in the precision in which they are stored."""
-        arrays = {name: self.store.read(self.series_uid, "logit" if name == "logits" else name) for name in names}
-        return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+    def __getitem__(self, name: str) -> Tensor:
+        """Return an array (T, …) in the precision in which it is stored."""
+        return torch.from_numpy(np.array(self.store.read(self.series_uid, "logit" if name == "logits" else name)))
 
 
-@dataclass(frozen=True)
-class HeldSource:
-    """The same numbers on a device."""
-
-    held: dict[str, Tensor]
-
-    def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the tensors (T, …)."""
-        return {name: self.held[name] for name in names}
-
-
-Source = CachedSource | HeldSource
+Source = CachedSource | dict[str, Tensor]  # the latter on a device
 
 
 @dataclass(frozen=True)
@@ -114,15 +104,55 @@ def load_to_device(device: torch.device, series: list[LabelledSeries], names: tu
     """
     if device.type != "cuda" or not series:
         return series
-    slice_bytes = sum(tensor[0].nbytes for tensor in series[0].sources[0].tensors(names).values())
+    slice_bytes = sum(series[0].sources[0][name][0].nbytes for name in names)
     total_bytes = slice_bytes * sum(len(item) * len(item.sources) for item in series)
     if total_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         return series
 
-    def hold(source: Source) -> HeldSource:
-        return HeldSource({name: tensor.to(device) for name, tensor in source.tensors(names).items()})
+    return [
+        replace(item, sources=tuple({name: source[name].to(device) for name in names} for source in item.sources))
+        for item in series
+    ]
 
-    return [replace(item, sources=tuple(hold(source) for source in item.sources)) for item in series]
+
+@dataclass(frozen=True)
+class SequenceDraw:
+    """Random changes of one series: the same for the same seed, epoch and series."""
+
+    rows: Tensor  # (n,) int64: the slices that the model sees, in its order
+    seed: int  # of noise and dropped features
+
+
+def draw_changes(section: RegularizeParams, slices: int, seed: int) -> SequenceDraw:
+    """Draw for a series of ``slices`` slices: stride, then crop, then order."""
+    drawn = generator(seed, "sequence")
+    stride, offset, centre, turned = torch.rand(4, generator=drawn).tolist()
+    rows = torch.arange(slices)
+    if stride < section.stride2_probability and slices >= 2 * SHORTEST:
+        rows = rows[int(offset * 2) :: 2]
+    if section.crop_slices is not None and len(rows) > section.crop_slices:
+        first = int(centre * len(rows)) - section.crop_slices // 2
+        first = min(max(first, 0), len(rows) - section.crop_slices)
+        rows = rows[first : first + section.crop_slices]
+    return SequenceDraw(rows.flip(0) if turned < section.reverse_probability else rows, seed)
+
+
+def apply_changes(section: RegularizeParams, sources: dict[str, Tensor], drawn: SequenceDraw) -> dict[str, Tensor]:
+    """Return the sources (T, …) of one series as drawn: (n, …) each."""
+    result = {name: values[drawn.rows] for name, values in sources.items()}
+    if not section.feature_noise and not section.feature_dropout:
+        return result
+    for name in result.keys() & FEATURES:
+        values, random = result[name].float(), generator(drawn.seed, name)
+        factor = torch.ones_like(values)
+        if section.feature_noise:
+            noise = torch.randn(values.shape, generator=random) * section.feature_noise
+            factor = factor + noise.to(values.device)
+        if section.feature_dropout:
+            kept = torch.rand(values.shape[-1], generator=random) >= section.feature_dropout
+            factor = factor * kept.to(values.device) / (1 - section.feature_dropout)
+        result[name] = values * factor
+    return result
 
 
 @dataclass(frozen=True)
@@ -138,13 +168,13 @@ class Shuffle:
 def train_batches(
     series: Sequence[LabelledSeries], names: tuple[str, ...], size: int, shuffle: Shuffle
 ) -> Iterator[Batch]:
-    """Yield shuffled batches: of each series one of its views, changed as `sequence_augmentation` draws.
+    """Yield shuffled batches: of each series one of its views, changed as `draw_changes` says.
 
     Similar lengths come together (within pools), and the batches are shuffled. Seed, epoch and UID alone decide how a
     series is changed, not its batch. ``within`` limits the reach of the shuffle, so that a store that does not fit
     into memory is read nearly in order.
     """
-    if shuffle.regularize and not sequence_augmentation.is_active(shuffle.regularize):
+    if shuffle.regularize and not any(shuffle.regularize.model_dump().values()):
         shuffle = replace(shuffle, regularize=None)
     order = generator(shuffle.seed, "order", shuffle.epoch)
     batches: list[list[int]] = []
@@ -171,7 +201,7 @@ Example = tuple[dict[str, Tensor], Tensor]  # sources and labels of one series
 
 
 def _read(series: LabelledSeries, names: tuple[str, ...], source: int) -> Example:
-    tensors = series.sources[source].tensors(names)
+    tensors = {name: series.sources[source][name] for name in names}
     position_mm = series.position_mm.to(next(iter(tensors.values())).device) if tensors else series.position_mm
     return tensors | {POSITION: position_mm}, series.labels
 
@@ -183,8 +213,8 @@ def _draw(series: LabelledSeries, names: tuple[str, ...], shuffle: Shuffle) -> E
     sources, labels = _read(series, names, view)
     if shuffle.regularize is None:
         return sources, labels
-    drawn = sequence_augmentation.draw(shuffle.regularize, len(series), seed)
-    return sequence_augmentation.apply(shuffle.regularize, sources, drawn), labels[drawn.rows]
+    drawn = draw_changes(shuffle.regularize, len(series), seed)
+    return apply_changes(shuffle.regularize, sources, drawn), labels[drawn.rows]
 
 
 def _collate(examples: list[Example]) -> Batch:

@@ -64,17 +64,11 @@ def draw(params: AugmentParams, n: int, generator: torch.Generator, *, together:
     warp = blur = None
     if params.distortion > 0:
         warp = (2 * torch.rand((m, 2, NODES, NODES), generator=generator) - 1) * params.distortion * 2
+        warp = warp.expand(n, 2, NODES, NODES)
     if params.blur_px > 0:
-        blur = torch.rand((m,), generator=generator) * params.blur_px
+        blur = (torch.rand((m,), generator=generator) * params.blur_px).expand(n)
     offset, noise = (signed[:, 5] * params.offset_hu).float(), (uniform[:, 6] * params.noise_hu).float()
-    return AugmentDraw(
-        affine.expand(n, 2, 3),
-        offset.expand(n),
-        noise.expand(n),
-        seeds,
-        None if warp is None else warp.expand(n, 2, NODES, NODES),
-        None if blur is None else blur.expand(n),
-    )
+    return AugmentDraw(affine.expand(n, 2, 3), offset.expand(n), noise.expand(n), seeds, warp, blur)
 
 
 def apply(hu: Tensor, drawn: AugmentDraw) -> Tensor:

@@ -1,9 +1,8 @@
 """Decoded slices on disk, for archives that take longer to decode than the device takes to learn.
 
-One Zarr array of int16 HU (slices, size, size) in shards of 256 slices; each slice is a chunk with a checksum.
-It pays for JPEG lossless and JPEG 2000, not for uncompressed files (docs/benchmarks.md), so it is optional. A shard
-that exists is whole: a stopped run continues. Rows are named by the digests of the files: splits and folds of the same
-files share one cache; another size or preprocessing has its own.
+One Zarr array of int16 HU (slices, size, size) in shards of 256 slices. It pays for JPEG lossless and JPEG 2000, not
+for uncompressed files (docs/benchmarks.md). A shard that exists is whole: a stopped run continues. The name holds the
+digests of the files: splits and folds of the same files share one cache; another size or preprocessing has its own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ichpipe.common.files import digest_of
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import track
 from ichpipe.images.slice_dataset import load_slices
-from ichpipe.models.specs import PREPROCESSING_VERSION
+from ichpipe.models.header import PREPROCESSING_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

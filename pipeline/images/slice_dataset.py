@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-HOLD_BYTES = 2**30
-"""A data set whose slices take at most this many bytes as int16 is held in memory after its first epoch."""
+HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held after its first epoch
 
 
 def load_slice(path: str | Path, size_px: int) -> Tensor:
@@ -63,20 +62,16 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
-class PixelSource(Protocol):
-    """Decoded slices by the path of their file, such as a `PixelCache`."""
-
-    def read(self, path: str) -> Tensor:
-        """Return int16 HU (1, size, size)."""
-
-
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Slices with labels: HU int16 (1, size, size), labels (6,), row number ()."""
+    """Slices with labels: HU int16 (1, size, size), labels (6,), row number ().
+
+    ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded.
+    """
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, pixels: PixelSource | None = None
+        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, read: Callable[..., Tensor] | None = None
     ) -> None:
-        self.paths, self.size_px, self.pixels = list(paths), size_px, pixels
+        self.paths, self.size_px, self.read = list(paths), size_px, read
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
         # A set that fits is decoded once and held; a larger one is read again every epoch.
         self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
@@ -89,8 +84,7 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Read one slice, or return it if it is held."""
         hu = None if self._held is None else self._held.get(row)
         if hu is None:
-            path = self.paths[row]
-            hu = load_slice(path, self.size_px) if self.pixels is None else self.pixels.read(path)
+            hu = self.read(self.paths[row]) if self.read else load_slice(self.paths[row], self.size_px)
             if self._held is not None:
                 self._held[row] = hu
         return hu, self.labels[row], torch.tensor(row)
@@ -122,7 +116,6 @@ def batch_loader(
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=follow_the_parent,
-        persistent_workers=False,
     )
     with interrupts_stay_here() if workers else nullcontext():
         return iter(loader)

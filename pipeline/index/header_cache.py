@@ -7,7 +7,6 @@ Parts name the code and the codecs that made them; others are deleted.
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from ichpipe import dicom
-from ichpipe.common.files import atomic_path
+from ichpipe.common.files import atomic_path, installed_versions
 from ichpipe.dicom import archive
 
 if TYPE_CHECKING:
@@ -96,10 +95,6 @@ def _identify_reader() -> str:
     """Return a digest of what decides the content of a row: our reading code and the installed codecs."""
     room = Path(str(dicom.__file__)).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(room.glob("*.py"))))
-    for name in _CODECS:
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = "none"
-        digest.update(f"{name} {version}\n".encode())
+    versions = dict.fromkeys(_CODECS, "none") | installed_versions(_CODECS)
+    digest.update("".join(f"{name} {version}\n" for name, version in versions.items()).encode())
     return digest.hexdigest()

@@ -90,8 +90,7 @@ def overlay(grey: Floats, heat: NDArray[np.float32], probability: float) -> Floa
     """Lay a heat map (S, S) over a grey slice (S, S): RGB (S, S, 3). Opacity grows with heat and probability."""
     colour = colormaps[HEAT_COLOURS](0.25 + 0.75 * heat)[..., :3]
     weight = (MAX_OPACITY * probability * heat)[..., None]
-    mixed: Floats = np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0)
-    return mixed
+    return np.asarray(np.clip((1.0 - weight) * grey[..., None] + weight * colour, 0.0, 1.0))
 
 
 def head_box(hu: NDArray[np.int16]) -> tuple[slice, slice]:

@@ -1,24 +1,30 @@
-"""Finds where along the head each class is positive, and builds the document predictions.json."""
+"""Finds where along the head each class is positive; formats predictions.json, and the table on 80 columns."""
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.files import installed_versions
 from ichpipe.scoring.model_ladder import smooth_series
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import pandas as pd
 
+PACKAGE_VERSION: Final = installed_versions(["ichpipe"]).get("ichpipe", "unknown")
 FORMAT: Final = "ichpipe-predictions"
 FORMAT_VERSION: Final = 1
 DIGITS: Final = 9
+WIDTH: Final = 80
+MAX_FULL_STUDIES: Final = 10  # of more studies than this, only ``any`` and positive classes are shown
+MAX_REFUSED: Final = 10  # studies that a message names
+UID_WIDTH: Final = 23
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ class Provenance:
         return f"calibrated: {self.calibration}{classes}"
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """The results of all inputs."""
+
+    slices: pd.DataFrame  # SLICE_COLUMNS and more
+    studies: pd.DataFrame  # STUDY_COLUMNS
+    series: pd.DataFrame  # one row a series: facts, ``chosen``, ``reason``
+    refused: pd.DataFrame  # REFUSED_COLUMNS
+    rejected: pd.DataFrame  # path, reason
+    forced: Mapping[str, str]  # by series UID: why it would have been refused
+    where: Mapping[str, Mapping[str, Extent]]  # by series UID and class
+    provenance: Provenance
+
+
 def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Extent]]:
     """Return the extent of each class, by series UID and class.
 
@@ -77,22 +97,15 @@ def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Exten
     return by_series
 
 
-def build_document(
-    studies: pd.DataFrame,
-    slices: pd.DataFrame,
-    where: Mapping[str, Mapping[str, Extent]],
-    series: pd.DataFrame,
-    refused: pd.DataFrame,
-    forced: Mapping[str, str],
-    provenance: Provenance,
-) -> dict[str, Any]:
+def build_document(result: Predicted) -> dict[str, Any]:
     """Build predictions.json as docs/predict.md lists it. It holds no date: same input, same document."""
-    reasons = series.set_index("series_uid")["reason"]
-    parts = {str(uid): part for uid, part in slices.groupby("series_uid", sort=False)}
+    forced, provenance = result.forced, result.provenance
+    reasons = result.series.set_index("series_uid")["reason"]
+    parts = {str(uid): part for uid, part in result.slices.groupby("series_uid", sort=False)}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "ichpipe": package_version(),
+        "ichpipe": PACKAGE_VERSION,
         "model_sha256": provenance.model_sha256,
         "calibration": {"method": provenance.calibration, "classes": list(provenance.calibrated)},
         "threshold": provenance.threshold,
@@ -112,7 +125,7 @@ def build_document(
                         "last_mm": _round(extent.last_mm),
                         "n_slices": len(extent.sop_uids),
                     }
-                    for name, extent in where[row["series_uid"]].items()
+                    for name, extent in result.where[row["series_uid"]].items()
                 },
                 "slices": [
                     {
@@ -123,19 +136,60 @@ def build_document(
                     for item in parts[row["series_uid"]].to_dict("records")
                 ],
             }
-            for row in studies.to_dict("records")
+            for row in result.studies.to_dict("records")
         ],
-        "refused": refused.to_dict("records"),
+        "refused": result.refused.to_dict("records"),
     }
-
-
-def package_version() -> str:
-    """Return the version of this package; unknown where it is not installed."""
-    try:
-        return version("ichpipe")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{DIGITS}g}")
+
+
+def format_studies(result: Predicted, mark: Callable[[str], str] = str) -> str:
+    """Return a table of studies and classes, with the mm of the first and last positive slice along the normal.
+
+    Below each study stands the series and the reason for its choice. ``mark`` is applied to the lines of classes whose
+    probability is the threshold or more.
+    """
+    threshold, forced = result.provenance.threshold, result.forced
+    reasons = result.series.set_index("series_uid")["reason"]
+    lines = [f"{'study':<25}{'class':<17}{'probability':>11}{'first mm':>10}{'last mm':>9}{'slices':>8}"]
+    for row in result.studies.to_dict("records"):
+        uid, study = str(row["series_uid"]), short_uid(str(row["study_uid"]))
+        for name in CLASSES:
+            if len(result.studies) <= MAX_FULL_STUDIES or name == "any" or row[name] >= threshold:
+                extent = result.where[uid][name]
+                first, last = ("-" if mm is None else f"{mm:.1f}" for mm in (extent.first_mm, extent.last_mm))
+                line = f"{study:<25}{name:<17}{row[name]:>11.3f}{first:>10}{last:>9}{len(extent.sop_uids):>8}"
+                lines.append(mark(line) if row[name] >= threshold else line)
+                study = ""
+        choice = f"series {short_uid(uid)}, {counted(row['n_slices'], 'slice')}: {reasons[uid]}"
+        lines += wrapped(choice, "  ") + (wrapped(f"FORCED, although: {forced[uid]}", "  ") if uid in forced else [])
+    return "\n".join(lines)
+
+
+def format_refused(refused: pd.DataFrame) -> list[str]:
+    """Return a line for each refused study, the first ten."""
+    lines = []
+    for row in refused.iloc[:MAX_REFUSED].to_dict("records"):
+        lines += wrapped(f"{short_uid(str(row['study_uid']))}: {row['reason']}", "  ")
+    return [*lines, f"  and {len(refused) - MAX_REFUSED} more"] if len(refused) > MAX_REFUSED else lines
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return ``1 file``, ``2 files``."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def short_uid(uid: str) -> str:
+    """Return the end of a UID, which differs between studies of the same device."""
+    return uid if len(uid) <= UID_WIDTH else f"…{uid[-UID_WIDTH + 1 :]}"
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """Wrap a sentence at 80 columns; paths and UIDs stay whole."""
+    more = f"{indent}  "
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=more, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,12 +1,7 @@
 """Heat maps of the fine-tuned network's score of a slice, and contact sheets that show them.
 
-A map explains the logit of CNN and sequence model as a function of one slice's image; its neighbours stay fixed.
-
-1. Through the sequence model: integrated gradients (Sundararajan et al., ICML 2017) of the logit, from the mean
-   embedding of the series to the slice's own. A single gradient at the slice's own embedding localises less well.
-2. Through the CNN: LayerCAM (Jiang et al., IEEE TIP 2021) of the output along that direction.
-
-docs/report.md has measurements on the phantom, and why the slice CNN's own head is not explained.
+A map explains the logit as a function of one slice's image; its neighbours stay fixed. docs/report.md has measurements
+on the phantom, and why the slice CNN's own head is not explained.
 """
 
 from __future__ import annotations
@@ -39,15 +34,9 @@ if TYPE_CHECKING:
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.models.slice_cnn import SliceCnn
 
-Look = tuple[Tensor, Tensor]
-"""Embeddings (T, D) and slice-CNN logits (T, 6) of one series, of its images or of their mirror images."""
-
-MAP_SIDE: Final = 12
-"""Smallest side of a map in pixels, where the backbone has such a stage: a map of 4 x 4 localises nothing."""
-
-STEPS: Final = 8
-"""Points of the path from the mean embedding to the slice's own (midpoint rule)."""
-
+Look = tuple[Tensor, Tensor]  # embeddings (T, D) and slice-CNN logits (T, 6) of the images, or of their mirror images
+MAP_SIDE: Final = 12  # smallest side of a map in pixels, where the backbone has such a stage: 4 x 4 localises nothing
+STEPS: Final = 8  # points of the path from the mean embedding to the slice's own (midpoint rule)
 CHUNK_SLICES: Final = 16
 
 
@@ -71,9 +60,10 @@ class EmbeddedSeries:
         return logits
 
     def directions(self, model: EndToEnd, row: int, class_index: int) -> list[Look]:
-        """Return the integrated gradients of one slice's logit, (D,) and (6,) for each look.
+        """Return the integrated gradients (Sundararajan et al., ICML 2017) of one slice's logit, (D,) and (6,) a look.
 
-        The sum of direction times (own - mean) is the rise of the logit over a series with the mean in that slice.
+        The path leads from the mean embedding of the series to the slice's own: a single gradient there localises less
+        well. The sum of direction times (own - mean) is the logit's rise over a series with the mean in that slice.
         """
         part, at = slice(row % self.stride, None, self.stride), row // self.stride
         inputs = [values[part] for look in self.looks for values in look]
@@ -81,10 +71,7 @@ class EmbeddedSeries:
         for step in range(STEPS):
             own = [torch.lerp(values.mean(0), values[at], (step + 0.5) / STEPS).requires_grad_() for values in inputs]
             with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN: no backward in evaluation
-                replaced = [
-                    torch.cat([values[:at], new[None], values[at + 1 :]])
-                    for values, new in zip(inputs, own, strict=True)
-                ]
+                replaced = [torch.cat([v[:at], new[None], v[at + 1 :]]) for v, new in zip(inputs, own, strict=True)]
                 looks = zip(replaced[::2], replaced[1::2], strict=True)
                 logits = _score(model, looks, self.position_mm[part])
                 grads = torch.autograd.grad(logits[at, class_index], own, allow_unused=True)
@@ -113,7 +100,7 @@ def embed_series(
 
 
 class HeatMaps:
-    """Makes heat maps of chosen slices of an embedded series."""
+    """Makes heat maps: LayerCAM (Jiang et al., IEEE TIP 2021) of the CNN's output along a slice's directions."""
 
     def __init__(self, model: EndToEnd) -> None:
         self.model = model.eval()

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
 from ichpipe.common.errors import DataError, MissingFileError
+from ichpipe.common.files import decode_text
 from ichpipe.dicom.slice_header import FORCEABLE
 from ichpipe.index.scan import REJECTED, scan
-from ichpipe.index.series_selection import select_series
-from ichpipe.inference.head_ct_check import REFUSED_COLUMNS, check_head_ct
+from ichpipe.index.series_selection import axial, find_faults, select_series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ichpipe.common.pseudonyms import Pseudonyms
     from ichpipe.params.schema import SelectionParams
+
+# Keys of the faults that refuse a series. With other faults (bone kernel, loss, thin) it is still a head CT.
+REFUSING_FAULTS: Final = (
+    "unusable",
+    "absurd values",
+    "not a head",
+    "other examination",
+    "too little",
+    "contrast",
+    "turned",
+)
+REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "reason"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Inputs:
 
     slices: pd.DataFrame  # as ``scan`` returns them
     series: pd.DataFrame  # one row a series: facts, ``chosen``, ``reason``
-    refused: pd.DataFrame  # REFUSED_COLUMNS: studies (or series) that are not plain head CT
+    refused: pd.DataFrame  # REFUSED_COLUMNS: series that are not plain head CT, and studies without a usable one
     rejected: pd.DataFrame  # path, reason, study_uid, series_uid: every file that is not used
     forced: dict[str, str]  # by UID: why a series that is predicted by force would have been refused
 
@@ -62,17 +74,52 @@ def collect_inputs(
     rejected = pd.concat([rejected, chosen.left_out], ignore_index=True)
     if not judged:
         return Inputs(chosen.slices, chosen.series, pd.DataFrame(columns=REFUSED_COLUMNS), rejected, {})
-    check = check_head_ct(chosen.slices, chosen.series, params, overruled, force=force)
-    reasons = check.refused.set_index("series_uid")["reason"]
-    refused = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
-    refused = refused.assign(reason="refused: " + refused["series_uid"].map(reasons).astype(str))
-    rejected = pd.concat([rejected, refused[REJECTED]], ignore_index=True)
-    return Inputs(check.slices, chosen.series, check.refused, rejected, check.forced)
+    slices, refused, forced = check_head_ct(chosen.slices, chosen.series, params, overruled, force=force)
+    reasons = refused.set_index("series_uid")["reason"]
+    files = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
+    files = files.assign(reason="refused: " + files["series_uid"].map(reasons).astype(str))
+    rejected = pd.concat([rejected, files[REJECTED]], ignore_index=True)
+    return Inputs(slices, chosen.series, refused, rejected, forced)
 
 
-def read_list(text: str, source: str) -> list[Path]:
+def check_head_ct(
+    slices: pd.DataFrame,
+    series: pd.DataFrame,
+    params: SelectionParams,
+    overruled: Mapping[str, str] | None = None,
+    *,
+    force: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    """Reject series that are not plain head CT, by headers and extent: a network gives a probability for any image.
+
+    ``slices`` and ``series`` are those of ``select_series``. ``overruled`` gives the reason, by UID, of series that
+    were read only by force. A series without a usable slice is refused even by force. Series that were passed over are
+    not listed: another one stands for their study. Returns slices, refused and forced as in ``Inputs``.
+    """
+    is_axial = dict(zip(slices["series_uid"], axial(slices), strict=True))
+    # Of a study without a chosen series, the largest one gives the most useful reason.
+    chosen = series[series["chosen"]]
+    rest = series[~series["study_uid"].isin(chosen["study_uid"])]
+    rest = rest.sort_values(["study_uid", "n_refused"], ascending=[True, False]).drop_duplicates("study_uid")
+    refused, forced = [], {}
+    for row in pd.concat([chosen, rest]).sort_index().to_dict("records"):
+        uid = str(row["series_uid"])
+        faults = find_faults({str(key): value for key, value in row.items()}, params)
+        reasons = [overruled[uid]] if overruled and uid in overruled else []
+        reasons += [faults[name] for name in REFUSING_FAULTS if name in faults]
+        if not is_axial.get(uid, True):
+            reasons.append("coronal or sagittal slices; the models know axial ones")
+        if reasons and force and row["n_slices"]:
+            forced[uid] = "; ".join(reasons)
+        elif reasons:
+            refused.append({**row, "reason": "; ".join(reasons)})
+    table = pd.DataFrame(refused, columns=REFUSED_COLUMNS)
+    return slices[~slices["series_uid"].isin(table["series_uid"])].reset_index(drop=True), table, forced
+
+
+def read_list(content: bytes, source: str) -> list[Path]:
     """Return the paths of a list, one a line, without blank lines and remarks (#). Raises DataError if none is left."""
-    lines = [line.strip() for line in text.lstrip("\ufeff").splitlines()]
+    lines = [line.strip() for line in decode_text(content, source).splitlines()]
     paths = [Path(line) for line in lines if line and not line.startswith("#")]
     if not paths:
         raise DataError(f"{source} names no path; write one path a line")
@@ -88,9 +135,7 @@ def expand(arguments: Iterable[Path]) -> list[Path]:
             continue
         source = str(argument)[1:]
         try:
-            paths += read_list(Path(source).read_text(encoding="utf-8"), source)
+            paths += read_list(Path(source).read_bytes(), source)
         except FileNotFoundError as error:
             raise MissingFileError(f"{source} does not exist; @FILE names a list of paths, one a line") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source} is not UTF-8 text; @FILE names a list of paths, one a line") from error
     return paths

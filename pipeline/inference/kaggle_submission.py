@@ -20,21 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-ORDER: Final = (*SUBTYPES, "any")
-"""The competition's order of classes; this project's has ``any`` first."""
-
-DECIMALS: Final = 9
-"""With six decimals 1e-8 is written as 0, which the metric reads as 1e-15: 16 nats more where it is wrong."""
-
+ORDER: Final = (*SUBTYPES, "any")  # the competition's order of classes; this project's has ``any`` first
+DECIMALS: Final = 9  # with six, 1e-8 is written as 0; the metric reads 1e-15: 16 nats more where it is wrong
 MAX_QUOTED: Final = 3  # slices that a message quotes
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The table, and remarks about it for the user."""
-
-    table: pd.DataFrame  # ID, Label (text)
-    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -61,8 +49,8 @@ def read_sample(path: Path) -> Sample:
 
 def build_submission(
     slices: pd.DataFrame, rejected: pd.DataFrame, sample: Sample | None = None, missing: float | None = None
-) -> Submission:
-    """Lay out predictions in the competition's format, with nine decimals, from 1e-9 to 1 - 1e-9.
+) -> tuple[pd.DataFrame, list[str]]:
+    """Lay out predictions as a table of ID and Label (text, nine decimals, 1e-9 to 1 - 1e-9), with remarks on it.
 
     ``slices`` holds ``sop_uid`` and six probabilities, ``rejected`` ``path, reason``. ``sample`` gives rows and order.
     Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``. Slices
@@ -95,4 +83,4 @@ def build_submission(
     filled = values.reindex(uids, fill_value=missing).to_numpy(np.float64)
     labels = np.clip(filled[rows, columns], 10.0**-DECIMALS, 1.0 - 10.0**-DECIMALS)
     ids = uids.to_numpy(object)[rows] + "_" + np.array(ORDER, dtype=object)[columns]
-    return Submission(pd.DataFrame({"ID": ids, "Label": [f"{label:.{DECIMALS}f}" for label in labels]}), remarks)
+    return pd.DataFrame({"ID": ids, "Label": [f"{label:.{DECIMALS}f}" for label in labels]}), remarks

@@ -1,11 +1,6 @@
-"""Writes the findings of one series as a DICOM Structured Report for a PACS.
+"""Writes the findings of one series as a DICOM Enhanced SR (PS3.3 A.35.2, template TID 1500 of PS3.16) for a PACS.
 
-Enhanced SR (PS3.3 A.35.2) by template TID 1500, Measurement Report (PS3.16). Each class is a group of TID 1501:
-finding, site, probability with its source images, present or absent. **This is the one output with the patient's
-identity.** A PACS files by it. It is copied from the source images and goes nowhere else.
-
-Codes are SNOMED CT (SCT) and DICOM (DCM), from DICOM's dictionary (pydicom.sr.codedict) where it has them. It has no
-haemorrhage of the ventricles: that is written by morphology and site, as SNOMED CT defines it.
+**This is the one output with the patient's identity.** It is copied from the source images and goes nowhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES
 from ichpipe.dicom.enhanced import FRAME
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.inference.findings import package_version
+from ichpipe.inference.findings import PACKAGE_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +32,7 @@ if TYPE_CHECKING:
 
     from ichpipe.inference.findings import Extent, Provenance
 
-FINDINGS: Final = {  # finding and site
+FINDINGS: Final = {  # finding and site; SNOMED CT defines a haemorrhage of the ventricles by morphology and site
     "any": (Code("1386000", "SCT", "Intracranial hemorrhage"), codes.SCT.Intracranial),
     "epidural": (Code("82999001", "SCT", "Epidural intracranial hemorrhage"), codes.SCT.Intracranial),
     "intraparenchymal": (Code("274100004", "SCT", "Cerebral hemorrhage"), codes.SCT.Brain),
@@ -128,22 +123,13 @@ def make_report(
 
     ``sources`` are the headers of all its images. ``forced`` tells why it would have been refused without ``--force``.
     Each measurement refers to the slices that show the finding, or else to the one with the highest probability. All
-    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes.
-
-    Raises
-    ------
-    DataError
-        A UID is invalid, or a header holds a value that a report can't repeat.
-
+    slices are listed as evidence, and in the image library (TID 1600) if their headers have its attributes. Raises
+    DataError where a UID is invalid, or a header holds a value that a report can't repeat.
     """
     require_reportable(sources)
     try:
         with quiet_pydicom():
-            by_uid = {str(source.SOPInstanceUID): source for source in sources}
-            groups = [
-                _make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES
-            ]
-            return _make_document(sources, groups, provenance, forced)
+            return _make_document(sources, probability, where, provenance, forced)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # its text may quote the header
         raise DataError(f"a header has what a report can't repeat ({type(error).__name__})") from None
 
@@ -155,16 +141,21 @@ def write_report(target: Path, report: hd.sr.EnhancedSR) -> None:
 
 
 def _make_document(
-    sources: Sequence[Dataset], groups: list[Any], provenance: Provenance, forced: str
+    sources: Sequence[Dataset],
+    probability: Mapping[str, float],
+    where: Mapping[str, Extent],
+    provenance: Provenance,
+    forced: str,
 ) -> hd.sr.EnhancedSR:
+    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    groups = [_make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES]
     model = provenance.model_sha256
     uid = f"2.25.{int(model[:32], 16)}"  # one UID for one model (PS3.5 B.2)
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid, name="ichpipe", manufacturer_name="ichpipe", model_name="ichpipe", serial_number=model
     )
     in_library = all(
-        source.get("SOPClassUID") == CTImageStorage and all(source.get(keyword) for keyword in _DESCRIBED)
-        for source in sources
+        source.get("SOPClassUID") == CTImageStorage and all(map(source.get, _DESCRIBED)) for source in sources
     )
     observer = hd.sr.ObserverContext(codes.DCM.Device, device)
     content = hd.sr.MeasurementReport(
@@ -183,12 +174,10 @@ def _make_document(
         instance_number=1,
         manufacturer="ichpipe",
         manufacturer_model_name="ichpipe",
-        software_versions=package_version(),
+        software_versions=PACKAGE_VERSION,
         device_serial_number=model,
         series_description=f"ichpipe haemorrhage (research{', FORCED' if forced else ''})",
-        is_complete=True,
-        is_final=False,
-        is_verified=False,
+        is_complete=True,  # neither final nor verified
     )
     for keyword in _COPIED:
         if keyword in sources[0]:
@@ -199,7 +188,7 @@ def _make_document(
 def _make_group(
     name: str, probability: float, where: Extent, by_uid: Mapping[str, Dataset], provenance: Provenance, forced: str
 ) -> Any:
-    """Make the group of TID 1501 for one class."""
+    """Make the group of TID 1501 for one class: finding, site, probability with its images, present or absent."""
     finding, site = FINDINGS[name]
     uids = where.sop_uids or [where.highest]
     images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
@@ -215,7 +204,7 @@ def _make_group(
     if forced:
         parameters.append(f"forced, although refused: {forced}")
         comment += f" Forced: the series was refused ({forced})."
-    software = hd.sr.AlgorithmIdentification("ichpipe", package_version(), parameters, manufacturer="ichpipe")
+    software = hd.sr.AlgorithmIdentification("ichpipe", PACKAGE_VERSION, parameters, manufacturer="ichpipe")
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(generate_uid(prefix=None), f"ichpipe {name}"),
         finding_type=finding,

@@ -1,7 +1,6 @@
 """Context layers of the sequence models: recurrence, attention or convolution over the slices of a series.
 
-Each maps features (B, T, F), lengths (B,) and positions (B, T) in mm to (B, T, ``width``). Padding never changes
-the output of a slice.
+Each maps features (B, T, F), lengths (B,) and positions (B, T) in mm to (B, T, ``width``), whatever the padding.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ichpipe.models.inputs import extent, inside
 
 if TYPE_CHECKING:
-    from ichpipe.models.specs import SequenceSpec
+    from collections.abc import Callable
 
+    from ichpipe.models.header import SequenceSpec
+
+# Wavelengths of the position encoding: from four slices of 5 mm to twice the longest head scan.
 SHORTEST_MM, LONGEST_MM = 20.0, 800.0
-"""Wavelengths of the position encoding: from four slices of 5 mm to twice the longest head scan."""
 
 
 def build_context(spec: SequenceSpec) -> nn.Module:
@@ -77,8 +78,7 @@ class Attention(nn.Module):
         """See the module."""
         mask = inside(lengths.to(features.device), features.shape[1])
         tokens = self.project(features) + encode_position(position_mm, lengths.to(features.device), self.width)
-        hidden: Tensor = self.encoder(tokens, src_key_padding_mask=~mask)
-        return hidden
+        return self.encoder(tokens, src_key_padding_mask=~mask)  # type: ignore[no-any-return]
 
 
 def encode_position(position_mm: Tensor, lengths: Tensor, width: int) -> Tensor:
@@ -88,9 +88,8 @@ def encode_position(position_mm: Tensor, lengths: Tensor, width: int) -> Tensor:
     """
     low, high = extent(position_mm, lengths)
     offset_mm = position_mm.float() - (low + high) / 2  # (B, T)
-    count = (width + 1) // 2
-    rates = torch.linspace(math.log(SHORTEST_MM), math.log(LONGEST_MM), count, device=offset_mm.device).neg().exp()
-    angle = offset_mm.unsqueeze(-1) * rates * 2 * math.pi
+    logs = torch.linspace(math.log(SHORTEST_MM), math.log(LONGEST_MM), (width + 1) // 2, device=offset_mm.device)
+    angle = offset_mm.unsqueeze(-1) * logs.neg().exp() * 2 * math.pi
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
@@ -126,11 +125,9 @@ def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
 
 
 def _cell(spec: SequenceSpec, inputs: int, layers: int) -> nn.RNNBase:
-    kind = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
+    kind: Callable[..., nn.RNNBase] = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
     dropout = spec.dropout if layers > 1 else 0.0
-    settings = {"bidirectional": spec.bidirectional, "dropout": dropout, "batch_first": True}
-    cell: nn.RNNBase = kind(inputs, spec.hidden, layers, **settings)
-    return cell
+    return kind(inputs, spec.hidden, layers, batch_first=True, dropout=dropout, bidirectional=spec.bidirectional)
 
 
 def _run(recurrent: nn.RNNBase, features: Tensor, lengths: Tensor) -> Tensor:

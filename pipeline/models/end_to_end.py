@@ -23,14 +23,12 @@ class EndToEnd(nn.Module):
 
     def __init__(self, cnn: SliceCnn, sequence: AnySequence) -> None:
         super().__init__()
-        self.cnn = cnn
-        self.sequence = sequence
+        self.cnn, self.sequence = cnn, sequence
 
     def train(self, mode: bool = True) -> EndToEnd:
         """Switch mode; batch norm stays in evaluation mode, with the statistics of stage one.
 
-        The slices of a series are neighbours and so no fair batch. Frozen statistics also make the chunked gradient
-        equal to the full one.
+        The slices of a series are no fair batch, and frozen statistics make the chunked gradient equal to the full one.
         """
         super().train(mode)
         for module in self.cnn.modules():

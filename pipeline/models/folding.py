@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
-PROBE_PX: Final = 64
-"""Side of the image that shows which layers follow each other; a small one is fast."""
-
-TOLERANCE: Final = 1e-4
-"""Of the largest feature: rounding stays far below, a wrong pair far above."""
+PROBE_PX: Final = 64  # side of the image that shows which layers follow each other; a small one is fast
+TOLERANCE: Final = 1e-4  # of the largest feature: rounding stays far below, a wrong pair far above
 
 
 def folded(cnn: SliceCnn) -> SliceCnn:
@@ -65,10 +62,7 @@ def _layer_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
 
 
 def _probe(cnn: SliceCnn, side: int) -> tuple[Tensor, list[tuple[Any, Any]], list[Tensor]]:
-    """Return an image of noise, every pair of convolution and normalisation, and the features of the image.
-
-    The normalisation of a pair gets the output of the convolution unchanged, and both are used once.
-    """
+    """Return an image of noise, the pairs of convolution and normalisation that meet once, and the image's features."""
     noise = torch.randn(1, len(cnn.spec.windows), side, side, generator=torch.Generator().manual_seed(0))
     image = noise.to(cnn.mean.device).contiguous(memory_format=torch.channels_last)
     convolutions, norms = _layer_types()

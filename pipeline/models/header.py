@@ -1,28 +1,99 @@
-"""Reads the header of a model file, without torch and without its weights."""
+"""Describes a model as plain data in the header of its file, and refuses a model of other inputs; without torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 
-from ichpipe.common.artifacts import MODEL_FILE
+from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import THICK_SLICE_MM
-from ichpipe.common.errors import WeightsError
-from ichpipe.common.files import require_file
-from ichpipe.models.specs import SequenceSpec, SliceCnnSpec
+from ichpipe.common.errors import IchpipeError, WeightsError
+from ichpipe.common.files import read_json, require_file
+from ichpipe.params.schema import Fraction, Input, WindowParams
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+# Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
+# Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
+PREPROCESSING_VERSION: Final = 1
+
+# Bounded well above any network here, so that a damaged header does not ask for all memory.
+Size = Annotated[int, Field(ge=1, le=65_536)]
+Few = Annotated[int, Field(ge=1, le=64)]
+
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
 _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
-SPACING = "spacing_mm"
-"""Name in ``made_from`` of the distance of the slices that a model was trained on."""
+SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
+MEANING = {
+    "index": "index (slices, labels or split)",
+    "embeddings": "embedding store",
+    "slice_cnn": "slice CNN",
+    "sequence": "sequence model",
+}
+
+
+class _Spec(BaseModel):
+    """A description whose classes are CLASSES: columns of logits have no other names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if getattr(self, "classes", CLASSES) != CLASSES:
+            raise ValueError(f"its classes are not {', '.join(CLASSES)} in this order")
+        return self
+
+
+class SliceCnnSpec(_Spec):
+    """What builds the slice CNN again; stored beside its weights."""
+
+    backbone: str  # timm name
+    windows: Annotated[tuple[WindowParams, ...], Field(min_length=1, max_length=8, strict=False)]
+    size_px: Annotated[int, Field(ge=8, le=4096)]
+    mean: tuple[float, ...]  # per channel, after windowing to 0 … 1
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = CLASSES
+    dropout: Fraction = 0.0
+    pooling: str | None = None  # timm's global_pool; None: the backbone's own
+
+
+class SequenceSpec(_Spec):
+    """What builds the sequence model again; stored beside its weights."""
+
+    cell: Literal["lstm", "gru", "transformer", "conv", "average"]
+    hidden: Size
+    layers: Few
+    bidirectional: bool
+    dropout: Fraction
+    inputs: tuple[Input, ...]
+    embedding_dim: Size
+    pca: Annotated[int, Field(ge=0, le=65_536)] = 0  # principal components, where they are an input
+    skip: tuple[Input, ...] = ()  # inputs that also go straight into the head
+    residual: bool = False
+    kernel: Annotated[int, Field(ge=1, le=1025)] = 3
+    heads: Few = 8
+    members: Annotated[int, Field(ge=1, le=1000)] = 1  # networks whose probabilities are averaged
+    reversed: bool = False  # … over the slices in both orders
+    mirrored: bool = False  # … over the images and their left-right mirror images
+    classes: tuple[str, ...] = CLASSES
+
+    def width(self, inputs: tuple[str, ...]) -> int:
+        """Return the features per slice of some inputs."""
+        sizes = {"embedding": self.embedding_dim, "deltas": 2 * self.embedding_dim, "logits": len(self.classes)}
+        sizes |= {"pca": self.pca, "spacing": 2, "position": 1}
+        return sum(sizes[name] for name in inputs)
+
+    @property
+    def input_dim(self) -> int:
+        """Features per slice that enter the network."""
+        return self.width(self.inputs)
 
 
 class Header(BaseModel):
@@ -84,3 +155,28 @@ def spacing_of(folder: Path) -> float:
     if not 0 < spacing < math.inf:
         raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
     return spacing
+
+
+def require_made_from(folder: Path, digests: dict[str, str], command: str) -> dict[str, str]:
+    """Refuse the model in ``folder`` unless its inputs have these ``digests`` (SHA-256, by name); return ``made_from``.
+
+    Raises WeightsError that names each input that differs and the ``command`` that trains the model anew.
+    """
+    made_from = read_header(folder, f"run: {command}").made_from
+    changed = [MEANING.get(name, name) for name, digest in digests.items() if made_from.get(name) != digest]
+    if changed:
+        inputs = " and another ".join(changed)
+        raise WeightsError(f"{folder / MODEL_FILE} was trained on another {inputs} than there is now; run: {command}")
+    return made_from
+
+
+def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -> bool:
+    """Return whether the model in ``folder`` was trained with these parameters on these inputs, and written whole.
+
+    The record is written last. Code is not compared: a new version of this package alone retrains nothing.
+    """
+    try:
+        require_made_from(folder, made_from, "")
+        return bool(read_json(folder / RECORD_FILE)["params"] == params)
+    except (IchpipeError, KeyError, TypeError):
+        return False

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POSITION: Final = "position_mm"
-
-STORED: Final = {
+FAR: Final = 4.0  # largest distance that ``spacing`` tells, in nominal slices (20 mm); beyond it there is a gap
+STORED: Final = {  # the source from which each input is made
     "embedding": "embedding",
     "deltas": "embedding",
     "logits": "logits",
@@ -27,10 +27,6 @@ STORED: Final = {
     "spacing": POSITION,
     "position": POSITION,
 }
-"""The source from which each input is made."""
-
-FAR: Final = 4.0
-"""Largest distance that the input ``spacing`` tells, in nominal slices (20 mm); beyond it there is a gap."""
 
 
 def stored_inputs(inputs: Iterable[str]) -> tuple[str, ...]:
@@ -40,7 +36,17 @@ def stored_inputs(inputs: Iterable[str]) -> tuple[str, ...]:
 
 def make_inputs(inputs: tuple[str, ...], sources: dict[str, Tensor], lengths: Tensor) -> Tensor:
     """Concatenate the inputs (B, T, F) in float32; ``lengths`` (B,) on the device of the sources."""
-    parts = [_make_input(name, sources[STORED[name]].float(), lengths) for name in inputs]
+    parts = []
+    for name in inputs:
+        values = sources[STORED[name]].float()
+        if name == "deltas":
+            values = _deltas(values, lengths)
+        elif name == "spacing":  # (B, T, 2), to both neighbours, in nominal slices; 0 without one (RSNA 2019's 1st)
+            values = (_deltas(values.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
+        elif name == "position":  # (B, T, 1), by mm: -1 at the lowest position of the series, 1 at the highest
+            low, high = extent(values, lengths)
+            values = ((values - low) / (high - low).clamp(min=1e-3) * 2 - 1).unsqueeze(-1)
+        parts.append(values)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -59,25 +65,12 @@ def reverse(padded: Tensor, lengths: Tensor) -> Tensor:
 def extent(position_mm: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest position of each series, (B, 1) each."""
     mask = inside(lengths, position_mm.shape[1])
-    low = position_mm.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    high = position_mm.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
-    return low, high
-
-
-def _make_input(name: str, values: Tensor, lengths: Tensor) -> Tensor:
-    if name == "deltas":
-        return _deltas(values, lengths)
-    if name == "spacing":  # (B, T, 2), to both neighbours, in nominal slices; 0 without one (RSNA 2019's 1st place)
-        return (_deltas(values.unsqueeze(-1), lengths).abs() / THICK_SLICE_MM).clamp(max=FAR)
-    if name == "position":  # (B, T, 1), by mm: -1 at the lowest position of the series, 1 at the highest
-        low, high = extent(values, lengths)
-        return ((values - low) / (high - low).clamp(min=1e-3) * 2 - 1).unsqueeze(-1)
-    return values
+    low, high = position_mm.masked_fill(~mask, torch.inf), position_mm.masked_fill(~mask, -torch.inf)
+    return low.amin(dim=1, keepdim=True), high.amax(dim=1, keepdim=True)
 
 
 def _deltas(values: Tensor, lengths: Tensor) -> Tensor:
     """Return ``[x_t - x_(t-1), x_t - x_(t+1)]`` (B, T, 2D), 0 where there is no neighbour (RSNA 2019's 2nd place)."""
-    step = values[:, 1:] - values[:, :-1]  # (B, T-1, D)
-    step = step * inside(lengths, values.shape[1])[:, 1:, None]
+    step = (values[:, 1:] - values[:, :-1]) * inside(lengths, values.shape[1])[:, 1:, None]  # (B, T-1, D)
     edge = torch.zeros_like(values[:, :1])
     return torch.cat([torch.cat([edge, step], dim=1), torch.cat([-step, edge], dim=1)], dim=-1)

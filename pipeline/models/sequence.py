@@ -18,7 +18,7 @@ from ichpipe.models.inputs import POSITION, make_inputs, reverse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ichpipe.models.specs import SequenceSpec
+    from ichpipe.models.header import SequenceSpec
 
     Sources = dict[str, Tensor]
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class _SeriesNetwork(nn.Module):
     """What all networks over series share."""
 
-    spec: SequenceSpec
+    def __init__(self, spec: SequenceSpec) -> None:
+        super().__init__()
+        self.spec = spec
 
     def one_series(self, embedding: Tensor, cnn_logits: Tensor, position_mm: Tensor) -> Tensor:
         """Classify the slices of a single series.
@@ -46,8 +48,7 @@ class _SeriesNetwork(nn.Module):
         length = torch.tensor([len(embedding)])
         if torch.onnx.is_in_onnx_export():  # a plain number would stay in an exported file
             length = torch.ones_like(position_mm, dtype=torch.int64).sum(dim=0, keepdim=True)
-        output: Tensor = self(batch, length)
-        return output.squeeze(0)
+        return self(batch, length).squeeze(0)  # type: ignore[no-any-return]
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the principal components where the model reads them and ``sources`` hold embeddings alone."""
@@ -58,8 +59,7 @@ class SequenceModel(_SeriesNetwork):
     """A context over the slices and one linear head for every slice, its bias zero at the start (the paper's)."""
 
     def __init__(self, spec: SequenceSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         self.context = build_context(spec)
         self.dropout = nn.Dropout(spec.dropout)
         width = int(self.context.width)  # type: ignore[arg-type]
@@ -94,12 +94,11 @@ class SequenceModel(_SeriesNetwork):
         """
         position_mm = sources[POSITION]
         on_device = lengths.to(position_mm.device)
-        hidden = self.context(make_inputs(self.spec.inputs, sources, on_device), lengths, position_mm)
-        hidden = self.dropout(hidden)
+        inputs = make_inputs(self.spec.inputs, sources, on_device)
+        hidden = self.dropout(self.context(inputs, lengths, position_mm))
         if self.spec.skip:
             hidden = torch.cat([hidden, make_inputs(self.spec.skip, sources, on_device)], dim=-1)
-        logits: Tensor = self.head(hidden)
-        return logits
+        return self.head(hidden)  # type: ignore[no-any-return]
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the principal components."""
@@ -112,10 +111,6 @@ class SequenceModel(_SeriesNetwork):
 class MovingAverage(_SeriesNetwork):
     """The baseline: the slice CNN's probabilities averaged over neighbouring slices. Nothing is learned."""
 
-    def __init__(self, spec: SequenceSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
         """See SequenceModel."""
         exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
@@ -127,8 +122,7 @@ class SequenceEnsemble(_SeriesNetwork):
     """Several trained networks as one: the mean of their probabilities, over both orders of slices if asked."""
 
     def __init__(self, spec: SequenceSpec, members: Sequence[SequenceModel | MovingAverage]) -> None:
-        super().__init__()
-        self.spec = spec.model_copy(update={"members": len(members)})
+        super().__init__(spec.model_copy(update={"members": len(members)}))
         self.members = nn.ModuleList(members)
 
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:

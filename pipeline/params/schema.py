@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-from ichpipe.common.errors import MissingFileError, ParamsError, did_you_mean
+from ichpipe.common.errors import DataError, MissingFileError, ParamsError, did_you_mean
+from ichpipe.common.files import decode_text
 from ichpipe.params.loading import read_yaml
 
 if TYPE_CHECKING:
@@ -328,8 +329,16 @@ def load_params(path: Path, overrides: tuple[str, ...] = (), *, must_exist: bool
             key, fault = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 fault = f"unknown key{_key_hint(problem['loc'])}"
+            if problem["type"] == "string_type" and (text := _text_of(key, overrides)):
+                fault = f"YAML reads {text} as {type(problem['input']).__name__}; quote it: --set '{key}=\"{text}\"'"
             lines.append(f"  {key}: {fault}" if key else f"  {fault}")
         raise ParamsError("\n".join(lines)) from error
+
+
+def _text_of(key: str, overrides: tuple[str, ...]) -> str:
+    """Return the text that ``--set`` gave a key, or an empty one."""
+    texts = {name.strip(): text.strip() for name, _, text in (override.partition("=") for override in overrides)}
+    return texts.get(key, "")
 
 
 def known_keys() -> list[str]:
@@ -341,10 +350,12 @@ def known_keys() -> list[str]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8-sig"))
+        raw = read_yaml(decode_text(path.read_bytes(), f"parameter file {path}"))
     except FileNotFoundError as error:
         raise MissingFileError(f"parameter file {path} does not exist; name one with --params FILE") from error
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+    except DataError as error:
+        raise ParamsError(str(error)) from None
+    except (YAMLError, OSError) as error:
         raise ParamsError(f"parameter file {path} can't be read as YAML: {error}") from error
     if raw is None:
         return {}

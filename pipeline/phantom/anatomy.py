@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ichpipe.common.constants import AIR_HU
-from ichpipe.phantom.fields import Floats, Ints, Points, RandomField, Triple, blend, capsule, ellipsoid, inside
-
-if TYPE_CHECKING:
-    from ichpipe.phantom.geometry import Geometry
+from ichpipe.phantom.fields import Floats, Geometry, Ints, Points, RandomField, blend, capsule, ellipsoid, inside
 
 FLUID_HU, WHITE_HU, GREY_HU, DURA_HU = 5.0, 28.0, 37.0, 52.0
 MUSCLE_HU, FAT_HU, BONE_HU = 50.0, -80.0, 1000.0
@@ -31,7 +27,7 @@ TEMPORAL_HORN = (((21.0, 28.0, 31.0), 5.0), ((30.0, 12.0, 10.0), 2.4), ((28.0, -
 class Head:
     """One patient's proportions; the same in all studies of that patient."""
 
-    scale: Triple  # of the standard head along x, y, z
+    scale: tuple[float, float, float]  # of the standard head along x, y, z
     egg: float  # how much wider the back is than the front
     skew: float  # one-sided flattening at the back
     skull_mm: float

@@ -42,20 +42,8 @@ def write_dataset(out: Path, studies: int, size_px: int, seed: int) -> PhantomSu
     """Write synthetic head CTs below ``out``. Same seed, same bytes; study k does not depend on ``studies``.
 
     The DICOM folder is renamed when it is complete and the table is written last, so a folder with a table is
-    complete. An earlier phantom is replaced.
-
-    Parameters
-    ----------
-    out : Path
-        Folder that receives ``dicom/`` and ``stage_2_train.csv``.
-    studies, size_px, seed : int
-        Number of studies (1 or more), rows and columns of a slice (32 or more), and the seed of all draws.
-
-    Raises
-    ------
-    DataError
-        ``out`` holds a ``dicom`` folder or a table of another origin; nothing is changed.
-
+    complete. An earlier phantom is replaced. ``size_px`` is the number of rows and columns of a slice, 32 or more.
+    Raises DataError where ``out`` holds a ``dicom`` folder or a table of another origin; nothing is changed.
     """
     if studies < 1 or size_px < 32:
         raise DataError(f"the phantom needs studies >= 1 and size_px >= 32, not {studies} and {size_px}")

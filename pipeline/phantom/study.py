@@ -13,8 +13,7 @@ from scipy import ndimage
 from ichpipe.common.classes import SUBTYPES
 from ichpipe.phantom.anatomy import build_anatomy, draw_head
 from ichpipe.phantom.bleeds import Lesion, draw_lesions
-from ichpipe.phantom.fields import Ints, RandomField, blend
-from ichpipe.phantom.geometry import Geometry, draw_geometry
+from ichpipe.phantom.fields import Geometry, Ints, RandomField, blend, draw_geometry
 from ichpipe.phantom.scanner import Scanner, draw_scanner, expose, harden
 
 if TYPE_CHECKING:
@@ -60,16 +59,7 @@ class Study:
 
 
 def make_study(seed: int, study_index: int, size_px: int) -> Study:
-    """Make one study of the data set of a seed.
-
-    Parameters
-    ----------
-    seed, study_index : int
-        Seed of the data set, and the number of the study in it, from 0.
-    size_px : int
-        Rows and columns of a slice.
-
-    """
+    """Make one study of the data set of a seed, by its number from 0, with ``size_px`` rows and columns a slice."""
     patient = patient_of(seed, study_index)
     rng = np.random.default_rng([seed, 1, study_index])
     head = draw_head(np.random.default_rng([seed, 0, patient]))

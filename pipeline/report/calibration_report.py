@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 STEPS = ("before", "after")
 
 
-def calibration_scores(labels: Floats, probabilities: Floats, calibration: Calibration) -> dict[str, Any]:
+def calibration_scores(
+    labels: Floats, probabilities: Floats, calibration: Calibration
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the test slices before and after: the content of ``calibration`` in ``metrics/evaluate.json``.
 
     Labels [n, 6] are 0 or 1; probabilities [n, 6] are those of the network. ``any_below_subtype`` is the share of
-    slices whose ``any`` is below one of the subtypes.
+    slices whose ``any`` is below one of the subtypes. Also returns the points of the reliability diagrams: ``step,
+    class, predicted, observed, n``, ten bins a class.
     """
     scores: dict[str, Any] = {
         "method": calibration.method,
@@ -37,7 +40,9 @@ def calibration_scores(labels: Floats, probabilities: Floats, calibration: Calib
         "as_they_are": calibration.as_they_are,
         "bins": BINS,
     }
+    points = []
     for step, values in zip(STEPS, (probabilities, calibration.apply(probabilities)), strict=True):
+        points += [{"step": step, **row} for row in curves(labels, values)["calibration"]]
         by_class = list(zip(CLASSES, labels.T, values.T, strict=True))
         scores[step] = {
             "weighted_log_loss": weighted_log_loss(labels, values),
@@ -46,13 +51,7 @@ def calibration_scores(labels: Floats, probabilities: Floats, calibration: Calib
             "brier": {name: brier(true, column) for name, true, column in by_class},
             "any_below_subtype": float((values[:, 0] < values[:, 1:].max(axis=1)).mean()),
         }
-    return scores
-
-
-def reliability_rows(labels: Floats, probabilities: Floats, calibration: Calibration) -> list[dict[str, Any]]:
-    """Return the points of the reliability diagrams: ``step, class, predicted, observed, n``, ten bins a class."""
-    steps = zip(STEPS, (probabilities, calibration.apply(probabilities)), strict=True)
-    return [{"step": step, **row} for step, values in steps for row in curves(labels, values)["calibration"]]
+    return scores, points
 
 
 def calibration_text(scores: Mapping[str, Any]) -> str:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 WIDTH: Final = 320.0
 HEIGHT: Final = 240.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 40.0
-LOOKS: Final = 6
-"""Lines that can be told apart; the style sheet has a colour and dashes for each (``s0`` … ``s5``)."""
-
+LOOKS: Final = 6  # lines that can be told apart: the style sheet has a colour and dashes for each (``s0`` … ``s5``)
 ROW: Final = 40.0
 NAME_LENGTH: Final = 44
 
@@ -58,9 +56,8 @@ class Axis:
         """Return ``value`` with the digits that tell neighbouring ticks apart."""
         step = (self.high - self.low) / 5
         digits = max(0, min(6, 1 - math.floor(math.log10(step)))) if step < 10 else 0
-        text = f"{value:.{digits}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text else text
-        return "0" if text in ("-0", "") else text
+        text = f"{value:z.{digits}f}"  # z turns -0 into 0
+        return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def axis_over(name: str, values: Sequence[float], *, pad: float = 0.06) -> Axis:

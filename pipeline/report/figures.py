@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import ABBREVIATIONS
-from ichpipe.report.facts import rungs_of
+from ichpipe.report.runs import rungs_of
 from ichpipe.scoring.arm_comparison import BETTER, WORSE
 from ichpipe.scoring.bootstrap import Estimate
 
@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 
 PALETTE: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-POSITIVE: Final = "#D55E00"
-"""Frame and shade of slices that are labelled positive."""
-
-BRAIN_WINDOW: Final = (40.0, 80.0)
-"""Level and width in HU (Nguyen et al. 2020)."""
-
+POSITIVE: Final = "#D55E00"  # frame and shade of slices that are labelled positive
+BRAIN_WINDOW: Final = (40.0, 80.0)  # level and width in HU (Nguyen et al. 2020)
 MAX_TILES: Final = 40
 MAX_COLUMNS: Final = 10
-
-ARM_LOOK = {BETTER: (PALETTE[2], "o"), WORSE: (PALETTE[5], "s")}
-"""Colour and marker by verdict; all other arms are grey and hollow."""
+ARM_LOOK = {BETTER: (PALETTE[2], "o"), WORSE: (PALETTE[5], "s")}  # by verdict; all other arms are grey and hollow
 
 
 def ladder(metrics: Mapping[str, Any]) -> bytes:

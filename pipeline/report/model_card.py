@@ -73,14 +73,9 @@ def card_text(card: dict[str, Any]) -> str:
     windows = ", ".join(f"{window['level_hu']:g}/{window['width_hu']:g}" for window in cnn["windows"])
     direction = ", bidirectional" if sequence["bidirectional"] else ""
     lines = [
-        "# Intracranial haemorrhage on head CT, slice by slice",
-        "",
-        card["intended_use"],
-        "",
+        f"# Intracranial haemorrhage on head CT, slice by slice\n\n{card['intended_use']}\n",
         *(f"* {limit}" for limit in card["limits"]),
-        "",
-        "| | |",
-        "|---|---|",
+        "\n| | |\n|---|---|",
         f"| slice CNN | {cnn['backbone']}, {cnn['size_px']} px, windows (level/width, HU) {windows} |",
         f"| sequence model | {sequence['cell']}, {sequence['layers']} x {sequence['hidden']}{direction}, "
         f"inputs {', '.join(sequence['inputs'])} |",
@@ -93,20 +88,12 @@ def card_text(card: dict[str, Any]) -> str:
         lines.append(f"| {split} | {sizes} ({positive}) |")
     lines += [f"| data | {data['dataset']} |", ""]
     if test:
-        lines += [
-            f"Held-out patients: weighted log loss {Estimate.of_loss(test).text()}.",
-            "",
-            "| class | AUC, slice | AUC, study |",
-            "|---|---|---|",
-        ]
+        lines.append(f"Held-out patients: weighted log loss {Estimate.of_loss(test).text()}.\n")
+        lines.append("| class | AUC, slice | AUC, study |\n|---|---|---|")
         for name in CLASSES:
-            slices, studies = (_format_auc(test[kind][name]) for kind in ("auc", "study_auc"))
-            lines.append(f"| {name} | {slices} | {studies} |")
+            aucs = [Estimate.from_json(test[kind][name]) for kind in ("auc", "study_auc")]
+            lines.append(f"| {name} | {' | '.join('–' if auc.value is None else auc.text(3) for auc in aucs)} |")
     else:
         lines.append("No labelled patients were held out: nothing is known of its accuracy.")
     lines += ["", "`ichpipe predict DICOM --out DIR --model THIS_FOLDER` runs it; nothing in this folder is unpickled."]
     return "\n".join(lines) + "\n"
-
-
-def _format_auc(auc: dict[str, Any]) -> str:
-    return "–" if auc["value"] is None else Estimate.from_json(auc).text(3)

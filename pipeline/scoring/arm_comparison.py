@@ -1,9 +1,7 @@
 """Compares arms of stage two: means and spreads over seeds, and paired differences from a baseline arm.
 
-Patients are resampled once for all arms: every difference is paired. With a dozen arms, one in twenty intervals misses
-by chance. The verdict therefore rests on simultaneous intervals: the largest studentised deviation over all arms in
-each resample (Westfall & Young 1993, Romano & Wolf 2005). A difference below twice its standard error over seeds is
-noise.
+With a dozen arms, one in twenty intervals misses by chance. The verdict therefore rests on simultaneous intervals: the
+largest studentised deviation over all arms in each resample (Westfall & Young 1993, Romano & Wolf 2005).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.errors import DataError, did_you_mean
 from ichpipe.common.text_table import format_table
 from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
-from ichpipe.scoring.heldout_predictions import LABELS
+from ichpipe.scoring.heldout_predictions import labels_and_probabilities
 from ichpipe.scoring.metrics import WEIGHTS, cross_entropies
 
 if TYPE_CHECKING:
@@ -30,11 +28,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-BASELINE: Final = "baseline"
 BETTER: Final = "better"
 WORSE: Final = "worse"
-NOISE: Final = "noise"
-OTHER: Final = "not comparable"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +77,7 @@ def compare_arms(
     others = [name for name in same if name != baseline]
     scored = [scores[name] for name in others]
     gains = _compare_paired(scores[baseline], scored, patients, bootstrap_samples, confidence, seed)
-    verdicts = dict(zip(others, gains, strict=True)) | {baseline: (BASELINE, {})}
+    verdicts = dict(zip(others, gains, strict=True)) | {baseline: ("baseline", {})}
     warnings = []
     if strangers := [name for name in names if name not in same]:
         warnings.append(f"scored on other slices than {baseline}, so not compared with it: {', '.join(strangers)}")
@@ -95,7 +90,7 @@ def compare_arms(
         "confidence": confidence,
         "bootstrap_samples": bootstrap_samples,
         "warnings": warnings,
-        "arms": [_describe(arm, scores[arm.name], *verdicts.get(arm.name, (OTHER, {}))) for arm in arms],
+        "arms": [_describe(arm, scores[arm.name], *verdicts.get(arm.name, ("not comparable", {}))) for arm in arms],
     }
 
 
@@ -103,7 +98,7 @@ def _score(table: pd.DataFrame, slices: pd.Series[Any]) -> _Scores:
     losses, by_class, rankings = [], [], []
     for _, part in table.groupby("seed", sort=True):
         rows = part.set_index("sop_uid").loc[slices]
-        true, predicted = rows[LABELS].to_numpy(np.float64), rows[list(CLASSES)].to_numpy(np.float64)
+        true, predicted = labels_and_probabilities(rows)
         entropies = cross_entropies(true, predicted)
         patient = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1]
         losses.append(entropies @ WEIGHTS)
@@ -125,7 +120,14 @@ def _compare_paired(
     losses, aucs = resampled[: len(gains)], iter(resampled[len(gains) :])
     base_resampled, *arms_resampled = [np.mean([next(aucs) for _ in of_arm], axis=0) for of_arm in rankings]
     values = [float(gain.mean()) for gain in gains]
-    widths = _simultaneous_widths(values, losses, confidence)
+    widths: list[float | None] = [None] * len(losses)  # half widths that hold for all arms together
+    if losses and len(losses[0]):
+        draws_of_arms = np.stack(losses, axis=1)  # (samples, arms)
+        error = draws_of_arms.std(axis=0)
+        moved = np.abs(draws_of_arms - np.array(values))
+        deviation = np.divide(moved, error, out=np.zeros_like(draws_of_arms), where=error > 0)
+        critical = float(np.quantile(deviation.max(axis=1), confidence))
+        widths = [float(width) for width in critical * error]
     base_auc, result = base.mean_auc(), []
     for arm, value, draws, width, auc_draws in zip(others, values, losses, widths, arms_resampled, strict=True):
         seed_means, seed_error = (base.losses.mean(axis=1), arm.losses.mean(axis=1)), None
@@ -133,7 +135,7 @@ def _compare_paired(
             seed_error = math.sqrt(sum(means.var(ddof=1) / len(means) for means in seed_means))
         verdict = BETTER if value > 0 else WORSE
         if width is None or abs(value) <= width or (seed_error is not None and abs(value) < 2 * seed_error):
-            verdict = NOISE
+            verdict = "noise"
         simultaneous = None if width is None else [value - width, value + width]
         auc = arm.mean_auc()
         difference = None if auc is None or base_auc is None else auc - base_auc
@@ -141,18 +143,6 @@ def _compare_paired(
         auc_any = estimate(difference, auc_draws - base_resampled, confidence).to_json()
         result.append((verdict, {"weighted_log_loss": loss, "auc_any": auc_any}))
     return result
-
-
-def _simultaneous_widths(values: list[float], draws: list[Floats], confidence: float) -> list[float | None]:
-    """Return the half width of each arm's interval that holds for all arms together; None without resamples."""
-    if not draws or not len(draws[0]):
-        return [None] * len(draws)
-    matrix = np.stack(draws, axis=1)  # (samples, arms)
-    error = matrix.std(axis=0)
-    moved = np.abs(matrix - np.array(values))
-    deviation = np.divide(moved, error, out=np.zeros_like(matrix), where=error > 0)
-    critical = float(np.quantile(deviation.max(axis=1), confidence))
-    return [float(width) for width in critical * error]
 
 
 def _describe(arm: Arm, scores: _Scores, verdict: str, gain: dict[str, Any]) -> dict[str, Any]:

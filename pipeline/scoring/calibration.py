@@ -28,14 +28,10 @@ if TYPE_CHECKING:
 
 Method = Literal["none", "temperature", "isotonic"]
 
-RANGE: Final = (0.05, 20.0)  # of temperatures
 MIN_SLICES: Final = 10  # positive, and negative, validation slices of a class that gets a map
+# Patients with positive slices of a class that gets a map; with fewer, the map describes these patients. With two to
+# four in a fold of CT-ICH, fitting made the held-out log loss worse in nine of ten tries (docs/predict.md).
 MIN_PATIENTS: Final = {"temperature": 5, "isotonic": 20}
-"""Patients with positive slices of a class that gets a map; with fewer, the map describes these patients.
-
-On 55 patients of CT-ICH, with two to four positive ones in a fold, fitting made the held-out log loss worse in nine
-of ten tries (docs/predict.md).
-"""
 
 
 class Curve(BaseModel):
@@ -135,7 +131,7 @@ def _fit_temperature(labels: Floats, probabilities: Floats) -> float:
         cooled = _cool(probabilities, float(np.exp(log_temperature)))
         return float(-(xlogy(labels, cooled) + xlogy(1.0 - labels, 1.0 - cooled)).mean())
 
-    best = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-8})
+    best = minimize_scalar(loss, bounds=np.log((0.05, 20.0)), method="bounded", options={"xatol": 1e-8})
     return float(f"{np.exp(best.x):.6g}")
 
 

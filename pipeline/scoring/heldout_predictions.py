@@ -55,9 +55,9 @@ def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.Da
     return table
 
 
-def of_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    """Put the tables of an arm's seeds into one, with a column ``seed``."""
-    return pd.concat([table.assign(seed=seed) for seed, table in tables.items()], ignore_index=True)
+def labels_and_probabilities(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both as arrays (n, 6), columns in the order of CLASSES."""
+    return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-WEIGHTS: Final = np.array(METRIC_WEIGHTS) / sum(METRIC_WEIGHTS)
-"""2/7 for ``any``, 1/7 for each subtype: the divisor is the sum of the weights, 7, not the number of classes, 6."""
-
+WEIGHTS: Final = np.array(METRIC_WEIGHTS) / sum(METRIC_WEIGHTS)  # 2/7 for any; divided by 7, not by 6 classes
 BINS: Final = 15  # of calibration error; equal width, as in Guo et al., ICML 2017 (arXiv 1706.04599)
 
 

@@ -39,23 +39,31 @@ def score_all(
     for name, table in tables.items() if overlap else ():
         rest = table[~table["patient_id"].isin(overlap)]
         scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
+    columns = list(CLASSES)
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
     pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
     pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
+    paired = {}
+    for earlier, later in pairs:
+        before, after = tables[earlier], tables[later]
+        if before["sop_uid"].tolist() != after["sop_uid"].tolist():
+            raise DataError(f"{earlier} and {later} were scored on different slices; run: ichpipe evaluate")
+        paired[f"{later} against {earlier}"] = paired_difference(
+            before[LABELS], before[columns], after[columns], before["patient_id"], **section.bootstrap()
+        )
     metrics = {
         SLICE_CNN: scores[SLICE_CNN],
         "sequence": arms,
         FINETUNED: scores[FINETUNED],
-        "paired": {f"{later} against {earlier}": _compare(tables, earlier, later, section) for earlier, later in pairs},
+        "paired": paired,
         "n_slices": len(first),
         "n_studies": int(first["study_uid"].nunique()),
         "n_patients": int(first["patient_id"].nunique()),
     }
     if overlap:
-        metrics["overlap"] = {
-            "patients": len(overlap), "slices_in_test": int(first["patient_id"].isin(overlap).sum())
-        }  # fmt: skip
+        slices_in_test = int(first["patient_id"].isin(overlap).sum())
+        metrics["overlap"] = {"patients": len(overlap), "slices_in_test": slices_in_test}
     return metrics
 
 
@@ -91,14 +99,6 @@ def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
     columns = table[LABELS], table[list(CLASSES)], table["patient_id"], table["series_uid"]
     smooth = smooth_series(table)
     return score(*columns, **section.bootstrap(), study_score=section.study_score, study_probabilities=smooth)
-
-
-def _compare(tables: dict[str, pd.DataFrame], earlier: str, later: str, section: EvaluateParams) -> dict[str, Any]:
-    first, second = tables[earlier], tables[later]
-    if first["sop_uid"].tolist() != second["sop_uid"].tolist():
-        raise DataError(f"{earlier} and {later} were scored on different slices; run: ichpipe evaluate")
-    columns = list(CLASSES)
-    return paired_difference(first[LABELS], first[columns], second[columns], first["patient_id"], **section.bootstrap())
 
 
 def smooth_series(table: pd.DataFrame) -> NDArray[np.float64]:

@@ -35,8 +35,7 @@ def pool(values: Floats, group: NDArray[np.intp], groups: int, how: StudyScore =
         return -np.expm1(result)
     if how == "mean":
         np.add.at(result, group, values)
-        means: Floats = result / np.maximum(sizes, 1)[:, None]
-        return means
+        return np.asarray(result / np.maximum(sizes, 1)[:, None])
     starts = np.cumsum(sizes) - sizes
     for column, probabilities in enumerate(values.T):
         order = np.lexsort((-probabilities, group))  # each group's largest first

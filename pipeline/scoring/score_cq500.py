@@ -11,9 +11,8 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
 from ichpipe.index.cq500_reads import FINDINGS, ScanTable, one_row_each, scan_name, scan_numbers
-from ichpipe.scoring.delong import compare, interval
 from ichpipe.scoring.metrics import reliability, score
-from ichpipe.scoring.operating_points import operating_points
+from ichpipe.scoring.roc import compare, interval, operating_points
 from ichpipe.scoring.score_slices import count_names, read_probabilities
 
 if TYPE_CHECKING:

@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from ichpipe.common.user_tables import Table
 
     Floats = NDArray[np.float64]
-    _Reader = Callable[[Table, str], Floats]
 
-GROUPS: Final = ("patient_id", "study_uid", "series_uid")
-"""Columns that name the patient, study and series of a slice, the widest first."""
-
+GROUPS: Final = ("patient_id", "study_uid", "series_uid")  # columns that name what a slice belongs to, widest first
 _KEYS: Final = ("sop_uid", "ID", "SOPInstanceUID")
 _FORMS: Final = (
     f"a slice table has the columns ID,Label with IDs <SOPInstanceUID>_<class>, or one of {', '.join(_KEYS)} "
@@ -99,48 +96,37 @@ def _read_label(table: Table, column: str) -> Floats:
     return values
 
 
-def _read(table: Table, read_column: _Reader, columns: tuple[str, ...]) -> SliceTable:
-    if sorted(table.names) == LONG_COLUMNS:
-        return _read_long(table, read_column)
-    key = next((name for name in _KEYS if name in table.names), None)
-    absent = [name for name in columns if name not in table.names]
-    if key is None or absent:
-        raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}")
-    uids = pd.Index(table.text(key).to_pandas())
-    values = np.column_stack([read_column(table, name) for name in columns])
-    codes, unique = pd.factorize(uids)
-    first = np.flatnonzero(~uids.duplicated())
-    _refuse_contradictions(table, values, values[first[codes]], uids)
-    texts = {name: table.optional_text(name) for name in GROUPS}
-    groups = {name: column.to_numpy()[first] for name, column in texts.items() if column is not None}
-    return _make_table(table, "wide", values[first], unique, groups, len(first))
-
-
-def _read_long(table: Table, read_column: _Reader) -> SliceTable:
-    """Read rows of one slice and class each."""
-    ids = table.text("ID")
-    uids, columns = parse_ids(table, ids)
-    values = read_column(table, "Label")
-    codes, unique = pd.factorize(pd.Index(uids.to_pandas()))
-    cells = np.full((len(unique), len(CLASSES)), np.nan)
-    cells[codes, columns] = values
-    _refuse_contradictions(table, values[:, None], cells[codes, columns][:, None], pd.Index(ids.to_pandas()))
-    return _make_table(table, "long", cells, unique, {}, int((~np.isnan(cells)).sum()))
-
-
-def _make_table(
-    table: Table, form: str, values: Floats, uids: pd.Index, groups: dict[str, NDArray[Any]], distinct_rows: int
-) -> SliceTable:
+def _read(table: Table, read_column: Callable[[Table, str], Floats], columns: tuple[str, ...]) -> SliceTable:
+    is_long = sorted(table.names) == LONG_COLUMNS
+    groups: dict[str, NDArray[Any]] = {}
+    if is_long:  # a row is one slice and class
+        ids = table.text("ID")
+        uids, column = parse_ids(table, ids)
+        codes, unique = pd.factorize(pd.Index(uids.to_pandas()))
+        values = read_column(table, "Label")[:, None]
+        cells = np.full((len(unique), len(CLASSES)), np.nan)
+        cells[codes, column] = values[:, 0]
+        kept, names = cells[codes, column][:, None], pd.Series(ids.to_pandas())
+        distinct_rows = int((~np.isnan(cells)).sum())
+    else:
+        key = next((name for name in _KEYS if name in table.names), None)
+        absent = [name for name in columns if name not in table.names]
+        if key is None or absent:
+            raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}")
+        names = pd.Series(table.text(key).to_pandas())
+        values = np.column_stack([read_column(table, name) for name in columns])
+        codes, unique = pd.factorize(pd.Index(names))
+        first = np.flatnonzero(~names.duplicated())
+        cells, kept, distinct_rows = values[first], values[first[codes]], len(first)
+        texts = {name: table.optional_text(name) for name in GROUPS}
+        groups = {name: column.to_numpy()[first] for name, column in texts.items() if column is not None}
+    differ = ((values != kept) & ~(np.isnan(values) & np.isnan(kept))).any(axis=1)
+    table.refuse(differ, "contradicts another row of the same ID; keep one of them", names)
     rows = len(table.content)
-    report = {"file": str(table.path), "form": form, "n_rows": rows, "n_duplicate_rows": rows - distinct_rows}
-    frame = pd.DataFrame(values, index=uids, columns=list(CLASSES))
-    return SliceTable(table.title, frame, pd.DataFrame(groups, index=uids), report)
-
-
-def _refuse_contradictions(table: Table, values: Floats, others: Floats, names: pd.Index) -> None:
-    """Refuse rows whose ``values`` (rows, k) differ from those of another row of the same name."""
-    differ = ((values != others) & ~(np.isnan(values) & np.isnan(others))).any(axis=1)
-    table.refuse(differ, "contradicts another row of the same ID; keep one of them", names.to_series())
+    report = {"file": str(table.path), "form": "long" if is_long else "wide", "n_rows": rows}
+    report["n_duplicate_rows"] = rows - distinct_rows
+    frame = pd.DataFrame(cells, index=unique, columns=list(CLASSES))
+    return SliceTable(table.title, frame, pd.DataFrame(groups, index=unique), report)
 
 
 def score_slices(

@@ -14,9 +14,8 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
 from ichpipe.scoring.bootstrap import Ranking, estimate, resample
-from ichpipe.scoring.delong import interval
 from ichpipe.scoring.metrics import brier, calibration_error, cross_entropies, weighted_log_loss
-from ichpipe.scoring.operating_points import operating_points
+from ichpipe.scoring.roc import interval, operating_points
 from ichpipe.scoring.score_slices import count_names, read_probabilities
 
 if TYPE_CHECKING:

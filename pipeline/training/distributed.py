@@ -6,6 +6,7 @@ gradients are summed once, before the step, in one message. One process alone co
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,20 +14,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
+from ichpipe.common.processes import launched_rank, signals_end_at_once
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from typing import TypeVar
 
     T = TypeVar("T")
 
+log = logging.getLogger("ichpipe")
+
 
 @contextmanager
 def processes() -> Iterator[None]:
     """Join the other processes of this run where `torchrun` started it; leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if launched_rank()[1] == 1 or distributed.is_initialized():
+        if os.environ.get("WORLD_SIZE", "1").strip() not in {"", "1"} and not distributed.is_initialized():
+            log.warning("WORLD_SIZE is set, but MASTER_ADDR or MASTER_PORT is not: this process trains alone")
         yield
         return
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    with signals_end_at_once():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -35,7 +43,7 @@ def processes() -> Iterator[None]:
 
 def local_gpu(gpu: str) -> str:
     """Return the device of this process: under `torchrun`, ``auto`` is one GPU for each process."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched_rank()[1] > 1
     return os.environ.get("LOCAL_RANK", gpu) if several and gpu == "auto" and torch.cuda.is_available() else gpu
 
 
@@ -53,10 +61,12 @@ def rank() -> int:
 def first_goes_first() -> Iterator[None]:
     """Let the first process finish the body before the others begin it."""
     if rank() > 0:
-        distributed.barrier()
+        with signals_end_at_once():
+            distributed.barrier()
     yield
     if rank() == 0 and count() > 1:
-        distributed.barrier()
+        with signals_end_at_once():
+            distributed.barrier()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

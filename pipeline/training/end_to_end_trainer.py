@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,7 @@ from ichpipe.common.errors import TrainingError, UnreadableDicomError
 from ichpipe.common.progress import Counter
 from ichpipe.features.embedder import classify_series
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
@@ -25,13 +25,12 @@ from ichpipe.training.losses import weighted_bce, weighted_bce_sum
 from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pandas as pd
     from torch import Tensor
 
-    from ichpipe.images.pixel_cache import PixelCache
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params.schema import FinetuneParams
     from ichpipe.training.trainer import Position
@@ -47,13 +46,10 @@ class ImageSeries:
 
 
 @dataclass(frozen=True)
-class SeriesBatch:
-    """Some series, or samples of them, and their slices as one batch of images."""
+class SeriesBatch(Batch):
+    """The slices of some series, or of samples of them, as one batch of images."""
 
-    images: Batch
-    members: list[list[int]]  # of each series of this process: numbers within the batch
-    position_mm: list[Tensor]
-    seeds: list[int]
+    members: list[tuple[list[int], Tensor, int]]  # series of this process: numbers within the batch, mm, seed
     n_series: int  # of all processes
 
 
@@ -87,13 +83,13 @@ class EndToEndFitting:
         train: list[ImageSeries],
         val: list[ImageSeries],
         workers: int = 0,
-        pixels: PixelCache | None = None,
+        read: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
         self.workers = workers
         paths = [path for series in train for path in series.paths]
         labels = torch.cat([series.labels for series in train])
-        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, pixels)
+        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, read)
         self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
         self.context = functools.partial(autocast, device, section.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
@@ -132,10 +128,10 @@ class EndToEndFitting:
         self.model.train()
         self.unfreeze(epoch)
         steps = self.steps(epoch)[position.step :]
-        loads = [batch.images.needed_rows for batches in steps for batch in batches if batch.members]
+        loads = [batch.needed_rows for batches in steps for batch in batches if batch.members]
         pixels = batch_loader(self.slices, loads, self.workers)
         position.begin()
-        slices = sum(len(batch.images.rows) for batches in steps for batch in batches)
+        slices = sum(len(batch.rows) for batches in steps for batch in batches)
         counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
         for batches in steps:
             of_all = sum(batch.n_series for batch in batches)
@@ -144,20 +140,20 @@ class EndToEndFitting:
                 losses += self.backward(batch, next(pixels)[0], of_all) if batch.members else []
             step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
             position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
-            counter.add(sum(len(batch.images.rows) for batch in batches))
+            counter.add(sum(len(batch.rows) for batch in batches))
         counter.close()
 
     def backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
         """Add the gradient of each series of this process, as a share ``of_all`` series; return their losses."""
-        batch_labels, size, losses = batch.images.labels(self.slices.labels), self.section.chunk_slices, []
-        for rows, position_mm, seed in zip(batch.members, batch.position_mm, batch.seeds, strict=True):
+        batch_labels, size, losses = batch.labels(self.slices.labels), self.section.chunk_slices, []
+        for rows, position_mm, seed in batch.members:
             labels = batch_labels[rows].to(self.device)
             if labels.isnan().any(dim=1).all():  # a sample may hold no known label
                 continue
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
             loss = backward_in_chunks(
                 self.model,
-                [functools.partial(batch.images.images, hu, part, self.device) for part in parts],
+                [functools.partial(batch.images, hu, part, self.device) for part in parts],
                 position_mm.to(self.device),
                 functools.partial(weighted_bce, labels=labels),
                 context=self.context,
@@ -190,9 +186,9 @@ class EndToEndFitting:
             for series, seed in zip(train, seeds, strict=True)
         ]
         ends = np.cumsum([0, *(len(rows) for rows in samples)]).tolist()
-        mine = share(range(len(samples)))
-        members = [list(range(ends[number], ends[number + 1])) for number in mine]
-        cut_seed = derive_seed(section.seed, "cut", epoch, start)
+        spans = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+        members = [(spans[n], train[n].position_mm[list(samples[n])], seeds[n]) for n in share(range(len(samples)))]
+        cut = draw_cut(section.cutmix, ends[-1], self.slices.size_px, derive_seed(section.seed, "cut", epoch, start))
 
         def draw() -> augmentation.AugmentDraw:
             draws = [
@@ -201,11 +197,6 @@ class EndToEndFitting:
             ]
             return augmentation.AugmentDraw.joined(draws)
 
-        images = Batch(
-            [self.starts[number] + row for number, rows in zip(numbers, samples, strict=True) for row in rows],
-            [row for rows in members for row in rows],
-            draw,
-            lambda: draw_cut(section.cutmix, ends[-1], self.slices.size_px, cut_seed),
-        )
-        position_mm = [train[number].position_mm[list(samples[number])] for number in mine]
-        return SeriesBatch(images, members, position_mm, [seeds[number] for number in mine], len(samples))
+        all_rows = [self.starts[number] + row for number, rows in zip(numbers, samples, strict=True) for row in rows]
+        own_rows = [row for rows, _, _ in members for row in rows]
+        return SeriesBatch(all_rows, own_rows, cut, draw, members, len(samples))

@@ -10,13 +10,13 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ichpipe.common.artifacts import HISTORY_FILE, RECORD_FILE
-from ichpipe.common.files import write_json
+from ichpipe.common.files import installed_versions, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -26,29 +26,21 @@ if TYPE_CHECKING:
 PACKAGES = ("ichpipe", "torch", "timm", "numpy", "pydicom", "zarr", "dask")
 
 
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Return the wall time so far, to a tenth of a second."""
-        return round(time.perf_counter() - self._start, 1)
+def start_watch() -> Callable[[], float]:
+    """Return a function that returns the seconds from now on, to a tenth."""
+    start = time.perf_counter()
+    return lambda: round(time.perf_counter() - start, 1)
 
 
 def write_record(
     folder: Path, *, stage: str, params: dict[str, Any], device: torch.device, seconds: float, facts: dict[str, Any]
 ) -> None:
     """Write ``record.json``; ``facts`` are the stage's own (counts, best epoch, …)."""
-    device_name, versions = device.type, {"python": platform.python_version()}
+    device_name, versions = device.type, {"python": platform.python_version()} | installed_versions(PACKAGES)
     if device.type == "cuda":
         import torch  # noqa: PLC0415 - already loaded where there is a device
 
         device_name = torch.cuda.get_device_name(device)
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
     commit: str | None = None  # of the working folder, where it is a git checkout
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from ichpipe.params.schema import SequenceParams
     from ichpipe.training.trainer import Position
 
-SAVE_EVERY_S = 20.0
-"""Least seconds between checkpoints: writing one may take longer than an epoch over cached features."""
+SAVE_EVERY_S = 20.0  # least time between checkpoints: writing one may take longer than an epoch
 
 
 class SequenceFitting:

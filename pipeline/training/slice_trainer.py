@@ -11,8 +11,7 @@ import torch
 from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling
 from ichpipe.common.progress import Counter
 from ichpipe.images import augmentation
-from ichpipe.images.cutmix import draw_cut
-from ichpipe.images.slice_batch import Batch, sample
+from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import batch_loader, batches_of
 from ichpipe.training.distributed import all_sum, average_statistics, share
 from ichpipe.training.losses import weighted_bce_sum
@@ -117,12 +116,12 @@ class SliceFitting:
 
     def _batch(self, rows: list[int], epoch: int, number: int) -> Batch:
         n, section = len(rows), self.section
-        return Batch(
-            rows,
-            list(share(range(n))),
-            lambda: augmentation.draw(section.augment, n, generator(self.seed, "augment", epoch, number)),
-            lambda: draw_cut(section.cutmix, n, self.cnn.spec.size_px, derive_seed(self.seed, "cut", epoch, number)),
-        )
+        cut = draw_cut(section.cutmix, n, self.cnn.spec.size_px, derive_seed(self.seed, "cut", epoch, number))
+
+        def draw() -> augmentation.AugmentDraw:
+            return augmentation.draw(section.augment, n, generator(self.seed, "augment", epoch, number))
+
+        return Batch(rows, list(share(range(n))), cut, draw)
 
     def _backward(self, batch: Batch, hu: Tensor, of_all: int) -> Tensor:
         """Add the gradient of this process's part of a batch; return its part of the step's mean loss."""

@@ -30,11 +30,8 @@ log = logging.getLogger("ichpipe")
 
 Weights = dict[str, "Tensor"]
 
-SAVE_WITHIN_S = 300.0
-"""Seconds between checkpoints within an epoch."""
-
-LOOK_STEPS = 50
-"""Steps between two checks of the loss: each makes a GPU wait; without them a diverged run would go on for hours."""
+SAVE_WITHIN_S = 300.0  # between checkpoints within an epoch
+LOOK_STEPS = 50  # between two checks of the loss: each makes a GPU wait
 
 
 @dataclass(frozen=True)
@@ -97,10 +94,7 @@ class Position:
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
     def begin(self) -> None:
-        """Restore the random state in which the epoch was stopped, if it was.
-
-        Call it once everything is set up: a DataLoader that starts draws a number from the global generator.
-        """
+        """Restore the random state of a stopped epoch. Call it last: a DataLoader that starts draws a number."""
         if self._random is None:
             return
         state, cuda_states = self._random
@@ -185,9 +179,8 @@ class Trainer:
     ) -> list[Epoch]:
         """Train, load the kept weights into the model (of several epochs the last), return the learning curve.
 
-        ``train_epoch`` gets the epoch (from 1) and its position, and trains from there. ``compare_with_start`` lets the
-        weights from before the first epoch win: the model never ends worse on validation than it began. Raises
-        TrainingError where the loss is not finite.
+        ``train_epoch`` gets the epoch (from 1) and its position, and trains from there. With ``compare_with_start`` the
+        model never ends worse on validation than it began. Raises TrainingError where the loss is not finite.
         """
         if self.ema_decay:
             self._average = _moving_average(self.model, self.ema_decay)

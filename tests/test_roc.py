@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from ichpipe.scoring.bootstrap import Ranking, percentile_interval, resample
-from ichpipe.scoring.delong import areas, compare, interval
+from ichpipe.scoring.roc import areas, compare, interval
 
 
 def cases(seed, n=120, levels=12, models=2):
@@ -35,19 +35,19 @@ def pair_by_pair(labels, scores):
 @given(st.integers(0, 10_000), st.integers(5, 80), st.integers(1, 40), st.integers(1, 4))
 def test_ranks_give_what_pairs_give(seed, n, levels, models):
     labels, scores = cases(seed, n, levels, models)
-    found = areas(labels, scores)
+    aucs, found_covariance = areas(labels, scores)
     auc, covariance = pair_by_pair(labels, scores)
-    np.testing.assert_allclose(found.values, auc, atol=1e-12)
-    np.testing.assert_allclose(found.covariance, covariance, atol=1e-12)
-    assert found.values[0] == pytest.approx(roc_auc_score(labels, scores[:, 0]))
+    np.testing.assert_allclose(aucs, auc, atol=1e-12)
+    np.testing.assert_allclose(found_covariance, covariance, atol=1e-12)
+    assert aucs[0] == pytest.approx(roc_auc_score(labels, scores[:, 0]))
 
 
 def test_hand_arithmetic():
     # Positives 3, 1; negatives 2, 0: of four pairs (1, 2) is lost. By positive 1 and 1/2, by negative 1/2 and 1:
     # each has variance 1/8, so the AUC has 1/8 / 2 + 1/8 / 2 = 1/8.
-    found = areas([1, 1, 0, 0], np.array([[3], [1], [2], [0]]))
-    assert found.values.tolist() == [0.75]
-    assert found.covariance.tolist() == [[0.125]]
+    aucs, covariance = areas([1, 1, 0, 0], np.array([[3], [1], [2], [0]]))
+    assert aucs.tolist() == [0.75]
+    assert covariance.tolist() == [[0.125]]
     assert interval([1, 1, 0, 0], [3, 1, 2, 0])["ci_high"] == 1.0  # cut
 
 
