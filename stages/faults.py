@@ -10,7 +10,7 @@ import sys
 KEPT = "what was finished is kept, and the same command goes on from there"
 
 
-def message_of(error: BaseException) -> str | None:
+def message_of(error: BaseException) -> str | None:  # noqa: PLR0911 - a line for each fault
     """Return the message for an error that the machine caused; None for any other error, a fault of this program."""
     if _is(error, "distributed", "scheduler", "KilledWorker"):
         return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
@@ -25,11 +25,9 @@ def message_of(error: BaseException) -> str | None:
         return f"the GPU failed ({first}); see nvidia-smi, or take another one with --gpu; {KEPT}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"there is not enough memory; run again with fewer --workers or a smaller batch_size; {KEPT}"
-    if any(mark in text for mark in ("shared memory", "/torch_", "Bus error")) and isinstance(error, RuntimeError):
-        return (
-            "there is not enough shared memory (/dev/shm) for decoding processes; give the container more "
-            f"(docker run --shm-size 2g), or use --workers 0; {KEPT}"
-        )
+    if isinstance(error, RuntimeError) and any(mark in text for mark in ("shared memory", "/torch_", "Bus error")):
+        cause = "there is not enough shared memory (/dev/shm) for decoding processes"
+        return f"{cause}; give the container more (docker run --shm-size 2g), or use --workers 0; {KEPT}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a process that decodes slices was killed, perhaps for want of memory; use fewer --workers; {KEPT}"
     return None

@@ -22,14 +22,8 @@ if TYPE_CHECKING:
 
 # Keys of the faults that refuse a series. With other faults (bone kernel, loss, thin) it is still a head CT.
 REFUSING_FAULTS: Final = (
-    "unusable",
-    "absurd values",
-    "not a head",
-    "other examination",
-    "too little",
-    "contrast",
-    "turned",
-)
+    "unusable", "absurd values", "not a head", "other examination", "too little", "contrast", "turned"
+)  # fmt: skip
 REFUSED_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", "reason"]
 
 

@@ -1,0 +1,139 @@
+"""Terminals, pipes, clusters and file systems that are not as usual."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import pytest
+from conftest import PROGRAM
+
+from ichpipe.cache.location import StoreLocation
+from ichpipe.common import run_lock
+from ichpipe.common.errors import DataError, ParamsError
+from ichpipe.common.files import decode_text
+from ichpipe.common.processes import launched_rank
+from ichpipe.params.schema import load_params
+from ichpipe.stages.faults import message_of
+
+
+def ichpipe(*words, encoding="utf-8"):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    return subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("encoding", ["cp437", "latin-1", "ascii", "cp1252", "utf-8"])
+def test_a_terminal_shows_what_it_can(tmp_path, encoding):
+    folder = tmp_path / "Müller-Ω-頭"
+    folder.mkdir()
+    done = ichpipe("--set", f"prepare.dicom_dir={folder}", "--set", "prepare.labels=null", "prepare", encoding=encoding)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert "ichpipe: no file in".encode(encoding) in done.stderr
+    assert folder.name.encode(encoding, "replace") in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&-", "0<&- 1>&- 2>&-"])
+def test_streams_may_be_closed(tmp_path, closed):
+    command = " ".join(f"'{word}'" for word in [*PROGRAM, "phantom", "--out", str(tmp_path / "p"), "--studies", "1"])
+    done = subprocess.run(["bash", "-c", f"{command} --size 32 {closed}"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "p" / "dicom").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, (1, 2)),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "h"}, (0, 1)),
+    ],
+)
+def test_ranks_count_only_with_an_address(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == expected
+
+
+@pytest.mark.slow
+def test_waiting_for_other_ranks_ends_at_sigterm():
+    code = "from ichpipe.training import distributed\nprint('begin', flush=True)\nwith distributed.processes(): pass"
+    names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, **names}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"begin\n"
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, number):
+    def refuse(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with run_lock.hold_lock(tmp_path / "locks", "stage"), StoreLocation(str(tmp_path / "store")).writing():
+        (tmp_path / "written").touch()
+    assert (tmp_path / "written").exists()
+
+
+def test_other_errors_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match="I/O error"), run_lock.hold_lock(tmp_path / "locks", "stage"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["2013_05_10", "007", "no", "1e5", "2013-05-10", "12:30"])
+def test_a_value_that_yaml_reads_otherwise_gets_quotes(tmp_path, text):
+    with pytest.raises(ParamsError, match=f"YAML reads {text} as .*--set 'prepare.dicom_dir=\"{text}\"'"):
+        load_params(tmp_path / "none.yaml", (f"prepare.dicom_dir={text}",))
+    assert load_params(tmp_path / "none.yaml", (f'prepare.dicom_dir="{text}"',)).prepare.dicom_dir == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_of_the_user_in_any_usual_encoding(tmp_path, encoding):
+    assert decode_text("dir/Müller\n".encode(encoding), "list") == "dir/Müller\n"
+    path = tmp_path / "params.yaml"
+    path.write_bytes("prepare: {dicom_dir: Müller}\n".encode(encoding))
+    assert load_params(path).prepare.dicom_dir == "Müller"
+
+
+def test_another_encoding_is_named_with_its_line(tmp_path):
+    with pytest.raises(DataError, match=r"list.txt, line 2: neither UTF-8 nor UTF-16.*save it as UTF-8"):
+        decode_text("a\nMüller\n".encode("latin-1"), "list.txt")
+    path = tmp_path / "params.yaml"
+    path.write_bytes("prepare: {dicom_dir: Müller}\n".encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"parameter file .*line 1: neither"):
+        load_params(path)
+    (tmp_path / "list.txt").write_bytes("Müller\n".encode("latin-1"))
+    for words in (["--list", tmp_path / "list.txt"], [f"@{tmp_path / 'list.txt'}"]):
+        done = ichpipe("predict", *words)
+        assert done.returncode == 1
+        assert b"neither UTF-8 nor UTF-16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "unable to write to file </torch_7_1_0>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_7>: Resource temporarily unavailable (11)",
+    ],
+)
+def test_a_small_shared_memory_is_named(text):
+    assert "--shm-size" in message_of(RuntimeError(text))
