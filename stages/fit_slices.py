@@ -152,7 +152,7 @@ def train_network(
     import torch
 
     from ichpipe.common.device import derive_seed
-    from ichpipe.models.slice_cnn import SliceCnn, spec_for
+    from ichpipe.models.slice_cnn import SliceCnn, require_size, spec_for
     from ichpipe.models.weights import load_pretrained, save_model
     from ichpipe.training import distributed
     from ichpipe.training.run_record import start_watch, write_history
@@ -171,6 +171,7 @@ def train_network(
     if section.pretrained is not None:
         load_pretrained(cnn.backbone, section.backbone, section.pretrained)
     cnn.to(device)
+    require_size(cnn)
     if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
         from timm.layers.norm_act import convert_sync_batchnorm
 

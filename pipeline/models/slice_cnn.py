@@ -111,6 +111,26 @@ def spec_for(
     )
 
 
+def require_size(cnn: SliceCnn) -> None:
+    """Raise ParamsError unless the backbone takes slices of its size: one blank slice goes through."""
+    import timm  # noqa: PLC0415 - slow to import
+
+    name, size_px, training = cnn.spec.backbone, cnn.spec.size_px, cnn.training
+    cnn.eval()  # no random number is drawn and no statistics change
+    try:
+        with torch.inference_mode():
+            cnn(torch.zeros(1, 1, size_px, size_px, device=next(cnn.parameters()).device))
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        config = timm.get_pretrained_cfg(name)
+        own = f"{config.input_size[-1]}, its own size" if config else "another size"
+        raise ParamsError(
+            f"fit-slices.backbone: {name} can't take slices of {size_px} px ({type(error).__name__}); set "
+            f"prepare.size_px to {own}, or take another backbone"
+        ) from error
+    finally:
+        cnn.train(training)
+
+
 def parts_of(cnn: SliceCnn) -> list[list[nn.Parameter]]:
     """Return the parameters by part, from the first to the last: timm's grouping, the classifier in the last."""
     from timm.models import group_parameters  # noqa: PLC0415 - slow to import
@@ -128,9 +148,20 @@ def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
     import timm  # noqa: PLC0415 - slow to import
 
     name, channels = spec.backbone, len(spec.windows)
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size and config.input_size[1:] != (spec.size_px, spec.size_px)
+    size: dict[str, Any] = {"img_size": spec.size_px} if fixed else {}
     try:  # timm leaves out a pooling of None
-        model: Any = timm.create_model(name, num_classes=0, in_chans=channels, global_pool=spec.pooling)
+        try:
+            model: Any = timm.create_model(name, num_classes=0, in_chans=channels, global_pool=spec.pooling, **size)
+        except TypeError:  # a network that takes no size
+            model = timm.create_model(name, num_classes=0, in_chans=channels, global_pool=spec.pooling)
     except (AssertionError, TypeError, ValueError) as error:
+        if spec.pooling is None and size:
+            raise ParamsError(
+                f"fit-slices.backbone: {name} can't be built for slices of {spec.size_px} px; set prepare.size_px to "
+                f"{config.input_size[-1]}, its own size, or take another backbone"
+            ) from error
         if spec.pooling is None:
             raise
         raise ParamsError(f"fit-slices.pooling: {name} has no {spec.pooling!r}; leave it null") from error

@@ -5,11 +5,14 @@ Pretrained backbones come from a file, from an installed package, or from timm's
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,12 +27,19 @@ from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pydantic import BaseModel
     from torch import Tensor
 
 M = TypeVar("M", bound=nn.Module)
+
+_CONTAINERS: Final = (  # where checkpoints of timm, Lightning, detectron and others keep the tensors
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "state_dict_ema",
+    "model_ema", "ema",
+)  # fmt: skip
+_WRAPPERS: Final = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone", "encoder"})
+MAX_WRAPPERS: Final = 3
 
 
 def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
@@ -96,12 +106,15 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
     else:
         state = _read_state(source)
     expected = backbone.state_dict()
+    state = _strip_prefix(state, expected)
     classifiers = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     prefixes = tuple(f"{classifier}." for classifier in classifiers)
     state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     if set(state) != set(expected):
         state = _match_by_order(state, expected, name, source)
+    if any(value.shape != expected[key].shape for key, value in state.items()):
+        state = _resample(state, backbone)
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise WeightsError(
@@ -109,6 +122,16 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
                 f"{name} wants {tuple(expected[key].shape)} (three windows fit RGB weights)"
             )
     backbone.load_state_dict(state)
+
+
+def _resample(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Fit position embeddings to another image size, as timm does; other tensors keep their shape."""
+    adapt: Any = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    try:
+        adapted = adapt(dict(state), backbone) if adapt else state
+    except Exception:  # each of timm's filters has its own errors; the shapes are reported
+        return state
+    return adapted if set(adapted) == set(state) else state
 
 
 def _load(folder: Path, kind: str, command: str, build: Callable[[Header], M]) -> M:
@@ -155,13 +178,45 @@ def _read_state(source: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        cause = f"holds objects of {kinds[0]}" if kinds else "can't be read as weights"
+        raise WeightsError(
+            f"{path} {cause}, which are not unpickled; save its state_dict alone: "
+            "torch.save(checkpoint['state_dict'], FILE)"
+        ) from error
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
         raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}); fetch it again") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise WeightsError(f"{path} holds no table of named tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return _unwrap(state, path)
+
+
+def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
+    """Return the table of tensors in a checkpoint, which may lie under one of _CONTAINERS. Raises WeightsError."""
+    while isinstance(state, dict) and not all(isinstance(value, torch.Tensor) for value in state.values()):
+        inner = next((name for name in _CONTAINERS if isinstance(state.get(name), dict)), None)
+        if inner is None:
+            names = ", ".join(str(name)[:40] for name in list(state)[:8])
+            raise WeightsError(f"{path} holds no table of named tensors; it holds {names}; save the state_dict alone")
+        state = state[inner]
+    if not isinstance(state, dict) or not state:
+        raise WeightsError(f"{path} holds no table of named tensors, but {type(state).__name__}")
+    return {str(name): value for name, value in state.items()}
+
+
+def _strip_prefix(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Drop what a wrapper put before each name: ``module.``, ``_orig_mod.``, Lightning's ``model.``, ``backbone.``."""
+    names, parts = set(expected), next(iter(state)).split(".")
+    heads = {".".join(name.split(".")[:depth]) + "." for name in state for depth in range(1, MAX_WRAPPERS + 1)}
+    for prefix in sorted(heads, key=len):
+        stripped = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if names <= set(stripped):
+            return stripped
+    while len(parts) > 1 and parts[0] in _WRAPPERS and all(name.startswith(f"{parts[0]}.") for name in state):
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+        parts = parts[1:]
+    return state
 
 
 def _match_by_order(state: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
