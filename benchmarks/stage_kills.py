@@ -44,7 +44,7 @@ evaluate: {bootstrap_samples: 20}
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMES = ("wall_seconds", "folds_wall_seconds", "seconds", "seconds_per_seed")
-LEFT = (".tmp", ".partial")
+LEFT = ("tmp", ".partial")
 
 
 @dataclass(frozen=True)

@@ -144,13 +144,17 @@ def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator
 
 
 def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
-    """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again."""
-    for problem in problems:
-        part = "/".join(filter(None, (problem.generation, problem.part)))
-        chunk = problem.chunk
-        files = [part] if chunk is None else [layout.chunk_name(part, kind, chunk) for kind in layout.ROW_ARRAYS]
-        for name in files:
-            location.remove(name)
+    """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again.
+
+    Waits while another process writes the store.
+    """
+    with location.writing():
+        for problem in problems:
+            part = "/".join(filter(None, (problem.generation, problem.part)))
+            chunk = problem.chunk
+            files = [part] if chunk is None else [layout.chunk_name(part, kind, chunk) for kind in layout.ROW_ARRAYS]
+            for name in files:
+                location.remove(name)
 
 
 def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:

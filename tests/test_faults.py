@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(branch, disk, capsy
     assert str(folder) in told
     assert "No space left on device" in told
     assert "kept" in told
-    assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert not [path for path in folder.rglob("*") if path.name.endswith(("tmp", ".partial"))]
     assert not list(folder.rglob("*.safetensors"))
 
 
@@ -150,8 +150,7 @@ def test_bytes_and_name_are_synced_before_and_after_the_renaming(tmp_path, monke
     monkeypatch.setattr(files, "sync", lambda path: steps.append(("sync", path.name, (tmp_path / "a").exists())))
     files.write_text(tmp_path / "a", "x")
     (first, second) = steps
-    assert first[1].startswith(".a.")
-    assert not first[2]
+    assert first == ("sync", "a", False)
     assert second == ("sync", tmp_path.name, True)
 
 
@@ -162,6 +161,7 @@ def test_every_output_goes_through_one_door():
         "pipeline/common/run_lock.py": "a number of a process, of no use once it is gone",
         "pipeline/phantom/dataset.py": "a folder that is renamed when it is whole",
         "pipeline/phantom/sheet.py": "a picture for the documentation, not of a stage",
+        "stages/cli.py": "the null device",
         "cache/worker.py": "a chunk, synced and renamed by itself",
     }
     writes = re.compile(
@@ -340,7 +340,8 @@ def test_arms_train_side_by_side(branch, holder):
 def test_processes_of_one_training_share_a_folder(tmp_path, holder, monkeypatch):
     """torchrun numbers them: the first one holds the folder for all."""
     holder(tmp_path, "fit-slices")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
     with hold_lock(tmp_path, "fit-slices"):
         pass
     monkeypatch.setenv("RANK", "0")
@@ -379,17 +380,17 @@ def test_two_threads_of_one_program_are_two(tmp_path):
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
     folder, resume = tmp_path / "slice-cnn", tmp_path / ".resume"
     names = [
-        folder / ".model.safetensors.abc1de_3.tmp",
-        folder / ".tmp3Qx2Lm",
-        folder / "folds" / ".folds.json.abcdefgh.tmp",
+        folder / ".model.safetensors.0123abcd.ichpipe-tmp",
+        folder / "folds" / ".folds.json.0123abcd.ichpipe-tmp",
+        resume / ".fit-slices.pt.0123abcd.ichpipe-tmp",
     ]
-    names += [resume / ".fit-slices.pt.abcdefgh.tmp"]
-    kept = [folder / "model.tmp", folder / ".mine.tmp", folder / ".tmpmine", resume / ".finetune.pt.abcdefgh.tmp"]
+    kept = [folder / "model.tmp", folder / ".model.safetensors.abc1de_3.tmp", folder / ".tmp3Qx2Lm"]
+    kept += [resume / ".finetune.pt.0123abcd.ichpipe-tmp"]
     for path in names + kept:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("half")
+        path.mkdir(parents=True)
+        (path / "part").write_text("half")
     with hold_lock(tmp_path / ".locks", "fit-slices", [folder], resume):
-        assert [path.exists() for path in names] == [False] * 4
+        assert [path.exists() for path in names] == [False] * 3
         assert all(path.exists() for path in kept)
 
 

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
 import pytest
 from conftest import PROGRAM
 
+from ichpipe.cache import maintenance
 from ichpipe.cache.location import StoreLocation
 from ichpipe.common import run_lock
 from ichpipe.common.errors import DataError, ParamsError
@@ -137,3 +139,42 @@ def test_another_encoding_is_named_with_its_line(tmp_path):
 )
 def test_a_small_shared_memory_is_named(text):
     assert "--shm-size" in message_of(RuntimeError(text))
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path, mask, mode):
+    code = (
+        f"import os; os.umask({mask}); import torch\nfrom pathlib import Path\n"
+        "from safetensors.torch import save_file\nfrom ichpipe.common.files import atomic_path, write_json\n"
+        "write_json(Path('table.json'), {})\n"
+        "with atomic_path(Path('model')) as path: save_file({'a': torch.ones(1)}, path)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for name in ("table.json", "model"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "table.json"]
+
+
+def test_files_of_others_in_the_output_folder_stay(tmp_path):
+    others = [tmp_path / name for name in (".studies.csv.abc1de_3.tmp", ".tmp3Qx2Lm", "x.tmp", ".hidden")]
+    for path in others:
+        path.write_text("mine")
+    with run_lock.hold_lock(tmp_path, "predict"):
+        pass
+    assert all(path.exists() for path in others)
+
+
+def test_repair_waits_for_a_writer(tmp_path):
+    location = StoreLocation(str(tmp_path / "store"))
+    location.local.mkdir()
+    (location.local / "g").mkdir()
+    (location.local / "g" / "part").write_text("x")
+    problem = maintenance.Problem("g", "part", "", None, "damaged", [])
+    thread = threading.Thread(target=maintenance.repair, args=(location, [problem]))
+    with location.writing():
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive()
+        assert (location.local / "g" / "part").exists()
+    thread.join(30.0)
+    assert not (location.local / "g" / "part").exists()

@@ -7,16 +7,18 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ichpipe.common.errors import DataError, MissingFileError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
+TEMPORARY: Final = ".ichpipe-tmp"  # ends the names of temporary folders, which no other program uses
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 # Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
@@ -26,23 +28,24 @@ _TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; on success sync it and rename it over ``target``.
+    """Yield a temporary path in a folder beside ``target``; on success sync it and rename it over ``target``.
 
-    A reader sees the old file or the whole new one, also after a power cut. After an exception no file remains.
+    A reader sees the old file or the whole new one, also after a power cut. After an exception no file remains. The
+    file gets the permissions that the process's umask gives a new file.
     Raises OutputError that names the folder if the disk is full or the folder is not writable.
     """
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        folder.mkdir()
     except OSError as error:
         if error.errno not in FULL | _REFUSED:
             raise
         raise _output_error(target, error.strerror or str(error)) from error
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = folder / target.name  # libraries that write a temporary file of their own do so in this folder
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(folder.stat().st_mode & 0o666)
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
@@ -52,7 +55,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             raise
         raise _output_error(target, cause) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import logging
 import os
-import re
+import shutil
 from typing import TYPE_CHECKING, Final
 
 from ichpipe.common.errors import BusyError, OutputError
+from ichpipe.common.files import TEMPORARY
 from ichpipe.common.processes import launched_rank
 
 if TYPE_CHECKING:
@@ -24,16 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("ichpipe")
 
 NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
-_TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  # of files.atomic_path; of safetensors
 
 
 @contextlib.contextmanager
 def hold_lock(
     folder: Path, stage: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
 ) -> Iterator[None]:
-    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary files of a killed run.
+    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary folders of a killed run.
 
-    Temporary files are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
+    Temporary folders are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
     ``outputs`` in ``folder`` alone. Raises BusyError if another process holds the lock, OutputError if the folder is
     not writable.
     """
@@ -54,12 +54,11 @@ def hold_lock(
                 "another one (--artifacts, --out)"
             ) from error
         stack.callback(pid_file.unlink, missing_ok=True)
-        leftovers = [path for output in outputs or [] for path in output.rglob(".*tmp*")]
-        leftovers += [] if outputs is not None else folder.glob(".*tmp*")
-        leftovers += [] if resume is None else resume.glob(f".{stage}.*.tmp")
+        leftovers = [path for output in outputs or [] for path in output.rglob(f".*{TEMPORARY}")]
+        leftovers += [] if outputs is not None else folder.glob(f".*{TEMPORARY}")
+        leftovers += [] if resume is None else resume.glob(f".{stage}.*{TEMPORARY}")
         for path in leftovers:
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
         yield
 
 

@@ -184,8 +184,7 @@ def _read_state(source: str) -> dict[str, Tensor]:
         kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
         cause = f"holds objects of {kinds[0]}" if kinds else "can't be read as weights"
         raise WeightsError(
-            f"{path} {cause}, which are not unpickled; save its state_dict alone: "
-            "torch.save(checkpoint['state_dict'], FILE)"
+            f"{path} {cause}, which are not unpickled; write its state_dict alone to a file and name that"
         ) from error
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
         raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}); fetch it again") from error
