@@ -85,13 +85,17 @@ def _fit_fold(
     import pandas as pd
 
     from ichpipe.index import index_writer, splits
+    from ichpipe.index.scan import REJECTED
     from ichpipe.index.slice_index import read_index
     from ichpipe.stages import extract, finetune, fit_sequence, fit_slices
 
     log.info(name)
     index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), params.prepare)
     rejected = pd.read_csv(whole.index_dir / "rejected.csv")
-    index_writer.write_outputs(artifacts.index_dir, index, rejected, index_writer.summarise(index, rejected))
+    of_all = read_json(whole.index_dir / "summary.json")
+    summary = index_writer.summarise(index, pd.DataFrame(columns=REJECTED))
+    summary |= {name: of_all[name] for name in ("files", "rejected", "rejected_by_reason")}
+    index_writer.write_outputs(artifacts.index_dir, index, rejected, summary)
     if not fit_slices.is_done(params, artifacts):
         fit_slices.run(params, artifacts, gpu, workers)
     extract.run(params, artifacts, gpu, workers)

@@ -182,7 +182,7 @@ def run(
     )
     result = _collect(inputs, slices, undecodable, options, provenance)
     if out is not None:
-        _write_csv(result.rejected, out / "rejected.csv")
+        _write_csv(result.rejected[["path", "reason"]], out / "rejected.csv")
         _write_csv(result.refused, out / "refused.csv")
         _write_csv(inputs.series, out / "series.csv")
     if result.slices.empty:
@@ -228,7 +228,7 @@ def _collect(
         studies,
         inputs.series,
         pd.concat(refused, ignore_index=True) if refused else inputs.refused,
-        pd.concat([inputs.rejected, undecodable], ignore_index=True)[["path", "reason"]],
+        pd.concat([inputs.rejected, undecodable], ignore_index=True)[["path", "reason", "code"]],
         inputs.forced,
         extents(slices, options.threshold),
         provenance,

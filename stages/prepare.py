@@ -83,9 +83,10 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
 
 def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any]) -> None:
     """Warn of files and patients that are left out, and of what changes the meaning of later figures."""
-    unused = rejected[~rejected["reason"].str.startswith("series not chosen")]
-    if len(unused):
-        log.warning("%d files are left out; rejected.csv says why for each", len(unused))
+    from ichpipe.index.scan import NOT_CHOSEN
+
+    if unused := int((rejected["code"] != NOT_CHOSEN).sum()):
+        log.warning("%d files are left out; rejected.csv says why for each", unused)
     lost = rejected[(rejected["patient_id"] != "") & ~rejected["patient_id"].isin(index["patient_id"])]
     for number, (patient, rows) in enumerate(lost.groupby("patient_id")):
         if number == MOST_NAMED:

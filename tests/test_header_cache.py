@@ -7,8 +7,7 @@ from importlib import metadata
 import pandas as pd
 import pytest
 
-from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom import archive
+from ichpipe.common.errors import NotOpenedError
 from ichpipe.index import scan
 
 
@@ -126,7 +125,7 @@ def test_other_code_or_codecs_read_anew(folder, tmp_path, read, monkeypatch):
 
 def test_a_file_that_could_not_be_opened_is_tried_again(folder, tmp_path, read, monkeypatch):
     def refuse(_path, **_options):
-        raise UnreadableDicomError(f"{archive.UNREADABLE}: Input/output error")
+        raise NotOpenedError("file can't be read: Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(scan, "read_header", refuse)

@@ -13,7 +13,7 @@ from ichpipe.dicom.archive import list_files
 from ichpipe.index import scan
 from ichpipe.index.scan import read_headers
 
-COLUMNS = {*scan.HEADER_SCHEMA.names, "slice_index", "position_mm", "spacing_mm"} - {"reason", "size", "stamp"}
+COLUMNS = {*scan.HEADER_SCHEMA.names, "slice_index", "position_mm", "spacing_mm"} - {"reason", "code", "size", "stamp"}
 
 
 def scan_folder(folder, workers=1):

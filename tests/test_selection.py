@@ -60,7 +60,7 @@ def series(uid, study="T1", *, count=30, step=5.0, twice=False, directions=AXIAL
 
 
 def no_rejected(*rows):
-    return pd.DataFrame([(*row, "") for row in rows], columns=REJECTED, dtype=object)
+    return pd.DataFrame([(*row, "", "") for row in rows], columns=REJECTED, dtype=object)
 
 
 def chosen_of(*parts, params=PARAMS, rejected=None, choices=None):

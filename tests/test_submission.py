@@ -15,9 +15,9 @@ from ichpipe.params.schema import EvaluateParams, SelectionParams
 from ichpipe.scoring.metrics import weighted_log_loss
 from ichpipe.stages import predict, score
 
-NOTHING = pd.DataFrame({"path": [], "reason": []}, dtype=object)
+NOTHING = pd.DataFrame({"path": [], "reason": [], "code": []}, dtype=object)
 CORRUPT = pd.DataFrame(
-    {"path": ["a/ID_6431af929.dcm", "a/readme.txt"], "reason": ["truncated: PixelData", "not a DICOM file"]}
+    {"path": ["a/ID_6431af929.dcm", "a/readme.txt"], "reason": ["truncated: PixelData", "not a DICOM file"], "code": ""}
 )
 
 

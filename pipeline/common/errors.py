@@ -40,7 +40,24 @@ class DataError(IchpipeError, ValueError):
 class UnreadableDicomError(DataError):
     """A file is no usable DICOM slice; the message is the reason in ``rejected.csv``."""
 
+    code = ""  # what the program must tell apart; the message is for people
     series: tuple[str, str, str] = ("", "", "")  # StudyInstanceUID, SeriesInstanceUID, PatientID if they are readable
+
+
+class NotCtError(UnreadableDicomError):
+    """A file is an image of another modality or kind, which ``force`` accepts."""
+
+    code = "not ct"
+
+
+class NotOpenedError(UnreadableDicomError):
+    """The operating system refused to open a file, which may pass."""
+
+    code = "not opened"
+
+
+class FileTooLargeError(UnreadableDicomError):
+    """A file is larger than one slice can be."""
 
 
 class WeightsError(IchpipeError, ValueError):

@@ -11,13 +11,12 @@ import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ichpipe.common.errors import MissingFileError, UnreadableDicomError
+from ichpipe.common.errors import FileTooLargeError, MissingFileError, NotOpenedError, UnreadableDicomError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-UNREADABLE: Final = "file can't be read"  # begins the reason where the operating system refused; it may pass
 _SUFFIX: Final = ".zip"
 _ENCRYPTED: Final = 0x1  # bit of a member's flags
 _DAMAGED: Final = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
@@ -66,7 +65,7 @@ def read_file(path: str, largest: int) -> bytes:
     except OSError as error:
         inside = _split(path)
         if inside is None:
-            raise UnreadableDicomError(f"{UNREADABLE}: {error.strerror or type(error).__name__}") from error
+            raise NotOpenedError(f"file can't be read: {error.strerror or type(error).__name__}") from error
     return _read_member(*inside, largest)
 
 
@@ -197,7 +196,7 @@ def _read_member(archive: str, member: str, largest: int) -> bytes:
 
 def _require_size(size: int, largest: int) -> None:
     if size > largest:
-        raise UnreadableDicomError(f"file of {size} bytes is too large for one CT slice")
+        raise FileTooLargeError(f"file of {size} bytes is too large for one CT slice")
 
 
 def _cause(error: Exception) -> str:

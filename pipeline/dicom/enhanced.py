@@ -19,7 +19,7 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage
 
-from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 from ichpipe.dicom.archive import read_file
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ def read_slice_file(path: str, largest: int) -> bytes:
         return _extract_frame(match[1], int(match[2]))
     try:
         return read_file(path, largest)
-    except UnreadableDicomError as error:
-        if "too large" in str(error):
-            raise EnhancedCtError(str(error)) from None
-        raise
+    except FileTooLargeError as error:
+        raise EnhancedCtError(str(error)) from None
 
 
 def list_frames(path: str) -> list[str]:

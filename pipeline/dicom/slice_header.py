@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.errors import NotCtError, UnreadableDicomError
 from ichpipe.dicom.coded_terms import MODALITIES, body_part, shown
 from ichpipe.dicom.dataset import (
     MAX_FILE_BYTES,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and .7.1 to .7.4, its multi-frame kin
 NOT_A_SLICE: Final = ("LOCALIZER", "SURVIEW", "SCOUT", "TOPOGRAM", "SCREEN SAVE", "SCREENSAVE", "DOSE")
-FORCEABLE: Final = ("Modality (0008,0060)", "secondary capture", "ImageType (0008,0008)")
-"""Beginnings of the reasons that ``force`` overrules."""
 
 _SERIES_TEXTS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")  # only their marks are kept
 _HEADER_TAGS: Final = PIXEL_TAGS + tags(
@@ -90,7 +88,7 @@ def read_header(path: Path | str, *, force: bool = False) -> SliceHeader:
     path
         The file, or a member of a zip archive.
     force
-        Accept any modality and kind of image (FORCEABLE); Hounsfield units are still required.
+        Accept any modality and kind of image (NotCtError); Hounsfield units are still required.
 
     Raises
     ------
@@ -158,13 +156,13 @@ def _require_ct_slice(elements: Elements) -> str:
     modality = elements.text("Modality")
     if modality != "CT":
         fault = f"is {shown(modality, MODALITIES)}" if modality else "is missing"
-        raise UnreadableDicomError(f"Modality (0008,0060) {fault}, not CT")
+        raise NotCtError(f"Modality (0008,0060) {fault}, not CT")
     if elements.text("SOPClassUID").startswith(SECONDARY_CAPTURE):
-        raise UnreadableDicomError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
+        raise NotCtError("secondary capture (SOPClassUID 0008,0016), not an original CT slice")
     image_type = elements.text("ImageType").upper()
     for word in image_type.split("\\"):
         if mark := next((mark for mark in NOT_A_SLICE if mark in word), None):
-            raise UnreadableDicomError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
+            raise NotCtError(f"ImageType (0008,0008) says {mark}: a localizer or screen, not a slice")
     return image_type
 
 

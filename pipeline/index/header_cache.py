@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from ichpipe import dicom
+from ichpipe.common.errors import NotOpenedError
 from ichpipe.common.files import atomic_path, installed_versions
 from ichpipe.dicom import archive
 
@@ -74,7 +75,7 @@ class HeaderCache:
 
     def _write(self, folder: Path, number: int, table: pa.Table) -> Path:
         """Write all rows but those of files that could not be opened: the next scan tries these again."""
-        opened = pc.invert(pc.fill_null(pc.starts_with(table["reason"], archive.UNREADABLE), fill_value=False))
+        opened = pc.invert(pc.fill_null(pc.equal(table["code"], NotOpenedError.code), fill_value=False))
         path = folder / _PART.format(number)
         with atomic_path(path) as temporary:
             parquet.write_table(table.filter(opened).cast(self._schema), temporary, compression="zstd")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import atomic_path, write_json, write_text
+from ichpipe.index.scan import COPY, NOT_CHOSEN, SAME_UID
 from ichpipe.index.slice_index import SCHEMA
 from ichpipe.index.slice_order import find_ties_and_gaps
 from ichpipe.index.splits import SPLITS
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_SUMMARY: Final = {COPY: "duplicate: a copy", SAME_UID: "duplicate: same", NOT_CHOSEN: "series not chosen"}
+"""Reasons that differ from file to file, counted together."""
+
+
 def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
     """Count the slices of the index, by label and split, and the rejected files, as JSON-like values."""
     tie, gap = find_ties_and_gaps(index)
-    kinds = rejected["reason"].str.replace(
-        r"^(duplicate: a copy|duplicate: same|series not chosen).*", r"\1", regex=True
-    )
+    kinds = rejected["reason"].where(~rejected["code"].isin(_SUMMARY), rejected["code"].map(_SUMMARY))
     spacing = index.loc[index["slice_index"] > 0, "spacing_mm"]
     counts = _describe(index)
     prevalence = counts.pop("prevalence")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from ichpipe.index.header_cache import HeaderCache
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from concurrent.futures import Executor
     from contextlib import AbstractContextManager
     from pathlib import Path
@@ -44,7 +43,7 @@ HEADER_SCHEMA: Final = pa.schema(
     + [("rows", pa.int32()), ("columns", pa.int32())]
     + [(name, pa.bool_()) for name in _FLAGS]
     + [(name, pa.float64()) for name in _NUMBERS]
-    + [("reason", pa.string()), ("size", pa.int64()), ("stamp", pa.int64())]
+    + [("reason", pa.string()), ("code", pa.string()), ("size", pa.int64()), ("stamp", pa.int64())]
 )
 """Facts of one file's header, or the ``reason`` why the file is no slice (null for a slice)."""
 
@@ -54,7 +53,9 @@ CHUNK_FILES: Final = 4096
 PROCESSES_FROM: Final = 2000
 """With fewer files, starting other processes takes longer than reading here."""
 
-REJECTED: Final = ["path", "reason", "study_uid", "series_uid", "patient_id"]
+REJECTED: Final = ["path", "reason", "study_uid", "series_uid", "patient_id", "code"]
+COPY, SAME_UID, NOT_CHOSEN = "copy", "same uid", "not chosen"
+"""Codes of rejected files, beside those of UnreadableDicomError; empty where nothing must be told apart."""
 
 
 def scan(
@@ -71,7 +72,7 @@ def scan(
     those that ``order_series`` adds; and the rejected files as ``path, reason, study_uid, series_uid`` (UIDs empty
     where unknown), sorted by path. Every file is in exactly one of the two. ``workers`` processes read headers; their
     number changes nothing in the result. With ``cache``, a folder, unchanged files are not read again. ``force``
-    accepts images of another modality or kind (``slice_header.FORCEABLE``), in one process, without cache. With
+    accepts images of another modality or kind (NotCtError), in one process, without cache. With
     ``pseudonyms`` neither the result nor the cache holds a PatientID.
     """
     listing = list_files(roots)
@@ -81,7 +82,7 @@ def scan(
         header_cache = HeaderCache(cache, HEADER_SCHEMA, pseudonyms.mark if pseudonyms else "")
         headers = _read_all(listing.files, workers, header_cache, pseudonyms)
     refused = pc.is_valid(headers["reason"])
-    slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "size", "stamp"]).to_pandas()
+    slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "code", "size", "stamp"]).to_pandas()
     damaged = pd.DataFrame(listing.damaged, columns=REJECTED[:2], dtype=object)
     tables = [headers.filter(refused).select(REJECTED).to_pandas(), damaged]
     for drop in (_drop_repeated, _drop_mixed, _drop_tilted, _drop_lossy_copies):
@@ -128,21 +129,9 @@ def _hide_patients(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table
 
 def read_headers(files: Sequence[ListedFile], *, force: bool = False) -> pa.Table:
     """Read the headers of ``files``: a row each of HEADER_SCHEMA, in that order."""
-    with _no_collection(), TrialDecoder() as trial:
+    with TrialDecoder() as trial:
         rows = [row for file in files for row in _read(file, trial, force=force)]
     return pa.Table.from_pylist(rows, schema=HEADER_SCHEMA)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from walking over the growing list of headers again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[str, Any]]:
@@ -150,7 +139,7 @@ def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[st
     path, facts = portable(file.path), {"size": file.size, "stamp": file.stamp}
     if path != file.path:
         reason = "file name is not UTF-8; rename the file"
-        return [facts | dict(zip(REJECTED, (path, reason, "", "", ""), strict=True))]
+        return [facts | dict(zip(REJECTED, (path, reason, "", "", "", ""), strict=True))]
     try:
         return [facts | _read_slice(path, trial, force=force)]
     except EnhancedCtError as error:
@@ -160,7 +149,7 @@ def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[st
     except UnreadableDicomError as error:
         rows, reason = [], str(error)
     rows = [row | {"reason": f"enhanced CT: {row['reason']}"} if "reason" in row else row for row in rows]
-    return rows or [facts | dict(zip(REJECTED, (path, reason, "", "", ""), strict=True))]
+    return rows or [facts | dict(zip(REJECTED, (path, reason, "", "", "", ""), strict=True))]
 
 
 def _read_slice(path: str, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:
@@ -173,7 +162,7 @@ def _read_slice(path: str, trial: TrialDecoder, *, force: bool) -> dict[str, Any
         raise
     except UnreadableDicomError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        return dict(zip(REJECTED, (path, reason, *error.series), strict=True))
+        return dict(zip(REJECTED, (path, reason, *error.series, error.code), strict=True))
     vectors = (*header.position, *header.row_direction, *header.column_direction)
     return header._asdict() | dict(zip((*POSITION, *DIRECTIONS), vectors, strict=True))
 
@@ -188,7 +177,7 @@ def _drop_repeated(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     same = originals["file_digest"].to_numpy() == copies["file_digest"].to_numpy()
     kinds = np.where(same, "a copy of", "same SOPInstanceUID (0008,0018) but other content than")
     reasons = [f"duplicate: {kind} {path}" for kind, path in zip(kinds, originals["path"], strict=True)]
-    return kept, copies.assign(reason=reasons)[REJECTED]
+    return kept, copies.assign(reason=reasons, code=np.where(same, COPY, SAME_UID))[REJECTED]
 
 
 def _drop_mixed(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -203,12 +192,13 @@ def _drop_mixed(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         "patient's study its own"
     )
     mixed = of_series | of_study
-    return slices[~mixed], slices[mixed].assign(reason=study_reason.where(of_study, series_reason)[mixed])[REJECTED]
+    reasons = study_reason.where(of_study, series_reason)
+    return slices[~mixed], slices[mixed].assign(reason=reasons[mixed], code="")[REJECTED]
 
 
 def _drop_tilted(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     ordered, tilted = order_series(slices)
-    return ordered, slices.merge(tilted, on="path")[REJECTED]
+    return ordered, slices.merge(tilted, on="path").assign(code="")[REJECTED]
 
 
 def _drop_lossy_copies(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -216,7 +206,7 @@ def _drop_lossy_copies(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     lossy, position = slices["lossy"].astype(bool), (slices["position_mm"] / TIE_MM).round()
     copies = lossy & (~lossy).groupby([slices["series_uid"], position]).transform("any")
     reason = "compressed with loss, and its series has the same place without loss"
-    dropped = slices[copies].assign(reason=reason)[REJECTED]
+    dropped = slices[copies].assign(reason=reason, code="")[REJECTED]
     if dropped.empty:
         return slices, dropped
     return order_series(slices[~copies].drop(columns=["slice_index", "position_mm", "spacing_mm"]))[0], dropped

@@ -24,7 +24,7 @@ from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.user_tables import read_table
 from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.series_description import kernel_kind
-from ichpipe.index.scan import REJECTED
+from ichpipe.index.scan import NOT_CHOSEN, REJECTED
 from ichpipe.index.slice_order import DIRECTIONS, order_series
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ class Selection:
 
     slices: pd.DataFrame  # as ``scan`` returns them
     series: pd.DataFrame  # one row a series: its facts, ``chosen``, ``reason``
-    left_out: pd.DataFrame  # path, reason, study_uid, series_uid
+    left_out: pd.DataFrame  # scan.REJECTED
 
 
 def select_series(
@@ -348,7 +348,10 @@ def select_series(
         kept, _ = order_series(kept.drop(columns=["slice_index", "position_mm", "spacing_mm"]))
     too_low = f"more than {params.head_mm} mm below the topmost slice: no head"
     left_out = pd.concat(
-        [slices[~chosen].assign(reason="series not chosen: " + reasons[~chosen]), slices[below].assign(reason=too_low)],
+        [
+            slices[~chosen].assign(reason="series not chosen: " + reasons[~chosen], code=NOT_CHOSEN),
+            slices[below].assign(reason=too_low, code=""),
+        ],
         ignore_index=True,
     )
     return Selection(kept.reset_index(drop=True), series, left_out[REJECTED])

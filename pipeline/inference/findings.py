@@ -70,7 +70,7 @@ class Predicted:
     studies: pd.DataFrame  # STUDY_COLUMNS
     series: pd.DataFrame  # one row a series: facts, ``chosen``, ``reason``
     refused: pd.DataFrame  # REFUSED_COLUMNS
-    rejected: pd.DataFrame  # path, reason
+    rejected: pd.DataFrame  # path, reason, code
     forced: Mapping[str, str]  # by series UID: why it would have been refused
     where: Mapping[str, Mapping[str, Extent]]  # by series UID and class
     provenance: Provenance

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
-from ichpipe.common.errors import DataError, MissingFileError
+from ichpipe.common.errors import DataError, MissingFileError, NotCtError
 from ichpipe.common.files import decode_text
-from ichpipe.dicom.slice_header import FORCEABLE
 from ichpipe.index.scan import REJECTED, scan
 from ichpipe.index.series_selection import axial, find_faults, select_series
 
@@ -56,7 +55,7 @@ def collect_inputs(
     slices, rejected = scan(list(paths), workers, pseudonyms=pseudonyms)
     overruled: dict[str, str] = {}
     if force:  # read again what was rejected for modality or kind, of studies that have no usable slice
-        again = rejected["reason"].str.startswith(FORCEABLE) & ~rejected["study_uid"].isin(slices["study_uid"])
+        again = (rejected["code"] == NotCtError.code) & ~rejected["study_uid"].isin(slices["study_uid"])
         if again.any():
             reasons = rejected[again].set_index("path")["reason"]
             read, unread = scan([Path(path) for path in reasons.index], force=True, pseudonyms=pseudonyms)
@@ -72,7 +71,7 @@ def collect_inputs(
     reasons = refused.set_index("series_uid")["reason"]
     files = chosen.slices[chosen.slices["series_uid"].isin(reasons.index)]
     files = files.assign(reason="refused: " + files["series_uid"].map(reasons).astype(str))
-    rejected = pd.concat([rejected, files[REJECTED]], ignore_index=True)
+    rejected = pd.concat([rejected, files.assign(code="")[REJECTED]], ignore_index=True)
     return Inputs(slices, chosen.series, refused, rejected, forced)
 
 

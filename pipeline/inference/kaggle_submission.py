@@ -14,6 +14,7 @@ from ichpipe.common.classes import SUBTYPES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
 from ichpipe.index.rsna_labels import parse_ids
+from ichpipe.index.scan import COPY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,16 +53,17 @@ def build_submission(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Lay out predictions as a table of ID and Label (text, nine decimals, 1e-9 to 1 - 1e-9), with remarks on it.
 
-    ``slices`` holds ``sop_uid`` and six probabilities, ``rejected`` ``path, reason``. ``sample`` gives rows and order.
-    Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``. Slices
+    ``slices`` holds ``sop_uid`` and six probabilities, ``rejected`` ``path, reason, code``. ``sample`` gives rows and
+    order. Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``. Slices
     without a finite prediction (fp16 can overflow) get ``missing`` (0 to 1); without ``missing`` they are a DataError.
     """
     predicted = slices.set_index("sop_uid")[list(ORDER)]
     finite = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
     values, reasons = predicted[finite], dict.fromkeys(predicted.index[~finite], "its prediction is not a number")
-    for name, reason in zip(rejected["path"].map(PurePath), rejected["reason"], strict=True):
+    for path, reason, code in rejected[["path", "reason", "code"]].itertuples(index=False):
+        name = PurePath(path)
         is_slice = name.suffix.lower() == ".dcm" or re.fullmatch(r"ID_[0-9a-f]{9}", name.stem)
-        if is_slice and not reason.startswith("duplicate: a copy"):  # the slice itself was read
+        if is_slice and code != COPY:  # of a copy the slice itself was read
             reasons.setdefault(name.stem, reason)
     remarks = []
     if sample is None:
