@@ -54,8 +54,8 @@ def build_submission(
     """Lay out predictions as a table of ID and Label (text, nine decimals, 1e-9 to 1 - 1e-9), with remarks on it.
 
     ``slices`` holds ``sop_uid`` and six probabilities, ``rejected`` ``path, reason, code``. ``sample`` gives rows and
-    order. Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``. Slices
-    without a finite prediction (fp16 can overflow) get ``missing`` (0 to 1); without ``missing`` they are a DataError.
+    order. Without it rows are the slices, sorted, and every rejected file with the name of a slice, ``<UID>.dcm``.
+    Slices without a finite prediction (fp16 can overflow) get ``missing`` (0 to 1); without it they are a DataError.
     """
     predicted = slices.set_index("sop_uid")[list(ORDER)]
     finite = np.isfinite(predicted.to_numpy(np.float64)).all(axis=1)
