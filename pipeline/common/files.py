@@ -194,11 +194,10 @@ def _acquire(stack: ExitStack, folder: Path, stage: str, pid_file: Path) -> None
     try:
         stack.enter_context(FileLock(folder / f".{stage}.lock").acquire(timeout=0))
     except Timeout:
-        message = f"another process is running {stage} in {folder}; wait for it, or name another folder"
+        holder, remedy = "another process", "wait for it"
         with suppress(OSError):
             pid = pid_file.read_text(encoding="ascii").strip()
-            remedy = f"wait for it, end it (kill {pid}), or name another folder"
-            message = f"process {pid} is running {stage} in {folder}; {remedy}"
-        raise BusyError(message) from None
+            holder, remedy = f"process {pid}", f"wait for it, end it (kill {pid})"
+        raise BusyError(f"{holder} is running {stage} in {folder}; {remedy}, or name another folder") from None
     except NotImplementedError:  # a file system without locks
         pass

@@ -54,11 +54,9 @@ def read_pseudonyms(source: str | None) -> Pseudonyms | None:
     """
     if source is None:
         return None
+    name = source.removeprefix(ENVIRONMENT)
     try:
-        if source.startswith(ENVIRONMENT):
-            key = os.environ[source.removeprefix(ENVIRONMENT)].strip().encode()
-        else:
-            key = Path(source).read_bytes().strip()
+        key = Path(source).read_bytes().strip() if name == source else os.environ[name].strip().encode()
     except KeyError as error:
         reason = f"the environment has no {error.args[0]}; set it to the secret key"
         raise MissingFileError(f"prepare.hash_patient_ids: {reason}") from None
