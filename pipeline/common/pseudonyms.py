@@ -57,8 +57,8 @@ def read_pseudonyms(source: str | None) -> Pseudonyms | None:
     name = source.removeprefix(ENVIRONMENT)
     try:
         key = Path(source).read_bytes().strip() if name == source else os.environ[name].strip().encode()
-    except KeyError as error:
-        reason = f"the environment has no {error.args[0]}; set it to the secret key"
+    except KeyError:
+        reason = f"the environment has no {name}; set it to the secret key"
         raise MissingFileError(f"prepare.hash_patient_ids: {reason}") from None
     except OSError as error:
         reason = f"{source}: {error.strerror}; name a file with the secret key"

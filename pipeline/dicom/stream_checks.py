@@ -328,21 +328,17 @@ def require_complete(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np
     Run lengths must add up, and lossless JPEG must have the bits that the pixels need. The decoders of JPEG-LS and
     JPEG 2000 refuse wrong codes themselves, as far as the format allows.
     """
-    if syntax == RUN_LENGTH:
-        for segment in _run_segments(frame, claim):
-            _require_runs(segment, claim.rows * claim.columns)
-    elif syntax in JPEG_LOSSLESS:
+    if syntax in JPEG_LOSSLESS:
         _require_codes(frame, syntax, claim, stored)
-
-
-def _require_runs(segment: bytes, expected: int) -> None:
-    offset, count, length = 0, 0, len(segment)
-    while count < expected and offset < length:
-        given, size = _RUNS[segment[offset]]
-        count += given
-        offset += size
-    if count != expected or not 0 <= length - offset <= _MAX_PADDING:
-        raise UnreadableDicomError(f"its runs give {count} of {expected} bytes")
+    segments, expected = _run_segments(frame, claim) if syntax == RUN_LENGTH else [], claim.rows * claim.columns
+    for segment in segments:
+        offset = count = 0
+        while count < expected and offset < len(segment):
+            given, size = _RUNS[segment[offset]]
+            count += given
+            offset += size
+        if count != expected or not 0 <= len(segment) - offset <= _MAX_PADDING:
+            raise UnreadableDicomError(f"its runs give {count} of {expected} bytes")
 
 
 def _require_codes(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np.integer]) -> None:
