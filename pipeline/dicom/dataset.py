@@ -16,9 +16,8 @@ from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.coded_terms import RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
-from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
+from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_complete, require_sound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,7 +222,7 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:
     """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``stream_checks``).
 
-    With the decoded pixels ``stored`` (rows, columns), their codes are checked instead (``entropy_check``).
+    With the decoded pixels ``stored`` (rows, columns), their codes are checked instead.
     """
     try:
         frame = frame_bytes(pixels)
