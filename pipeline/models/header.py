@@ -1,4 +1,4 @@
-"""Describes a model as plain data in the header of its file, and refuses a model of other inputs; without torch."""
+"""Describes a model as plain data in the header of its file, and refuses a model of other inputs or folds; no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from ichpipe.params.schema import Fraction, Input, WindowParams
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
 
 # Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
 # Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
@@ -180,3 +183,32 @@ def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -
         return bool(read_json(folder / RECORD_FILE)["params"] == params)
     except (IchpipeError, KeyError, TypeError):
         return False
+
+
+def fold_numbers(params: Params) -> list[int]:
+    """Return the folds that have a slice CNN of their own: none where ``fit-slices.folds`` is 0.
+
+    A CNN is more certain of the slices it was fitted on, so a sequence model trains on embeddings of each train
+    patient by the CNN that left this patient's fold out. ``prepare.test_fold`` has none: every CNN leaves it out.
+    """
+    return [fold for fold in range(params.fit_slices.folds) if fold != params.prepare.test_fold]
+
+
+def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict[int, Path]:
+    """Return the model folder of each of `fold_numbers`, checked to be what its name says.
+
+    ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError where a model is absent, WeightsError
+    where one was trained on another index or left out another fold; both name the file and the remedy.
+    """
+    command, folders = "ichpipe fit-slices", {fold: artifacts.fold_cnn(fold) for fold in fold_numbers(params)}
+    for fold, folder in folders.items():
+        require_made_from(folder, {"index": index_digest}, command)
+        made_from = read_header(folder).made_from
+        left_out, folds = made_from.get("excluded_fold"), made_from.get("folds")
+        if (left_out, folds) != (str(fold), str(params.fit_slices.folds)):
+            patients = "on all folds" if None in (left_out, folds) else f"without fold {left_out} of {folds}"
+            raise WeightsError(
+                f"{folder / MODEL_FILE} was trained {patients}, wanted without fold {fold} of "
+                f"{params.fit_slices.folds}: it may have seen the slices that it is to embed; run: {command}"
+            )
+    return folders
