@@ -58,11 +58,8 @@ def read_rsna_labels(
     sop_uids, zeros, ones = sop_uids[order], *(counts.reshape(-1, len(CLASSES))[order] for counts in (zeros, ones))
     values, contradictory, odd_any = resolve_labels(zeros, ones)
     present = zeros + ones > 0
-    report: dict[str, Any] = {
-        "rows": len(ids),
-        "slices": len(sop_uids),
-        "duplicate_rows": len(ids) - int(present.sum()),
-    }
+    report: dict[str, Any] = {"rows": len(ids), "slices": len(sop_uids)}
+    report["duplicate_rows"] = len(ids) - int(present.sum())
     kinds = {"contradictory": contradictory, "inconsistent_any": odd_any, "incomplete": ~present.all(axis=1)}
     for kind, marked in kinds.items():
         report |= {f"{kind}_slices": int(marked.sum()), f"{kind}_sop_uids": first_names(sop_uids[marked])}

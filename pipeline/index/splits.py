@@ -78,11 +78,8 @@ def count_overlap(index: pd.DataFrame) -> dict[str, int]:
     out = index["split"].isna()
     patients = pd.Index(index.loc[out, "patient_id"].unique())
     tested = index["patient_id"].isin(patients) & (index["split"] == "test")
-    return {
-        "patients": len(patients),
-        "slices_left_out_of_training": int(out.sum()),
-        "slices_in_test": int(tested.sum()),
-    }
+    counts = {"patients": len(patients), "slices_left_out_of_training": int(out.sum())}
+    return counts | {"slices_in_test": int(tested.sum())}
 
 
 def read_test_slices(path: str | Path | None) -> pd.Index:

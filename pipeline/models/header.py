@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -34,12 +35,8 @@ HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
 _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
 SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
-MEANING = {
-    "index": "index (slices, labels or split)",
-    "embeddings": "embedding store",
-    "slice_cnn": "slice CNN",
-    "sequence": "sequence model",
-}
+MEANING = {"index": "index (slices, labels or split)", "embeddings": "embedding store"}
+MEANING |= {"slice_cnn": "slice CNN", "sequence": "sequence model"}
 
 
 class _Spec(BaseModel):
@@ -151,13 +148,10 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
 def spacing_of(folder: Path) -> float:
     """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
     text = read_header(folder).made_from.get(SPACING, "")
-    try:
-        spacing = float(text or THICK_SLICE_MM)
-    except ValueError as error:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
-    if not 0 < spacing < math.inf:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
-    return spacing
+    with contextlib.suppress(ValueError):
+        if 0 < (spacing := float(text or THICK_SLICE_MM)) < math.inf:
+            return spacing
+    raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance in mm")
 
 
 def require_made_from(folder: Path, digests: dict[str, str], command: str) -> dict[str, str]:
@@ -202,8 +196,7 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
     """
     command, folders = "ichpipe fit-slices", {fold: artifacts.fold_cnn(fold) for fold in fold_numbers(params)}
     for fold, folder in folders.items():
-        require_made_from(folder, {"index": index_digest}, command)
-        made_from = read_header(folder).made_from
+        made_from = require_made_from(folder, {"index": index_digest}, command)
         left_out, folds = made_from.get("excluded_fold"), made_from.get("folds")
         if (left_out, folds) != (str(fold), str(params.fit_slices.folds)):
             patients = "on all folds" if None in (left_out, folds) else f"without fold {left_out} of {folds}"
