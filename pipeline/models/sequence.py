@@ -86,11 +86,8 @@ def _deltas(values: Tensor, lengths: Tensor) -> Tensor:
 
 def build_context(spec: SequenceSpec) -> nn.Module:
     """Build the context layer that ``spec.cell`` names."""
-    if spec.cell == "transformer":
-        return Attention(spec)
-    if spec.cell == "conv":
-        return Convolution(spec)
-    return ResidualRecurrent(spec) if spec.residual else Recurrent(spec)
+    recurrent = ResidualRecurrent if spec.residual else Recurrent
+    return {"transformer": Attention, "conv": Convolution}.get(spec.cell, recurrent)(spec)
 
 
 class Recurrent(nn.Module):
@@ -230,7 +227,10 @@ class _SeriesNetwork(nn.Module):
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the principal components where the model reads them and ``sources`` hold embeddings alone."""
-        return sources
+        if not hasattr(self, "pca_mean"):
+            return sources
+        centred = sources["embedding"].float() - self.get_buffer("pca_mean")
+        return sources | {"pca": centred @ self.get_buffer("pca_components").T}
 
 
 class SequenceModel(_SeriesNetwork):
@@ -277,13 +277,6 @@ class SequenceModel(_SeriesNetwork):
         if self.spec.skip:
             hidden = torch.cat([hidden, make_inputs(self.spec.skip, sources, on_device)], dim=-1)
         return self.head(hidden)  # type: ignore[no-any-return]
-
-    def add_derived(self, sources: Sources) -> Sources:
-        """Add the principal components."""
-        if "pca" not in self.spec.inputs + self.spec.skip:
-            return sources
-        centred = sources["embedding"].float() - self.get_buffer("pca_mean")
-        return sources | {"pca": centred @ self.get_buffer("pca_components").T}
 
 
 class MovingAverage(_SeriesNetwork):

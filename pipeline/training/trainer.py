@@ -316,10 +316,7 @@ def _require_finite(loss: float, epoch: int) -> float:
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return the exponential moving average of weights and statistics (Polyak and Juditsky 1992).
-
-    The decay grows towards its value over the first steps (1 / 10, 2 / 11, …), so that the first weights are forgotten.
-    """
+    """Return the moving average of weights and statistics; its decay grows over the first steps (1 / 10, 2 / 11, …)."""
 
     # timm's ModelEmaV3 starts its decay with another formula: after 20 steps at .9 weights differ by .06.
     def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
