@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
 
 LONG_COLUMNS: Final = ["ID", "Label"]
-_EXAMPLES: Final = 10  # names in a report
 
 
 def read_rsna_labels(
@@ -111,5 +110,5 @@ def inconsistent_any(known: NDArray[np.bool_], positive: NDArray[np.bool_]) -> N
 
 
 def first_names(names: NDArray[np.object_] | pd.Index) -> list[str]:
-    """Return the first names, for a report."""
-    return [str(name) for name in names[:_EXAMPLES]]
+    """Return the first ten names, for a report."""
+    return [str(name) for name in names[:10]]
