@@ -160,7 +160,6 @@ def test_every_output_goes_through_one_door():
     allowed = {
         "pipeline/common/files.py": "the door",
         "pipeline/phantom/dataset.py": "a folder that is renamed when it is whole",
-        "pipeline/phantom/sheet.py": "a picture for the documentation, not of a stage",
         "cache/worker.py": "a chunk, synced and renamed by itself",
     }
     writes = re.compile(

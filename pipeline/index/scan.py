@@ -47,12 +47,8 @@ HEADER_SCHEMA: Final = pa.schema(
 )
 """Facts of one file's header, or the ``reason`` why the file is no slice (null for a slice)."""
 
-CHUNK_FILES: Final = 4096
-"""Files that one process reads at a time; an interruption loses at most these."""
-
-PROCESSES_FROM: Final = 2000
-"""With fewer files, starting other processes takes longer than reading here."""
-
+CHUNK_FILES: Final = 4096  # files that one process reads at a time; an interruption loses at most these
+PROCESSES_FROM: Final = 2000  # with fewer files, starting other processes takes longer than reading here
 REJECTED: Final = ["path", "reason", "study_uid", "series_uid"]
 
 
