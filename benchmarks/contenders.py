@@ -24,10 +24,9 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.images.slice_dataset import fit_to_size
 from ichpipe.models.header import SequenceSpec
-from ichpipe.models.inputs import POSITION
-from ichpipe.models.sequence import build_sequence
+from ichpipe.models.sequence import POSITION, build_sequence
 from ichpipe.models.weights import load_slice_cnn
-from ichpipe.training.losses import weighted_bce
+from ichpipe.training.trainer import weighted_bce
 
 if TYPE_CHECKING:
     from collections.abc import Callable

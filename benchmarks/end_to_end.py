@@ -25,7 +25,7 @@ from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.params.schema import PAPER_WINDOWS
-from ichpipe.training.losses import weighted_bce
+from ichpipe.training.trainer import weighted_bce
 
 if TYPE_CHECKING:
     import argparse

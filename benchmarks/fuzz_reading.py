@@ -88,8 +88,8 @@ class Reading:
         return sum(cpu_s(process) for process in self._processes())
 
     def _processes(self) -> list[str]:
-        child = self._trial.child_pid
-        return ["self", *([str(child)] if child else [])]
+        child = self._trial.child
+        return ["self", *([str(child.pid)] if child else [])]
 
 
 def cpu_s(process: str) -> float:

@@ -64,14 +64,14 @@ GUARDS = (
     ),
     Guard(
         "one process at a time writes a stage's outputs",
-        "pipeline/common/run_lock.py",
+        "pipeline/common/files.py",
         '        stack.enter_context(FileLock(folder / f".{stage}.lock").acquire(timeout=0))',
         "        FileLock",
         "tests/test_faults.py::test_processes_of_one_training_share_a_folder",
     ),
     Guard(
         "what a killed run left half-written is removed",
-        "pipeline/common/run_lock.py",
+        "pipeline/common/files.py",
         "            path.unlink(missing_ok=True)",
         "            pass",
         "tests/test_faults.py::test_what_a_killed_run_left_half_written_is_removed_and_nothing_else",

@@ -42,12 +42,11 @@ from ichpipe.index.index_writer import write_outputs
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks
 from ichpipe.models.header import SequenceSpec
-from ichpipe.models.inputs import stored_inputs
-from ichpipe.models.sequence import build_sequence
+from ichpipe.models.sequence import build_sequence, stored_inputs
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS, load_params
-from ichpipe.training.losses import weighted_bce
+from ichpipe.training.trainer import weighted_bce
 
 if TYPE_CHECKING:
     import argparse

@@ -134,7 +134,7 @@ class Data(NamedTuple):
 def collect_data(features: Features, index: pd.DataFrame, section: SequenceParams, device: torch.device) -> Data:
     """Join the embeddings with the index; train on series with a known label; on a GPU hold as much as fits."""
     from ichpipe.features.sequence_dataset import collect_series, load_to_device
-    from ichpipe.models.inputs import stored_inputs
+    from ichpipe.models.sequence import stored_inputs
     from ichpipe.scoring.heldout_predictions import held_out
 
     parts = []

@@ -63,7 +63,7 @@ def run(
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.images.slice_dataset import SliceDataset
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.fold_models import fold_numbers
+    from ichpipe.models.header import fold_numbers
     from ichpipe.training import distributed
     from ichpipe.training.run_record import write_record
     from ichpipe.training.slice_trainer import Slices
@@ -112,8 +112,7 @@ def run(
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
     """Say whether the networks that `run` would train exist."""
-    from ichpipe.models.fold_models import fold_models
-    from ichpipe.models.header import is_fitted
+    from ichpipe.models.header import fold_models, is_fitted
 
     index = digest_of_file(artifacts.index)
     try:

@@ -34,7 +34,7 @@ class Settings:
 
     def lock_stage(self, stage: str, *outputs: str) -> AbstractContextManager[None]:
         """Keep other processes from the same stage of this run; ``outputs`` are its files below the artifacts."""
-        from ichpipe.common.run_lock import hold_lock
+        from ichpipe.common.files import hold_lock
 
         root = self.artifacts_root
         return hold_lock(root / ".locks", stage, [root / output for output in outputs], root / ".resume")
@@ -80,7 +80,7 @@ def lock_folder(folder: Path | None, command: str) -> AbstractContextManager[Non
     """Keep other processes of the same command out of a folder that the user named; None locks nothing."""
     if folder is None:
         return nullcontext()
-    from ichpipe.common.run_lock import hold_lock
+    from ichpipe.common.files import hold_lock
 
     return hold_lock(folder, command)
 

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
-FORCED = "forced"
-"""Column that the tables have with ``--force``: whether the series would have been refused without."""
+FORCED = "forced"  # column that the tables have with ``--force``: whether the series would have been refused without
 
 
 @dataclass(frozen=True)

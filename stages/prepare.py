@@ -77,7 +77,7 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     if test_slices is not None:
         summary["overlap"] = splits.count_overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
-    index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, of_studies=of_studies)
+    index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, studies=of_studies)
     _log_warnings(index, chosen.series, rejected, summary)
 
 

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-GRACE_S: Final = 10.0
-"""Seconds for closing processes and connections; then the process ends as it stands."""
-
+GRACE_S: Final = 10.0  # seconds for closing processes and connections; then the process ends as it stands
 SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 

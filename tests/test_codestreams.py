@@ -13,10 +13,9 @@ from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import decode, decode_sandbox, hounsfield
 from ichpipe.dicom.dataset import PixelFacts
 from ichpipe.dicom.decode_sandbox import TrialDecoder
-from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.slice_header import read_header
-from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_sound
+from ichpipe.dicom.stream_checks import Claim, frame_bytes, require_complete, require_sound
 from ichpipe.index.scan import scan
 
 ROWS, COLUMNS = 40, 56

@@ -16,7 +16,7 @@ import torch
 from ichpipe.common import files
 from ichpipe.common.device import choose_device, choose_devices
 from ichpipe.common.errors import BusyError, IchpipeError, OutputError
-from ichpipe.common.run_lock import hold_lock
+from ichpipe.common.files import hold_lock
 from ichpipe.stages import faults
 from ichpipe.training import slice_trainer
 
@@ -158,9 +158,7 @@ def test_every_output_goes_through_one_door():
     """What writes a file by itself is listed here, with the reason."""
     allowed = {
         "pipeline/common/files.py": "the door",
-        "pipeline/common/run_lock.py": "a number of a process, of no use once it is gone",
         "pipeline/phantom/dataset.py": "a folder that is renamed when it is whole",
-        "pipeline/phantom/sheet.py": "a picture for the documentation, not of a stage",
         "stages/cli.py": "the null device",
         "cache/worker.py": "a chunk, synced and renamed by itself",
     }
@@ -291,7 +289,7 @@ def test_no_result_depends_on_the_clock():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ichpipe.common.run_lock import hold_lock
+from ichpipe.common.files import hold_lock
 with hold_lock(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)

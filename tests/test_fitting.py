@@ -25,9 +25,8 @@ from ichpipe.models.slice_cnn import SliceCnn, parts_of, spec_for
 from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
 from ichpipe.training.end_to_end_trainer import EndToEndFitting, ImageSeries, image_series
-from ichpipe.training.losses import weighted_bce
 from ichpipe.training.slice_trainer import SliceFitting, Slices
-from ichpipe.training.trainer import Position
+from ichpipe.training.trainer import Position, weighted_bce
 from tests.test_models import sequence
 
 STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)

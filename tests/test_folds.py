@@ -18,8 +18,7 @@ from ichpipe.features.generations import list_generations
 from ichpipe.images.slice_dataset import SliceDataset, load_slices
 from ichpipe.index.index_writer import write_outputs
 from ichpipe.index.slice_index import read_index
-from ichpipe.models.fold_models import fold_models, fold_numbers
-from ichpipe.models.header import read_header
+from ichpipe.models.header import fold_models, fold_numbers, read_header
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.metrics import weighted_log_loss

@@ -16,7 +16,7 @@ from ichpipe.models.sequence import SequenceModel
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
 from ichpipe.params.schema import PAPER_WINDOWS
-from ichpipe.training.losses import weighted_bce
+from ichpipe.training.trainer import weighted_bce
 
 if TYPE_CHECKING:
     from pathlib import Path

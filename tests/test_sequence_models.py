@@ -8,10 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from ichpipe.models.contexts import encode_position, moving_average
 from ichpipe.models.header import SequenceSpec
-from ichpipe.models.inputs import make_inputs, reverse, stored_inputs
-from ichpipe.models.sequence import SequenceEnsemble, SequenceModel, build_sequence, mean_logits
+from ichpipe.models.sequence import (
+    SequenceEnsemble,
+    SequenceModel,
+    build_sequence,
+    encode_position,
+    make_inputs,
+    mean_logits,
+    moving_average,
+    reverse,
+    stored_inputs,
+)
 
 DIM, PCA = 8, 3
 BASE = {

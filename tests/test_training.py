@@ -19,8 +19,7 @@ from ichpipe.models.slice_cnn import Windows
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams
 from ichpipe.scoring.metrics import weighted_log_loss
 from ichpipe.training import trainer
-from ichpipe.training.losses import weighted_bce
-from ichpipe.training.trainer import LOOK_STEPS, Position, Trainer, make_optimizer, make_schedule
+from ichpipe.training.trainer import LOOK_STEPS, Position, Trainer, make_optimizer, make_schedule, weighted_bce
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocessing.json"
 STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)

@@ -6,20 +6,10 @@ from typing import Final
 
 from ichpipe.common.classes import CLASSES
 
-MIN_HU: Final = -1024
-"""The lowest Hounsfield unit that the DICOM reader returns; padding gets this value."""
-
-MAX_HU: Final = 32767
-"""The highest Hounsfield unit that the DICOM reader returns."""
-
-AIR_HU: Final = -1000.0
-"""Hounsfield units of air, by definition."""
-
-TIE_MM: Final = 1e-3
-"""Slices closer than this along the normal lie at one position."""
-
-THICK_SLICE_MM: Final = 5.0
-"""Slice thickness of most head scans, and of RSNA 2019's, on which models are trained."""
-
+MIN_HU: Final = -1024  # the lowest Hounsfield unit that the DICOM reader returns; padding gets this value
+MAX_HU: Final = 32767  # the highest Hounsfield unit that the DICOM reader returns
+AIR_HU: Final = -1000.0  # air, by definition
+TIE_MM: Final = 1e-3  # slices closer than this along the normal lie at one position
+THICK_SLICE_MM: Final = 5.0  # slice thickness of most head scans, and of RSNA 2019's, on which models are trained
+# Usual abbreviation of each class; CQ500 names its columns by them.
 ABBREVIATIONS: Final = dict(zip(CLASSES, ("ICH", "EDH", "IPH", "IVH", "SAH", "SDH"), strict=True))
-"""Usual abbreviation of each class; CQ500 names its columns by them."""

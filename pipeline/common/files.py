@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, digests of files and values, and versions of packages."""
+"""Files written whole or not at all, the lock of a stage, digests of files and values, versions of packages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import json
 import os
 import secrets
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from ichpipe.common.errors import DataError, MissingFileError, OutputError
+from ichpipe.common.errors import BusyError, DataError, MissingFileError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 TEMPORARY: Final = ".ichpipe-tmp"  # ends the names of temporary folders, which no other program uses
@@ -24,6 +24,7 @@ _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTD
 # Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
 _FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
 _TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
+_TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  # of atomic_path; of safetensors
 
 
 @contextmanager
@@ -152,3 +153,64 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@contextmanager
+def hold_lock(
+    folder: Path, stage: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
+) -> Iterator[None]:
+    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary files of a killed run.
+
+    The kernel frees the lock when its process dies. Under `torchrun` the first process of a run holds it for all.
+    Temporary files are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
+    ``outputs`` in ``folder`` alone. Raises BusyError if another process holds the lock, OutputError if the folder is
+    not writable.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    pid_file, new = folder / f".{stage}.pid", not folder.exists()
+    with ExitStack() as stack:
+        if new:
+            stack.callback(_remove_if_unused, folder, stage)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquire(stack, folder, stage, pid_file)
+            pid_file.write_text(f"{os.getpid()}\n", encoding="ascii")
+        except OSError as error:
+            raise OutputError(
+                f"nothing can be written in {folder} ({error.strerror}); free disk space, make it writable, or name "
+                "another one (--artifacts, --out)"
+            ) from error
+        stack.callback(pid_file.unlink, missing_ok=True)
+        leftovers = [path for output in outputs or [] for path in output.rglob(".*tmp*")]
+        leftovers += [] if outputs is not None else folder.glob(".*tmp*")
+        leftovers += [] if resume is None else resume.glob(f".{stage}.*.tmp")
+        for path in leftovers:
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+        yield
+
+
+def _remove_if_unused(folder: Path, stage: str) -> None:
+    """Remove the folder of a command that failed before it wrote anything."""
+    lock = folder / f".{stage}.lock"
+    with suppress(OSError):
+        if set(folder.iterdir()) <= {lock}:
+            lock.unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _acquire(stack: ExitStack, folder: Path, stage: str, pid_file: Path) -> None:
+    from filelock import FileLock, Timeout  # noqa: PLC0415 - not for `--help`
+
+    try:
+        stack.enter_context(FileLock(folder / f".{stage}.lock").acquire(timeout=0))
+    except Timeout:
+        holder, remedy = "another process", "wait for it"
+        with suppress(OSError):
+            pid = pid_file.read_text(encoding="ascii").strip()
+            holder, remedy = f"process {pid}", f"wait for it, end it (kill {pid})"
+        raise BusyError(f"{holder} is running {stage} in {folder}; {remedy}, or name another folder") from None
+    except NotImplementedError:  # a file system without locks
+        pass

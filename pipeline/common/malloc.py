@@ -11,9 +11,8 @@ import os
 import sys
 from typing import Final
 
+# Environment variables (mallopt(3)), in bytes and arenas; other arenas map large blocks anew at any threshold.
 ENVIRONMENT: Final = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**31 - 1, "MALLOC_ARENA_MAX": 1}
-"""Environment variables (mallopt(3)), in bytes and arenas; other arenas map large blocks anew at any threshold."""
-
 _MALLOPT: Final = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_ARENA_MAX": -8}
 
 

@@ -54,13 +54,11 @@ def read_pseudonyms(source: str | None) -> Pseudonyms | None:
     """
     if source is None:
         return None
+    name = source.removeprefix(ENVIRONMENT)
     try:
-        if source.startswith(ENVIRONMENT):
-            key = os.environ[source.removeprefix(ENVIRONMENT)].strip().encode()
-        else:
-            key = Path(source).read_bytes().strip()
-    except KeyError as error:
-        reason = f"the environment has no {error.args[0]}; set it to the secret key"
+        key = Path(source).read_bytes().strip() if name == source else os.environ[name].strip().encode()
+    except KeyError:
+        reason = f"the environment has no {name}; set it to the secret key"
         raise MissingFileError(f"prepare.hash_patient_ids: {reason}") from None
     except OSError as error:
         reason = f"{source}: {error.strerror}; name a file with the secret key"

@@ -89,12 +89,10 @@ class Table:
 
         ``values`` (rows,) holds the cells that the message quotes: an array or a Series.
         """
-        rows = np.flatnonzero(bad)
-        if not rows.size:
-            return
-        row = int(rows[0])
-        value = "" if values is None else f": {str(np.asarray(values)[row])[:80]!r}"
-        raise DataError(f"{self.title}, {self._name_row(row)}: {complaint}{value} ({rows.size} such row(s))")
+        if (rows := np.flatnonzero(bad)).size:
+            row = int(rows[0])
+            value = "" if values is None else f": {str(np.asarray(values)[row])[:80]!r}"
+            raise DataError(f"{self.title}, {self._name_row(row)}: {complaint}{value} ({rows.size} such row(s))")
 
     def error(self, complaint: str) -> DataError:
         """Return an error about the whole table; the message lists the columns."""
@@ -123,8 +121,7 @@ def read_table(path: Path, role: str, keys: Iterable[str] = (), values: Iterable
     for magic, complaint in _OTHER_FORMATS.items():
         if start.startswith(magic):
             raise DataError(f"{role} table {path} {complaint}")
-    is_csv = not start.startswith(b"PAR1")
-    if is_csv:
+    if is_csv := not start.startswith(b"PAR1"):
         content = _read_csv(path, role)
     else:
         try:

@@ -1,7 +1,7 @@
 """Terms of the DICOM standard. No other coded value is shown: a hospital may have typed a name there.
 
-Terms: DICOM PS3.3, C.7.3.1.1.1
-(Modality), C.11.1.1.2 (Rescale Type); PS3.16, annex L (Body Part Examined), with words that scanners write instead.
+DICOM PS3.3 C.7.3.1.1.1 (Modality), C.11.1.1.2 (Rescale Type); PS3.16 annex L (Body Part Examined), with words that
+scanners write instead.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
-from ichpipe.dicom.entropy_check import require_complete
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.stream_checks import RUN_LENGTH, Claim, frame_bytes, require_sound
+from ichpipe.dicom.stream_checks import RUN_LENGTH, Claim, frame_bytes, require_complete, require_sound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -299,7 +298,7 @@ def describe_syntax(syntax: str) -> str:
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:
     """Raise UnreadableDicomError unless the compressed pixels are built as they should be (``stream_checks``).
 
-    With the decoded pixels ``stored`` (rows, columns), their codes are checked instead (``entropy_check``).
+    With the decoded pixels ``stored`` (rows, columns), their codes are checked instead.
     """
     try:
         frame = frame_bytes(pixels)

@@ -1,7 +1,6 @@
 """Decodes each compressed file once in a child process, so that a crash or a hang costs one file.
 
-Codecs are native code; the files are untrusted. ``scan`` tries every compressed file here. Later stages decode what
-passed in their own process.
+Codecs are native code; the files are untrusted. Later stages decode what passed in their own process.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ from typing import Final
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
 
-if sys.platform != "win32":
-    import resource
-
 TIMEOUT_S: Final = 30.0  # a slice takes milliseconds, one of 4096 pixels a side some seconds
 STARTING_S: Final = 120.0  # imports on a loaded machine
 MEMORY_BYTES: Final = 4 * 2**30  # beyond what the process has when it starts
@@ -32,7 +28,7 @@ class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._child: subprocess.Popen[bytes] | None = None
+        self.child: subprocess.Popen[bytes] | None = None  # None where none runs
         self._pipe: Connection | None = None
 
     def __exit__(self, *_: object) -> None:
@@ -54,11 +50,6 @@ class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
         if reason:
             raise UnreadableDicomError(reason)
 
-    @property
-    def child_pid(self) -> int | None:
-        """Return the child's process id, None where none runs."""
-        return self._child.pid if self._child else None
-
     def start(self) -> Connection:
         """Start the child unless it runs. Raises DataError where that fails."""
         if self._pipe is not None:
@@ -67,27 +58,21 @@ class TrialDecoder(contextlib.AbstractContextManager["TrialDecoder"]):
         with child_end:
             # Not multiprocessing.Process: its child imports the user's script again.
             # -P: a file numpy.py in the current folder, which may be the folder of images, is not imported.
-            self._child = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-c", CHILD_CODE],
-                stdin=child_end.fileno(),
-                stdout=subprocess.DEVNULL,  # codecs print
-                stderr=subprocess.DEVNULL,
-            )
-        try:
+            line, nowhere = [sys.executable, "-P", "-c", CHILD_CODE], subprocess.DEVNULL  # codecs print
+            self.child = subprocess.Popen(line, stdin=child_end.fileno(), stdout=nowhere, stderr=nowhere)  # noqa: S603
+        with contextlib.suppress(EOFError, OSError):
             if self._pipe.poll(STARTING_S):
                 self._pipe.recv_bytes()
                 return self._pipe
-        except (EOFError, OSError):
-            pass
         self.close()
         raise DataError("the process that tries compressed files can't be started; is the machine out of memory?")
 
     def close(self, *, kill: bool = True) -> int:
         """End the child, at once unless it has died; return its exit code."""
-        child, self._child = self._child, None
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        child, pipe = self.child, self._pipe
+        self.child = self._pipe = None
+        if pipe is not None:
+            pipe.close()
         if child is None:
             return 0
         if kill:
@@ -99,6 +84,8 @@ def serve() -> None:
     """Answer each path on standard input with a reason, or with an empty text where the file decodes; then end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     if sys.platform != "win32":
+        import resource  # noqa: PLC0415 - Windows has none
+
         with contextlib.suppress(OSError, ValueError):  # no /proc, or a limit that may not be raised
             used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -1,25 +1,32 @@
-"""Checks the structure of compressed pixels, and the size of their image, before a codec sees them.
+"""Checks compressed pixels: their structure before a codec sees them, their codes against the decoded pixels.
 
-A codec is native code: it trusts a stream that claims 60,000 x 60,000 pixels. The checks read lengths and markers, in
-microseconds; ``entropy_check`` checks the coded numbers. Sources: DICOM PS3.5 A.4 and G (fragments, run length),
-ITU-T T.81 B (JPEG), T.87 C (JPEG-LS), T.800 A (JPEG 2000).
+A codec is native code: it trusts a stream that claims 60,000 x 60,000 pixels. Some fill up what is missing and report
+nothing (docs/reliability.md). Sources: DICOM PS3.5 A.4 and G (fragments, run length), ITU-T T.81 B and H (JPEG),
+T.87 C (JPEG-LS), T.800 A (JPEG 2000).
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 from pydicom.encaps import generate_fragments, parse_fragments
 
 from ichpipe.common.errors import UnreadableDicomError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
 _JPEG: Final = "1.2.840.10008.1.2.4."
 RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
 JPEG_LOSSLESS: Final = frozenset({f"{_JPEG}57", f"{_JPEG}70"})
-MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to make the length even
+_MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to make the length even
 # Frame headers (SOFn) that a transfer syntax allows: baseline 0, extended 1, lossless 3, JPEG-LS 55.
 _FRAMES: Final = {
     f"{_JPEG}50": {0xC0}, f"{_JPEG}51": {0xC0, 0xC1}, f"{_JPEG}57": {0xC3}, f"{_JPEG}70": {0xC3},
@@ -29,7 +36,9 @@ _JPEG_LS: Final = frozenset({f"{_JPEG}80", f"{_JPEG}81"})
 _ANY_FRAME: Final = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 _TABLES, _RESTART, _SCAN = 0xC4, 0xDD, 0xDA  # DHT, DRI, SOS
 _PLAIN_MARKERS: Final = frozenset({0xC3, _TABLES, _SCAN, *range(0xE0, 0xF0), 0xFE})  # and APPn, COM
-MAX_CATEGORIES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
+# Bytes that each code of run length gives, and bytes that it takes (PS3.5, G.3.1); 128 is no operation.
+_RUNS: Final = [*((code + 1, code + 2) for code in range(128)), (0, 1), *((257 - code, 2) for code in range(129, 256))]
+_MAX_CATEGORIES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _JPEG_2000: Final = frozenset(f"{_JPEG}{number}" for number in (90, 91, 201, 202, 203))
 _MAX_TILES: Final = 4096  # 64 pixels a side in the largest image; each tile costs a decoder memory and time
 _MAX_LAYERS: Final = 256
@@ -43,16 +52,6 @@ class Claim(NamedTuple):
     columns: int  # (0028,0011)
     bits_allocated: int  # (0028,0100)
     signed: bool = False  # (0028,0103)
-
-
-class JpegScan(NamedTuple):
-    """The parts of a JPEG stream of one component."""
-
-    precision: int  # bits a sample
-    restart: int  # samples between restart markers; 0: none
-    table: bytes  # the Huffman table of the differences: 16 counts, then the symbols; empty for JPEG-LS
-    header: bytes  # SOS without its length
-    coded: bytes  # what lies between SOS and EOI, still stuffed
 
 
 def frame_bytes(pixels: bytes) -> bytes:
@@ -77,9 +76,9 @@ def require_sound(frame: bytes, syntax: str, claim: Claim) -> None:
     Other transfer syntaxes than run length, JPEG, JPEG-LS and JPEG 2000 pass.
     """
     if syntax == RUN_LENGTH:
-        run_segments(frame, claim)
+        _run_segments(frame, claim)
     elif syntax in _FRAMES:
-        read_jpeg(frame, syntax, claim)
+        _read_jpeg(frame, syntax, claim)
     elif syntax in _JPEG_2000:
         _require_jpeg_2000(frame, claim)
 
@@ -90,7 +89,7 @@ def is_plain(frame: bytes, syntax: str, claim: Claim) -> bool:
     Raises UnreadableDicomError for some damaged streams; some sound streams give False.
     """
     if syntax == RUN_LENGTH:
-        return bool(run_segments(frame, claim)) and not any(frame[4 + claim.bits_allocated // 2 : 64])
+        return bool(_run_segments(frame, claim)) and not any(frame[4 + claim.bits_allocated // 2 : 64])
     if claim.bits_allocated != 16:
         return False
     if syntax in JPEG_LOSSLESS:
@@ -120,8 +119,8 @@ def _is_plain_jpeg(segments: list[tuple[int, bytes]], claim: Claim) -> bool:
         free = 1  # codes of a length that no shorter one begins; a code of all ones is none
         for count in counts:
             free = 2 * free - count if free > 0 else 0
-        are_distinct = 0 < sum(counts) == len(symbols) == len(set(symbols)) <= MAX_CATEGORIES
-        if len(counts) != 16 or free < 1 or not are_distinct or max(symbols) >= MAX_CATEGORIES or number > 3:
+        are_distinct = 0 < sum(counts) == len(symbols) == len(set(symbols)) <= _MAX_CATEGORIES
+        if len(counts) != 16 or free < 1 or not are_distinct or max(symbols) >= _MAX_CATEGORIES or number > 3:
             return False
         tables.add(number)
     scan = segments[-1][1]
@@ -130,12 +129,11 @@ def _is_plain_jpeg(segments: list[tuple[int, bytes]], claim: Claim) -> bool:
     return is_claimed and 8 < precision <= 16 and has_table and 1 <= scan[3] <= 7 and scan[4:] == b"\0\0"
 
 
-def run_segments(frame: bytes, claim: Claim) -> list[bytes]:
+def _run_segments(frame: bytes, claim: Claim) -> list[bytes]:
     """Return the coded segments of a run-length frame, most significant byte of the samples first (PS3.5, G.5)."""
     if len(frame) < 64:
         raise UnreadableDicomError("no header of 64 bytes")
-    count, *starts = struct.unpack_from("<16L", frame)
-    expected = claim.bits_allocated // 8
+    (count, *starts), expected = struct.unpack_from("<16L", frame), claim.bits_allocated // 8
     if count != expected:
         raise UnreadableDicomError(f"{min(count, 99)} segments, BitsAllocated {claim.bits_allocated} needs {expected}")
     offsets = [*starts[:count], len(frame)]
@@ -144,11 +142,14 @@ def run_segments(frame: bytes, claim: Claim) -> list[bytes]:
     return [frame[low:high] for low, high in pairwise(offsets)]
 
 
-def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
-    """Split a JPEG or JPEG-LS stream: one frame of one component in one scan, and complete."""
+def _read_jpeg(frame: bytes, syntax: str, claim: Claim) -> tuple[int, int, bytes, bytes, bytes]:
+    """Split a JPEG or JPEG-LS stream: one frame of one component in one scan, and complete.
+
+    Returns bits a sample; samples between restart markers, or 0; the Huffman table of the differences (16 counts, then
+    the symbols; empty for JPEG-LS); SOS without its length; what lies between SOS and EOI, still stuffed.
+    """
     segments, start = _read_jpeg_segments(frame)
-    precision, restart = 0, 0
-    tables: dict[int, bytes] = {}
+    precision, restart, tables = 0, 0, dict[int, bytes]()
     for marker, body in segments[:-1]:
         if marker == _TABLES:
             tables |= _read_huffman_tables(body)
@@ -163,15 +164,13 @@ def read_jpeg(frame: bytes, syntax: str, claim: Claim) -> JpegScan:
                 raise UnreadableDicomError("its component is sampled otherwise than once a pixel")
         elif marker == _RESTART and len(body) == 2:
             restart = int.from_bytes(body, "big")
-    scan = segments[-1][1]
-    _require_scan(scan, precision, syntax)
-    table = tables.get(scan[2] >> 4, b"")
-    coded = _read_coded_pixels(frame, start, restart, syntax)
+    _require_scan(scan := segments[-1][1], precision, syntax)
+    table, coded = tables.get(scan[2] >> 4, b""), _read_coded_pixels(frame, start, restart, syntax)
     if syntax in JPEG_LOSSLESS and not table:
         raise UnreadableDicomError("its Huffman table is missing")
     if syntax in JPEG_LOSSLESS and len(coded) * 8 < claim.rows * claim.columns:  # a bit each at least
         raise UnreadableDicomError("fewer coded bits than pixels")
-    return JpegScan(precision, restart, table, scan, coded)
+    return precision, restart, table, scan, coded
 
 
 def _require_scan(scan: bytes, precision: int, syntax: str) -> None:
@@ -187,8 +186,7 @@ def _read_jpeg_segments(frame: bytes) -> tuple[list[tuple[int, bytes]], int]:
     """Return the markers up to SOS, each with its segment without the length, and the offset of the coded pixels."""
     if not frame.startswith(b"\xff\xd8"):
         raise UnreadableDicomError("does not begin as JPEG")
-    offset = 2
-    segments: list[tuple[int, bytes]] = []
+    offset, segments = 2, list[tuple[int, bytes]]()
     while not segments or segments[-1][0] != _SCAN:
         while frame.startswith(b"\xff\xff", offset):  # fill bytes
             offset += 1
@@ -214,16 +212,15 @@ def _require_claim(rows: int, columns: int, components: int, precision: int, cla
 
 
 def _read_huffman_tables(segment: bytes) -> dict[int, bytes]:
+    """Return the tables of class 0: DC, and the differences of lossless JPEG."""
     tables, offset = {}, 0
-    while offset + 17 <= len(segment):
+    while offset < len(segment):
         end = offset + 17 + sum(segment[offset + 1 : offset + 17])
         if end > len(segment):
-            break
-        if segment[offset] < 0x10:  # class 0: DC, and the differences of lossless JPEG
+            raise UnreadableDicomError("a Huffman table is cut short")
+        if segment[offset] < 0x10:
             tables[segment[offset]] = segment[offset + 1 : end]
         offset = end
-    if offset != len(segment):
-        raise UnreadableDicomError("a Huffman table is cut short")
     return tables
 
 
@@ -234,7 +231,7 @@ def _read_coded_pixels(frame: bytes, start: int, restart: int, syntax: str) -> b
     for match in re.compile(markers).finditer(frame, start):
         code = match[1][0]
         if code == 0xD9:
-            if len(frame) - match.end() > MAX_PADDING:
+            if len(frame) - match.end() > _MAX_PADDING:
                 raise UnreadableDicomError("bytes after its end marker")
             return frame[start : match.start()]
         if not (restart and 0xD0 <= code <= 0xD7):
@@ -279,8 +276,8 @@ def _read_main_header(stream: bytes, claim: Claim) -> int:
     while not stream.startswith(b"\xff\x90", offset):
         if offset + 4 > len(stream) or stream[offset] != 0xFF:
             raise UnreadableDicomError("its main header is cut short")
-        length = int.from_bytes(stream[offset + 2 : offset + 4], "big")
-        if stream[offset + 1] == 0x52:
+        marker, length = struct.unpack_from(">BH", stream, offset + 1)
+        if marker == 0x52:
             _require_coding_style(stream[offset + 4 : offset + 2 + length], claim)
             styles += 1
         offset += 2 + max(length, 2)
@@ -296,12 +293,9 @@ def _require_coding_style(segment: bytes, claim: Claim) -> None:
     style, _, layers, _, levels, width, height = struct.unpack_from(">BBHBBBB", segment)
     if not 1 <= layers <= _MAX_LAYERS or levels > 32 or width > 8 or height > 8 or width + height > 8:
         raise UnreadableDicomError("its coding style is out of range")
-    if not style & 1:
-        return
-    sizes = segment[10 : 11 + levels]
-    if len(sizes) != levels + 1:
+    sizes, blocks = segment[10 : 11 + levels] if style & 1 else b"", 0
+    if style & 1 and len(sizes) != levels + 1:
         raise UnreadableDicomError("its precincts are cut short")
-    blocks = 0
     for level, size in enumerate(sizes):
         shrink = levels - level
         blocks += ((claim.columns >> shrink >> (size & 15)) + 1) * ((claim.rows >> shrink >> (size >> 4)) + 1)
@@ -326,3 +320,82 @@ def _require_tile_parts(stream: bytes, offset: int, tiles: int) -> None:
         raise UnreadableDicomError(f"{len(numbers)} of {tiles} tiles: cut short")
     if offset < len(stream) and not stream.startswith(b"\xff\xd9", offset):
         raise UnreadableDicomError("bytes that are no tile after its last tile")
+
+
+def require_complete(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np.integer]) -> None:
+    """Raise UnreadableDicomError unless the codes of a sound frame are those of the decoded pixels (rows, columns).
+
+    Run lengths must add up, and lossless JPEG must have the bits that the pixels need. The decoders of JPEG-LS and
+    JPEG 2000 refuse wrong codes themselves, as far as the format allows.
+    """
+    if syntax in JPEG_LOSSLESS:
+        _require_codes(frame, syntax, claim, stored)
+    segments, expected = _run_segments(frame, claim) if syntax == RUN_LENGTH else [], claim.rows * claim.columns
+    for segment in segments:
+        offset = count = 0
+        while count < expected and offset < len(segment):
+            given, size = _RUNS[segment[offset]]
+            count += given
+            offset += size
+        if count != expected or not 0 <= len(segment) - offset <= _MAX_PADDING:
+            raise UnreadableDicomError(f"its runs give {count} of {expected} bytes")
+
+
+def _require_codes(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np.integer]) -> None:
+    precision, restart, table, scan, coded = _read_jpeg(frame, syntax, claim)
+    if restart % claim.columns:
+        raise UnreadableDicomError("its restart interval is no whole number of lines")  # T.81, H.1.1
+    shift = scan[5] & 15  # point transform
+    bits = precision - shift
+    samples: NDArray[np.uint16] = stored.astype(np.uint16) >> np.uint16(shift)
+    if claim.signed:
+        samples &= np.uint16((1 << bits) - 1)  # a decoder may have extended the sign
+    elif int(samples.max()) >> bits:
+        raise UnreadableDicomError(f"samples of more than {bits} bits")
+    lines = restart // claim.columns or claim.rows
+    lengths = _count_bits(table)[_subtract_predictions(samples, scan[3], 1 << (bits - 1), lines)]
+    if not lengths.all():
+        raise UnreadableDicomError("its Huffman table has no code for some of its pixels")
+    needed = np.add.reduceat(lengths.sum(axis=1, dtype=np.int64), range(0, claim.rows, lines))
+    parts = re.split(rb"\xff[\xd0-\xd7]", coded) if restart else [coded]
+    if len(parts) != len(needed):
+        raise UnreadableDicomError(f"{len(parts)} of {len(needed)} intervals between restart markers")
+    rest = 8 * np.array([len(part) - part.count(b"\xff\x00") for part in parts]) - needed
+    if rest.min() < 0 or rest.max() >= 8:
+        raise UnreadableDicomError("its codes do not end where its bytes do")
+
+
+def _subtract_predictions(samples: NDArray[np.uint16], predictor: int, middle: int, lines: int) -> NDArray[np.uint16]:
+    """Subtract the prediction of each sample, modulo 65536 (T.81, H.1.2.1). Every ``lines`` lines begin anew."""
+    signed: NDArray[Any] = samples if predictor < 5 else samples.astype(np.int32)  # halves need the sign
+    left, above, corner = signed[1:, :-1], signed[:-1, 1:], signed[:-1, :-1]
+    formulas: dict[int, Callable[[], NDArray[Any]]] = {
+        1: lambda: left, 2: lambda: above, 3: lambda: corner, 4: lambda: left + above - corner,
+        5: lambda: left + ((above - corner) >> 1), 6: lambda: above + ((left - corner) >> 1),
+        7: lambda: (left + above) >> 1,
+    }  # fmt: skip
+    if predictor not in formulas:
+        raise UnreadableDicomError(f"predictor {predictor} is not defined")
+    differences = np.empty_like(samples)
+    differences[1:, 1:] = samples[1:, 1:] - formulas[predictor]().astype(np.uint16)
+    differences[1:, 0] = samples[1:, 0] - samples[:-1, 0]
+    # The left neighbour predicts the first line, and the first one after each restart.
+    differences[::lines, 1:] = samples[::lines, 1:] - samples[::lines, :-1]
+    differences[::lines, 0] = samples[::lines, 0] - np.uint16(middle)
+    return differences
+
+
+@lru_cache(maxsize=16)
+def _count_bits(table: bytes) -> NDArray[np.uint8]:
+    """Return the bits of each difference modulo 65536 (65536,): its Huffman code and its value; 0 without a code."""
+    counts, symbols = np.frombuffer(table[:16], dtype=np.uint8), np.frombuffer(table[16:], dtype=np.uint8)
+    codes = np.repeat(np.arange(1, 17), counts)
+    if len(codes) != len(symbols) or (symbols >= _MAX_CATEGORIES).any() or (2.0**-codes).sum() > 1:
+        raise UnreadableDicomError("its Huffman table is out of range")
+    lengths = np.zeros(_MAX_CATEGORIES, dtype=np.uint8)
+    # Category 16 is the difference 32768, without further bits (T.81, H.1.2.2).
+    lengths[symbols] = codes + np.where(symbols < _MAX_CATEGORIES - 1, symbols, 0)
+    values = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float64)
+    categories = np.frexp(np.abs(values))[1]  # the bit length
+    bits: NDArray[np.uint8] = lengths[categories]
+    return bits

@@ -16,8 +16,7 @@ from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.index.slice_index import TextColumn
-from ichpipe.models.fold_models import fold_models
-from ichpipe.models.header import PREPROCESSING_VERSION, read_header
+from ichpipe.models.header import PREPROCESSING_VERSION, fold_models, read_header
 from ichpipe.params.schema import AugmentParams
 
 if TYPE_CHECKING:

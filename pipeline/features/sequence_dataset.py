@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.device import derive_seed, generator
-from ichpipe.models.inputs import POSITION, stored_inputs
-from ichpipe.models.sequence import mean_logits
+from ichpipe.models.sequence import POSITION, mean_logits, stored_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

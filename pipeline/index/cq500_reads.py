@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 READERS: Final = ("R1", "R2", "R3")
-FINDINGS: Final = ABBREVIATIONS
-"""CQ500's name of each class; six of its 14 findings are haemorrhages."""
-
+FINDINGS: Final = ABBREVIATIONS  # CQ500's name of each class; six of its 14 findings are haemorrhages
 _NAME: Final = re.compile(r"CQ500[\W_]*CT[\W_]*(\d+)", re.IGNORECASE)
 
 

@@ -6,6 +6,7 @@ Parts name the code and the codecs that made them; others are deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ichpipe.dicom.archive import ListedFile
 
+_ROOM: Final = Path(str(dicom.__file__)).parent
 _MAKER: Final = b"ichpipe.dicom.slice_header"
 _CODECS: Final = (
     "pydicom", "numpy", "imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle",
@@ -39,8 +41,12 @@ class HeaderCache:
 
     def __init__(self, folder: Path | None, schema: pa.Schema, mark: str = "") -> None:
         """Read all parts; a damaged part, or one by other code or with another ``mark``, is deleted."""
+        # What decides the content of a row: our reading code and the installed codecs.
+        maker = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_ROOM.glob("*.py"))))
+        versions = dict.fromkeys(_CODECS, "none") | installed_versions(_CODECS)
+        maker.update("".join(f"{name} {version}\n" for name, version in versions.items()).encode())
         self._folder = folder
-        self._schema = schema.with_metadata({_MAKER: f"{_identify_reader()}{mark}".encode()})
+        self._schema = schema.with_metadata({_MAKER: f"{maker.hexdigest()}{mark}".encode()})
         self._parts = [] if folder is None else sorted(folder.glob(_PARTS))
         self._tables = [table for path in self._parts if (table := self._read(path)) is not None]
 
@@ -82,20 +88,9 @@ class HeaderCache:
         return path
 
     def _read(self, path: Path) -> pa.Table | None:
-        try:
+        with contextlib.suppress(pa.ArrowInvalid, OSError):
             table = parquet.read_table(path)
             if table.schema.equals(self._schema, check_metadata=True):
                 return table
-        except (pa.ArrowInvalid, OSError):
-            pass
         path.unlink(missing_ok=True)
         return None
-
-
-def _identify_reader() -> str:
-    """Return a digest of what decides the content of a row: our reading code and the installed codecs."""
-    room = Path(str(dicom.__file__)).parent
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(room.glob("*.py"))))
-    versions = dict.fromkeys(_CODECS, "none") | installed_versions(_CODECS)
-    digest.update("".join(f"{name} {version}\n" for name, version in versions.items()).encode())
-    return digest.hexdigest()

@@ -62,20 +62,17 @@ def _describe(index: pd.DataFrame) -> dict[str, Any]:
 
 
 def write_outputs(
-    out: Path,
-    index: pd.DataFrame,
-    rejected: pd.DataFrame,
-    summary: dict[str, Any],
-    *,
-    series: pd.DataFrame | None = None,
-    of_studies: pd.DataFrame | None = None,
+    out: Path, index: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any], **tables: pd.DataFrame | None
 ) -> None:
-    """Write ``slices.parquet``, ``rejected.csv``, ``summary.json`` and the given tables; same input, same bytes."""
+    """Write ``slices.parquet``, ``rejected.csv``, ``summary.json`` and ``NAME.csv`` of each of ``tables``.
+
+    The same input gives the same bytes.
+    """
     table = pa.Table.from_pandas(index[SCHEMA.names], schema=SCHEMA, preserve_index=False)
     with atomic_path(out / "slices.parquet") as temporary:
         parquet.write_table(table.replace_schema_metadata(None), temporary)
     write_rejected(out, rejected)
-    for name, frame in (("series", series), ("studies", of_studies)):
+    for name, frame in tables.items():
         if frame is not None:
             write_text(out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     write_json(out / "summary.json", summary)

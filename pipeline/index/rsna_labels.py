@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
 
 LONG_COLUMNS: Final = ["ID", "Label"]
-_EXAMPLES: Final = 10  # names in a report
 
 
 def read_rsna_labels(
@@ -58,11 +57,8 @@ def read_rsna_labels(
     sop_uids, zeros, ones = sop_uids[order], *(counts.reshape(-1, len(CLASSES))[order] for counts in (zeros, ones))
     values, contradictory, odd_any = resolve_labels(zeros, ones)
     present = zeros + ones > 0
-    report: dict[str, Any] = {
-        "rows": len(ids),
-        "slices": len(sop_uids),
-        "duplicate_rows": len(ids) - int(present.sum()),
-    }
+    report: dict[str, Any] = {"rows": len(ids), "slices": len(sop_uids)}
+    report["duplicate_rows"] = len(ids) - int(present.sum())
     kinds = {"contradictory": contradictory, "inconsistent_any": odd_any, "incomplete": ~present.all(axis=1)}
     for kind, marked in kinds.items():
         report |= {f"{kind}_slices": int(marked.sum()), f"{kind}_sop_uids": first_names(sop_uids[marked])}
@@ -114,5 +110,5 @@ def inconsistent_any(known: NDArray[np.bool_], positive: NDArray[np.bool_]) -> N
 
 
 def first_names(names: NDArray[np.object_] | pd.Index) -> list[str]:
-    """Return the first names, for a report."""
-    return [str(name) for name in names[:_EXAMPLES]]
+    """Return the first ten names, for a report."""
+    return [str(name) for name in names[:10]]

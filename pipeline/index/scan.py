@@ -47,15 +47,11 @@ HEADER_SCHEMA: Final = pa.schema(
 )
 """Facts of one file's header, or the ``reason`` why the file is no slice (null for a slice)."""
 
-CHUNK_FILES: Final = 4096
-"""Files that one process reads at a time; an interruption loses at most these."""
-
-PROCESSES_FROM: Final = 2000
-"""With fewer files, starting other processes takes longer than reading here."""
-
+CHUNK_FILES: Final = 4096  # files that one process reads at a time; an interruption loses at most these
+PROCESSES_FROM: Final = 2000  # with fewer files, starting other processes takes longer than reading here
 REJECTED: Final = ["path", "reason", "study_uid", "series_uid", "patient_id", "code"]
+# Codes of rejected files, beside those of UnreadableDicomError; empty where nothing must be told apart.
 COPY, SAME_UID, NOT_CHOSEN = "copy", "same uid", "not chosen"
-"""Codes of rejected files, beside those of UnreadableDicomError; empty where nothing must be told apart."""
 
 
 def scan(

@@ -1,8 +1,4 @@
-"""The index, ``slices.parquet``: its columns and its reader.
-
-One row a slice, ordered within its series, labelled, split by patient. docs/architecture.md describes the columns,
-docs/data.md the rules.
-"""
+"""The index, ``slices.parquet``: its columns (docs/architecture.md describes them) and its reader."""
 
 from __future__ import annotations
 
@@ -31,7 +27,6 @@ SCHEMA: Final = pa.schema(
     + [(name, pa.float32()) for name in CLASSES]
     + [("split", pa.string()), ("fold", pa.int32())]
 )
-"""Columns of ``index/slices.parquet`` in order."""
 
 
 def read_index(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pd.DataFrame:

@@ -12,14 +12,10 @@ from ichpipe.common.constants import TIE_MM
 POSITION: Final = ("position_x", "position_y", "position_z")
 DIRECTIONS: Final = ("row_x", "row_y", "row_z", "column_x", "column_y", "column_z")
 
-GAP_FACTOR: Final = 1.5
-"""A gap is a step longer than this many times the longer of its two neighbours."""
-
+GAP_FACTOR: Final = 1.5  # a gap is a step longer than this many times the longer of its two neighbours
+# Slices tilted more than this against most of their series are rejected as another plane. RSNA 2019 has labelled series
+# with slices 21 degrees apart.
 MAX_TILT_DEG: Final = 45.0
-"""Slices tilted more than this against the majority of their series are rejected as another plane.
-
-RSNA 2019 has series with slices 21 degrees apart. All are labelled, so they stay.
-"""
 
 
 def order_series(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -78,11 +78,8 @@ def count_overlap(index: pd.DataFrame) -> dict[str, int]:
     out = index["split"].isna()
     patients = pd.Index(index.loc[out, "patient_id"].unique())
     tested = index["patient_id"].isin(patients) & (index["split"] == "test")
-    return {
-        "patients": len(patients),
-        "slices_left_out_of_training": int(out.sum()),
-        "slices_in_test": int(tested.sum()),
-    }
+    counts = {"patients": len(patients), "slices_left_out_of_training": int(out.sum())}
+    return counts | {"slices_in_test": int(tested.sum())}
 
 
 def read_test_slices(path: str | Path | None) -> pd.Index:
@@ -122,10 +119,7 @@ def _mark_test_slices(index: pd.DataFrame, test_slices: pd.Index | None) -> NDAr
 
 
 def _deal(labels: NDArray[np.bool_], shares: NDArray[np.float64], seed: int, keys: str) -> NDArray[np.int64]:
-    """Deal patients (n, labels) into groups of about these shares: (n,) group numbers.
-
-    Every group with a share above 0 gets a patient, or DataError names the parameters ``keys``.
-    """
+    """Return the group (n,) of each patient, by shares; each used group gets one, or DataError names ``keys``."""
     from iterstrat.ml_stratifiers import IterativeStratification  # noqa: PLC0415  (brings in scikit-learn)
 
     used = np.flatnonzero(shares > 0)

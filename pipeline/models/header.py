@@ -1,7 +1,8 @@
-"""Describes a model as plain data in the header of its file, and refuses a model of other inputs; without torch."""
+"""Describes a model as plain data in the header of its file, and refuses a model of other inputs or folds; no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -19,6 +20,9 @@ from ichpipe.params.schema import Fraction, Input, WindowParams
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ichpipe.common.artifacts import Artifacts
+    from ichpipe.params.schema import Params
+
 # Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
 # Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
 PREPROCESSING_VERSION: Final = 1
@@ -31,12 +35,8 @@ HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
 _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
 SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
-MEANING = {
-    "index": "index (slices, labels or split)",
-    "embeddings": "embedding store",
-    "slice_cnn": "slice CNN",
-    "sequence": "sequence model",
-}
+MEANING = {"index": "index (slices, labels or split)", "embeddings": "embedding store"}
+MEANING |= {"slice_cnn": "slice CNN", "sequence": "sequence model"}
 
 
 class _Spec(BaseModel):
@@ -148,13 +148,10 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
 def spacing_of(folder: Path) -> float:
     """Return the median distance of the slices that a model was trained on, mm; 5 where its header does not say."""
     text = read_header(folder).made_from.get(SPACING, "")
-    try:
-        spacing = float(text or THICK_SLICE_MM)
-    except ValueError as error:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no number") from error
-    if not 0 < spacing < math.inf:
-        raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance")
-    return spacing
+    with contextlib.suppress(ValueError):
+        if 0 < (spacing := float(text or THICK_SLICE_MM)) < math.inf:
+            return spacing
+    raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance in mm")
 
 
 def require_made_from(folder: Path, digests: dict[str, str], command: str) -> dict[str, str]:
@@ -180,3 +177,31 @@ def is_fitted(folder: Path, params: dict[str, Any], made_from: dict[str, str]) -
         return bool(read_json(folder / RECORD_FILE)["params"] == params)
     except (IchpipeError, KeyError, TypeError):
         return False
+
+
+def fold_numbers(params: Params) -> list[int]:
+    """Return the folds that have a slice CNN of their own: none where ``fit-slices.folds`` is 0.
+
+    A CNN is more certain of the slices it was fitted on, so a sequence model trains on embeddings of each train
+    patient by the CNN that left this patient's fold out. ``prepare.test_fold`` has none: every CNN leaves it out.
+    """
+    return [fold for fold in range(params.fit_slices.folds) if fold != params.prepare.test_fold]
+
+
+def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict[int, Path]:
+    """Return the model folder of each of `fold_numbers`, checked to be what its name says.
+
+    ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError where a model is absent, WeightsError
+    where one was trained on another index or left out another fold; both name the file and the remedy.
+    """
+    command, folders = "ichpipe fit-slices", {fold: artifacts.fold_cnn(fold) for fold in fold_numbers(params)}
+    for fold, folder in folders.items():
+        made_from = require_made_from(folder, {"index": index_digest}, command)
+        left_out, folds = made_from.get("excluded_fold"), made_from.get("folds")
+        if (left_out, folds) != (str(fold), str(params.fit_slices.folds)):
+            patients = "on all folds" if None in (left_out, folds) else f"without fold {left_out} of {folds}"
+            raise WeightsError(
+                f"{folder / MODEL_FILE} was trained {patients}, wanted without fold {fold} of "
+                f"{params.fit_slices.folds}: it may have seen the slices that it is to embed; run: {command}"
+            )
+    return folders

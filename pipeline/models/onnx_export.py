@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 OPSET = 17
 TOLERANCE = 1e-4
 LENGTHS = (2, 13, 40)  # slices of the series on which the file is compared with the network
-INPUTS = {
+TENSORS = {
     "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal",
     "position_mm": "float32 (slices): positions along the slice normal, mm",
+    "probabilities": "float32 (slices, 6): probabilities",
 }
-OUTPUT = "float32 (slices, 6): probabilities"
 
 
 class Exported(nn.Module):
@@ -61,7 +61,7 @@ def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> fl
     except ImportError as error:
         raise IchpipeError(f"--onnx needs the package {error.name}; run: pip install 'ichpipe[export]'") from error
     exported = Exported(model).eval()
-    axes = {name: {0: "slices"} for name in ("hu", "position_mm", "probabilities")}
+    axes = {name: {0: "slices"} for name in TENSORS}
     with atomic_path(target) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the exporter is the older one, and that Python values are constants
@@ -71,8 +71,7 @@ def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> fl
                 input_names=["hu", "position_mm"], output_names=["probabilities"],
             )  # fmt: skip
         graph = onnx.load(temporary)
-        facts = {"ichpipe": json.dumps(description, sort_keys=True), **INPUTS, "probabilities": OUTPUT}
-        for key, value in facts.items():
+        for key, value in {"ichpipe": json.dumps(description, sort_keys=True), **TENSORS}.items():
             graph.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(graph)
         onnx.save(graph, temporary)

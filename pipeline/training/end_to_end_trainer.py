@@ -21,8 +21,7 @@ from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
 from ichpipe.training.distributed import all_sum, share
-from ichpipe.training.losses import weighted_bce, weighted_bce_sum
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
+from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce, weighted_bce_sum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,9 +9,8 @@ import torch
 
 from ichpipe.common.device import autocast, needs_scaling
 from ichpipe.features.sequence_dataset import Shuffle, predict_batches, train_batches
-from ichpipe.models.inputs import stored_inputs
-from ichpipe.training.losses import weighted_bce, weighted_bce_sum
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
+from ichpipe.models.sequence import stored_inputs
+from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce, weighted_bce_sum
 
 if TYPE_CHECKING:
     from pathlib import Path

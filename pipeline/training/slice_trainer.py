@@ -14,8 +14,7 @@ from ichpipe.images import augmentation
 from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import batch_loader, batches_of
 from ichpipe.training.distributed import all_sum, average_statistics, share
-from ichpipe.training.losses import weighted_bce_sum
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step
+from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce_sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

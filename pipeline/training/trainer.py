@@ -1,4 +1,4 @@
-"""Training loop of the three learning stages: optimiser, schedule, checkpoints and the best weights."""
+"""Training loop of the three learning stages: loss, optimiser, schedule, checkpoints and the best weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from ichpipe.common.classes import METRIC_WEIGHTS
 from ichpipe.common.device import derive_seed
 from ichpipe.common.errors import TrainingError
 from ichpipe.common.files import atomic_path
@@ -42,6 +44,24 @@ class Epoch:
     train_loss: float | None
     val_loss: float
     learning_rate: float
+
+
+def weighted_bce_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over slices of the weighted binary cross entropy, ``sum_c w_c BCE_c / 7``.
+
+    ``logits`` and ``labels`` are (n, 6) in the order of CLASSES; w(any) = 2, the others 1. The divisor is the
+    sum of the weights, 7, not the 6 classes (which would turn 0.06434 into 0.07507). A slice with an unknown label
+    (NaN) counts nothing.
+    """
+    weights = torch.tensor(METRIC_WEIGHTS, device=logits.device)
+    labelled = ~labels.isnan().any(dim=1)
+    loss = F.binary_cross_entropy_with_logits(logits[labelled].float(), labels[labelled].float(), reduction="none")
+    return (loss * weights).sum() / weights.sum()
+
+
+def weighted_bce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the slices with known labels of `weighted_bce_sum`; NaN where there is none."""
+    return weighted_bce_sum(logits, labels) / (~labels.isnan().any(dim=1)).sum()
 
 
 def make_optimizer(groups: Sequence[tuple[nn.Module, float]], weight_decay: float, eps: float = 1e-8) -> Optimizer:
@@ -296,10 +316,7 @@ def _require_finite(loss: float, epoch: int) -> float:
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return the exponential moving average of weights and statistics (Polyak and Juditsky 1992).
-
-    The decay grows towards its value over the first steps (1 / 10, 2 / 11, …), so that the first weights are forgotten.
-    """
+    """Return the moving average of weights and statistics; its decay grows over the first steps (1 / 10, 2 / 11, …)."""
 
     # timm's ModelEmaV3 starts its decay with another formula: after 20 steps at .9 weights differ by .06.
     def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:

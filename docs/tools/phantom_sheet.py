@@ -1,4 +1,4 @@
-"""Draws the phantom's contact sheet: ``python -m ichpipe.phantom.sheet docs/phantom.png``."""
+"""Draws the phantom's contact sheet: ``python docs/tools/phantom_sheet.py docs/phantom.png``."""
 
 from __future__ import annotations
 
