@@ -14,9 +14,8 @@ from conftest import PROGRAM
 
 from ichpipe.cache import maintenance
 from ichpipe.cache.location import StoreLocation
-from ichpipe.common import run_lock
 from ichpipe.common.errors import DataError, ParamsError
-from ichpipe.common.files import decode_text
+from ichpipe.common.files import decode_text, hold_lock
 from ichpipe.common.processes import launched_rank
 from ichpipe.params.schema import load_params
 from ichpipe.stages.faults import message_of
@@ -85,7 +84,7 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with run_lock.hold_lock(tmp_path / "locks", "stage"), StoreLocation(str(tmp_path / "store")).writing():
+    with hold_lock(tmp_path / "locks", "stage"), StoreLocation(str(tmp_path / "store")).writing():
         (tmp_path / "written").touch()
     assert (tmp_path / "written").exists()
 
@@ -95,7 +94,7 @@ def test_other_errors_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with pytest.raises(OSError, match="I/O error"), run_lock.hold_lock(tmp_path / "locks", "stage"):
+    with pytest.raises(OSError, match="I/O error"), hold_lock(tmp_path / "locks", "stage"):
         pass
 
 
@@ -159,7 +158,7 @@ def test_files_of_others_in_the_output_folder_stay(tmp_path):
     others = [tmp_path / name for name in (".studies.csv.abc1de_3.tmp", ".tmp3Qx2Lm", "x.tmp", ".hidden")]
     for path in others:
         path.write_text("mine")
-    with run_lock.hold_lock(tmp_path, "predict"):
+    with hold_lock(tmp_path, "predict"):
         pass
     assert all(path.exists() for path in others)
 

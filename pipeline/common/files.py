@@ -6,6 +6,7 @@ import codecs
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -13,18 +14,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from ichpipe.common.errors import BusyError, DataError, MissingFileError, OutputError
+from ichpipe.common.processes import launched_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+log = logging.getLogger("ichpipe")
+
 TEMPORARY: Final = ".ichpipe-tmp"  # ends the names of temporary folders, which no other program uses
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 # Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
 _FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
 _TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
-_TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")  # of atomic_path; of safetensors
 
 
 @contextmanager
@@ -159,14 +163,14 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 def hold_lock(
     folder: Path, stage: str, outputs: Sequence[Path] | None = None, resume: Path | None = None
 ) -> Iterator[None]:
-    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary files of a killed run.
+    """Hold ``folder/.<stage>.lock`` in the block, and delete temporary folders of a killed run.
 
     The kernel frees the lock when its process dies. Under `torchrun` the first process of a run holds it for all.
-    Temporary files are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
+    Temporary folders are deleted below ``outputs`` and, if their names begin with ``stage``, in ``resume``; without
     ``outputs`` in ``folder`` alone. Raises BusyError if another process holds the lock, OutputError if the folder is
     not writable.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank()[0] > 0:
         yield
         return
     pid_file, new = folder / f".{stage}.pid", not folder.exists()
@@ -183,12 +187,11 @@ def hold_lock(
                 "another one (--artifacts, --out)"
             ) from error
         stack.callback(pid_file.unlink, missing_ok=True)
-        leftovers = [path for output in outputs or [] for path in output.rglob(".*tmp*")]
-        leftovers += [] if outputs is not None else folder.glob(".*tmp*")
-        leftovers += [] if resume is None else resume.glob(f".{stage}.*.tmp")
+        leftovers = [path for output in outputs or [] for path in output.rglob(f".*{TEMPORARY}")]
+        leftovers += [] if outputs is not None else folder.glob(f".*{TEMPORARY}")
+        leftovers += [] if resume is None else resume.glob(f".{stage}.*{TEMPORARY}")
         for path in leftovers:
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
         yield
 
 
@@ -212,5 +215,7 @@ def _acquire(stack: ExitStack, folder: Path, stage: str, pid_file: Path) -> None
             pid = pid_file.read_text(encoding="ascii").strip()
             holder, remedy = f"process {pid}", f"wait for it, end it (kill {pid})"
         raise BusyError(f"{holder} is running {stage} in {folder}; {remedy}, or name another folder") from None
-    except NotImplementedError:  # a file system without locks
-        pass
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; start no second %s there at the same time", folder, stage)

@@ -71,7 +71,8 @@ def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int
     first, second = (
         np.take(hu, rows, axis).astype(np.float64) for rows in (before, np.minimum(before + 1, length - 1))
     )
-    return np.rint(first + (second - first) * weight).astype(np.int16)
+    square: NDArray[np.int16] = np.rint(first + (second - first) * weight).astype(np.int16)
+    return square
 
 
 def _read(path: Path | str, *, scanned: bool) -> tuple[NDArray[np.int16], float]:

@@ -79,8 +79,8 @@ def _read_simple(path: Path) -> LabelTable:
         return LabelTable("sop_uid", *read_rsna_labels(path))
     columns = [(key, column) for key, names in KEYS.items() for column in names if column in table.names]
     if not columns:
-        keys = ", ".join(names[0] for names in KEYS.values())
-        raise table.error(f"names no slice, series, study or patient: it needs one column of {keys}")
+        first = ", ".join(names[0] for names in KEYS.values())
+        raise table.error(f"names no slice, series, study or patient: it needs one column of {first}")
     if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
     absent = [name for name in CLASSES if name not in table.names]
@@ -130,6 +130,7 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     values = labels.values[list(CLASSES)].reindex(names).set_axis(index.index)
     kept = values if of_slices else values.where(values == 0.0)
     joined = index.assign(**{name: kept[name].astype(np.float32) for name in CLASSES})
+    counts: dict[str, Any]
     if of_slices:
         unmatched = len(labels.values) - int(matched.sum())
         counts = {"slices_without_label": int((~matched).sum()), "labels_without_slice": unmatched}

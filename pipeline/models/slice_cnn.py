@@ -148,7 +148,7 @@ def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
     import timm  # noqa: PLC0415 - slow to import
 
     name, channels = spec.backbone, len(spec.windows)
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     fixed = config is not None and config.fixed_input_size and config.input_size[1:] != (spec.size_px, spec.size_px)
     size: dict[str, Any] = {"img_size": spec.size_px} if fixed else {}
     try:  # timm leaves out a pooling of None
