@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held after its first epoch
+HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held in memory once it is decoded
 
 
 def load_slice(path: str | Path, size_px: int) -> Tensor:
@@ -65,7 +65,8 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ().
 
-    ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded.
+    ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded. A set that fits into
+    memory is decoded once and held by the process that trains; decoding processes hold nothing (`batch_loader`).
     """
 
     def __init__(
@@ -73,8 +74,12 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     ) -> None:
         self.paths, self.size_px, self.read = list(paths), size_px, read
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
-        # A set that fits is decoded once and held; a larger one is read again every epoch.
-        self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+        # None: too large, and read again every epoch.
+        self.held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the held slices behind: a decoding process would fill a copy that nobody reads."""
+        return self.__dict__ | {"held": None}
 
     def __len__(self) -> int:
         """Return the number of slices."""
@@ -82,11 +87,11 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read one slice, or return it if it is held."""
-        hu = None if self._held is None else self._held.get(row)
+        hu = None if self.held is None else self.held.get(row)
         if hu is None:
             hu = self.read(self.paths[row]) if self.read else load_slice(self.paths[row], self.size_px)
-            if self._held is not None:
-                self._held[row] = hu
+            if self.held is not None:
+                self.held[row] = hu
         return hu, self.labels[row], torch.tensor(row)
 
 
@@ -107,15 +112,38 @@ def batch_loader(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one).
 
-    The processes leave Ctrl-C to this one, which ends them.
+    The processes get only rows that the data set doesn't hold yet. They leave Ctrl-C to this one, which ends them.
     """
+    held = dataset.held
+    loads = [[row for row in batch if held is None or row not in held] for batch in batches] if workers else []
+    missing = [rows for rows in loads if rows]
+    workers = workers if missing else 0
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=missing if workers else batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=follow_the_parent,
     )
     with interrupts_stay_here() if workers else nullcontext():
-        return iter(loader)
+        loaded = iter(loader)
+    return _hold(dataset, held, batches, loads, loaded) if workers and held is not None else loaded
+
+
+def _hold(
+    dataset: SliceDataset,
+    held: dict[int, Tensor],
+    batches: Sequence[Sequence[int]],
+    loads: Sequence[Sequence[int]],
+    loaded: Iterator[tuple[Tensor, Tensor, Tensor]],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hold the slices that arrive from decoding processes, and complete each batch by those that are held already."""
+    for batch, rows in zip(batches, loads, strict=True):
+        if rows:
+            arrived = next(loaded)
+            held.update((row, hu.clone()) for row, hu in zip(rows, arrived[0], strict=True))  # not shared memory
+        if len(rows) == len(batch):
+            yield arrived
+        else:
+            yield torch.stack([held[row] for row in batch]), dataset.labels[list(batch)], torch.tensor(batch)
