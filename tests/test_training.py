@@ -13,7 +13,7 @@ import torch
 from process_kit import LoggedReads
 from torch import nn
 
-from ichpipe.common.errors import TrainingError
+from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.images import augmentation, slice_dataset
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader, batches_of, fit_to_size
 from ichpipe.models.header import PREPROCESSING_VERSION
@@ -113,6 +113,24 @@ def test_decoding_processes_decode_once_what_this_one_holds(tmp_path, monkeypatc
     assert not sent.held
     assert sent[3][0].unique().tolist() == [3]
     assert not sent.held  # a decoding process keeps nothing
+
+
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_a_decoding_process_gives_the_error_of_a_file_as_it_is(tmp_path, content):
+    """Its message is the one without processes: no traceback in it, and the file's name."""
+    path = tmp_path / "a.dcm"
+    if content is not None:
+        path.write_bytes(content)
+    errors = []
+    for workers in (0, 1):
+        dataset = SliceDataset([str(path)], np.zeros((1, 6), np.float32), 16)
+        with pytest.raises((IchpipeError, OSError)) as caught:
+            next(batch_loader(dataset, [[0]], workers))
+        errors.append(caught.value)
+    assert type(errors[0]) is type(errors[1])
+    assert str(errors[0]) == str(errors[1])
+    assert "a.dcm" in str(errors[1])
+    assert vars(errors[0]) == vars(errors[1])
 
 
 def test_nothing_drawn_changes_nothing():

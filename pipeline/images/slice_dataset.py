@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ichpipe.common.constants import MIN_HU
-from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.errors import IchpipeError, UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
 
@@ -118,17 +117,42 @@ def batch_loader(
     loads = [[row for row in batch if held is None or row not in held] for batch in batches] if workers else []
     missing = [rows for rows in loads if rows]
     workers = workers if missing else 0
-    loader = DataLoader(
-        dataset,
-        batch_sampler=missing if workers else batches,  # type: ignore[arg-type]
+    pinned = torch.cuda.is_available()
+    if not workers:
+        return iter(DataLoader(dataset, batch_sampler=batches, pin_memory=pinned))  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(dataset),
+        batch_size=None,
+        sampler=missing,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
+        pin_memory=pinned,
+        multiprocessing_context="spawn",
         worker_init_fn=follow_the_parent,
     )
-    with interrupts_stay_here() if workers else nullcontext():
-        loaded = iter(loader)
-    return _hold(dataset, held, batches, loads, loaded) if workers and held is not None else loaded
+    with interrupts_stay_here():
+        loaded = _raise_errors(iter(loader))
+    return loaded if held is None else _hold(dataset, held, batches, loads, loaded)
+
+
+class _Batches(Dataset[Any]):
+    """Reads whole batches in a decoding process; an error comes back as it is, not as a text with a traceback."""
+
+    def __init__(self, dataset: SliceDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, rows: list[int]) -> Any:
+        """Return one batch, or the error of a file."""
+        try:
+            return default_collate([self.dataset[row] for row in rows])
+        except (IchpipeError, OSError) as error:
+            return error
+
+
+def _raise_errors(loaded: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for batch in loaded:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _hold(
