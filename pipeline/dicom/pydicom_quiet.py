@@ -26,12 +26,12 @@ class _QuietThread:
         return _depth.value > 0
 
 
-class _Settings(config.Settings):  # type: ignore[misc] # pydicom has no types
+class _Settings(config.Settings):
     """pydicom's settings; values that are read by a quiet thread are not validated."""
 
     @property
     def reading_validation_mode(self) -> int:
-        return config.IGNORE if _depth.value else super().reading_validation_mode  # type: ignore[no-any-return]
+        return config.IGNORE if _depth.value else super().reading_validation_mode
 
     @reading_validation_mode.setter
     def reading_validation_mode(self, mode: int) -> None:
