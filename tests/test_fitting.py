@@ -14,6 +14,7 @@ from process_kit import CPU, SIZE, STILL, random_hu, slice_fitting, train_as_one
 from safetensors.torch import load_file
 
 from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.device import generator
 from ichpipe.features.generations import open_features
 from ichpipe.features.sequence_dataset import collect_series, plain_batches
@@ -26,6 +27,7 @@ from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, load_params
 from ichpipe.training.end_to_end_trainer import EndToEndFitting, ImageSeries, image_series
 from ichpipe.training.losses import weighted_bce
+from ichpipe.training.sequence_trainer import SequenceFitting
 from ichpipe.training.trainer import Position
 from tests.test_models import sequence
 
@@ -283,6 +285,23 @@ def test_a_step_without_labels_moves_the_schedule_alone(run, half_precision):
     assert all(map(torch.equal, before, fitting.model.parameters()))
     assert position.step == len(fitting.steps(1)) == fitting.schedule.last_epoch
     assert np.isnan(position.mean())
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_series_without_a_wholly_labelled_slice_teach_a_sequence_model_nothing(run, known):
+    """Also where some classes are known: their mean loss was NaN, "training has diverged"."""
+    params, artifacts = load_params(run.params), Artifacts(run.artifacts)
+    index = read_index(artifacts.index)
+    index.loc[:, list(CLASSES[known:])] = np.nan
+    section = params.sequence["paper"]
+    train = collect_series(open_features(params, artifacts, index, section), index[index["split"] == "train"])
+    fitting = SequenceFitting(load_sequence(artifacts.sequence("paper")), section, CPU, train, [], 0)
+    before = [parameter.detach().clone() for parameter in fitting.model.parameters()]
+    position = Position(0.0, lambda: None)
+    fitting.train_epoch(1, position)
+    assert position.step
+    assert not any(position.losses)
+    assert all(map(torch.equal, before, fitting.model.parameters()))
 
 
 def test_the_batches_of_a_step_hold_each_series_once(run):
