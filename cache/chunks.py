@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 import zarr
 
 from ichpipe.cache import layout
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Chunks are written in small pieces: for large writes Linux looks for large memory pages, which may take long.
 WRITE_BYTES = 2**15
+MAX_MAPPED = 2**14  # chunks that a process maps at a time: Linux allows 65,530 maps (vm.max_map_count)
 
 
 class DamagedChunkError(Exception):
@@ -62,7 +65,12 @@ class ChunkCache:
 
 
 class Chunks:
-    """One row array of one segment, read-only."""
+    """One row array of one segment, read-only.
+
+    A process maps up to MAX_MAPPED chunks of all arrays; then the one that was mapped first is let go.
+    """
+
+    _all_mapped: ClassVar[deque[tuple[weakref.ref[Chunks], int]]] = deque()
 
     def __init__(self, location: StoreLocation, array: zarr.Array[Any], fetched: ChunkCache | None = None) -> None:
         self._array = array
@@ -88,6 +96,11 @@ class Chunks:
             if values is None:
                 body = _map_file(self._folder / str(number) / "0", number, layout.chunk_bytes(self._array))
                 values = self._mapped[number] = body.view(self._array.dtype).reshape(self._array.chunks)
+                self._all_mapped.append((weakref.ref(self), number))
+                while len(self._all_mapped) > MAX_MAPPED:
+                    reference, first = self._all_mapped.popleft()
+                    if (owner := reference()) is not None:
+                        owner._mapped.pop(first, None)
             return values
         key = (self._array.path, number)
         values = self._fetched.get(key)
@@ -104,19 +117,23 @@ class Chunks:
 
 
 def _map_file(path: Path, number: int, size: int) -> NDArray[np.uint8]:
-    """Map a chunk file, compare its CRC-32C, and return its bytes without the checksum."""
+    """Map a chunk file, compare its CRC-32C, and return its bytes without the checksum.
+
+    The file is closed, and its map stays: a `numpy.memmap` would hold a file descriptor as long as the array lives.
+    """
     try:
-        content = np.memmap(path, dtype=np.uint8, mode="r")
+        with pa.memory_map(str(path)) as file:
+            content = np.frombuffer(file.read_buffer(), dtype=np.uint8)
     except FileNotFoundError as error:
         raise DamagedChunkError(number, "is missing") from error
-    except ValueError as error:  # an empty file can't be mapped
-        raise DamagedChunkError(number, "is empty") from error
+    if not len(content):
+        raise DamagedChunkError(number, "is empty")
     if len(content) != size:
         raise DamagedChunkError(number, f"has {len(content)} bytes instead of {size}")
     body, checksum = content[: -layout.CRC_BYTES], content[-layout.CRC_BYTES :].tobytes()
     if google_crc32c.value(body).to_bytes(layout.CRC_BYTES, "little") != checksum:
         raise DamagedChunkError(number, "fails its checksum")
-    return np.asarray(body)
+    return body
 
 
 def open_row_arrays(location: StoreLocation, segment: str) -> dict[str, zarr.Array[Any]]:

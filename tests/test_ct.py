@@ -12,6 +12,7 @@ from conftest import compress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydicom import config
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from ichpipe.common.errors import UnreadableDicomError
@@ -244,6 +245,46 @@ def test_quiet_holds_in_threads_and_ends_after_them(write_ct):
         thread.join()
     assert not errors
     assert warnings.filters == filters
+
+
+def test_quiet_is_the_thread_that_reads(write_ct):
+    """Other threads keep their warnings, their filters and pydicom's validation."""
+    path, entered, leave = write_ct(SOPInstanceUID="ID_07c9bea25"), threading.Event(), threading.Event()
+    modes, filters = [], list(warnings.filters)
+    mode = config.settings.reading_validation_mode
+
+    def read():
+        with quiet_pydicom():
+            entered.set()
+            leave.wait(20)
+            warnings.warn("of the reader", stacklevel=1)  # pytest turns any warning into an error
+            modes.append(config.settings.reading_validation_mode)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert entered.wait(20)
+    with pytest.warns(UserWarning, match="of another thread"):
+        warnings.warn("of another thread", stacklevel=1)
+    with pytest.warns(UserWarning, match="Invalid value for VR UI"):
+        assert pydicom.dcmread(path).SOPInstanceUID == "ID_07c9bea25"
+    with pytest.raises(UserWarning, match="error"):
+        warnings.warn("an error", stacklevel=1)
+    assert config.settings.reading_validation_mode == mode
+    with warnings.catch_warnings(action="error"):  # put before the filter of the reader, then restored
+        read_header(path)
+        with pytest.raises(UserWarning, match="error"):
+            warnings.warn("an error", stacklevel=1)
+        leave.set()
+        reader.join()
+    assert modes == [config.IGNORE]
+    assert [each for each in warnings.filters if each in filters] == filters
+    config.settings.reading_validation_mode = config.RAISE
+    try:
+        with quiet_pydicom():
+            assert config.settings.reading_validation_mode == config.IGNORE
+        assert config.settings.reading_validation_mode == config.RAISE
+    finally:
+        config.settings.reading_validation_mode = mode
 
 
 @pytest.mark.real_data

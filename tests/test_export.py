@@ -14,6 +14,7 @@ from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.params.schema import PAPER_WINDOWS
+from ichpipe.scoring.heldout_predictions import model_mark, read_predictions, write_predictions
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -103,6 +104,27 @@ def test_the_card_says_what_was_trained_on_and_how_well_it_does(run, bundle, ind
     assert f"{scores['weighted_log_loss']:.4f}" in page
     patients = set(index["patient_id"]) | set(index["study_uid"])
     assert not any(str(one) in page + json.dumps(card) for one in patients)  # counts, no identifiers
+
+
+@pytest.mark.parametrize("lone", [True, False])
+def test_a_model_with_few_held_out_patients_has_a_card(run, index, tmp_path, lone):
+    """One patient has no interval; without any there are no scores."""
+    other = run.copy(tmp_path)
+    folder = other.artifacts / "finetuned"
+    table = read_predictions(folder, "")
+    first = table.loc[table["split"] == "test", "patient_id"].iloc[0]
+    kept = (table["split"] == "val") | (lone & (table["patient_id"] == first))
+    write_predictions(table[kept], folder, model_mark(folder))
+    result = other("export", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    test = json.loads((tmp_path / "out" / "config.json").read_text())["metrics"]["test"]
+    page = (tmp_path / "out" / "README.md").read_text()
+    if lone:
+        assert test["weighted_log_loss_ci"] is None
+        assert f"weighted log loss {test['weighted_log_loss']:.4f}.\n" in page
+    else:
+        assert test is None
+        assert "No labelled patients were held out" in page
 
 
 def test_the_onnx_file_agrees_on_a_real_series(run, bundle, index):

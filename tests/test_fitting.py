@@ -10,35 +10,29 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from process_kit import CPU, SIZE, STILL, random_hu, slice_fitting, train_as_one_of_two
 from safetensors.torch import load_file
 
 from ichpipe.common.artifacts import Artifacts
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.device import generator
 from ichpipe.features.generations import open_features
 from ichpipe.features.sequence_dataset import collect_series, plain_batches
 from ichpipe.images import augmentation
 from ichpipe.images.slice_batch import Batch, Cut, draw_cut, sample
-from ichpipe.images.slice_dataset import SliceDataset
 from ichpipe.index.slice_index import read_index
 from ichpipe.models.end_to_end import EndToEnd, backward_in_chunks, repeat_random
 from ichpipe.models.slice_cnn import SliceCnn, parts_of, spec_for
 from ichpipe.models.weights import load_sequence, load_slice_cnn
-from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, SliceParams, load_params
+from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, CutMixParams, load_params
 from ichpipe.training.end_to_end_trainer import EndToEndFitting, ImageSeries, image_series
-from ichpipe.training.slice_trainer import SliceFitting, Slices
+from ichpipe.training.sequence_trainer import SequenceFitting
 from ichpipe.training.trainer import Position, weighted_bce
 from tests.test_models import sequence
 
-STILL = AugmentParams(flip_probability=0, rotation_deg=0, scale=0, shift=0, offset_hu=0, noise_hu=0)
 WILD = AugmentParams(
     vertical_flip_probability=0.5, crop_area=0.6, crop_aspect=1.3, distortion=0.05, blur_px=1.5, rotation_deg=30
 )
-CPU = torch.device("cpu")
-SIZE = 32
-
-
-def random_hu(n=6, seed=0):
-    return torch.randint(-100, 200, (n, 1, SIZE, SIZE), generator=torch.Generator().manual_seed(seed)).to(torch.int16)
 
 
 # Augmentation
@@ -149,17 +143,6 @@ def test_samples_are_contiguous_and_reach_both_ends(n, size):
     assert all(rows == list(range(rows[0], rows[0] + len(rows))) for rows in samples)
     assert {len(rows) for rows in samples} == {min(n, size or n)}
     assert set().union(*samples) == set(range(n))
-
-
-def slice_fitting(n=12, **settings):
-    settings = {"backbone": "test_convnext", "augment": STILL, "precision": "fp32"} | settings
-    section = SliceParams(**settings)
-    torch.manual_seed(0)
-    cnn = SliceCnn(spec_for(section.backbone, PAPER_WINDOWS, SIZE, 0.0))
-    labels = (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1)
-    dataset = SliceDataset(list(range(n)), labels, SIZE, random_hu(n).__getitem__)
-    slices = Slices(dataset, dataset, [f"series {row // 4}" for row in range(n)])
-    return SliceFitting(cnn, section, CPU, 0, slices, range(n), 7)
 
 
 def rows_of(fitting, epoch=1):
@@ -290,6 +273,36 @@ def test_a_sample_without_labels_teaches_nothing(run):
     assert fitting.backward(batch, torch.zeros(8, 1, 48, 48), 2) == []
 
 
+@pytest.mark.parametrize("half_precision", [True, False])
+def test_a_step_without_labels_moves_the_schedule_alone(run, half_precision):
+    fitting = series_fitting(run, batch_series=2, epochs=1)[0]
+    fitting.scaler = torch.amp.GradScaler("cpu", enabled=half_precision)
+    fitting.slices.labels = torch.full_like(fitting.slices.labels, float("nan"))
+    before = [parameter.detach().clone() for parameter in fitting.model.parameters()]
+    position = Position(0.0, lambda: None)
+    fitting.train_epoch(1, position)
+    assert all(map(torch.equal, before, fitting.model.parameters()))
+    assert position.step == len(fitting.steps(1)) == fitting.schedule.last_epoch
+    assert np.isnan(position.mean())
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_series_without_a_wholly_labelled_slice_teach_a_sequence_model_nothing(run, known):
+    """Also where some classes are known: their mean loss was NaN, "training has diverged"."""
+    params, artifacts = load_params(run.params), Artifacts(run.artifacts)
+    index = read_index(artifacts.index)
+    index.loc[:, list(CLASSES[known:])] = np.nan
+    section = params.sequence["paper"]
+    train = collect_series(open_features(params, artifacts, index, section), index[index["split"] == "train"])
+    fitting = SequenceFitting(load_sequence(artifacts.sequence("paper")), section, CPU, train, [], 0)
+    before = [parameter.detach().clone() for parameter in fitting.model.parameters()]
+    position = Position(0.0, lambda: None)
+    fitting.train_epoch(1, position)
+    assert position.step
+    assert not any(position.losses)
+    assert all(map(torch.equal, before, fitting.model.parameters()))
+
+
 def test_the_batches_of_a_step_hold_each_series_once(run):
     fitting = series_fitting(run, batch_series=2, accumulate=2)[0]
     steps = fitting.steps(1)
@@ -313,6 +326,34 @@ def finetuned(run, folder, *settings, processes=1, command="finetune"):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return other.artifacts
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("both")
+    torch.multiprocessing.spawn(train_as_one_of_two, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_a_gradient_that_no_process_has_stays_away(both):
+    for facts in both:
+        assert facts["gradients"]["both"].tolist() == [3.0, 6.0]
+        assert facts["gradients"]["one"].tolist() == [1.0, 1.0]
+        assert facts["gradients"]["none"] is None
+
+
+def test_processes_that_go_on_count_every_loss_once(both):
+    expected = np.mean([(1 + step + 3 * (3 + step)) / 4 for step in range(4)])
+    assert [facts["train_loss"] for facts in both] == pytest.approx([expected] * 2)
+
+
+def test_processes_end_with_the_same_averaged_network(both):
+    """Statistics of its batch normalisation, too."""
+    assert both[0]["history"] == both[1]["history"]
+    assert any("running_mean" in name for name in both[0]["weights"])
+    for name, values in both[0]["weights"].items():
+        assert torch.equal(values, both[1]["weights"][name]), name
 
 
 def assert_same_weights(one, other):

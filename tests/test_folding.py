@@ -1,12 +1,16 @@
 """Batch normalisation folded into convolutions: the same features, and nothing folded that is not known."""
 
+import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from ichpipe.features.generations import GenerationSpec
 from ichpipe.models.folding import folded
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
+from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS
 
 NORMS = (nn.BatchNorm2d, BatchNormAct2d)
@@ -110,6 +114,29 @@ def test_what_is_no_pair_is_not_folded(join):
     assert folded(cnn) is cnn
     cnn.backbone = Backbone(plain)
     assert not norms_of(folded(cnn))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "join", "expected"),
+    [
+        ("test_resnet", None, "folded"),
+        ("test_convnext", None, "folded"),  # it has none
+        ("test_resnet", plain, "folded"),
+        ("test_resnet", used_twice, "kept"),
+        ("test_resnet", read_directly, "kept"),
+        ("test_resnet", lambda self, image: 0 * plain(self, image), "kept"),
+    ],
+)
+def test_the_identity_of_a_store_says_whether_it_was_folded(tmp_path, backbone, join, expected):
+    cnn = make_network(backbone, 160).train()
+    if join is not None:
+        cnn.backbone = Backbone(join)
+    save_model(tmp_path, cnn, {})
+    assert all(module.training for module in cnn.modules())
+    assert GenerationSpec(tmp_path, pd.DataFrame()).identity()["batch_norm"] == expected
+    with safe_open(tmp_path / "model.safetensors", "np") as file:  # other files have the bytes of before
+        assert ("batch_norm" in file.metadata()["ichpipe"]) == (expected == "kept")
+    assert (folded(cnn) is cnn) == (expected == "kept" or backbone == "test_convnext")
 
 
 def test_a_backbone_that_gives_its_head_several_tensors():

@@ -13,7 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichpipe.cache import layout
+from ichpipe.cache import chunks, layout
 from ichpipe.cache.chunks import write_chunk
 from ichpipe.cache.errors import StoreError
 from ichpipe.cache.location import StoreLocation
@@ -264,3 +264,49 @@ def test_inputs_of_finished_chunks_are_let_go(tmp_path):
         alive.append(sum(type(one) is Counted for one in gc.get_objects()))
     assert len(alive) == 61  # sixty chunks
     assert 0 < max(alive) <= 4 * 10  # those in flight and in the last message of each kind, not all
+
+
+# Many chunks
+
+
+@pytest.fixture(scope="module")
+def many_chunks(client, tmp_path_factory):
+    """Two arrays of 300 chunks, each of one row."""
+    slices, path = kit.Slices((1,) * 300), tmp_path_factory.mktemp("many") / "store"
+    kit.write(path, slices, client, made=kit.generation(1))
+    return path, slices
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux lists")
+def test_read_chunks_hold_no_file_open(many_chunks):
+    resource = pytest.importorskip("resource")
+    path, slices = many_chunks
+    store = EmbeddingStore(path)
+    expected = {uid: slices.expected(uid)[0].astype(np.float16) for uid in slices.series}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 50, hard))
+    try:
+        rows = {uid: store.series(uid).embedding for uid in expected}  # views, all kept
+        assert len(list(Path("/proc/self/fd").iterdir())) < n_open + 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(np.array_equal(rows[uid], expected[uid]) for uid in expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts what Linux lists")
+def test_a_process_maps_a_limited_number_of_chunks(many_chunks, monkeypatch):
+    path, slices = many_chunks
+
+    def maps():
+        return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    monkeypatch.setattr(chunks, "MAX_MAPPED", 20)
+    stores = [EmbeddingStore(path) for _ in range(2)]
+    for _ in range(2):
+        for uid in dict.fromkeys(slices.series):
+            for store in stores:
+                assert np.array_equal(store.series(uid).embedding, slices.expected(uid)[0].astype(np.float16))
+    assert 0 < maps() <= 21
+    del stores, store
+    assert maps() == 0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -9,11 +10,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from process_kit import LoggedReads
 from torch import nn
 
-from ichpipe.common.errors import TrainingError
+from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.images import augmentation, slice_dataset
-from ichpipe.images.slice_dataset import SliceDataset, batches_of, fit_to_size
+from ichpipe.images.slice_dataset import SliceDataset, batch_loader, batches_of, fit_to_size
 from ichpipe.models.header import PREPROCESSING_VERSION
 from ichpipe.models.slice_cnn import Windows
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams
@@ -84,6 +86,50 @@ def test_held_slices_equal_those_read_again(write_ct, monkeypatch):
             for _ in range(2):
                 assert [int(dataset[row][0][0, 0, 0]) for row in range(3)] == [-24, -23, -22]
         assert load.call_count == reads
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_decoding_processes_decode_once_what_this_one_holds(tmp_path, monkeypatch, fits):
+    if not fits:
+        monkeypatch.setattr(slice_dataset, "HOLD_BYTES", 0)
+    reads, labels = LoggedReads(tmp_path / "reads"), np.arange(36, dtype=np.float32).reshape(6, 6)
+    dataset = SliceDataset(list(range(6)), labels, 4, reads)
+
+    def load(workers, *batches):
+        loaded = list(batch_loader(dataset, batches, workers))
+        assert [rows.tolist() for _, _, rows in loaded] == [list(batch) for batch in batches]
+        for hu, known, rows in loaded:
+            assert hu.shape == (len(rows), 1, 4, 4)
+            assert hu[:, 0, 0, 0].tolist() == rows.tolist()
+            assert torch.equal(known, torch.from_numpy(labels)[rows])
+
+    load(2, [4, 1], [0, 2])
+    load(2, [1, 3], [2, 4], [5, 0])  # two of six rows are new
+    load(2, [5, 4, 3], [2, 1, 0])
+    load(0, [0, 1, 2], [3, 4, 5])
+    assert reads.count() == (dict.fromkeys(range(6), 1) if fits else {0: 4, 1: 4, 2: 4, 3: 3, 4: 4, 5: 3})
+    sent = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    assert not sent.held
+    assert sent[3][0].unique().tolist() == [3]
+    assert not sent.held  # a decoding process keeps nothing
+
+
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_a_decoding_process_gives_the_error_of_a_file_as_it_is(tmp_path, content):
+    """Its message is the one without processes: no traceback in it, and the file's name."""
+    path = tmp_path / "a.dcm"
+    if content is not None:
+        path.write_bytes(content)
+    errors = []
+    for workers in (0, 1):
+        dataset = SliceDataset([str(path)], np.zeros((1, 6), np.float32), 16)
+        with pytest.raises((IchpipeError, OSError)) as caught:
+            next(batch_loader(dataset, [[0]], workers))
+        errors.append(caught.value)
+    assert type(errors[0]) is type(errors[1])
+    assert str(errors[0]) == str(errors[1])
+    assert "a.dcm" in str(errors[1])
+    assert vars(errors[0]) == vars(errors[1])
 
 
 def test_nothing_drawn_changes_nothing():

@@ -93,7 +93,7 @@ class SliceEmbedder:
         loaders: int = 1,
         precision: str = "auto",
     ) -> None:
-        self.cnn = folded(cnn.to(device))
+        self.cnn = folded(cnn).to(device)  # folded where it was loaded: what can be folded is the same on every device
         self.device, self.view, self.precision = device, view, precision
         cpu = device.type == "cpu"
         self.batch_size = lane_batch(cnn.spec.size_px, batch_size) if cpu else batch_size

@@ -71,7 +71,7 @@ class GenerationSpec:
             "backbone": spec.backbone,
             "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
             "size_px": spec.size_px,
-            "batch_norm": "folded",  # rounds otherwise: stores written without are not continued
+            "batch_norm": header.batch_norm,  # folding rounds otherwise
             "excluded_fold": self.fold,
             "view": self.view.identity() if self.view else None,
             **precision,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ichpipe.common.constants import MIN_HU
-from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.errors import IchpipeError, UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held after its first epoch
+HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held in memory once it is decoded
 
 
 def load_slice(path: str | Path, size_px: int) -> Tensor:
@@ -65,7 +64,8 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Slices with labels: HU int16 (1, size, size), labels (6,), row number ().
 
-    ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded.
+    ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded. A set that fits into
+    memory is decoded once and held by the process that trains; decoding processes hold nothing (`batch_loader`).
     """
 
     def __init__(
@@ -73,8 +73,12 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     ) -> None:
         self.paths, self.size_px, self.read = list(paths), size_px, read
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
-        # A set that fits is decoded once and held; a larger one is read again every epoch.
-        self._held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+        # None: too large, and read again every epoch.
+        self.held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the held slices behind: a decoding process would fill a copy that nobody reads."""
+        return self.__dict__ | {"held": None}
 
     def __len__(self) -> int:
         """Return the number of slices."""
@@ -82,11 +86,11 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read one slice, or return it if it is held."""
-        hu = None if self._held is None else self._held.get(row)
+        hu = None if self.held is None else self.held.get(row)
         if hu is None:
             hu = self.read(self.paths[row]) if self.read else load_slice(self.paths[row], self.size_px)
-            if self._held is not None:
-                self._held[row] = hu
+            if self.held is not None:
+                self.held[row] = hu
         return hu, self.labels[row], torch.tensor(row)
 
 
@@ -107,15 +111,63 @@ def batch_loader(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Load the given rows batch by batch, decoded by ``workers`` processes ahead of their use (0: in this one).
 
-    The processes leave Ctrl-C to this one, which ends them.
+    The processes get only rows that the data set doesn't hold yet. They leave Ctrl-C to this one, which ends them.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+    held = dataset.held
+    loads = [[row for row in batch if held is None or row not in held] for batch in batches] if workers else []
+    missing = [rows for rows in loads if rows]
+    workers = workers if missing else 0
+    pinned = torch.cuda.is_available()
+    if not workers:
+        return iter(DataLoader(dataset, batch_sampler=batches, pin_memory=pinned))  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(dataset),
+        batch_size=None,
+        sampler=missing,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
+        pin_memory=pinned,
+        multiprocessing_context="spawn",
         worker_init_fn=follow_the_parent,
     )
-    with interrupts_stay_here() if workers else nullcontext():
-        return iter(loader)
+    with interrupts_stay_here():
+        loaded = _raise_errors(iter(loader))
+    return loaded if held is None else _hold(dataset, held, batches, loads, loaded)
+
+
+class _Batches(Dataset[Any]):
+    """Reads whole batches in a decoding process; an error comes back as it is, not as a text with a traceback."""
+
+    def __init__(self, dataset: SliceDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, rows: list[int]) -> Any:
+        """Return one batch, or the error of a file."""
+        try:
+            return default_collate([self.dataset[row] for row in rows])
+        except (IchpipeError, OSError) as error:
+            return error
+
+
+def _raise_errors(loaded: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for batch in loaded:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _hold(
+    dataset: SliceDataset,
+    held: dict[int, Tensor],
+    batches: Sequence[Sequence[int]],
+    loads: Sequence[Sequence[int]],
+    loaded: Iterator[tuple[Tensor, Tensor, Tensor]],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hold the slices that arrive from decoding processes, and complete each batch by those that are held already."""
+    for batch, rows in zip(batches, loads, strict=True):
+        if rows:
+            arrived = next(loaded)
+            held.update((row, hu.clone()) for row, hu in zip(rows, arrived[0], strict=True))  # not shared memory
+        if len(rows) == len(batch):
+            yield arrived
+        else:
+            yield torch.stack([held[row] for row in batch]), dataset.labels[list(batch)], torch.tensor(batch)

@@ -53,6 +53,14 @@ def folded(cnn: SliceCnn) -> SliceCnn:
     return copied.to(memory_format=torch.channels_last)
 
 
+def keeps_batch_norm(cnn: SliceCnn) -> bool:
+    """Return whether a network has batch normalisation, and `folded` leaves all of it. The network stays as it is."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in cnn.modules()):
+        return False
+    copied = copy.deepcopy(cnn).cpu()
+    return folded(copied) is copied
+
+
 def _layer_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
     """Return the convolutions and normalisations whose arithmetic is known; a subclass may standardise its weights."""
     from timm.layers.conv2d_same import Conv2dSame  # noqa: PLC0415 - slow to import

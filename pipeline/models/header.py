@@ -106,6 +106,8 @@ class Header(BaseModel):
     sequence: SequenceSpec | None = None
     format_version: int
     made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
+    # Of a slice CNN. Kept: extract could fold none of it. Files name it only then, and older files never do.
+    batch_norm: Literal["folded", "kept"] = "folded"
 
     @model_validator(mode="after")
     def _require_parts(self) -> Self:
@@ -118,7 +120,7 @@ class Header(BaseModel):
         if self.slice_cnn is None or self.sequence is None:
             raise WeightsError(f"a model card needs an end-to-end model, not one of kind {self.kind}")
         facts = {"kind": self.kind, "format_version": self.format_version, "classes": list(self.slice_cnn.classes)}
-        return facts | self.model_dump(mode="json")
+        return facts | self.model_dump(mode="json", exclude={"batch_norm"})
 
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:

@@ -22,6 +22,7 @@ from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import IchpipeError, WeightsError
 from ichpipe.common.files import atomic_path, require_file
 from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.folding import keeps_batch_norm
 from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
 from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
@@ -53,8 +54,10 @@ def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Pat
         kind, specs = "sequence", {"sequence": model.spec}
     else:
         raise TypeError(f"no description for {type(model).__name__}")
-    header = {"format_version": FORMAT_VERSION, "made_from": made_from, "kind": kind}
+    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "made_from": made_from, "kind": kind}
     header |= {name: spec.model_dump(mode="json") for name, spec in specs.items()}
+    if isinstance(model, SliceCnn) and keeps_batch_norm(model):
+        header["batch_norm"] = "kept"
     target = folder / MODEL_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(target) as temporary:

@@ -84,19 +84,36 @@ def all_sum(*values: float) -> tuple[float, ...]:
     return tuple(sums.tolist())
 
 
+def mean_of_all(value: torch.Tensor | float, weight: float) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Return the weighted mean over the processes and the sum of the weights; all must call it at the same step.
+
+    The numbers stay on the device, so that a GPU need not be waited for.
+    """
+    if count() == 1:
+        return value, weight
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    number = torch.as_tensor(value, dtype=torch.float64).detach().to(device)
+    parts = torch.stack([number * weight if weight else torch.zeros_like(number), torch.full_like(number, weight)])
+    distributed.all_reduce(parts)
+    return parts[0] / parts[1].clamp(min=1e-12), parts[1]
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes; one that is missing here counts as zero."""
+    """Replace each gradient by its sum over the processes; one that is missing in all of them stays missing."""
     if count() == 1:
         return
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    gradients: list[torch.Tensor] = [parameter.grad for parameter in trainable]  # type: ignore[misc]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    if not trainable:
+        return
+    present = [parameter.grad is not None for parameter in trainable]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trainable]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(present).to(gradients[0])])
     distributed.all_reduce(flat)
-    sums = torch.split(flat, [gradient.numel() for gradient in gradients])
-    for gradient, summed in zip(gradients, sums, strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    *sums, holders = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(trainable)])
+    if not all(present):  # reading the numbers makes a GPU wait
+        present = [number > 0 for number in holders.tolist()]
+    for parameter, gradient, summed, exists in zip(trainable, gradients, sums, present, strict=True):
+        parameter.grad = gradient.copy_(summed.view_as(gradient)) if exists else None
 
 
 def average_statistics(model: torch.nn.Module) -> None:

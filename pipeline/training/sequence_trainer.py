@@ -60,7 +60,7 @@ class SequenceFitting:
         shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)
         batches = train_batches(self.train, self.names, section.batch_series, shuffle)
         for batch in itertools.islice(batches, position.step, None):
-            if batch.labels.isnan().all():  # a crop may hold no known label
+            if batch.labels.isnan().any(dim=-1).all():  # a crop may hold no slice with all labels known
                 position.advance(0.0, 0.0)
                 continue
             moved = batch.to(self.device)

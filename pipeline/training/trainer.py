@@ -18,7 +18,7 @@ from ichpipe.common.classes import METRIC_WEIGHTS
 from ichpipe.common.device import derive_seed
 from ichpipe.common.errors import TrainingError
 from ichpipe.common.files import atomic_path
-from ichpipe.training.distributed import all_sum, rank, sum_gradients
+from ichpipe.training.distributed import average_statistics, mean_of_all, rank, sum_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,23 +93,29 @@ def make_schedule(optimizer: Optimizer, steps_per_epoch: int, epochs: int, warmu
 def step(
     model: nn.Module, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler, max_norm: float
 ) -> None:
-    """Sum the gradient over the processes, clip it, step optimiser and schedule, and clear it."""
+    """Sum the gradient over the processes, clip it, step optimiser and schedule, and clear it.
+
+    Without any gradient (no slice of the step has a known label) only the schedule moves.
+    """
     sum_gradients(model.parameters())
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    scaler.step(optimizer)
-    scaler.update()
+    if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()  # changes nothing; GradScaler raises AssertionError
     optimizer.zero_grad(set_to_none=True)
     schedule.step()
 
 
 class Position:
-    """Progress within an epoch: the losses of the optimiser steps that are done."""
+    """Progress within an epoch: the losses of the optimiser steps that are done, over all processes."""
 
     def __init__(self, rate: float, after_step: Callable[[], None]) -> None:
         self.rate = rate  # learning rate at the start of the epoch
         self.losses: list[Tensor] = []
-        self.weights: list[float] = []
+        self.weights: list[Tensor | float] = []
         self._after_step = after_step
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
@@ -128,13 +134,17 @@ class Position:
         return len(self.losses)
 
     def advance(self, loss: Tensor | float, weight: float = 1.0) -> None:
-        """Count a finished step; its mean loss stands for ``weight`` slices or series of this process."""
+        """Count a finished step; its mean loss stands for ``weight`` slices or series of this process.
+
+        The mean over all processes is kept: the first one's checkpoint serves them all.
+        """
+        loss, of_all = mean_of_all(loss, weight)
         self.losses.append(torch.as_tensor(loss).detach())
-        self.weights.append(weight)
+        self.weights.append(of_all)
         self._after_step()
 
     def latest(self) -> float:
-        """Return the mean loss of the last steps of this process, LOOK_STEPS at most; NaN before the first."""
+        """Return the mean loss of the last steps, LOOK_STEPS at most; NaN before the first."""
         losses = [float(loss) for loss in self.losses[-LOOK_STEPS:]]
         return math.fsum(losses) / len(losses) if losses else math.nan
 
@@ -143,17 +153,17 @@ class Position:
         return f"loss {self.latest():.4f}, learning rate {optimizer.param_groups[0]['lr']:.2g}"
 
     def mean(self) -> float:
-        """Return the mean loss of the steps, over all processes; NaN where nothing counted."""
-        parts = [float(loss) * weight for loss, weight in zip(self.losses, self.weights, strict=True) if weight]
-        total, weight = all_sum(math.fsum(parts), sum(self.weights))
-        return total / weight if weight else math.nan
+        """Return the mean loss of the steps; NaN where nothing counted."""
+        weights = [float(weight) for weight in self.weights]
+        parts = [float(loss) * weight for loss, weight in zip(self.losses, weights, strict=True) if weight]
+        return math.fsum(parts) / sum(weights) if parts else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs, with the present random state."""
         return {
             "rate": self.rate,
             "losses": torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64),
-            "weights": torch.tensor(self.weights, dtype=torch.float64),
+            "weights": torch.tensor([float(weight) for weight in self.weights], dtype=torch.float64),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -215,6 +225,8 @@ class Trainer:
                 self._position = Position(self.optimizer.param_groups[0]["lr"], self._after_step)
             rate = self._position.rate
             train_epoch(epoch, self._position)
+            if self._average is not None:
+                average_statistics(self._average.module)
             train_loss = _require_finite(self._position.mean(), epoch)
             val_loss = _require_finite(self._validate(validate), epoch)
             if self.last > 1 or all(val_loss < earlier.val_loss for earlier in self._history):
