@@ -236,7 +236,7 @@ def ablation(facts: Facts) -> Section:
     lines = [
         f"Gain: weighted log loss of {baseline} minus that of the arm, over {comparison['n_patients']} patients; "
         "above 0 the arm is better. It is called noise unless it holds for all arms together and beyond the spread of "
-        "seeds.",
+        "seeds. With one seed that spread is unknown, and seeds are too few for a verdict.",
         *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
     name = f"Gain over {baseline}, weighted log loss"
