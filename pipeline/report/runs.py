@@ -52,10 +52,10 @@ def model_title(name: str) -> str:
 
 
 def rungs_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
+    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one if it was scored."""
     rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
     rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
-    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
+    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])] if metrics[FINETUNED] else rungs
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:
@@ -91,18 +91,25 @@ def glance(facts: Facts) -> Section:
     lines = ["This run has not been evaluated yet."]
     if facts.metrics is not None:
         lines = _compare_models(facts.metrics)
-        final = facts.metrics[FINETUNED]
-        loss = Estimate.of_loss(final)
-        tiles.append(("weighted log loss, fine-tuned", format_number(loss.value), _format_bounds(loss)))
-        for name, kind in (("AUC any by slice, fine-tuned", "auc"), ("AUC any by study, fine-tuned", "study_auc")):
-            auc = Estimate.from_json(final[kind]["any"])
-            tiles.append((name, format_number(auc.value, 3), _format_bounds(auc) or "no positive or no negative"))
+        if facts.metrics[FINETUNED]:
+            tiles += _score_tiles(facts.metrics[FINETUNED])
+        else:
+            lines.append("The fine-tuned model was not scored; run: ichpipe finetune, then ichpipe evaluate.")
     if facts.summary is not None:
         remark = f"{facts.summary['slices']:,} slices, {facts.summary['rejected']:,} files rejected"
         tiles.append(("patients", f"{facts.summary['patients']:,}", remark))
     if facts.records.get(FINETUNED, {}).get("best_epoch") == 0:
         lines.append("Fine-tuning was no better in validation than its start, so the start was kept.")
     return Section("glance", "At a glance", lines, tiles=tiles)
+
+
+def _score_tiles(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
+    loss = Estimate.of_loss(scores)
+    tiles = [("weighted log loss, fine-tuned", format_number(loss.value), _format_bounds(loss))]
+    for name, kind in (("AUC any by slice, fine-tuned", "auc"), ("AUC any by study, fine-tuned", "study_auc")):
+        auc = Estimate.from_json(scores[kind]["any"])
+        tiles.append((name, format_number(auc.value, 3), _format_bounds(auc) or "no positive or no negative"))
+    return tiles
 
 
 def _compare_models(metrics: dict[str, Any]) -> list[str]:

@@ -99,8 +99,8 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, x_key: s
     if missing:
         reason = "no positive or no negative held-out slice" if facts.curves[kind] else "not evaluated yet"
         sentences.append(f"No curve for {missing}: {reason}.")
-    key, legend = kind.replace("_", "-"), _legend(shown) if plots else []
-    return Section(key, title, sentences, legend=legend, plots=plots, hidden=hidden)
+    legend = _legend(facts, shown, kind)
+    return Section(kind.replace("_", "-"), title, sentences, legend=legend, plots=plots, hidden=hidden)
 
 
 def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
@@ -119,7 +119,7 @@ def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
     lines = ["On the diagonal a probability equals the share of positives: one in five slices of P 0.2 bleeds."]
     hidden = [Table("Calibration in ten bins", ["model", "class", "mean P", "share positive", "slices"], rows)]
     tables = [] if facts.test is None else [_reliability(facts.test)]
-    return Section("calibration", "Calibration", lines, tables, _legend(shown), plots, hidden)
+    return Section("calibration", "Calibration", lines, tables, _legend(facts, shown, "calibration"), plots, hidden)
 
 
 def _reliability(test: pd.DataFrame) -> Table:
@@ -146,8 +146,9 @@ def _lines_by_class(
     return by_class
 
 
-def _legend(shown: dict[str, int]) -> list[tuple[str, int]]:
-    return [(model_title(name), look) for name, look in shown.items()]
+def _legend(facts: Facts, shown: dict[str, int], kind: str) -> list[tuple[str, int]]:
+    drawn = {row["model"] for row in facts.curves[kind]}
+    return [(model_title(name), look) for name, look in shown.items() if name in drawn]
 
 
 def operating(facts: Facts, study_score: StudyScore) -> Section:
