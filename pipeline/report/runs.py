@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from ichpipe.common.artifacts import HISTORY_FILE, PREDICTIONS_FILE, RECORD_FILE
+from ichpipe.common.artifacts import HISTORY_FILE, MODEL_FILE, PREDICTIONS_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import read_json
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.page import Section, Table, format_duration, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
+from ichpipe.scoring.calibration import read_calibration
 from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.scoring.calibration import Calibration
 
 SPLITS: Final = {"train": "training", "val": "validation", "test": "held out"}
 SIZES: Final = ("patients", "studies", "series", "slices")
@@ -43,6 +45,7 @@ class Facts:
     comparison: dict[str, Any] | None  # compare/arms.json
     test: pd.DataFrame | None  # the fine-tuned model's predictions of the test slices
     val: pd.DataFrame | None  # … of the validation slices
+    calibration: Calibration | None  # of the fine-tuned model
     params: dict[str, Any]
 
 
@@ -59,7 +62,7 @@ def rungs_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:
-    """Read the files of a run; a torn file is an error that names it (DataError)."""
+    """Read the files of a run; a torn file, or a calibration of another model, is an error that names it."""
     folders = {SLICE_CNN: artifacts.slice_cnn}
     folders |= {sequence_name(arm): artifacts.sequence(arm) for arm in arms}
     folders |= {FINETUNED: artifacts.finetuned}
@@ -77,6 +80,7 @@ def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]
         comparison=_read_optional(artifacts.comparison / "arms.json"),
         test=splits.get("test"),
         val=splits.get("val"),
+        calibration=read_calibration(artifacts.finetuned) if (artifacts.finetuned / MODEL_FILE).exists() else None,
         params=params,
     )
 

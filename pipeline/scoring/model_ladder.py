@@ -36,10 +36,10 @@ def score_all(
     """
     first = next(iter(tables.values()))
     overlap &= frozenset(first["patient_id"])  # a patient whose labels are not all known is not scored
-    scores = {name: _score(table, section) for name, table in tables.items()}
+    scores = {name: score_table(table, section) for name, table in tables.items()}
     for name, table in tables.items() if overlap else ():
         rest = table[~table["patient_id"].isin(overlap)]
-        scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
+        scores[name]["without_overlap"] = score_table(rest, section) if len(rest) else None
     columns = list(CLASSES)
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
@@ -99,7 +99,8 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
+def score_table(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
+    """Score one model's predictions; its study AUC pools slices as ``predict`` does, thin series averaged before."""
     columns = table[LABELS], table[list(CLASSES)], table["patient_id"], table["series_uid"]
     smooth = smooth_series(table)
     return score(*columns, **section.bootstrap(), study_score=section.study_score, study_probabilities=smooth)
