@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import IchpipeError
 from ichpipe.models import onnx_export
 from ichpipe.models.end_to_end import EndToEnd
@@ -14,6 +15,7 @@ from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_end_to_end
 from ichpipe.params.schema import PAPER_WINDOWS
+from ichpipe.scoring.heldout_predictions import model_mark, read_predictions, write_predictions
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -103,6 +105,29 @@ def test_the_card_says_what_was_trained_on_and_how_well_it_does(run, bundle, ind
     assert f"{scores['weighted_log_loss']:.4f}" in page
     patients = set(index["patient_id"]) | set(index["study_uid"])
     assert not any(str(one) in page + json.dumps(card) for one in patients)  # counts, no identifiers
+
+
+@pytest.mark.parametrize("score", ["max", "mean", "mean-of-top-3", "noisy-or"])
+@pytest.mark.parametrize("spacing_mm", [5.0, 0.625])
+def test_the_cards_scores_are_those_of_evaluate(branch, tmp_path, score, spacing_mm):
+    """The study AUC pools by evaluate.study_score, and averages thin series before."""
+    folder = branch.artifacts / "finetuned"
+    table = read_predictions(folder, "")
+    table["position_mm"] = spacing_mm * table["slice_index"]
+    draw = np.random.default_rng(0)
+    table[list(CLASSES)] = np.clip(table[list(CLASSES)] + draw.uniform(-0.3, 0.5, (len(table), 6)), 0, 1)
+    write_predictions(table, folder, model_mark(folder))
+    settings = ("--set", f"evaluate.study_score={score}")
+    assert branch(*settings, "evaluate").exit_code == 0
+    assert branch(*settings, "export", "--out", tmp_path / "model").exit_code == 0
+    card = json.loads((tmp_path / "model" / "config.json").read_text())["metrics"]["test"]
+    assert card.pop("study_score") == score
+    expected = json.loads(branch.metrics())["finetuned"]
+    assert {name: card["study_auc"][name]["value"] for name in CLASSES} == {
+        name: expected["study_auc"][name]["value"] for name in CLASSES
+    }
+    assert card == expected
+    assert f"the {score} over its slices" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_the_onnx_file_agrees_on_a_real_series(run, bundle, index):
