@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import WeightsError
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.features.embedder import classify_series
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.inference import heat_maps
@@ -355,16 +356,22 @@ def studies(run, tmp_path):
         (folder / str(number)).mkdir(parents=True)
         for uid in study.sop_uids:
             for part in range(parts):
-                dataset = pydicom.dcmread(run.data / "dicom" / f"{uid}.dcm")
-                x, y, z = map(float, dataset.ImagePositionPatient)
-                dataset.ImagePositionPatient = [x, y, z + 5.0 * part / parts]
-                dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}{part}"
-                dataset.save_as(folder / str(number) / f"{uid}-{part}.dcm")
+                with quiet_pydicom():
+                    dataset = pydicom.dcmread(run.data / "dicom" / f"{uid}.dcm")
+                    x, y, z = map(float, dataset.ImagePositionPatient)
+                    dataset.ImagePositionPatient = [x, y, z + 5.0 * part / parts]
+                    dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}{part}"
+                    dataset.save_as(folder / str(number) / f"{uid}-{part}.dcm")
     return folder
 
 
-@pytest.mark.parametrize("score", ["max", "mean", "mean-of-top-3", "noisy-or"])
-@pytest.mark.parametrize(("plain", "said"), [([], "calibrated: temperature"), (["--uncalibrated"], "as asked")])
+@pytest.mark.parametrize(
+    ("score", "plain", "said"),
+    [
+        *((score, [], "calibrated: temperature") for score in ("max", "mean", "mean-of-top-3", "noisy-or")),
+        ("mean", ["--uncalibrated"], "as asked"),
+    ],
+)
 def test_every_number_is_that_of_predict(calibrated, studies, tmp_path, score, plain, said):
     """Probability, place and count: calibrated, thin series averaged, pooled by evaluate.study_score."""
     name, settings = "subdural", ("--set", f"evaluate.study_score={score}")

@@ -107,8 +107,9 @@ def test_the_card_says_what_was_trained_on_and_how_well_it_does(run, bundle, ind
     assert not any(str(one) in page + json.dumps(card) for one in patients)  # counts, no identifiers
 
 
-@pytest.mark.parametrize("score", ["max", "mean", "mean-of-top-3", "noisy-or"])
-@pytest.mark.parametrize("spacing_mm", [5.0, 0.625])
+@pytest.mark.parametrize(
+    ("score", "spacing_mm"), [("max", 5.0), ("max", 0.625), ("mean", 5.0), ("mean-of-top-3", 0.625), ("noisy-or", 1.25)]
+)
 def test_the_cards_scores_are_those_of_evaluate(branch, tmp_path, score, spacing_mm):
     """The study AUC pools by evaluate.study_score, and averages thin series before."""
     folder = branch.artifacts / "finetuned"
