@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, IchpipeError
-from ichpipe.common.files import digest_of_file, write_json, write_text
+from ichpipe.common.files import write_json, write_text
 from ichpipe.stages.options import FILE, FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def run(
     """
     from ichpipe.common.device import choose_device
     from ichpipe.common.pseudonyms import read_pseudonyms
-    from ichpipe.inference.findings import Provenance, build_document
+    from ichpipe.inference.findings import build_document, make_provenance
     from ichpipe.inference.inputs import collect_inputs
     from ichpipe.inference.kaggle_submission import build_submission, read_sample
     from ichpipe.inference.predictor import SLICE_COLUMNS, STUDY_COLUMNS, predict_slices
@@ -172,10 +171,10 @@ def run(
         pseudonyms=read_pseudonyms(options.hash_patient_ids),
     )
     slices, undecodable = predict_slices(model, inputs.slices, device, spacing, calibration)
-    provenance = Provenance(
-        model_sha256=digest_of_file(model_dir / MODEL_FILE),
-        calibration=calibration.method if calibration else "left out" if options.uncalibrated else "absent",
-        calibrated=calibration.mapped if calibration else (),
+    provenance = make_provenance(
+        model_dir,
+        calibration,
+        uncalibrated=options.uncalibrated,
         threshold=options.threshold,
         study_score=options.study_score,
     )
@@ -261,14 +260,10 @@ def _write_csv(table: pd.DataFrame, target: Path) -> None:
 
 
 def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
-    from ichpipe.inference.findings import counted, format_refused, wrapped
+    from ichpipe.inference.findings import format_nothing_left
 
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
-    if result.refused.empty:
-        return f"none of {len(result.rejected)} files is a usable CT slice; {why}"
-    head = f"refused: {counted(len(result.refused), 'study', 'studies')}, and nothing else to predict"
-    remedy = "--force predicts what has CT pixels all the same, and marks the result"
-    return "\n".join([head, *format_refused(result.refused), *wrapped(f"{remedy}; {why}")])
+    return format_nothing_left(result.refused, len(result.rejected), why)
 
 
 def _as_text(result: Predicted, out: Path | None, remarks: list[str]) -> str:

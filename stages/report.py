@@ -102,7 +102,7 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
         return section(["There is no fine-tuned model to look at; run: ichpipe finetune."])
     if not count:
         return section(["Pictures were not asked for (--cases 0)."])
-    truth, score = scores.of_studies(facts.test, params.evaluate.study_score)
+    truth, score = scores.of_studies(facts.test, params.evaluate.study_score, facts.calibration)
     cases = scores.choose_cases(facts.test["series_uid"].drop_duplicates(), truth[:, 0] == 1, score[:, 0], count)
 
     from ichpipe.common.device import choose_device
@@ -112,14 +112,15 @@ def _cases(params: Params, artifacts: Artifacts, facts: Facts, count: int, gpu: 
     try:
         explainer = Explainer(artifacts.finetuned, choose_device(gpu))
         paths = read_index(artifacts.index).set_index("sop_uid")["path"]
-        by_series = facts.test.groupby("series_uid")
+        by_series = scores.calibrate(facts.test, facts.calibration).groupby("series_uid")
         pictures = [_picture(explainer, paths, by_series.get_group(case.series_uid), case) for case in cases]
     except (IchpipeError, OSError) as error:
         log.warning("no pictures in the report: %s", error)
         return section(["The slices of these studies can't be read here, so there are no pictures."])
     lines = [
-        "Held-out studies by the fine-tuned model's score for any haemorrhage. Orange: slices labelled positive. "
-        "Under each slice the same slice with its heat map, stronger where P is higher. It is no outline of a bleed."
+        "Held-out studies by the fine-tuned model's score for any haemorrhage, as predict reports it. Orange: slices "
+        "labelled positive. Under each slice the same slice with its heat map, stronger where P is higher. It is no "
+        "outline of a bleed."
     ]
     return section(lines, pictures=pictures)
 

@@ -136,6 +136,9 @@ def _log_remarks(result: dict[str, Any]) -> None:
     for name, report in tables.items():
         if (value := report.get("filled_with")) is not None:
             log.warning("%s: scored as %s where there is no prediction", name, value)
+    if reasons := result.get("no_exact_intervals"):
+        name, reason = next(iter(reasons.items()))
+        log.warning("no DeLong and no exact intervals of %d classes (%s: %s)", len(reasons), name, reason)
     if excluded := result.get("n_excluded"):
         log.warning("labels: %d slices left out: not all six labels are known", excluded)
     if result.get("weighted_log_loss", 0.0) is None:

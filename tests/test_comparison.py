@@ -72,6 +72,16 @@ def test_with_one_seed_the_interval_is_that_of_two_models():
     assert gain["weighted_log_loss"]["seed_error"] is None
 
 
+@pytest.mark.parametrize(("skill", "expected"), [(2.0, "too few seeds"), (0.5, "too few seeds"), (1.0, "noise")])
+@pytest.mark.parametrize(("of_base", "of_arm"), [((0,), (0,)), ((0, 1, 2), (0,)), ((0,), (0, 1, 2))])
+def test_one_seed_is_too_few_for_a_verdict(skill, expected, of_base, of_arm):
+    """A gain of twice the error over seeds can't be shown where that error is unknown."""
+    found = compare_arms([make_arm("base", 1.0, of_base), make_arm("arm", skill, of_arm)], "base", **SETTINGS)
+    assert rows_of(found)["arm"]["verdict"] == expected
+    assert "too few" in comparison_text(found)
+    assert arms_figure(found)
+
+
 def test_better_worse_and_noise():
     arms = [make_arm("base", 1.0), make_arm("good", 1.5), make_arm("bad", 0.6), make_arm("same", 1.0)]
     found = compare_arms(arms, "base", **SETTINGS)
@@ -104,7 +114,7 @@ def test_many_arms_that_are_the_same_are_seldom_called_different():
         arms = [make_arm("base", 1.0, (0,), spread=0.5)]
         arms += [make_arm(f"{trial}-{n}", 1.0, (n,), spread=0.5) for n in range(1, 9)]
         found = compare_arms(arms, "base", **SETTINGS | {"bootstrap_samples": 200})
-        wrong += any(row["verdict"] in ("better", "worse") for row in found["arms"])
+        wrong += any(row["verdict"] not in ("baseline", "noise") for row in found["arms"])
     assert wrong <= 4  # 95 % together: one in twenty is expected
 
 
@@ -135,7 +145,7 @@ def test_an_unknown_baseline_lists_the_arms():
 
 
 def test_the_text_is_a_markdown_table_and_the_picture_a_picture(tmp_path):
-    found = compare_arms([make_arm("base", 1.0), make_arm("good", 1.5, (0,))], "base", **SETTINGS)
+    found = compare_arms([make_arm("base", 1.0), make_arm("good", 1.5)], "base", **SETTINGS)
     json.dumps(found, allow_nan=False)
     lines = comparison_text(found).splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1

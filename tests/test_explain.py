@@ -2,10 +2,12 @@
 
 import copy
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
 from matplotlib.text import Text
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import WeightsError
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.features.embedder import classify_series
 from ichpipe.images.slice_dataset import load_slices
 from ichpipe.inference import heat_maps
@@ -27,6 +30,8 @@ from ichpipe.models.weights import load_pretrained
 from ichpipe.params.schema import WindowParams
 from ichpipe.phantom.dataset import write_study
 from ichpipe.phantom.study import make_study
+from ichpipe.scoring.calibration import Calibration, write_calibration
+from ichpipe.scoring.heldout_predictions import model_mark
 
 CPU = torch.device("cpu")
 WINDOWS = tuple(WindowParams(level_hu=level, width_hu=width) for level, width in ((40, 80), (75, 215), (600, 2800)))
@@ -333,13 +338,112 @@ def test_command_writes_a_sheet_per_study_and_a_table(run, tmp_path):
     assert pictures[0] in result.output
 
 
-def test_probability_is_that_of_predict(run, tmp_path):
-    options = ("--class", "subdural", "--panels", 1)
-    assert run("explain", run.data / "dicom", "--out", tmp_path / "e", *options).exit_code == 0
-    assert run("predict", run.data / "dicom", "--out", tmp_path / "p").exit_code == 0
-    explained = pd.read_csv(tmp_path / "e" / "explained.csv").set_index("series_uid")["probability"]
-    predicted = pd.read_csv(tmp_path / "p" / "slices.csv").groupby("series_uid")["subdural"].max()
-    assert np.allclose(explained.sort_index(), predicted.sort_index(), atol=1e-4)
+@pytest.fixture
+def calibrated(branch):
+    """A finished run whose calibration changes every class a lot."""
+    folder = branch.artifacts / "finetuned"
+    maps = {name: 0.3 + number for number, name in enumerate(CLASSES)}
+    write_calibration(folder, Calibration(method="temperature", model_sha256=model_mark(folder), temperature=maps))
+    return branch
+
+
+@pytest.fixture
+def studies(run, tmp_path):
+    """A thick and a thin study: thin ones are smoothed along z before they are pooled."""
+    folder = tmp_path / "studies"
+    for number, parts in ((0, 1), (1, 4)):
+        study = make_study(3, number, 48)
+        (folder / str(number)).mkdir(parents=True)
+        for uid in study.sop_uids:
+            for part in range(parts):
+                with quiet_pydicom():
+                    dataset = pydicom.dcmread(run.data / "dicom" / f"{uid}.dcm")
+                    x, y, z = map(float, dataset.ImagePositionPatient)
+                    dataset.ImagePositionPatient = [x, y, z + 5.0 * part / parts]
+                    dataset.SOPInstanceUID = f"{dataset.SOPInstanceUID}{part}"
+                    dataset.save_as(folder / str(number) / f"{uid}-{part}.dcm")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("score", "plain", "said"),
+    [
+        *((score, [], "calibrated: temperature") for score in ("max", "mean", "mean-of-top-3", "noisy-or")),
+        ("mean", ["--uncalibrated"], "as asked"),
+    ],
+)
+def test_every_number_is_that_of_predict(calibrated, studies, tmp_path, score, plain, said):
+    """Probability, place and count: calibrated, thin series averaged, pooled by evaluate.study_score."""
+    name, settings = "subdural", ("--set", f"evaluate.study_score={score}")
+    assert calibrated(*settings, "predict", studies, "--out", tmp_path / "p", *plain).exit_code == 0
+    threshold = float(pd.read_csv(tmp_path / "p" / "slices.csv")[name].median())
+    options = ("--class", name, "--panels", 1, "--threshold", repr(threshold), *plain)
+    result = calibrated(*settings, "explain", studies, "--out", tmp_path / "e", *options)
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+    options = ("--threshold", repr(threshold), *plain)
+    assert calibrated(*settings, "predict", studies, "--out", tmp_path / "p", *options).exit_code == 0
+    explained = pd.read_csv(tmp_path / "e" / "explained.csv").set_index("study_uid")
+    predicted = pd.read_csv(tmp_path / "p" / "studies.csv").set_index("study_uid")
+    assert len(explained) == len(predicted) == 2
+    np.testing.assert_allclose(explained["probability"], predicted[name].reindex(explained.index), rtol=1e-4)
+    document = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    for study in document["studies"]:
+        row, finding = explained.loc[study["study_uid"]], study["findings"][name]
+        assert row["n_positive"] == pytest.approx(finding["n_slices"], abs=1)  # one slice may lie on the threshold
+        assert f"{finding['probability']:.3f}" in result.output
+
+
+def write_chest(write_series, name):
+    return write_series(name, [5.0 * z for z in range(26)], series="1.2.77", BodyPartExamined="CHEST")[0].parent
+
+
+@pytest.mark.parametrize(
+    ("tags", "count", "reason"),
+    [
+        ({"BodyPartExamined": "CHEST"}, 26, "not a head: CHEST"),
+        ({"Modality": "MR"}, 26, "not CT"),
+        ({"SeriesDescription": "CTA head"}, 26, "contrast"),
+        ({"SeriesDescription": "Brain perfusion"}, 26, "another examination"),
+        ({}, 9, "fewer than 10 slices"),
+    ],
+)
+def test_what_predict_refuses_is_refused(run, write_series, tmp_path, capsys, tags, count, reason):
+    folder = write_series("other", [5.0 * z for z in range(count)], series="1.2.77", **tags)[0].parent
+    message = " ".join(run.error(capsys, "explain", folder, "--out", tmp_path / "e").split())
+    assert reason in message
+    assert "--force" in message
+    assert not list((tmp_path / "e").glob("*.png"))
+    result = run("explain", folder, "--out", tmp_path / "e", "--force", "--panels", 2)
+    assert result.exit_code == 0, result.output
+    assert "FORCED, although" in result.output
+    assert reason in " ".join(result.output.split())
+    assert pd.read_csv(tmp_path / "e" / "explained.csv")["forced"].tolist() == [True]
+
+
+def test_a_refused_study_beside_a_head_is_said(run, studies, write_series, tmp_path):
+    chest = write_chest(write_series, "chest")
+    result = run("explain", studies, chest, "--out", tmp_path / "e", "--panels", 1)
+    assert result.exit_code == 0, result.output
+    assert "refused: 1 study" in result.output
+    assert "not a head: CHEST" in result.output
+    table = pd.read_csv(tmp_path / "e" / "explained.csv")
+    assert len(table) == 2
+    assert "forced" not in table
+
+
+def test_a_forced_picture_says_so(run, write_series, tmp_path, monkeypatch):
+    texts, set_text = [], Text.set_text
+    monkeypatch.setattr(Text, "set_text", lambda self, text: (texts.append(str(text)), set_text(self, text))[1])
+    chest = write_chest(write_series, "chest")
+    assert run("explain", chest, "--out", tmp_path / "e", "--panels", 1, "--force").exit_code == 0
+    assert "FORCED" in " ".join(texts)
+
+
+def test_a_calibration_of_another_model_is_refused(calibrated, tmp_path, capsys):
+    path = calibrated.artifacts / "finetuned" / "calibration.json"
+    path.write_text(path.read_text().replace(model_mark(path.parent), "0" * 64))
+    assert "another model" in calibrated.error(capsys, "explain", calibrated.data / "dicom", "--out", tmp_path / "e")
 
 
 def test_nothing_usable_is_one_error(run, tmp_path, capsys):
@@ -364,7 +468,8 @@ def test_sheet_shows_no_identifier(explained, monkeypatch):
     explainer, study, series = explained
     texts, set_text = [], Text.set_text
     monkeypatch.setattr(Text, "set_text", lambda self, text: (texts.append(str(text)), set_text(self, text))[1])
-    explainer.sheet(series, "Study 1", class_name="any", threshold=0.5, panels=4)
+    probabilities, _ = explainer.predict(series)
+    explainer.sheet(series, probabilities, "Study 1", class_name="any", threshold=0.5, panels=4)
     text = " ".join(texts)
     assert "Study 1" in text
     assert not any(word in text for word in (study.patient_id, study.study_uid, study.series_uid, *study.sop_uids))

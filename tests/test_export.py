@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import IchpipeError
 from ichpipe.models import onnx_export
 from ichpipe.models.end_to_end import EndToEnd
@@ -125,6 +126,30 @@ def test_a_model_with_few_held_out_patients_has_a_card(run, index, tmp_path, lon
     else:
         assert test is None
         assert "No labelled patients were held out" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "spacing_mm"), [("max", 5.0), ("max", 0.625), ("mean", 5.0), ("mean-of-top-3", 0.625), ("noisy-or", 1.25)]
+)
+def test_the_cards_scores_are_those_of_evaluate(branch, tmp_path, score, spacing_mm):
+    """The study AUC pools by evaluate.study_score, and averages thin series before."""
+    folder = branch.artifacts / "finetuned"
+    table = read_predictions(folder, "")
+    table["position_mm"] = spacing_mm * table["slice_index"]
+    draw = np.random.default_rng(0)
+    table[list(CLASSES)] = np.clip(table[list(CLASSES)] + draw.uniform(-0.3, 0.5, (len(table), 6)), 0, 1)
+    write_predictions(table, folder, model_mark(folder))
+    settings = ("--set", f"evaluate.study_score={score}")
+    assert branch(*settings, "evaluate").exit_code == 0
+    assert branch(*settings, "export", "--out", tmp_path / "model").exit_code == 0
+    card = json.loads((tmp_path / "model" / "config.json").read_text())["metrics"]["test"]
+    assert card.pop("study_score") == score
+    expected = json.loads(branch.metrics())["finetuned"]
+    assert {name: card["study_auc"][name]["value"] for name in CLASSES} == {
+        name: expected["study_auc"][name]["value"] for name in CLASSES
+    }
+    assert card == expected
+    assert f"the {score} over its slices" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_the_onnx_file_agrees_on_a_real_series(run, bundle, index):

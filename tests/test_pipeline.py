@@ -145,14 +145,47 @@ def test_models_of_another_split_are_never_scored_or_trained_on(branch, capsys, 
         ("slice-cnn", "extract", "fit-slices"),
         ("embeddings.zarr", "fit-sequence", "extract"),
         ("sequence", "finetune", "fit-sequence"),
-        ("finetuned", "evaluate", "finetune"),
+        ("finetuned", "export", "finetune"),
+        ("sequence", "evaluate", "fit-sequence"),
+        ("finetuned/model.safetensors", "evaluate", "finetune"),
+        ("finetuned/predictions.parquet", "evaluate", "finetune"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_makes_it(branch, capsys, delete, command, remedy):
-    shutil.rmtree(branch.artifacts / delete)
+    path = branch.artifacts / delete
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = branch.error(capsys, command)
     assert delete in message
     assert remedy in message
+
+
+@pytest.mark.parametrize("folder_stays", [True, False])
+def test_without_a_fine_tuned_model_the_others_are_scored(branch, folder_stays):
+    """What is there is scored as before; what is not there is said, and nothing of a former model stays."""
+    before = json.loads(branch.metrics())
+    shutil.rmtree(branch.artifacts / "finetuned")
+    if folder_stays:
+        (branch.artifacts / "finetuned").mkdir()
+    result = branch("evaluate")
+    assert result.exit_code == 0, result.output
+    assert "fine-tuned: not scored and not calibrated" in result.output
+    assert "ichpipe finetune" in result.output
+    after = json.loads(branch.metrics())
+    assert after.pop("finetuned") is after.pop("calibration") is None
+    assert set(before["paired"]) - set(after["paired"]) == {
+        "finetuned against slice_cnn", "finetuned against sequence-paper",
+    }  # fmt: skip
+    before["paired"] = {name: before["paired"][name] for name in after["paired"]}
+    assert after == {name: before[name] for name in after}
+    for stale in ("predictions/finetuned.parquet", "plots/reliability.json", "plots/reliability.png"):
+        assert not (branch.artifacts / stale).exists()
+    assert not list((branch.artifacts / "finetuned").glob("*"))
+    assert "finetuned" not in (branch.artifacts / "plots" / "roc.json").read_text()
+    assert branch("compare").exit_code == 0
+    assert branch("report", "--gpu", "cpu").exit_code == 0
+    page = (branch.artifacts / "report" / "index.html").read_text()
+    assert "The fine-tuned model was not scored" in page
+    assert "fine-tuned</" not in page  # in no table and no legend
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from ichpipe.params.schema import load_params
 from ichpipe.report import page as parts
 from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.page import Section, Table, as_picture, render_page
-from ichpipe.report.scores import choose_cases, of_studies
+from ichpipe.report.scores import choose_cases, format_threshold, of_studies
 from ichpipe.scoring.bootstrap import Estimate
+from ichpipe.scoring.calibration import Calibration, Curve, read_calibration, write_calibration
 from ichpipe.scoring.heldout_predictions import LABELS, model_mark, read_predictions, write_predictions
 from ichpipe.stages.report import run as make_report
 
@@ -243,16 +244,86 @@ def test_no_place_of_the_machine_is_shown(reported, tmp_path):
 def test_operating_point_is_chosen_on_validation(reported):
     """By hand: the threshold for `any` of the page is one of the validation scores, and the counts are those at it."""
     table = pd.read_parquet(reported.artifacts / "finetuned" / "predictions.parquet")
-    truth, score = of_studies(table[table["split"] == "val"], "max")
+    calibration = read_calibration(reported.artifacts / "finetuned")
+    truth, score = of_studies(table[table["split"] == "val"], "max", calibration)
     threshold = min(score[truth[:, 0] == 1, 0])  # few positives: 0.9 of them is all
-    test_truth, test_score = of_studies(table[table["split"] == "test"], "max")
+    test_truth, test_score = of_studies(table[table["split"] == "test"], "max", calibration)
     called, positive = test_score[:, 0] >= threshold, test_truth[:, 0] == 1
     counts = [(a & b).sum() for b in (positive, ~positive) for a in (called, ~called)]
-    page = page_of(reported)
-    caption = page.index("Threshold for sensitivity")
-    row = re.search(r'<th scope="row">any</th>(.*?)</tr>', page[caption:]).group(1)
-    cells = re.findall(r"<td>(.*?)</td>", row)
-    assert cells[:5] == [f"{threshold:.3f}", *map(str, counts)]
+    assert operating_row(reported)[:5] == [format_threshold(threshold), *map(str, counts)]
+
+
+def operating_row(made, words="sensitivity", name="any"):
+    page = page_of(made)
+    caption = page.index(f"Threshold for {words}")
+    row = re.search(rf'<th scope="row">{name}</th>(.*?)</tr>', page[caption:]).group(1)
+    return re.findall(r"<td>(.*?)</td>", row)
+
+
+def calibrate_model(made, method, maps):
+    """Put a calibration beside the fine-tuned model, as if evaluate had fitted it."""
+    folder = made.artifacts / "finetuned"
+    write_calibration(folder, Calibration(method=method, model_sha256=model_mark(folder), **{method: maps}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "maps", "said"),
+    [
+        ("temperature", dict.fromkeys(CLASSES, 3.0), "calibrated by temperature."),
+        ("temperature", {"any": 0.4}, "calibrated by temperature for any alone."),
+        ("isotonic", {"any": Curve(probability=(0.0, 1.0), calibrated=(0.2, 0.3))}, "by isotonic for any alone."),
+        ("none", {}, "calibration.json has no map (none)"),
+    ],
+)
+def test_thresholds_are_those_that_predict_compares(branch, tmp_path, method, maps, said):
+    """`predict --threshold T` with the T of the page calls the studies positive that the page counts."""
+    if maps:
+        calibrate_model(branch, method, maps)
+    else:
+        assert branch("--set", "evaluate.calibration=none", "evaluate").exit_code == 0
+    assert said in Reader(report_again(branch)).text
+    assert branch("predict", branch.data / "dicom", "--out", tmp_path).exit_code == 0
+    predicted = pd.read_csv(tmp_path / "studies.csv").set_index("study_uid")
+    table = pd.read_parquet(branch.artifacts / "finetuned" / "predictions.parquet")
+    studies = table.groupby("study_uid").agg(split=("split", "first"), label=("label_any", "max"))
+    studies["score"] = predicted["any"].reindex(studies.index)
+    val, test = (studies[studies["split"] == split] for split in ("val", "test"))
+    for words in ("sensitivity", "specificity"):
+        shown, *counts = operating_row(branch, words)
+        if words == "specificity" and shown.startswith("none: any would call too many"):
+            continue  # the highest validation score is that of a negative
+        threshold = float(shown)
+        called, positive = test["score"] >= threshold, test["label"] == 1
+        assert list(map(int, counts[:4])) == [(a & b).sum() for b in (positive, ~positive) for a in (called, ~called)]
+        assert np.abs(val["score"] - threshold).min() < 1e-5  # one of the scores that predict gives in validation
+
+
+def test_a_calibration_of_another_model_is_an_error(branch, capsys):
+    folder = branch.artifacts / "finetuned"
+    write_calibration(folder, Calibration(method="none", model_sha256="0" * 64))
+    assert "ichpipe evaluate" in branch.error(capsys, "report", "--cases", "0")
+
+
+def test_without_a_calibration_thresholds_are_of_the_networks_own_scores(branch):
+    (branch.artifacts / "finetuned" / "calibration.json").unlink()
+    assert "not calibrated: there is no calibration.json" in Reader(report_again(branch)).text
+
+
+def test_patients_with_several_studies_have_no_exact_intervals(branch):
+    folder = branch.artifacts / "finetuned"
+    table = read_predictions(folder, "")
+    table["patient_id"] = table["split"]
+    write_predictions(table, folder, model_mark(folder))
+    text = Reader(report_again(branch)).text
+    assert "studies of 1 patients are not independent cases" in text
+    assert "Clopper" not in text
+    assert "[" not in "".join(operating_row(branch))
+
+
+@pytest.mark.parametrize("threshold", [0.123456789, 0.5, 1.0, 9.99999999e-7, 0.9999999, 3.3e-15, 0.1 + 0.2])
+def test_a_threshold_is_rounded_down(threshold):
+    assert threshold * (1 - 2e-5) < float(format_threshold(threshold)) <= threshold
 
 
 # The parts

@@ -32,10 +32,11 @@ def tables(folder, *, classes=CLASSES, known=1.0, seed=0):
     return true, found, labels
 
 
-def scored(folder, *options):
+def scored(folder, *options, said=""):
     arguments = ["score", str(folder / "studies.csv"), str(folder / "labels.csv"), "--format", "studies", *options]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    assert said in result.stderr
     return json.loads(result.stdout)
 
 
@@ -119,3 +120,50 @@ def test_wrong_tables_are_named(tmp_path, capsys, change, complaint):
     studies.to_csv(tmp_path / "studies.csv", index=False)
     labels.to_csv(tmp_path / "labels.csv", index=False)
     assert complaint in error_of(tmp_path, capsys)
+
+
+def give_patients(folder, patients):
+    studies = pd.read_csv(folder / "studies.csv", dtype={"patient_id": str}).sort_values("study_uid")
+    studies.assign(patient_id=patients).to_csv(folder / "studies.csv", index=False)
+
+
+@pytest.mark.parametrize("studies_each", [2, 5, "one pair", "some without a PatientID"])
+def test_patients_with_several_studies_have_no_interval_of_independent_cases(tmp_path, studies_each):
+    """DeLong's and Clopper and Pearson's intervals would be too narrow; the bootstrap draws patients."""
+    tables(tmp_path)
+    numbers = np.arange(COUNT) // (studies_each if isinstance(studies_each, int) else 1)
+    if not isinstance(studies_each, int):
+        numbers[1] = numbers[0]
+    patients = [f"P{number}" for number in numbers]
+    if studies_each == "some without a PatientID":
+        patients[-3:] = [""] * 3
+    give_patients(tmp_path, patients)
+    result = scored(tmp_path, said="no DeLong and no exact intervals of 6 classes")
+    assert result["resampled_by"] == "patient_id"
+    for name in CLASSES:
+        assert result["delong"][name] is None
+        assert "patients with several studies" in result["no_exact_intervals"][name]
+        assert result["auc"][name]["ci_low"] < result["auc"][name]["value"] < result["auc"][name]["ci_high"]
+        for point in result["operating_points"][name].values():
+            assert point["sensitivity_ci"] is point["specificity_ci"] is None
+            assert 0 <= point["sensitivity"] <= 1
+
+
+def test_a_class_that_is_known_of_one_study_each_keeps_its_intervals(tmp_path):
+    tables(tmp_path)
+    give_patients(tmp_path, [f"P{number // 2}" for number in range(COUNT)])
+    labels = pd.read_csv(tmp_path / "labels.csv").sort_values("study_uid").astype(object)
+    labels.loc[np.arange(COUNT) % 2 == 1, "subdural"] = None
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    result = scored(tmp_path)
+    assert result["delong"]["subdural"] is not None
+    assert set(result["no_exact_intervals"]) == set(CLASSES) - {"subdural"}
+
+
+def test_without_patients_it_is_said_that_studies_are_drawn(tmp_path):
+    tables(tmp_path)
+    pd.read_csv(tmp_path / "studies.csv").drop(columns="patient_id").to_csv(tmp_path / "studies.csv", index=False)
+    result = scored(tmp_path)
+    assert result["resampled_by"] == "study_uid"
+    assert result["delong"]["any"]
+    assert result["no_exact_intervals"] == {}

@@ -67,10 +67,15 @@ class Table:
 
     def optional_text(self, name: str) -> pd.Series | None:
         """Return a column as text (rows,), or None if it is absent or has an empty cell."""
+        values = self.sparse_text(name)
+        return None if values is None or values.isna().any() else values
+
+    def sparse_text(self, name: str) -> pd.Series | None:
+        """Return a column as text (rows,), NaN where a cell is empty, or None if it is absent."""
         if name not in self.names:
             return None
         values = pd.Series(pc.cast(self.content[name].combine_chunks(), pa.string()).to_pandas())
-        return None if (values.isna() | (values == "")).any() else values
+        return values.mask(values == "")
 
     def numbers(self, name: str) -> NDArray[np.float64]:
         """Return a column as float64 (rows,). Raises DataError at other text; empty cells of parquet are NaN."""

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.files import installed_versions
+from ichpipe.common.files import digest_of_file, installed_versions
 from ichpipe.scoring.model_ladder import smooth_series
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import pandas as pd
+
+    from ichpipe.scoring.calibration import Calibration
 
 PACKAGE_VERSION: Final = installed_versions(["ichpipe"]).get("ichpipe", "unknown")
 FORMAT: Final = "ichpipe-predictions"
@@ -74,6 +78,19 @@ class Predicted:
     forced: Mapping[str, str]  # by series UID: why it would have been refused
     where: Mapping[str, Mapping[str, Extent]]  # by series UID and class
     provenance: Provenance
+
+
+def make_provenance(
+    model_dir: Path, calibration: Calibration | None, *, uncalibrated: bool, threshold: float, study_score: str
+) -> Provenance:
+    """Describe how the model in a folder predicts; ``uncalibrated`` if its calibration was left out by request."""
+    return Provenance(
+        model_sha256=digest_of_file(model_dir / MODEL_FILE),
+        calibration=calibration.method if calibration else "left out" if uncalibrated else "absent",
+        calibrated=calibration.mapped if calibration else (),
+        threshold=threshold,
+        study_score=study_score,
+    )
 
 
 def extents(slices: pd.DataFrame, threshold: float) -> dict[str, dict[str, Extent]]:
@@ -175,6 +192,15 @@ def format_refused(refused: pd.DataFrame) -> list[str]:
     for row in refused.iloc[:MAX_REFUSED].to_dict("records"):
         lines += wrapped(f"{short_uid(str(row['study_uid']))}: {row['reason']}", "  ")
     return [*lines, f"  and {len(refused) - MAX_REFUSED} more"] if len(refused) > MAX_REFUSED else lines
+
+
+def format_nothing_left(refused: pd.DataFrame, n_files: int, remark: str) -> str:
+    """Return the error of a run that has nothing to predict; ``remark`` says where the reasons are."""
+    if refused.empty:
+        return f"none of {n_files} files is a usable CT slice; {remark}"
+    head = f"refused: {counted(len(refused), 'study', 'studies')}, and nothing else to predict"
+    remedy = "--force predicts what has CT pixels all the same, and marks the result"
+    return "\n".join([head, *format_refused(refused), *wrapped(f"{remedy}; {remark}")])
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -16,14 +16,16 @@ from pytorch_grad_cam import LayerCAM
 from torch import Tensor, nn
 
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.device import autocast
 from ichpipe.common.errors import WeightsError
 from ichpipe.features.embedder import to_probabilities
 from ichpipe.images.slice_dataset import load_readable, load_slices
-from ichpipe.index.thin_slices import stride_of
+from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet
 from ichpipe.models.header import spacing_of
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_end_to_end
+from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.models.slice_cnn import SliceCnn
+    from ichpipe.scoring.calibration import Calibration
+    from ichpipe.scoring.pooling import StudyScore
 
 Look = tuple[Tensor, Tensor]  # embeddings (T, D) and slice-CNN logits (T, 6) of the images, or of their mirror images
 MAP_SIDE: Final = 12  # smallest side of a map in pixels, where the backbone has such a stage: 4 x 4 localises nothing
@@ -56,7 +60,9 @@ class EmbeddedSeries:
         logits = torch.empty(len(self.paths), len(model.cnn.spec.classes))
         for first in range(min(self.stride, len(logits))):
             part = slice(first, None, self.stride)
-            logits[part] = _score(model, [(e[part], c[part]) for e, c in self.looks], self.position_mm[part]).cpu()
+            with autocast(self.looks[0][0].device, "auto"):
+                scores = _score(model, [(e[part], c[part]) for e, c in self.looks], self.position_mm[part])
+            logits[part] = scores.cpu()
         return logits
 
     def directions(self, model: EndToEnd, row: int, class_index: int) -> list[Look]:
@@ -90,7 +96,8 @@ def embed_series(
         hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.size_px)
         bad += unreadable
         if len(hu):
-            outputs = map(model.cnn, _with_mirror_image(model, hu.to(device)))
+            with autocast(device, "auto"):  # as `predict` does
+                outputs = [model.cnn(images) for images in _with_mirror_image(model, hu.to(device))]
             parts.append([(embedding.float(), logits.float()) for embedding, logits in outputs])
     unread = {path for path, _ in bad}
     readable = [(path, mm) for path, mm in zip(paths, position_mm, strict=True) if path not in unread]
@@ -177,34 +184,51 @@ def target_layer(cnn: SliceCnn) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 class Explainer:
     """Makes contact sheets of series with one model."""
 
-    def __init__(self, model_dir: Path, device: torch.device) -> None:
+    def __init__(self, model_dir: Path, device: torch.device, calibration: Calibration | None = None) -> None:
         self.model = load_end_to_end(model_dir).to(device)
         self.device, self.spacing_mm = device, spacing_of(model_dir)
-        self.heat_maps = HeatMaps(self.model)
+        self.heat_maps, self.calibration = HeatMaps(self.model), calibration
 
     def embed(self, paths: Sequence[str], position_mm: Sequence[float]) -> EmbeddedSeries:
         """Embed a series as ``predict`` does: the sequence model sees a thin one as interleaved parts."""
         stride = stride_of(np.asarray(position_mm, dtype=np.float64), self.spacing_mm)
         return embed_series(self.model, paths, position_mm, self.device, stride)
 
+    def predict(
+        self, series: EmbeddedSeries, study_score: StudyScore = "max"
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return what ``predict`` reports: probabilities of the slices (T, 6), and of the study (6,).
+
+        Both are calibrated, and thin series are averaged along z, as for the places and the score of ``predict``.
+        """
+        values = to_probabilities(series.logits(self.model))
+        if self.calibration:
+            values = self.calibration.apply(values)
+        values = smooth_thin(values, series.position_mm.numpy())
+        return values, pool(values, np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
+
     def sheet(
-        self, series: EmbeddedSeries, title: str, class_name: str, threshold: float, panels: int
-    ) -> tuple[bytes, NDArray[np.float64]]:
-        """Return the sheet as PNG and the probabilities (T, 6); slices at the threshold or above have a frame."""
-        probabilities = to_probabilities(series.logits(self.model))
+        self,
+        series: EmbeddedSeries,
+        probabilities: NDArray[np.float64],
+        title: str,
+        *,
+        class_name: str,
+        threshold: float,
+        panels: int,
+    ) -> bytes:
+        """Return the sheet as PNG; slices whose probability (T, 6) is at the threshold or above have a frame."""
         own = probabilities[:, CLASSES.index(class_name)]
-        highest = int(np.argmax(own))
-        picture = self.draw(
+        return self.draw(
             series,
             probabilities=probabilities,
-            title=f"{title}: P({class_name}) up to {own[highest]:.2f}, at {series.position_mm[highest]:.0f} mm",
+            title=title,
             framed=own >= threshold,
             framed_means=f"P({class_name}) ≥ {threshold:g}",
             panels=panels,
             class_name=class_name,
             threshold=threshold,
         )
-        return picture, probabilities
 
     def draw(
         self,

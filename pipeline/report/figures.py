@@ -233,5 +233,5 @@ def arms_figure(comparison: Mapping[str, Any]) -> bytes:
     for axes in (left, right):
         plain_axes(axes, grid="x")
     counts = f"{comparison['n_slices']} slices, {comparison['n_patients']} patients"
-    figure.suptitle(f"{counts}; filled: beyond noise, hollow: noise", fontsize=11)
+    figure.suptitle(f"{counts}; filled: beyond noise, hollow: noise or too few seeds", fontsize=11)
     return to_png(figure)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import digest_of_file, read_json
-from ichpipe.scoring import metrics
 from ichpipe.scoring.bootstrap import Estimate
-from ichpipe.scoring.heldout_predictions import LABELS, read_predictions
+from ichpipe.scoring.heldout_predictions import read_predictions
+from ichpipe.scoring.model_ladder import score_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +36,7 @@ def make_card(
     """Describe the end-to-end model in ``folder`` as the content of ``config.json``.
 
     ``network`` is what the model file says (``Header.description``). The scores are those of its own predictions of the
-    held-out patients; without labelled test patients ``metrics["test"]`` is None.
+    held-out patients, as ``evaluate`` gives them; without labelled test patients ``metrics["test"]`` is None.
     """
     record = read_json(folder / RECORD_FILE)
     training_data: dict[str, Any] = {"dataset": dataset}
@@ -51,11 +49,8 @@ def make_card(
             "positive_slices": {name: int((rows[name] == 1).sum()) for name in CLASSES},
         }
     table = read_predictions(folder, "ichpipe finetune")
-    table, test = table[table["split"] == "test"], None
-    if not table.empty:
-        labels, values = table[LABELS].to_numpy(), table[list(CLASSES)].to_numpy(np.float64)
-        groups = table["patient_id"].to_numpy(), table["series_uid"].to_numpy()
-        test = metrics.score(labels, values, *groups, **evaluate.bootstrap())
+    table = table[table["split"] == "test"]
+    test = None if table.empty else score_table(table, evaluate) | {"study_score": evaluate.study_score}
     return {
         **network,
         "model_sha256": digest_of_file(folder / MODEL_FILE),
@@ -88,7 +83,10 @@ def card_text(card: dict[str, Any]) -> str:
         lines.append(f"| {split} | {sizes} ({positive}) |")
     lines += [f"| data | {data['dataset']} |", ""]
     if test:
-        lines.append(f"Held-out patients: weighted log loss {Estimate.of_loss(test).text()}.\n")
+        lines.append(
+            f"Held-out patients: weighted log loss {Estimate.of_loss(test).text()}. Scores are of the network's own "
+            f"probabilities, before calibration; a study's score is the {test['study_score']} over its slices.\n"
+        )
         lines.append("| class | AUC, slice | AUC, study |\n|---|---|---|")
         for name in CLASSES:
             aucs = [Estimate.from_json(test[kind][name]) for kind in ("auc", "study_auc")]

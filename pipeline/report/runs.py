@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from ichpipe.common.artifacts import HISTORY_FILE, PREDICTIONS_FILE, RECORD_FILE
+from ichpipe.common.artifacts import HISTORY_FILE, MODEL_FILE, PREDICTIONS_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.files import read_json
 from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.page import Section, Table, format_duration, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
+from ichpipe.scoring.calibration import read_calibration
 from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.scoring.calibration import Calibration
 
 SPLITS: Final = {"train": "training", "val": "validation", "test": "held out"}
 SIZES: Final = ("patients", "studies", "series", "slices")
@@ -43,6 +45,7 @@ class Facts:
     comparison: dict[str, Any] | None  # compare/arms.json
     test: pd.DataFrame | None  # the fine-tuned model's predictions of the test slices
     val: pd.DataFrame | None  # … of the validation slices
+    calibration: Calibration | None  # of the fine-tuned model
     params: dict[str, Any]
 
 
@@ -52,14 +55,14 @@ def model_title(name: str) -> str:
 
 
 def rungs_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one."""
+    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one if it was scored."""
     rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
     rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
-    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])]
+    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])] if metrics[FINETUNED] else rungs
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:
-    """Read the files of a run; a torn file is an error that names it (DataError)."""
+    """Read the files of a run; a torn file, or a calibration of another model, is an error that names it."""
     folders = {SLICE_CNN: artifacts.slice_cnn}
     folders |= {sequence_name(arm): artifacts.sequence(arm) for arm in arms}
     folders |= {FINETUNED: artifacts.finetuned}
@@ -77,6 +80,7 @@ def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]
         comparison=_read_optional(artifacts.comparison / "arms.json"),
         test=splits.get("test"),
         val=splits.get("val"),
+        calibration=read_calibration(artifacts.finetuned) if (artifacts.finetuned / MODEL_FILE).exists() else None,
         params=params,
     )
 
@@ -91,18 +95,25 @@ def glance(facts: Facts) -> Section:
     lines = ["This run has not been evaluated yet."]
     if facts.metrics is not None:
         lines = _compare_models(facts.metrics)
-        final = facts.metrics[FINETUNED]
-        loss = Estimate.of_loss(final)
-        tiles.append(("weighted log loss, fine-tuned", format_number(loss.value), _format_bounds(loss)))
-        for name, kind in (("AUC any by slice, fine-tuned", "auc"), ("AUC any by study, fine-tuned", "study_auc")):
-            auc = Estimate.from_json(final[kind]["any"])
-            tiles.append((name, format_number(auc.value, 3), _format_bounds(auc) or "no positive or no negative"))
+        if facts.metrics[FINETUNED]:
+            tiles += _score_tiles(facts.metrics[FINETUNED])
+        else:
+            lines.append("The fine-tuned model was not scored; run: ichpipe finetune, then ichpipe evaluate.")
     if facts.summary is not None:
         remark = f"{facts.summary['slices']:,} slices, {facts.summary['rejected']:,} files rejected"
         tiles.append(("patients", f"{facts.summary['patients']:,}", remark))
     if facts.records.get(FINETUNED, {}).get("best_epoch") == 0:
         lines.append("Fine-tuning was no better in validation than its start, so the start was kept.")
     return Section("glance", "At a glance", lines, tiles=tiles)
+
+
+def _score_tiles(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
+    loss = Estimate.of_loss(scores)
+    tiles = [("weighted log loss, fine-tuned", format_number(loss.value), _format_bounds(loss))]
+    for name, kind in (("AUC any by slice, fine-tuned", "auc"), ("AUC any by study, fine-tuned", "study_auc")):
+        auc = Estimate.from_json(scores[kind]["any"])
+        tiles.append((name, format_number(auc.value, 3), _format_bounds(auc) or "no positive or no negative"))
+    return tiles
 
 
 def _compare_models(metrics: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,8 @@ from ichpipe.scoring.roc import operating_points, proportion_interval
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
+
+    from ichpipe.scoring.calibration import Calibration
 
 TARGET: Final = 0.9  # sensitivity, and specificity, that a threshold is chosen for
 RATES: Final = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -99,8 +102,8 @@ def _curves(facts: Facts, shown: dict[str, int], kind: str, title: str, x_key: s
     if missing:
         reason = "no positive or no negative held-out slice" if facts.curves[kind] else "not evaluated yet"
         sentences.append(f"No curve for {missing}: {reason}.")
-    key, legend = kind.replace("_", "-"), _legend(shown) if plots else []
-    return Section(key, title, sentences, legend=legend, plots=plots, hidden=hidden)
+    legend = _legend(facts, shown, kind)
+    return Section(kind.replace("_", "-"), title, sentences, legend=legend, plots=plots, hidden=hidden)
 
 
 def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
@@ -116,10 +119,13 @@ def _calibration(facts: Facts, shown: dict[str, int]) -> Section:
         if row["model"] in shown:
             numbers = format_number(row["predicted"], 3), format_number(row["observed"], 3), str(row["n"])
             rows.append([model_title(row["model"]), row["class"], *numbers])
-    lines = ["On the diagonal a probability equals the share of positives: one in five slices of P 0.2 bleeds."]
+    lines = [
+        "On the diagonal a probability equals the share of positives: one in five slices of P 0.2 bleeds. Curves and "
+        "figures are of the networks' own probabilities, before calibration."
+    ]
     hidden = [Table("Calibration in ten bins", ["model", "class", "mean P", "share positive", "slices"], rows)]
     tables = [] if facts.test is None else [_reliability(facts.test)]
-    return Section("calibration", "Calibration", lines, tables, _legend(shown), plots, hidden)
+    return Section("calibration", "Calibration", lines, tables, _legend(facts, shown, "calibration"), plots, hidden)
 
 
 def _reliability(test: pd.DataFrame) -> Table:
@@ -146,47 +152,84 @@ def _lines_by_class(
     return by_class
 
 
-def _legend(shown: dict[str, int]) -> list[tuple[str, int]]:
-    return [(model_title(name), look) for name, look in shown.items()]
+def _legend(facts: Facts, shown: dict[str, int], kind: str) -> list[tuple[str, int]]:
+    drawn = {row["model"] for row in facts.curves[kind]}
+    return [(model_title(name), look) for name, look in shown.items() if name in drawn]
 
 
 def operating(facts: Facts, study_score: StudyScore) -> Section:
-    """Confusion of the fine-tuned model by study, at thresholds chosen on the validation patients."""
+    """Confusion of the fine-tuned model by study, at thresholds chosen on the validation patients.
+
+    Scores and thresholds are those of ``predict``: calibrated, thin series averaged, pooled by ``study_score``.
+    """
     key, title = "operating", "Operating points"
     if facts.test is None:
         return Section(key, title, ["The fine-tuned model has not predicted the test patients; run: ichpipe finetune."])
-    truth, score = of_studies(facts.test, study_score)
-    val_truth, val_score = (truth[:0], score[:0]) if facts.val is None else of_studies(facts.val, study_score)
+    truth, score = of_studies(facts.test, study_score, facts.calibration)
+    val_truth, val_score = truth[:0], score[:0]
+    if facts.val is not None:
+        val_truth, val_score = of_studies(facts.val, study_score, facts.calibration)
+    patients = facts.test.drop_duplicates("series_uid")["patient_id"]
+    independent = bool(patients.is_unique)
     tables = []
     for words in ("sensitivity", "specificity"):
         rows = []
         for column, name in enumerate(CLASSES):
             points = operating_points(val_truth[:, column], val_score[:, column], wanted=TARGET)
-            threshold = (points[f"high_{words}"] or {}).get("threshold")
-            rows.append([name, *_confusion(truth[:, column] == 1, score[:, column], threshold)])
+            if (point := points[f"high_{words}"]) is None:
+                rows.append([name, "none: no positive or no negative in validation", *[""] * 6])
+            elif point["threshold"] is None:
+                rows.append([name, "none: any would call too many negatives positive", *[""] * 6])
+            else:
+                positive, shown = truth[:, column] == 1, format_threshold(point["threshold"])
+                called = score[:, column] >= float(shown)
+                rows.append([name, shown, *_confusion(positive, called, independent=independent)])
         head = ["class", "threshold", "true positive", "false negative", "false positive", "true negative"]
         head += ["sensitivity", "specificity"]
         tables.append(Table(f"Threshold for {words} of at least {TARGET:g} in validation", head, rows))
     lines = [
         f"A study is called positive where its score ({study_score} over slices, fine-tuned model) reaches the "
         f"threshold. Thresholds are chosen on the {len(val_truth)} validation studies; counted here are the "
-        f"{len(truth)} held-out ones. Brackets: exact 95 % intervals (Clopper and Pearson).",
+        f"{len(truth)} held-out ones.",
+        _describe_scale(facts.calibration),
+        "Brackets: exact 95 % intervals (Clopper and Pearson)."
+        if independent
+        else f"No intervals: {len(truth)} studies of {patients.nunique()} patients are not independent cases.",
     ]
     if facts.val is None:
         lines.append("No validation patient has been predicted, so there is no threshold.")
     return Section(key, title, lines, tables)
 
 
-def _confusion(positive: NDArray[np.bool_], score: NDArray[np.float64], threshold: float | None) -> list[str]:
-    if threshold is None:
-        return ["none: no positive or no negative in validation", *[""] * 6]
-    called = score >= threshold
+def _describe_scale(calibration: Calibration | None) -> str:
+    """Say on which scale scores and thresholds are: that of ``predict``."""
+    if calibration is None:
+        how = "not calibrated: there is no calibration.json beside the model (ichpipe evaluate writes it)"
+    elif not calibration.mapped:
+        how = f"not calibrated: calibration.json has no map ({calibration.method})"
+    elif len(calibration.mapped) < len(CLASSES):
+        how = f"calibrated by {calibration.method} for {', '.join(calibration.mapped)} alone"
+    else:
+        how = f"calibrated by {calibration.method}"
+    return f"Scores and thresholds are {how}. They are those that predict reports and --threshold compares."
+
+
+def _confusion(positive: NDArray[np.bool_], called: NDArray[np.bool_], *, independent: bool) -> list[str]:
     true_pos, false_neg = int((called & positive).sum()), int((~called & positive).sum())
     false_pos, true_neg = int((called & ~positive).sum()), int((~called & ~positive).sum())
     rates = []
     for part, whole in ((true_pos, true_pos + false_neg), (true_neg, true_neg + false_pos)):
-        rates.append(Estimate(part / whole if whole else None, *proportion_interval(part, whole)).text(2))
-    return [format_number(threshold, 3), *map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
+        bounds = proportion_interval(part, whole) if independent else ()
+        rates.append(Estimate(part / whole if whole else None, *bounds).text(2))
+    return [*map(str, (true_pos, false_neg, false_pos, true_neg)), *rates]
+
+
+def format_threshold(threshold: float) -> str:
+    """Return a threshold rounded down to six digits: the case that it was chosen from still reaches it."""
+    text = f"{threshold:.6g}"
+    if float(text) <= threshold:
+        return text
+    return f"{float(text) - 10.0 ** (math.floor(math.log10(threshold)) - 5):.6g}"
 
 
 @dataclass(frozen=True)
@@ -236,7 +279,7 @@ def ablation(facts: Facts) -> Section:
     lines = [
         f"Gain: weighted log loss of {baseline} minus that of the arm, over {comparison['n_patients']} patients; "
         "above 0 the arm is better. It is called noise unless it holds for all arms together and beyond the spread of "
-        "seeds.",
+        "seeds. With one seed that spread is unknown, and seeds are too few for a verdict.",
         *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
     name = f"Gain over {baseline}, weighted log loss"
@@ -244,10 +287,24 @@ def ablation(facts: Facts) -> Section:
     return Section(key, title, lines, [Table("Arms, mean over seeds ± standard deviation", head, rows)], plots=plots)
 
 
-def of_studies(table: pd.DataFrame, study_score: StudyScore) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return labels and scores (series, 6) of a table of slices, in the order in which series come."""
+def calibrate(table: pd.DataFrame, calibration: Calibration | None) -> pd.DataFrame:
+    """Return a table of slices with the probabilities that ``predict`` reports."""
+    if calibration is None:
+        return table
+    values = calibration.apply(table[list(CLASSES)].to_numpy(np.float64))
+    return table.assign(**dict(zip(CLASSES, values.T, strict=True)))
+
+
+def of_studies(
+    table: pd.DataFrame, study_score: StudyScore, calibration: Calibration | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return labels and scores (series, 6) of a table of slices, in the order in which series come.
+
+    Slices are calibrated first, as by ``predict``.
+    """
     from ichpipe.scoring.model_ladder import smooth_series  # noqa: PLC0415 - scikit-learn and scipy, for this alone
 
+    table = calibrate(table, calibration)
     groups = table.groupby("series_uid", sort=False)
     group, count = np.asarray(groups.ngroup(), dtype=np.intp), groups.ngroups
     return pool(table[LABELS].to_numpy(np.float64), group, count), pool(smooth_series(table), group, count, study_score)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BETTER: Final = "better"
 WORSE: Final = "worse"
+TOO_FEW_SEEDS: Final = "too few seeds"  # beyond noise over patients, but the spread over seeds is unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +137,8 @@ def _compare_paired(
         verdict = BETTER if value > 0 else WORSE
         if width is None or abs(value) <= width or (seed_error is not None and abs(value) < 2 * seed_error):
             verdict = "noise"
+        elif seed_error is None:
+            verdict = TOO_FEW_SEEDS
         simultaneous = None if width is None else [value - width, value + width]
         auc = arm.mean_auc()
         difference = None if auc is None or base_auc is None else auc - base_auc
@@ -187,7 +190,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         f"{comparison['n_slices']} slices of {comparison['n_patients']} patients. Gain: weighted log loss of "
         f"{comparison['baseline']} minus that of the arm, mean over seeds; positive is better. Intervals: patients "
         f"resampled {comparison['bootstrap_samples']} times, paired. Verdict: noise unless the interval that holds "
-        "for all arms together leaves out 0 and the gain is at least twice its standard error over seeds.",
+        "for all arms together leaves out 0 and the gain is at least twice its standard error over seeds. That error "
+        "needs two seeds of both arms; with fewer, the verdict is that seeds are too few.",
         *(f"**Warning**: {warning}." for warning in comparison["warnings"]),
         "",
         format_table(["log loss", *short], losses, markdown=True),

@@ -32,18 +32,20 @@ def score_all(
     ``paired`` compares each rung of the ladder with the one before, by a bootstrap over patients: a positive
     ``weighted_log_loss`` or ``auc_any`` means the later model is better. ``overlap`` names patients who have slices
     outside the test set too, on which nothing was trained: each model is then scored ``without_overlap`` as well.
+    Without a table of the fine-tuned model its scores are None, and no pair names it.
     """
     first = next(iter(tables.values()))
     overlap &= frozenset(first["patient_id"])  # a patient whose labels are not all known is not scored
-    scores = {name: _score(table, section) for name, table in tables.items()}
+    scores = {name: score_table(table, section) for name, table in tables.items()}
     for name, table in tables.items() if overlap else ():
         rest = table[~table["patient_id"].isin(overlap)]
-        scores[name]["without_overlap"] = _score(rest, section) if len(rest) else None
+        scores[name]["without_overlap"] = score_table(rest, section) if len(rest) else None
     columns = list(CLASSES)
     prefix = sequence_name("")
     arms = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
     pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
-    pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
+    if FINETUNED in tables:
+        pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
     paired = {}
     for earlier, later in pairs:
         before, after = tables[earlier], tables[later]
@@ -55,7 +57,7 @@ def score_all(
     metrics = {
         SLICE_CNN: scores[SLICE_CNN],
         "sequence": arms,
-        FINETUNED: scores[FINETUNED],
+        FINETUNED: scores.get(FINETUNED),
         "paired": paired,
         "n_slices": len(first),
         "n_studies": int(first["study_uid"].nunique()),
@@ -71,13 +73,15 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     """Return the ladder of models as a table of plain text."""
     models = {"slice CNN": metrics[SLICE_CNN]}
     models |= {f"sequence, {arm}": scores for arm, scores in metrics["sequence"].items()}
-    models["fine-tuned"] = metrics[FINETUNED]
+    models |= {"fine-tuned": metrics[FINETUNED]} if metrics[FINETUNED] else {}
     rows = []
     for name, scores in models.items():
         loss = Estimate.of_loss(scores)
         aucs = [Estimate.from_json(scores[kind]["any"]) for kind in ("auc", "study_auc")]
         rows.append([name, *(figure.text() for figure in (loss, *aucs))])
     lines = [format_table(["model", "weighted log loss", "AUC any, slice", "AUC any, study"], rows), ""]
+    if not metrics[FINETUNED]:
+        lines.append("fine-tuned: not scored and not calibrated, because there is none; run: ichpipe finetune")
     lines.append("{n_slices} slices, {n_studies} studies, {n_patients} patients held out".format_map(metrics))
     if "overlap" in metrics:
         without = [
@@ -95,7 +99,8 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _score(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
+def score_table(table: pd.DataFrame, section: EvaluateParams) -> dict[str, Any]:
+    """Score one model's predictions; its study AUC pools slices as ``predict`` does, thin series averaged before."""
     columns = table[LABELS], table[list(CLASSES)], table["patient_id"], table["series_uid"]
     smooth = smooth_series(table)
     return score(*columns, **section.bootstrap(), study_score=section.study_score, study_probabilities=smooth)

@@ -67,13 +67,14 @@ def compare(labels: ArrayLike, scores: ArrayLike, others: ArrayLike, confidence:
 
 
 def operating_points(
-    labels: ArrayLike, scores: ArrayLike, *, wanted: float = 0.9, confidence: float = 0.95
+    labels: ArrayLike, scores: ArrayLike, *, wanted: float = 0.9, confidence: float = 0.95, independent: bool = True
 ) -> dict[str, dict[str, Any] | None]:
     """Return ``high_sensitivity`` and ``high_specificity``; each None with no positive or no negative.
 
     A case is called positive where its score is at least the threshold, which is one of the scores. The first point has
     the highest threshold at which sensitivity is at least ``wanted`` (above 0, to 1), the second the lowest at which
     specificity is; a threshold of None calls nothing positive. Labels (n,) are 0 or 1, scores (n,) any numbers.
+    Cases that are not ``independent``, such as several studies of a patient, get no exact interval (None).
     Both points describe the curve of these cases. They don't estimate what a threshold chosen beforehand would give.
     """
     positive, values = np.asarray(labels) == 1, np.asarray(scores, dtype=np.float64)
@@ -87,14 +88,18 @@ def operating_points(
         "high_sensitivity": np.flatnonzero(true_positives >= wanted * m - 1e-6)[-1],
         "high_specificity": np.flatnonzero(true_negatives >= wanted * n - 1e-6)[0],
     }
+
+    def interval_of(successes: int, trials: int) -> list[float] | None:
+        return proportion_interval(successes, trials, confidence) if independent else None
+
     return {
         name: {
             "wanted": wanted,
             "threshold": float(thresholds[row]) if np.isfinite(thresholds[row]) else None,
             "sensitivity": int(true_positives[row]) / m,
-            "sensitivity_ci": proportion_interval(int(true_positives[row]), m, confidence),
+            "sensitivity_ci": interval_of(int(true_positives[row]), m),
             "specificity": int(true_negatives[row]) / n,
-            "specificity_ci": proportion_interval(int(true_negatives[row]), n, confidence),
+            "specificity_ci": interval_of(int(true_negatives[row]), n),
         }
         for name, row in rows.items()
     }

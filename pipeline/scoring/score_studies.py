@@ -34,6 +34,7 @@ _KEYS: Final = ("series_uid", "study_uid", "patient_id")
 def read_studies(path: Path, key: str, pool: str | None = None) -> pd.DataFrame:
     """Read probabilities by ``key`` (series_uid, study_uid, patient_id): the columns of CLASSES, and patient_id.
 
+    Without a PatientID the latter is NaN.
     Several rows of one key, such as two series of a study, are an error unless ``pool`` (max, mean) is given.
     Raises DataError that names file and line: no such column, a value that is no probability.
     """
@@ -46,8 +47,8 @@ def read_studies(path: Path, key: str, pool: str | None = None) -> pd.DataFrame:
     if pool is None:
         remedy = f"names one {key} a second time; give one row each, or say --pool max"
         table.refuse(names.duplicated().to_numpy(), remedy, names)
-    patients = table.optional_text("patient_id")
-    groups = frame.assign(patient_id=names if patients is None else patients).groupby(names.rename(key))
+    patients = table.sparse_text("patient_id")
+    groups = frame.assign(patient_id=np.nan if patients is None else patients).groupby(names.rename(key))
     values = groups[list(CLASSES)].mean() if pool == "mean" else groups[list(CLASSES)].max()
     return pd.DataFrame(values.join(groups["patient_id"].first()))
 
@@ -65,7 +66,8 @@ def score_studies(
 
     ``settings`` are ``bootstrap_samples``, ``confidence`` and ``seed``; patients are resampled. Each class is scored on
     the studies whose label is known, the weighted log loss on those whose six labels are. A labelled study without
-    prediction is left out, counted and named, or gets ``missing``.
+    prediction is left out, counted and named, or gets ``missing``. Studies of one patient are not independent: a class
+    with such studies has None instead of DeLong's and exact intervals, and ``no_exact_intervals`` says why.
     """
     if labels.key not in _KEYS:
         raise DataError(f"the labels are by {labels.key}, not by study; use --format rsna or cq500")
@@ -81,14 +83,15 @@ def score_studies(
     probabilities = np.array(rows[list(CLASSES)], dtype=np.float64)
     if missing is not None:
         probabilities[np.isnan(probabilities)] = missing
-    patients = rows["patient_id"].where(rows["patient_id"].notna(), pd.Series(studies, index=studies))
+    named = rows["patient_id"].notna()
+    patients = rows["patient_id"].where(named, pd.Series(studies, index=studies))
     true = labels.values.loc[studies, list(CLASSES)].to_numpy(np.float64)
     return {
         **_score(true, probabilities, pd.factorize(patients, sort=True)[0], operating_point, settings),
         "n_studies": len(studies),
         "n_patients": int(patients.nunique()),
         "by": labels.key,
-        "resampled_by": "patient_id",
+        "resampled_by": "patient_id" if named.any() else labels.key,
         "predictions": {"file": str(predictions), "n_rows": len(table), "pool": pool, "filled_with": missing}
         | count_names("studies_without_label", table.index.difference(labelled, sort=False))
         | count_names("studies_without_prediction", labelled.difference(table.index, sort=False)),
@@ -108,6 +111,9 @@ def _score(
         for column, (name, rows) in enumerate(zip(CLASSES, known, strict=True))
     }
     rankings = [Ranking(*part, patient[rows]) for part, rows in zip(parts.values(), known, strict=True)]
+    shared = {
+        name: int((np.bincount(patient[rows]) > 1).sum()) for name, rows in zip(CLASSES, known, strict=True)
+    }  # patients with several studies
     statistics = [ranking.resample for ranking in rankings]
     resampled = resample(statistics, int(patient.max()) + 1, settings["bootstrap_samples"], settings["seed"])
     aucs = {
@@ -127,8 +133,14 @@ def _score(
         "study_auc": aucs,
         "brier": by_class(brier),
         "calibration_error": by_class(calibration_error),
-        "delong": {name: interval(*part, confidence) for name, part in parts.items()},
+        "delong": {name: None if shared[name] else interval(*part, confidence) for name, part in parts.items()},
         "operating_points": {
-            name: operating_points(*part, wanted=operating_point, confidence=confidence) for name, part in parts.items()
+            name: operating_points(*part, wanted=operating_point, confidence=confidence, independent=not shared[name])
+            for name, part in parts.items()
+        },
+        "no_exact_intervals": {
+            name: f"patients with several studies, which are not independent: {count}; see ci_low and ci_high of auc"
+            for name, count in shared.items()
+            if count
         },
     }
