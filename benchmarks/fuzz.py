@@ -4,13 +4,14 @@ python benchmarks/fuzz.py --files 10000 --out fuzz.json
 python benchmarks/fuzz.py --files 2000 --dicom FOLDER         # real files as well
 python benchmarks/fuzz.py --files 1 --first 4711 --keep DIR   # one case again, and the file kept
 
-Sound files of nine encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), case N
-from seed N. A child process with a memory limit reads each: ``scan``'s way first (header; compressed files by the trial
-decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
-accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
-of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
-reference's. Time is of the clock, both reads together, with the CPU time of both processes beside it; memory is the
-highest resident size of either process.
+Sound files of thirteen encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), or
+what their headers say is drawn anew (attribute_mutations.py), case N from seed N. A child process with a memory limit
+reads each: ``scan``'s way first (header; frames of an Enhanced CT; compressed files by the trial decoder, which is a
+process of its own), then ``read_hu`` and ``read_square_hu``. A file may be refused with one clear message, or be
+accepted with the pixels of pydicom's modality LUT and another decoder (reference_pixels.py). All else is a finding: any
+other exception, a message of several lines or one that quotes a name, a time above the limit, a process that dies, and
+pixels that are not the reference's. Time is of the clock, all reads together, with the CPU time of both processes
+beside it; memory is the highest resident size of either process.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import attribute_mutations
 import mutations
 import stream_mutations
 from fuzz_reading import Reading
@@ -41,6 +43,7 @@ from ichpipe.dicom.decode_sandbox import TrialDecoder
 LIMIT_S: Final = 2.0
 HANGS_S: Final = 60.0
 MEMORY_BYTES: Final = 4 * 2**30
+REDRAWN: Final = 0.5  # share of mutations that change what the header says
 STRONG: Final = 0.15  # share of cases that are damaged twice
 
 
@@ -91,8 +94,12 @@ def damaged(sound: dict[str, list[bytes]], number: int) -> tuple[str, list[str],
             parts = mutations.parts_of(data)
             coded = stream_mutations.fragments_of(parts) if parts.find(mutations.PIXELS) >= 0 else []
             choices = (*mutations.ANY_FILE, *((stream_mutations.in_zip,) if not names else ()))
-            # Half of the compressed files are damaged in what only they have.
-            mutation = chance.choice(stream_mutations.COMPRESSED if coded and chance.random() < 0.5 else choices)
+            # Half of the other compressed files are damaged in what only they have.
+            if chance.random() < REDRAWN:
+                choices = attribute_mutations.REDRAWN
+            elif coded and chance.random() < 0.5:
+                choices = stream_mutations.COMPRESSED
+            mutation = chance.choice(choices)
             data = mutation(parts, chance)
         except Exception:  # a file damaged before can't always be cut into its parts
             if not names:
@@ -171,6 +178,7 @@ class Tally:
         self._outcomes: collections.Counter[str] = collections.Counter()
         self._of_encoding: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self._of_mutation: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self._cpu_of_mutation: collections.Counter[str] = collections.Counter()
         self._reasons: collections.Counter[str] = collections.Counter()
         self._seconds: list[float] = []
         self._cpu_s = 0.0
@@ -186,6 +194,7 @@ class Tally:
         self._of_encoding[encoding][outcome] += 1
         for name in names:
             self._of_mutation[name][outcome] += 1
+            self._cpu_of_mutation[name] = max(self._cpu_of_mutation[name], found.get("cpu_s", 0.0))
         if outcome == "refused":
             self._reasons["".join(" " if one.isdigit() else one for one in found["message"])[:60].strip()] += 1
         slow = found["s"] > self._limit_s
@@ -212,6 +221,7 @@ class Tally:
             "seconds": round(seconds, 1),
             "by_encoding": {name: dict(counts) for name, counts in self._of_encoding.items()},
             "by_mutation": {name: dict(counts) for name, counts in sorted(self._of_mutation.items())},
+            "slowest_cpu_s_by_mutation": dict(self._cpu_of_mutation.most_common()),
             "reasons": dict(self._reasons.most_common(40)),
             "first_findings": self._findings[:20],
         }
