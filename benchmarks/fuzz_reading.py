@@ -73,8 +73,7 @@ class Reading:
         """Read the pixels: those of a file that the scan refuses must do no harm either."""
         late, pixels = "", []
         try:
-            for read in (hounsfield.read_hu, hounsfield.read_square_hu):
-                pixels.append(read(path))
+            pixels = [read(path) for read in (hounsfield.read_hu, hounsfield.read_square_hu)]
         except UnreadableDicomError as error:
             late = str(error)
         message = (refusal or late).removeprefix(f"{path}: ")
