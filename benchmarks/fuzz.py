@@ -9,9 +9,9 @@ what their headers say is drawn anew (attribute_mutations.py), case N from seed 
 reads each: ``scan``'s way first (header; frames of an Enhanced CT; compressed files by the trial decoder, which is a
 process of its own), then ``read_hu`` and ``read_square_hu``. A file may be refused with one clear message, or be
 accepted with the pixels of pydicom's modality LUT and another decoder (reference_pixels.py). All else is a finding: any
-other exception, a message of several lines or one that quotes a name, a warning of pydicom, a time above the limit, a process that dies, and
-pixels that are not the reference's. The limit is one of CPU time, all reads and both processes together; a minute by
-the clock is a hang. Memory is the highest resident size of either process.
+other exception, a message of several lines or one that quotes a name, a warning of pydicom, a time above the limit, a
+process that dies, and pixels that are not the reference's. The limit is one of CPU time, all reads and both processes
+together; a minute by the clock is a hang. Memory is the highest resident size of either process.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def serve() -> None:
     """Read the file of each line on standard input, and answer with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    printed = tempfile.TemporaryFile()
+    printed = os.fdopen(os.memfd_create("stderr"), "rb")
     os.dup2(printed.fileno(), 2)
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
