@@ -77,7 +77,7 @@ def _modality_hu(stored: NDArray[np.integer], dataset: Dataset) -> NDArray[np.in
     bits = int(dataset.get("BitsStored") or allocated)
     word = np.ascontiguousarray(stored.astype(stored.dtype.newbyteorder("=")))
     low = int(dataset.get("HighBit") or 0) + 1 - bits
-    if bits < allocated and low > 0 and not (word & word.dtype.type((1 << low) - 1)).any():
+    if bits < allocated and 0 < low <= allocated - bits and not (word & word.dtype.type((1 << low) - 1)).any():
         word = word >> low  # the pixel lies at the upper end of its word; pydicom does not look
     clean = Dataset()
     clean.file_meta = FileMetaDataset()
