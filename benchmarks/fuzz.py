@@ -45,6 +45,7 @@ LIMIT_S: Final = 2.0
 HANGS_S: Final = 60.0
 MEMORY_BYTES: Final = 4 * 2**30
 REDRAWN: Final = 0.5  # share of mutations that change what the header says
+LAST: Final = (stream_mutations.in_zip, mutations.deflate_bomb)  # not damaged again: that would unpack the bomb
 STRONG: Final = 0.15  # share of cases that are damaged twice
 
 
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for files that are findings")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.RLIM_INFINITY))  # a damaged file may claim anything
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), options)
     text = json.dumps(result, indent=2)
@@ -108,7 +110,7 @@ def damaged(sound: dict[str, list[bytes]], number: int) -> tuple[str, list[str],
                 raise
             break
         names.append(mutation.__name__)
-        if mutation is stream_mutations.in_zip:
+        if mutation in LAST:
             break
     return encoding, names, data
 
