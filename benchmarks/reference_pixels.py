@@ -100,8 +100,11 @@ def _modality_hu(stored: NDArray[np.integer], dataset: Dataset) -> NDArray[np.in
     hu = np.clip(np.rint(apply_modality_lut(values, clean)), -1024, 32767).astype(np.int16)
     if (first := dataset.get("PixelPaddingValue")) is not None:
         last = dataset.get("PixelPaddingRangeLimit")
-        ends = [int(value) & (1 << allocated) - 1 for value in (first, first if last is None else last)]
-        padding = [int(np.array(end).astype(f"u{allocated // 8}").view(word.dtype)) for end in ends]
+        values = [int(value) for value in (first, first if last is None else last)]
+        is_short = min(values) >= -(1 << 15) and max(values) < 1 << 16  # as the tag should be; its sign is the pixels'
+        width = min(allocated, 16) if is_short else allocated
+        ends = [value & (1 << width) - 1 for value in values]
+        padding = [end - (1 << width) if signed and end >> (width - 1) else end for end in ends]
         hu[(stored >= min(padding)) & (stored <= max(padding))] = -1024
     return hu
 
