@@ -4,13 +4,14 @@ python benchmarks/fuzz.py --files 10000 --out fuzz.json
 python benchmarks/fuzz.py --files 2000 --dicom FOLDER         # real files as well
 python benchmarks/fuzz.py --files 1 --first 4711 --keep DIR   # one case again, and the file kept
 
-Sound files of nine encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), case N
-from seed N. A child process with a memory limit reads each: ``scan``'s way first (header; compressed files by the trial
-decoder, which is a process of its own), then ``ct.read_hu``. A file may be refused with one clear message, or be
-accepted with the pixels of another decoder (reference_pixels.py). All else is a finding: any other exception, a message
-of several lines or one that quotes a name, a time above the limit, a process that dies, and pixels that are not the
-reference's. Time is of the clock, both reads together, with the CPU time of both processes beside it; memory is the
-highest resident size of either process.
+Sound files of thirteen encodings (good_files.py) are damaged one way or two (mutations.py, stream_mutations.py), or
+what their headers say is drawn anew (attribute_mutations.py), case N from seed N. A child process with a memory limit
+reads each: ``scan``'s way first (header; frames of an Enhanced CT; compressed files by the trial decoder, which is a
+process of its own), then ``read_hu`` and ``read_square_hu``. A file may be refused with one clear message, or be
+accepted with the pixels of pydicom's modality LUT and another decoder (reference_pixels.py). All else is a finding: any
+other exception, a message of several lines or one that quotes a name, a warning of pydicom, a time above the limit, a
+process that dies, and pixels that are not the reference's. The limit is one of CPU time, all reads and both processes
+together; a minute by the clock is a hang. Memory is the highest resident size of either process.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import attribute_mutations
 import mutations
 import stream_mutations
 from fuzz_reading import Reading
@@ -41,6 +44,8 @@ from ichpipe.dicom.decode_sandbox import TrialDecoder
 LIMIT_S: Final = 2.0
 HANGS_S: Final = 60.0
 MEMORY_BYTES: Final = 4 * 2**30
+REDRAWN: Final = 0.5  # share of mutations that change what the header says
+LAST: Final = (stream_mutations.in_zip, mutations.deflate_bomb)  # not damaged again: that would unpack the bomb
 STRONG: Final = 0.15  # share of cases that are damaged twice
 
 
@@ -55,6 +60,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for files that are findings")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.RLIM_INFINITY))  # a damaged file may claim anything
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), options)
     text = json.dumps(result, indent=2)
@@ -66,6 +72,7 @@ def main() -> int:
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Damage and read files; return counts, time, memory and findings."""
+    warnings.simplefilter("ignore")  # pydicom's, of damaged files
     sound = good_files(folder, options.size)
     if options.dicom:
         sound |= read_folder(options.dicom)
@@ -91,15 +98,19 @@ def damaged(sound: dict[str, list[bytes]], number: int) -> tuple[str, list[str],
             parts = mutations.parts_of(data)
             coded = stream_mutations.fragments_of(parts) if parts.find(mutations.PIXELS) >= 0 else []
             choices = (*mutations.ANY_FILE, *((stream_mutations.in_zip,) if not names else ()))
-            # Half of the compressed files are damaged in what only they have.
-            mutation = chance.choice(stream_mutations.COMPRESSED if coded and chance.random() < 0.5 else choices)
+            # Half of the other compressed files are damaged in what only they have.
+            if chance.random() < REDRAWN:
+                choices = attribute_mutations.REDRAWN
+            elif coded and chance.random() < 0.5:
+                choices = stream_mutations.COMPRESSED
+            mutation = chance.choice(choices)
             data = mutation(parts, chance)
         except Exception:  # a file damaged before can't always be cut into its parts
             if not names:
                 raise
             break
         names.append(mutation.__name__)
-        if mutation is stream_mutations.in_zip:
+        if mutation in LAST:
             break
     return encoding, names, data
 
@@ -152,7 +163,8 @@ def serve() -> None:
     """Read the file of each line on standard input, and answer with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
+    printed = os.fdopen(os.memfd_create("stderr"), "rb")
+    os.dup2(printed.fileno(), 2)
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
     with TrialDecoder() as trial:
@@ -160,7 +172,13 @@ def serve() -> None:
         trial.start()
         answers.write("ready\n")
         for line in sys.stdin:
-            answers.write(json.dumps(reading.read(Path(line.strip()))) + "\n")
+            answer = reading.read(Path(line.strip()))
+            printed.seek(0)
+            if b"Warning: " in (text := printed.read()):  # of pydicom: it may quote a name
+                answer |= {"outcome": "warning", "message": text[:300].decode("utf-8", "replace")}
+            os.ftruncate(2, 0)
+            printed.seek(0)
+            answers.write(json.dumps(answer) + "\n")
 
 
 class Tally:
@@ -171,6 +189,7 @@ class Tally:
         self._outcomes: collections.Counter[str] = collections.Counter()
         self._of_encoding: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self._of_mutation: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self._cpu_of_mutation: collections.Counter[str] = collections.Counter()
         self._reasons: collections.Counter[str] = collections.Counter()
         self._seconds: list[float] = []
         self._cpu_s = 0.0
@@ -186,9 +205,10 @@ class Tally:
         self._of_encoding[encoding][outcome] += 1
         for name in names:
             self._of_mutation[name][outcome] += 1
+            self._cpu_of_mutation[name] = max(self._cpu_of_mutation[name], found.get("cpu_s", 0.0))
         if outcome == "refused":
             self._reasons["".join(" " if one.isdigit() else one for one in found["message"])[:60].strip()] += 1
-        slow = found["s"] > self._limit_s
+        slow = found.get("cpu_s", found["s"]) > self._limit_s
         if outcome not in {"refused", "equal"} or slow:
             case = {"case": number, "encoding": encoding, "mutations": names, "slow": slow, **found}
             self._findings.append(case)
@@ -212,6 +232,7 @@ class Tally:
             "seconds": round(seconds, 1),
             "by_encoding": {name: dict(counts) for name, counts in self._of_encoding.items()},
             "by_mutation": {name: dict(counts) for name, counts in sorted(self._of_mutation.items())},
+            "slowest_cpu_s_by_mutation": dict(self._cpu_of_mutation.most_common()),
             "reasons": dict(self._reasons.most_common(40)),
             "first_findings": self._findings[:20],
         }

@@ -1,4 +1,4 @@
-"""Sound DICOM slices in nine encodings, made from the phantom: what the fuzzer damages."""
+"""Sound DICOM slices in thirteen encodings, made from the phantom: what the fuzzer damages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import gdcm
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from pydicom.uid import UID
 
+ENCAPSULATED = UID("1.2.840.10008.1.2.1.98")  # Encapsulated Uncompressed Explicit VR Little Endian
 PLAIN = {
     "implicit": ImplicitVRLittleEndian,
     "explicit": ExplicitVRLittleEndian,
@@ -36,7 +38,10 @@ PLAIN = {
     "deflated": DeflatedExplicitVRLittleEndian,
 }
 COMPRESSED = {"rle": RLELossless, "jpeg-ls": JPEGLSLossless, "jpeg-2000": JPEG2000Lossless}
-ENCODINGS = (*PLAIN, "headless", *COMPRESSED, "jpeg-lossless")
+ENHANCED = {"enhanced-one": (1, False), "enhanced-many": (3, False), "enhanced-rle": (3, True)}
+ENCODINGS = (*PLAIN, "headless", *COMPRESSED, "jpeg-lossless", "encapsulated", *ENHANCED)
+OF_FRAMES = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ImagePositionPatient", "ImageOrientationPatient",
+             "PixelSpacing", "SliceThickness", "InstanceNumber")  # fmt: skip
 
 
 def good_files(folder: Path, size_px: int = 64, slices: int = 4, seed: int = 0) -> dict[str, list[bytes]]:
@@ -87,18 +92,64 @@ def _encodings(dataset: Dataset, folder: Path) -> dict[str, bytes]:
         coded.save_as(folder / "coded.dcm")
         found[name] = (folder / "coded.dcm").read_bytes()
     found["jpeg-lossless"] = _by_gdcm(folder / "explicit.dcm", gdcm.TransferSyntax.JPEGLosslessProcess14_1)
+    found["encapsulated"] = _written(dataset, ENCAPSULATED, folder)
+    found |= {name: _enhanced(dataset, folder, *kind) for name, kind in ENHANCED.items()}
     return found
 
 
-def _written(dataset: Dataset, syntax: UID, folder: Path) -> bytes:
+def _enhanced(dataset: Dataset, folder: Path, count: int, coded: bool) -> bytes:
+    """Return an Enhanced CT of ``count`` frames, each with its own place and rescale."""
+    copy = deepcopy(dataset)
+    for keyword in OF_FRAMES:
+        if keyword in copy:
+            del copy[keyword]
+    copy.SOPClassUID, copy.NumberOfFrames = "1.2.840.10008.5.1.4.1.1.2.1", count
+    pixels = np.frombuffer(dataset.PixelData, np.uint16).reshape(dataset.Rows, dataset.Columns)
+    copy.PixelData = b"".join(np.roll(pixels, 5 * number, 1).tobytes() for number in range(count))
+    copy.PerFrameFunctionalGroupsSequence = [
+        _item(
+            PixelValueTransformationSequence=[_item(
+                RescaleSlope=1, RescaleIntercept=float(dataset.RescaleIntercept) - number, RescaleType="HU"
+            )],
+            PlanePositionSequence=[_item(ImagePositionPatient=[0, 0, 5 * number])],
+            FrameContentSequence=[_item(FrameAcquisitionNumber=1)],
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    copy.SharedFunctionalGroupsSequence = [
+        _item(
+            PlaneOrientationSequence=[_item(ImageOrientationPatient=dataset.ImageOrientationPatient)],
+            PixelMeasuresSequence=[_item(PixelSpacing=[0.5, 0.5], SliceThickness=5)],
+        )
+    ]
+    content = _written(copy, ExplicitVRLittleEndian, folder, name="enhanced.dcm")
+    if not coded:
+        return content
+    coded_copy = pydicom.dcmread(folder / "enhanced.dcm")
+    coded_copy.compress(RLELossless, generate_instance_uid=False)
+    coded_copy.save_as(folder / "coded.dcm")
+    return (folder / "coded.dcm").read_bytes()
+
+
+def _item(**values: object) -> Dataset:
+    item = Dataset()
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
+    return item
+
+
+def _written(dataset: Dataset, syntax: UID, folder: Path, name: str = "plain.dcm") -> bytes:
     copy = deepcopy(dataset)
     if syntax == ExplicitVRBigEndian:
         copy.PixelData = np.frombuffer(dataset.PixelData, np.uint16).byteswap().tobytes()
+    if syntax == ENCAPSULATED:
+        copy.PixelData = encapsulate([dataset.PixelData])
+        copy["PixelData"].VR, copy["PixelData"].is_undefined_length = "OB", True
     copy.file_meta = FileMetaDataset()
     copy.file_meta.TransferSyntaxUID = syntax
     copy.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     copy.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    path = folder / ("explicit.dcm" if syntax == ExplicitVRLittleEndian else "plain.dcm")
+    path = folder / ("explicit.dcm" if syntax == ExplicitVRLittleEndian and name == "plain.dcm" else name)
     pydicom.dcmwrite(path, copy, enforce_file_format=True)
     return path.read_bytes()
 

@@ -179,7 +179,7 @@ def absurd_number(parts: Parts, random: Random) -> bytes:
     value = random.choice(NUMBERS)
     chosen = random.choice((WHOLE[:2], WHOLE[:1], WHOLE[1:2], *[(tag,) for tag in WHOLE[2:]]))
     for tag in chosen:
-        parts = _put(
+        parts = put(
             parts, parts.made(tag, random.choice((b"US", b"US", b"US", b"SS", b"UL")), struct.pack(order, value))
         )
     return parts.file()
@@ -191,7 +191,7 @@ def absurd_text(parts: Parts, random: Random) -> bytes:
     text = random.choice(TEXTS)
     if tag in {0x00200032, 0x00200037} and random.random() < 0.5:
         text = b"\\".join([text[:20]] * random.choice((3, 6)))
-    return _put(parts, parts.made(tag, b"DS", text + b" " * (len(text) % 2))).file()
+    return put(parts, parts.made(tag, b"DS", text + b" " * (len(text) % 2))).file()
 
 
 def wrong_length(parts: Parts, random: Random) -> bytes:
@@ -242,7 +242,7 @@ def character_set(parts: Parts, random: Random) -> bytes:
         b"utf8",
         b"XXX",
     )
-    parts = _put(parts, parts.made(0x00080005, b"CS", random.choice(sets)))
+    parts = put(parts, parts.made(0x00080005, b"CS", random.choice(sets)))
     texts = (
         "Müller Łódź".encode(),
         b"\xff\xfe\x80",
@@ -252,7 +252,7 @@ def character_set(parts: Parts, random: Random) -> bytes:
         "東京".encode("gb18030"),
     )
     for tag in random.sample((0x00100020, 0x0020000D, 0x0020000E, 0x00080018, 0x0008103E, 0x00181210, 0x00080008), 2):
-        parts = _put(parts, parts.made(tag, b"LO", random.choice(texts)))
+        parts = put(parts, parts.made(tag, b"LO", random.choice(texts)))
     return parts.file()
 
 
@@ -310,7 +310,7 @@ def _zeros() -> bytes:
     return packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
 
 
-def _put(parts: Parts, element: tuple[int, bytes, int]) -> Parts:
+def put(parts: Parts, element: tuple[int, bytes, int]) -> Parts:
     """Replace an element, or put it before the first one of a higher tag."""
     number = parts.find(element[0])
     if number >= 0:

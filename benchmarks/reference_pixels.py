@@ -1,25 +1,27 @@
-"""Hounsfield units by another way than the product's: pydicom's own values, and other decoders.
+"""Hounsfield units by another way than the product's: pydicom's modality LUT, and other decoders.
 
 The header is read by pydicom's ``dcmread`` and its conversions, pixels by numpy, a plain run-length and a plain
 lossless JPEG decoder here, and for JPEG-LS and JPEG 2000 by the decoder that pydicom would try last (the product
 takes the first) or by imagecodecs. GDCM, Pillow, pylibjpeg-openjpeg and imagecodecs all hold OpenJPEG, in other
-versions: for JPEG 2000 the reference is not independent. What the product shares is ``ct.stored_to_hu``, which
-tests/test_ct.py checks by hand arithmetic.
+versions: for JPEG 2000 the reference is not independent. pydicom then takes the pixel out of its word and applies the
+modality LUT. Where docs/data.md says that the product differs from pydicom, the reference does by that text.
 """
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pydicom
-from pydicom.encaps import generate_fragments, parse_basic_offsets
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate, generate_fragments, get_frame, parse_basic_offsets
+from pydicom.pixels import apply_modality_lut
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from ichpipe.dicom.dataset import PixelFacts
-from ichpipe.dicom.hounsfield import stored_to_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 try:
@@ -29,34 +31,109 @@ except ImportError:
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from pydicom.dataset import Dataset
 
-IMPLICIT, EXPLICIT, BIG, DEFLATED = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".1.99"))
+IMPLICIT, EXPLICIT, BIG, DEFLATED, ENCAPSULATED = (f"1.2.840.10008.1.2{end}" for end in
+                                                   ("", ".1", ".2", ".1.99", ".1.98"))  # fmt: skip
 RLE = "1.2.840.10008.1.2.5"
 JPEG_LOSSLESS = {f"1.2.840.10008.1.2.4.{number}" for number in (57, 70)}
+NEARLY_SQUARE: Final = 0.01
 
 
-def reference_hu(data: bytes) -> NDArray[np.int16]:
-    """Return HU (rows, columns) of a DICOM file's bytes. Raises whatever the way there raises."""
+def reference_hu(data: bytes, frame: int | None = None) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    """Return HU (rows, columns) of a DICOM file's bytes, and HU with square pixels, not rounded.
+
+    ``frame`` counts the frames of an Enhanced CT from 0. Raises whatever the way there raises.
+    """
     with quiet_pydicom():
         dataset = pydicom.dcmread(BytesIO(data), force=True)
-        facts = _facts(dataset)
-        return stored_to_hu(_stored(dataset, facts), facts)
+        if frame is not None:
+            dataset = _classic(dataset, frame)
+        hu = _modality_hu(_stored(dataset), dataset)
+        return hu, _square(hu, _aspect(dataset))
 
 
-def _facts(dataset: Dataset) -> PixelFacts:
+def _classic(source: Dataset, number: int) -> Dataset:
+    """Return one frame with the values of its functional groups, its own before the shared ones."""
+    count = int(source.get("NumberOfFrames") or 1)
+    groups = [
+        *(source.get("SharedFunctionalGroupsSequence") or [])[:1],
+        source.PerFrameFunctionalGroupsSequence[number],
+    ]
+    for group in groups:
+        for keyword in ("PixelValueTransformationSequence", "PixelMeasuresSequence"):
+            for element in (group.get(keyword) or [[]])[0]:
+                source[element.tag] = element
+    if source.file_meta.TransferSyntaxUID.is_encapsulated:
+        source.PixelData = encapsulate([get_frame(source.PixelData, number, number_of_frames=count)])
+    else:
+        size = source.Rows * source.Columns * source.BitsAllocated // 8
+        source.PixelData = source.PixelData[number * size : (number + 1) * size]
+    return source
+
+
+def _modality_hu(stored: NDArray[np.integer], dataset: Dataset) -> NDArray[np.int16]:
+    """Return HU, rounded and clipped, of the words (rows, columns) that the file stores."""
     allocated, signed = int(dataset.BitsAllocated), bool(dataset.PixelRepresentation)
-    padding = None
+    bits = int(dataset.get("BitsStored") or allocated)
+    word = np.ascontiguousarray(stored.astype(stored.dtype.newbyteorder("=")))
+    low = int(dataset.get("HighBit") or 0) + 1 - bits
+    if bits < allocated and 0 < low <= allocated - bits and not (word & word.dtype.type((1 << low) - 1)).any():
+        word = word >> low  # the pixel lies at the upper end of its word; pydicom does not look
+    clean = Dataset()
+    clean.file_meta = FileMetaDataset()
+    clean.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    clean.Rows, clean.Columns, clean.SamplesPerPixel = *word.shape, 1
+    clean.BitsAllocated, clean.BitsStored, clean.HighBit = allocated, bits, bits - 1
+    clean.PixelRepresentation, clean.PhotometricInterpretation = int(signed), "MONOCHROME2"
+    clean.RescaleSlope, clean.RescaleIntercept = dataset.RescaleSlope, dataset.RescaleIntercept
+    clean.PixelData = word.tobytes() + bytes(word.nbytes % 2)
+    clean["PixelData"].VR = "OB" if allocated == 8 else "OW"
+    values = clean.pixel_array.astype(np.int64)
+    if signed and bits < allocated and not _has_overlay(dataset):
+        above = word >> bits
+        whole = (above == -1) | (word == np.iinfo(word.dtype).min)
+        if (whole | (above == 0)).all():  # negative numbers written with all bits
+            values = np.where(whole, word, values)
+    slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+    if bits == 12 and not signed and slope == 1 and abs(intercept) <= 1:
+        values = np.where(values >= 3096, values - 4096, values)  # HU in 12 bits, wrapped
+    hu = np.clip(np.rint(apply_modality_lut(values, clean)), -1024, 32767).astype(np.int16)
     if (first := dataset.get("PixelPaddingValue")) is not None:
         last = dataset.get("PixelPaddingRangeLimit")
-        kind = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
-        ends = [int(np.array(value & (1 << allocated) - 1).astype(f"u{allocated // 8}").view(kind)) for value in
-                (int(first), int(first if last is None else last))]  # fmt: skip
-        padding = (min(ends), max(ends))
-    return PixelFacts(
-        int(dataset.Rows), int(dataset.Columns), allocated, int(dataset.get("BitsStored") or allocated), signed,
-        float(dataset.RescaleSlope), float(dataset.RescaleIntercept), padding, _syntax(dataset),
-    )  # fmt: skip
+        values = [int(value) for value in (first, first if last is None else last)]
+        is_short = min(values) >= -(1 << 15) and max(values) < 1 << 16  # as the tag should be; its sign is the pixels'
+        width = min(allocated, 16) if is_short else allocated
+        ends = [value & (1 << width) - 1 for value in values]
+        padding = [end - (1 << width) if signed and end >> (width - 1) else end for end in ends]
+        hu[(stored >= min(padding)) & (stored <= max(padding))] = -1024
+    return hu
+
+
+def _has_overlay(dataset: Dataset) -> bool:
+    values = [dataset.get_item((0x6000 + 2 * plane, 0x0102)) for plane in range(16)]
+    return any(any(item.value) if isinstance(item.value, bytes) else bool(item.value) for item in values if item)
+
+
+def _aspect(dataset: Dataset) -> float:
+    """Return the distance of rows over that of columns."""
+    for keyword in ("PixelSpacing", "PixelAspectRatio"):
+        with suppress(Exception):
+            down, across = (float(value) for value in dataset[keyword].value)
+            if min(down, across) > 0 and math.isfinite(down) and math.isfinite(across):
+                return down / across if abs(down / across - 1) > NEARLY_SQUARE else 1.0
+    return 1.0
+
+
+def _square(hu: NDArray[np.int16], aspect: float) -> NDArray[np.float64]:
+    """Interpolate linearly, at the middles of as many pixels as make the coarser side as fine as the other."""
+    axis, factor = (0, aspect) if aspect > 1 else (1, 1 / aspect)
+    length = hu.shape[axis]
+    count = round(length * factor)
+    middles = (np.arange(count) + 0.5) * (length / count) - 0.5
+    result: NDArray[np.float64] = np.apply_along_axis(
+        lambda line: np.interp(middles, np.arange(length), line), axis, hu.astype(np.float64)
+    )
+    return result
 
 
 def _syntax(dataset: Dataset) -> str:
@@ -66,20 +143,24 @@ def _syntax(dataset: Dataset) -> str:
     return IMPLICIT if implicit else EXPLICIT if little else BIG
 
 
-def _stored(dataset: Dataset, facts: PixelFacts) -> NDArray[np.integer]:
-    kind = np.dtype(f"{'i' if facts.signed else 'u'}{facts.bits_allocated // 8}")
-    shape, syntax = (facts.rows, facts.columns), facts.transfer_syntax
-    if syntax in {IMPLICIT, EXPLICIT, DEFLATED, BIG}:
+def _stored(dataset: Dataset) -> NDArray[np.integer]:
+    allocated, syntax = int(dataset.BitsAllocated), _syntax(dataset)
+    kind, shape = (
+        np.dtype(f"{'i' if dataset.PixelRepresentation else 'u'}{allocated // 8}"),
+        (int(dataset.Rows), int(dataset.Columns)),
+    )
+    if syntax in {IMPLICIT, EXPLICIT, DEFLATED, BIG, ENCAPSULATED}:
         kind = kind.newbyteorder(">" if syntax == BIG else "<")
-        words = syntax == BIG and facts.bits_allocated == 8 and dataset["PixelData"].VR == "OW"
-        data = np.frombuffer(dataset.PixelData, ">u2").astype("<u2").tobytes() if words else dataset.PixelData
+        data = _frame(dataset.PixelData) if syntax == ENCAPSULATED else dataset.PixelData
+        if syntax == BIG and allocated == 8 and dataset["PixelData"].VR == "OW":
+            data = np.frombuffer(data, ">u2").astype("<u2").tobytes()
         return np.frombuffer(data, kind, count=shape[0] * shape[1]).reshape(shape)
     frame = _frame(dataset.PixelData)
     if syntax == RLE:
         return run_length(frame, shape, kind)
     if syntax in JPEG_LOSSLESS:
         return jpeg_lossless(frame).astype(np.int64).astype(kind)
-    return _last_decoder(dataset, facts, frame).astype(kind)
+    return _last_decoder(dataset, syntax, frame).astype(kind)
 
 
 def _frame(pixels: bytes) -> bytes:
@@ -88,14 +169,14 @@ def _frame(pixels: bytes) -> bytes:
     return b"".join(list(generate_fragments(pixels))[1:])
 
 
-def _last_decoder(dataset: Dataset, facts: PixelFacts, frame: bytes) -> NDArray[Any]:
+def _last_decoder(dataset: Dataset, syntax: str, frame: bytes) -> NDArray[Any]:
     if imagecodecs:
-        decode = imagecodecs.jpegls_decode if facts.transfer_syntax[-2:] in {"80", "81"} else imagecodecs.jpeg2k_decode
+        decode = imagecodecs.jpegls_decode if syntax[-2:] in {"80", "81"} else imagecodecs.jpeg2k_decode
         return np.asarray(decode(frame))
-    dataset.file_meta.TransferSyntaxUID = UID(facts.transfer_syntax)
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.NumberOfFrames = 1, "MONOCHROME2", 1
-    dataset.BitsStored = facts.bits_stored
-    decoder = get_decoder(UID(facts.transfer_syntax))
+    dataset.BitsStored = int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    decoder = get_decoder(UID(syntax))
     return np.asarray(decoder.as_array(dataset, raw=True, decoding_plugin=decoder.available_plugins[-1])[0])
 
 

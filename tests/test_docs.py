@@ -124,6 +124,14 @@ def test_relative_links_and_pictures_exist(page):
                 assert anchor in anchors(page.parent / path), f"{named(page)} links to {target}"
 
 
+@pytest.mark.parametrize("page", WORKDAY, ids=named)
+def test_source_files_that_are_named_exist(page):
+    folders = "pipeline|cache|stages|benchmarks|tests|params|examples|docs|dicom|index|images|training"
+    for name in re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", page.read_text(encoding="utf-8")):
+        made = name.startswith("index/")  # also a folder of the artifacts
+        assert made or (ROOT / name).exists() or (ROOT / "pipeline" / name).exists(), f"{named(page)} names {name}"
+
+
 def anchors(page):
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}

@@ -1,6 +1,7 @@
 """A small run of the fuzzer, and one test for each kind of bomb that it throws."""
 
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -32,14 +34,14 @@ def fuzz(tmp_path, *rest):
 
 
 @pytest.mark.slow
-def test_270_damaged_files_are_refused_or_read_as_the_reference_reads_them(tmp_path):
-    result = fuzz(tmp_path, "--files", 270)
+def test_273_damaged_files_are_refused_or_read_as_the_reference_reads_them(tmp_path):
+    result = fuzz(tmp_path, "--files", 273)
     assert result["findings"] == 0
-    assert result["files"] == 270 == sum(result["outcomes"].values())
+    assert result["files"] == 273 == sum(result["outcomes"].values())
     assert set(result["outcomes"]) == {"refused", "equal"}
     assert min(len(set(counts)) for counts in result["by_encoding"].values()) == 2  # of each encoding some of both
-    assert len(result["by_encoding"]) == 9
-    assert len(result["by_mutation"]) >= 20
+    assert len(result["by_encoding"]) == 13
+    assert len(result["by_mutation"]) >= 27
     assert result["peak_mb"] < 1024
 
 
@@ -64,12 +66,68 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch, write_ct):
             patch.setattr(fuzz_reading.hounsfield, "read_hu", lambda one: read_hu(one) + 1)
             assert reading.read(path)["outcome"] == "unequal"
         with monkeypatch.context() as patch:
+            patch.setattr(fuzz_reading.hounsfield, "read_square_hu", lambda one: read_hu(one)[1:])
+            assert reading.read(path)["outcome"] == "unequal"
+        with monkeypatch.context() as patch:
             patch.setattr(fuzz_reading, "read_header", lambda _: 1 / 0)
             assert reading.read(path)["outcome"] == "exception"
         with monkeypatch.context() as patch:
             patch.setattr(fuzz_reading, "read_header", refusing("two\nlines"))
             patch.setattr(fuzz_reading.hounsfield, "read_hu", refusing("again"))
             assert reading.read(path)["outcome"] == "unclear message"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tags", "expected"),
+    [
+        ([0, 40, 4095], {"BitsStored": 12, "HighBit": 11, "RescaleIntercept": 0}, [0, 40, -1]),  # wrapped
+        ([0, 40, 4095], {"BitsStored": 12, "HighBit": 11, "RescaleIntercept": 24}, [24, 64, 4119]),
+        ([0, 64, 1600], {"BitsStored": 12, "HighBit": 15, "RescaleIntercept": 24}, [24, 28, 124]),  # shifted
+        ([1, 40, 100], {"BitsStored": 12, "HighBit": 15, "RescaleIntercept": 24}, [25, 64, 124]),  # a wrong HighBit
+        (
+            [0, 40, 63536],
+            {"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11, "RescaleIntercept": 0},
+            [0, 40, -1024],
+        ),  # whole
+        (
+            [0, 40, 0x1028],
+            {"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11, "RescaleIntercept": 0},
+            [0, 40, 40],
+        ),  # noise
+        ([0, 40, 4095], {"PixelPaddingValue": 40, "RescaleIntercept": 0, "RescaleSlope": "0.5"}, [0, -1024, 2048]),
+        ([0, 40, 65535], {"RescaleIntercept": 0}, [0, 40, 32767]),
+    ],
+)
+def test_the_reference_is_the_modality_lut_with_the_documented_exceptions(
+    tmp_path, monkeypatch, write_ct, pixels, tags, expected
+):
+    monkeypatch.syspath_prepend(FUZZ.parent)
+    import reference_pixels
+
+    path = write_ct(pixels=np.array([pixels], np.uint16), **tags)
+    assert reference_pixels.reference_hu(path.read_bytes())[0].tolist() == [expected]
+    assert read_hu(path).tolist() == [expected]
+
+
+def test_redrawn_headers_are_refused_or_read_as_the_reference_reads_them(tmp_path, monkeypatch, write_ct):
+    monkeypatch.syspath_prepend(FUZZ.parent)
+    import attribute_mutations
+    import fuzz_reading
+    import mutations
+
+    from ichpipe.dicom.decode_sandbox import TrialDecoder
+
+    parts = mutations.parts_of(write_ct().read_bytes())
+    path, outcomes = tmp_path / "case.dcm", []
+    with TrialDecoder() as trial:
+        reading = fuzz_reading.Reading(trial)
+        for number in range(150):
+            chance = random.Random(number)  # noqa: S311
+            mutation = chance.choice(attribute_mutations.REDRAWN)
+            path.write_bytes(mutation(parts, chance))
+            outcomes.append((mutation.__name__, reading.read(path)["outcome"]))
+    assert {outcome for _, outcome in outcomes} == {"equal", "refused"}
+    assert len({name for name, outcome in outcomes if outcome == "equal"}) >= 6
 
 
 def refusing(message):

@@ -167,7 +167,7 @@ class RegularizeParams(Section):
     stride2_probability: Probability = 0.0  # every second slice alone (1st place)
     crop_slices: Positive | None = None  # contiguous slices around a random one (the paper: 10); null: the whole series
     feature_noise: NotNegative = 0.0  # features times 1 + noise of this standard deviation
-    feature_dropout: Fraction = 0.0  # share of features that are 0 throughout a series (2nd place)
+    feature_dropout: Fraction = 0.0  # share of features that are 0 throughout a series (spatial dropout)
 
 
 class AverageParams(Section):
