@@ -236,6 +236,10 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
     if (sign := elements.required_whole("PixelRepresentation")) not in {0, 1}:
         raise UnreadableDicomError(f"PixelRepresentation (0028,0103) is {sign}, not 0 or 1")
     signed = sign == 1
+    aspect = _aspect(elements)
+    if max(rows * aspect, columns / aspect) > MAX_SIDE_PX + 0.5 and aspect != 1:
+        times = max(aspect, 1 / aspect)
+        raise UnreadableDicomError(f"pixels {times:.3g} times as long as wide; PixelSpacing (0028,0030)")
     slope, intercept = _rescale(elements)
     padding = _padding(elements, allocated, signed=signed)
     return PixelFacts(
@@ -250,7 +254,7 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
         syntax,
         high_bit=elements.whole("HighBit") or 0,
         overlay=any(map(elements.nonzero, OVERLAY_BIT_TAGS)),
-        aspect=_aspect(elements),
+        aspect=aspect,
     )
 
 
@@ -329,7 +333,10 @@ def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] 
     if first is None:
         return None
     last = elements.whole("PixelPaddingRangeLimit")
-    values = [value & ((1 << bits) - 1) for value in (first, first if last is None else last)]
+    ends = (first, first if last is None else last)
+    if all(-(1 << 15) <= value < 1 << 16 for value in ends):
+        bits = min(bits, 16)  # of US and SS; without a stated representation the sign is that of the pixels
+    values = [value & ((1 << bits) - 1) for value in ends]
     if signed:  # 63536 beside signed 16-bit pixels means -2000
         values = [value - (1 << bits) if value >> (bits - 1) else value for value in values]
     return min(values), max(values)

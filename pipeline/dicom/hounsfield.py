@@ -135,7 +135,7 @@ def _own_bits(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.inte
     if facts.bits_stored == facts.bits_allocated:
         return values
     span, unused = 1 << facts.bits_stored, 8 * values.dtype.itemsize - facts.bits_stored
-    low = facts.high_bit + 1 - facts.bits_stored
+    low = facts.high_bit + 1 - facts.bits_stored if facts.high_bit < facts.bits_allocated else 0
     fits = facts.signed and -span // 2 <= values.min(initial=0) and values.max(initial=0) < span // 2
     if fits and low <= 0 and not facts.overlay:
         return values
