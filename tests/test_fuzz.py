@@ -14,7 +14,7 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom import dataset
+from ichpipe.dicom import bounded_file, dataset
 from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.slice_header import read_header
 
@@ -189,7 +189,7 @@ def test_a_header_of_a_hundred_thousand_parts_is_refused(write_ct, syntax, kind)
 
 
 def test_a_long_value_of_unknown_length_is_read_in_as_many_pieces_as_it_needs(write_ct, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_PARTS", 200)
+    monkeypatch.setattr(bounded_file, "MAX_PARTS", 200)
     path = write_ct()
     data = path.read_bytes()
     place = data.index(b"\x10\x00\x20\x00")

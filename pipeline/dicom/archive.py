@@ -69,6 +69,16 @@ def read_file(path: str, largest: int) -> bytes:
     return _read_member(*inside, largest)
 
 
+def stamp_of(path: str) -> tuple[int, int]:
+    """Return what changes with a file, or with the archive that it lies in: bytes, and time in ns; zeros without it."""
+    inside = None if os.path.exists(path) else _split(path)  # noqa: PTH110
+    try:
+        status = os.stat(inside[0] if inside else path)  # noqa: PTH116
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 def portable(path: str) -> str:
     """Return a path as text; bytes that are not UTF-8 become backslash escapes, so it then names no file."""
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -6,13 +6,13 @@ Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) a
 from __future__ import annotations
 
 import zlib
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydicom.filereader import data_element_generator, read_partial
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.dicom.bounded_file import BoundedFile
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
@@ -26,13 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
-
 MAX_SIDE_PX: Final = 4096  # no CT image is wider; decoding what a damaged header claims would fill the memory
 MAX_FILE_BYTES: Final = 96 * 2**20  # the largest image, 64 MiB, and a long header; also of an inflated file
-# Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred. pydicom makes
-# an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
-MAX_PARTS: Final = 10_000
-_PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
 _DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
@@ -62,24 +57,6 @@ READABLE: Final = UNCOMPRESSED | {RUN_LENGTH} | frozenset(
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)
 )  # fmt: skip
 _FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
-
-
-class TooManyElementsError(ValueError):
-    """A header has more elements and items than any image needs."""
-
-
-class _BoundedFile(BytesIO):
-    """Bytes that can be read in MAX_PARTS pieces, and those that long values need, and then TooManyElementsError."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.left = MAX_PARTS + len(data) // _PART_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise TooManyElementsError
-        return BytesIO.read(self, size)
 
 
 class PixelFacts(NamedTuple):
@@ -170,7 +147,7 @@ def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
         raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
     try:
         inflated = _inflated(data)
-        dataset = read_partial(_BoundedFile(inflated or data), force=True, specific_tags=kept_tags)  # a bare dcmread
+        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=kept_tags)  # a bare dcmread
         if inflated:
             dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
     except UnreadableDicomError:
@@ -190,7 +167,7 @@ def _inflated(data: bytes) -> bytes | None:
     """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
     if DEFLATED_LITTLE.encode() not in data:
         return None
-    file = _BoundedFile(data)
+    file = BoundedFile(data)
     file.seek(132 if data[128:132] == b"DICM" else 0)
     meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
     syntax = next((element for element in meta if element.tag == _SYNTAX_TAG), None)

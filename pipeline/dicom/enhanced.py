@@ -14,13 +14,15 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
 from pydicom import dcmread
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage
 
 from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
-from ichpipe.dicom.archive import read_file
+from ichpipe.dicom.archive import read_file, stamp_of
+from ichpipe.dicom.bounded_file import BoundedFile
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ ENHANCED_CT: Final = frozenset({"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.
 """SOP classes of Enhanced CT and Legacy Converted Enhanced CT."""
 
 MAX_BYTES: Final = 2**30
-MAX_FRAMES: Final = 5000
-MAX_READS: Final = 500_000  # two or three an element
+MAX_FRAMES: Final = 2000
+MAX_READS: Final = 500_000  # two or three an element: those of MAX_FRAMES frames
 FRAME: Final = re.compile(r"(.+)/frame-(\d{4,})")
 _DROPPED: Final = (
     Tag("PixelData"),
@@ -76,7 +78,7 @@ def list_frames(path: str) -> list[str]:
 
 
 def _list_frames(path: str) -> list[str]:
-    dataset = _read(path)
+    dataset = _read_once(path, stamp_of(path))
     if dataset is None or str(dataset.get("SOPClassUID", "")) not in ENHANCED_CT:
         return []
     count, groups = int(dataset.get("NumberOfFrames") or 1), dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -87,23 +89,14 @@ def _list_frames(path: str) -> list[str]:
     return [f"{path}/frame-{number:04d}" for number in range(1, count + 1)]
 
 
-def _read(path: str) -> FileDataset:
-    stamp = ""
-    if os.path.isfile(path):  # noqa: PTH113
-        status = os.stat(path)  # noqa: PTH116
-        stamp = f"{status.st_size} {status.st_mtime_ns}"
-    return _read_once(path, stamp)
-
-
-@lru_cache(maxsize=1)
-def _read_once(path: str, _stamp: str) -> FileDataset:
+@lru_cache(maxsize=2)
+def _read_once(path: str, _stamp: tuple[int, int]) -> FileDataset | None:
+    """Parse a file that names a class of Enhanced CT near its beginning; None for any other."""
     data = read_file(path, MAX_BYTES)
     if not any(uid.encode() in data[: 1 << 16] for uid in ENHANCED_CT):
         return None
     try:
-        from ichpipe.dicom.dataset import _BoundedFile  # move the class here or into a file of its own
-
-        file = _BoundedFile(data)
+        file = BoundedFile(data)
         file.left += min(len(data) // 32, MAX_READS)
         return dcmread(file, force=True)
     except Exception as error:  # hostile bytes make the parser raise almost anything, and its text may quote a value
@@ -114,7 +107,7 @@ def _extract_frame(path: str, number: int) -> bytes:
     """Return one frame as a classic slice: the file's own elements, and those of the frame's functional groups."""
     try:
         with quiet_pydicom():
-            slice_ = _build_slice(_read(path), number)
+            slice_ = _build_slice(_read_once(path, stamp_of(path)), number)
             buffer = BytesIO()
             slice_.save_as(buffer, enforce_file_format=True)
     except UnreadableDicomError:
@@ -124,21 +117,26 @@ def _extract_frame(path: str, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def _build_slice(source: FileDataset, number: int) -> Dataset:
+def _build_slice(source: FileDataset | None, number: int) -> Dataset:
+    if source is None:
+        raise UnreadableDicomError("no enhanced CT, so it has no frames")
     count = int(source.get("NumberOfFrames") or 1)
     slice_ = Dataset()
     slice_.file_meta = copy(source.file_meta)
-    # Copies: assigning to an attribute changes the element, which the source shares.
-    kept = [element for element in source if element.VR != "SQ" and element.tag not in _DROPPED]
-    slice_.update({element.tag: deepcopy(element) for element in kept})
     shared, own = source.get("SharedFunctionalGroupsSequence") or [], source.PerFrameFunctionalGroupsSequence
-    for group in [*(shared[0] if shared else ()), *own[number - 1]]:
-        if group.VR == "SQ" and group.value:
-            slice_.update(deepcopy(group.value[0]))
+    groups = [*(shared[0] if shared else ()), *own[number - 1]]
+    regions = list[Dataset]()
+    for part in [source, *(group.value[0] for group in groups if group.VR == "SQ" and group.value)]:
+        regions += part.get("AnatomicRegionSequence") or []
+        for tag in list(part.keys()):  # as they were read: a value that can't be converted costs no frame
+            element = part.get_item(tag)
+            vr = element.VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+            if vr != "SQ" and tag not in _DROPPED:
+                slice_[tag] = deepcopy(element)  # assigning to an attribute would change the shared element
     slice_.SOPClassUID, slice_.InstanceNumber = CTImageStorage, number
     if count > 1:
         slice_.SOPInstanceUID = f"{source.SOPInstanceUID}.{number}"
-    _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [])
+    _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
     pixels = source.get("PixelData")
     if pixels and source.file_meta.TransferSyntaxUID.is_encapsulated:
         slice_.PixelData = encapsulate([get_frame(pixels, number - 1, number_of_frames=count)])
@@ -149,17 +147,14 @@ def _build_slice(source: FileDataset, number: int) -> Dataset:
             raise UnreadableDicomError(f"truncated: frame {number} has {len(slice_.PixelData)} of {size} bytes")
     if pixels:
         slice_["PixelData"].VR = "OW" if source.BitsAllocated > 8 else "OB"
-    for element in [element for element in slice_ if element.VR == "SQ"]:
-        del slice_[element.tag]
     return slice_
 
 
-def _name_terms(slice_: Dataset, agents: Sequence[Dataset]) -> None:
+def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Dataset]) -> None:
     """Write coded terms into the elements that a classic slice has for them."""
     if "FrameAcquisitionNumber" in slice_:
         slice_.AcquisitionNumber = slice_.FrameAcquisitionNumber
-    region = slice_.get("AnatomicRegionSequence") or []
-    if region and not slice_.get("BodyPartExamined"):
-        slice_.BodyPartExamined = str(region[0].get("CodeMeaning", ""))[:16].upper()
+    if regions and not slice_.get("BodyPartExamined"):
+        slice_.BodyPartExamined = str(regions[0].get("CodeMeaning", ""))[:16].upper()
     if agents and str(slice_.get("ContrastBolusAgentAdministered", "YES")) == "YES":
         slice_.ContrastBolusAgent = str(agents[0].get("CodeMeaning", "YES"))[:64]
