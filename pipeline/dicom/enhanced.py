@@ -14,7 +14,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
 from pydicom import dcmread
-from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
@@ -133,9 +133,9 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
             vr = element.VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
             if vr != "SQ" and tag not in _DROPPED:
                 slice_[tag] = deepcopy(element)  # assigning to an attribute would change the shared element
-    slice_.SOPClassUID, slice_.InstanceNumber = CTImageStorage, number
+    _replace(slice_, SOPClassUID=CTImageStorage, InstanceNumber=number)
     if count > 1:
-        slice_.SOPInstanceUID = f"{source.SOPInstanceUID}.{number}"
+        _replace(slice_, SOPInstanceUID=f"{source.SOPInstanceUID}.{number}")
     _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
     pixels = source.get("PixelData")
     if pixels and source.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -153,8 +153,15 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
 def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Dataset]) -> None:
     """Write coded terms into the elements that a classic slice has for them."""
     if "FrameAcquisitionNumber" in slice_:
-        slice_.AcquisitionNumber = slice_.FrameAcquisitionNumber
+        _replace(slice_, AcquisitionNumber=slice_.FrameAcquisitionNumber)
     if regions and not slice_.get("BodyPartExamined"):
-        slice_.BodyPartExamined = str(regions[0].get("CodeMeaning", ""))[:16].upper()
+        _replace(slice_, BodyPartExamined=str(regions[0].get("CodeMeaning", ""))[:16].upper())
     if agents and str(slice_.get("ContrastBolusAgentAdministered", "YES")) == "YES":
-        slice_.ContrastBolusAgent = str(agents[0].get("CodeMeaning", "YES"))[:64]
+        _replace(slice_, ContrastBolusAgent=str(agents[0].get("CodeMeaning", "YES"))[:64])
+
+
+def _replace(slice_: Dataset, **values: str | int) -> None:
+    """Set elements without converting the values that they had."""
+    for keyword, value in values.items():
+        slice_.pop(tag_for_keyword(keyword), None)
+        setattr(slice_, keyword, value)
