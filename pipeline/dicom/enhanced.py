@@ -14,7 +14,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
 from pydicom import dcmread
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
@@ -163,5 +163,5 @@ def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Da
 def _replace(slice_: Dataset, **values: str | int) -> None:
     """Set elements without converting the values that they had."""
     for keyword, value in values.items():
-        slice_.pop(tag_for_keyword(keyword), None)
+        slice_.pop(Tag(keyword), None)
         setattr(slice_, keyword, value)
