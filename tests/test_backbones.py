@@ -13,6 +13,8 @@ from ichpipe.params.schema import Params
 
 WINDOWS = Params().windows
 
+pytestmark = pytest.mark.slow  # each starts processes or writes whole heads
+
 
 def build(name, size_px=96):
     torch.manual_seed(0)

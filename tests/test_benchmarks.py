@@ -80,6 +80,7 @@ def test_extract_unchanged(tmp_path):
     assert result["said"] == "slice CNN: all 3000 slices are there"
 
 
+@pytest.mark.slow
 def test_prepare(tmp_path):
     result = small("prepare", tmp_path)["sizes"]["600"]  # outputs that differ would end it
     assert result["bare_pydicom"]["ratio"] > 0

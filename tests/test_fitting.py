@@ -336,6 +336,7 @@ def both(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_no_process_has_stays_away(both):
     for facts in both:
         assert facts["gradients"]["both"].tolist() == [3.0, 6.0]

@@ -20,6 +20,8 @@ from ichpipe.common.processes import launched_rank
 from ichpipe.params.schema import load_params
 from ichpipe.stages.faults import message_of
 
+pytestmark = pytest.mark.slow  # each starts processes or writes whole heads
+
 
 def ichpipe(*words, encoding="utf-8"):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}

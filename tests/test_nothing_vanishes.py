@@ -28,6 +28,8 @@ from ichpipe.stages import prepare
 
 SELECTION = PrepareParams().selection
 
+pytestmark = pytest.mark.slow  # each starts processes or writes whole heads
+
 
 @pytest.fixture(autouse=True)
 def log_reaches_caplog(monkeypatch):

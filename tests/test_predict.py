@@ -96,7 +96,7 @@ def test_lists_that_are_empty_missing_or_no_text_say_so(tmp_path):
     with pytest.raises(MissingFileError, match=r"gone\.txt does not exist"):
         expand([Path("@gone.txt")])
     (tmp_path / "image").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="neither UTF-8 nor UTF-16"):
         expand([Path(f"@{tmp_path / 'image'}")])
 
 

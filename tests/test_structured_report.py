@@ -221,6 +221,7 @@ def test_predict_says_for_which_study_there_is_no_report(run, index, tmp_path):
     assert not (tmp_path / "reports").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stated", "name"),
     [

@@ -88,6 +88,7 @@ def test_held_slices_equal_those_read_again(write_ct, monkeypatch):
         assert load.call_count == reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 def test_decoding_processes_decode_once_what_this_one_holds(tmp_path, monkeypatch, fits):
     if not fits:
@@ -114,6 +115,7 @@ def test_decoding_processes_decode_once_what_this_one_holds(tmp_path, monkeypatc
     assert not sent.held  # a decoding process keeps nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"nothing", None])
 def test_a_decoding_process_gives_the_error_of_a_file_as_it_is(tmp_path, content):
     """Its message is the one without processes: no traceback in it, and the file's name."""
