@@ -121,7 +121,8 @@ def command(
         raise click.UsageError("name what to predict: a folder, a zip archive, files, @FILE or --list FILE")
     from ichpipe.inference.inputs import expand, read_list
 
-    inputs = expand(paths) + ([] if listed is None else read_list(listed.read(), listed.name))
+    source = getattr(listed, "name", "standard input")
+    inputs = expand(paths) + ([] if listed is None else read_list(listed.read(), source))
     params = settings.params()
     given = Options(
         selection=params.prepare.selection,
