@@ -129,7 +129,13 @@ def _find_passes(slices: pd.DataFrame) -> set[str]:
     begin anew.
     """
     found = set()
-    for uid, rows in slices.groupby("series_uid"):
+    ordered = slices.sort_values(["series_uid", "instance_number"])
+    steps = np.sign(ordered["position_mm"].diff().where(ordered["series_uid"].eq(ordered["series_uid"].shift()), 0.0))
+    way = np.sign(steps.groupby(ordered["series_uid"]).transform("sum"))
+    returning = ordered.loc[(steps == -way) & ordered["instance_number"].notna(), "series_uid"]
+    named = slices.groupby("series_uid")["acquisition"].nunique()
+    suspects = {*returning, *named.index[named > 1]}
+    for uid, rows in slices[slices["series_uid"].isin(suspects)].groupby("series_uid"):
         passes = rows["acquisition"]
         if passes.nunique() < 2 and rows["instance_number"].is_unique:
             ordered = rows.sort_values("instance_number")
