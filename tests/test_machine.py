@@ -20,7 +20,8 @@ from ichpipe.common.processes import launched_rank
 from ichpipe.params.schema import load_params
 from ichpipe.stages.faults import message_of
 
-pytestmark = pytest.mark.slow  # each starts processes or writes whole heads
+pytestmark = pytest.mark.slow  # each starts processes
+SOAK = pytest.mark.soak
 
 
 def ichpipe(*words, encoding="utf-8"):
@@ -28,7 +29,9 @@ def ichpipe(*words, encoding="utf-8"):
     return subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("encoding", ["cp437", "latin-1", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["cp437", "latin-1", "ascii", pytest.param("cp1252", marks=SOAK), pytest.param("utf-8", marks=SOAK)]
+)
 def test_a_terminal_shows_what_it_can(tmp_path, encoding):
     folder = tmp_path / "Müller-Ω-頭"
     folder.mkdir()
@@ -40,7 +43,9 @@ def test_a_terminal_shows_what_it_can(tmp_path, encoding):
         assert folder.name.encode(encoding, "replace") in done.stderr
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["2>&-", pytest.param("1>&-", marks=SOAK), pytest.param("0<&-", marks=SOAK), "0<&- 1>&- 2>&-"]
+)
 def test_streams_may_be_closed(tmp_path, closed):
     command = " ".join(f"'{word}'" for word in [*PROGRAM, "phantom", "--out", str(tmp_path / "p"), "--studies", "1"])
     done = subprocess.run(["bash", "-c", f"{command} --size 32 {closed}"], capture_output=True, check=False)
@@ -142,7 +147,7 @@ def test_a_small_shared_memory_is_named(text):
     assert "--shm-size" in message_of(RuntimeError(text))
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), pytest.param(0o027, 0o640, marks=SOAK)])
 def test_files_follow_the_umask(tmp_path, mask, mode):
     code = (
         f"import os; os.umask({mask}); import torch\nfrom pathlib import Path\n"
