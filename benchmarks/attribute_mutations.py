@@ -58,6 +58,7 @@ TEXT_TAGS: Final = (
     0x00280004, 0x00280008, 0x00280030, 0x00280034, 0x00281052, 0x00281053, 0x00281054, 0x00282110,
 )  # fmt: skip
 LONG: Final = 64_000
+MAX_PIXELS: Final = 1 << 20
 
 
 def redrawn_pixels(parts: Parts, random: Random) -> bytes:
@@ -71,7 +72,10 @@ def redrawn_pixels(parts: Parts, random: Random) -> bytes:
     high = random.choice((bits - 1 + low,) * 6 + (15, 0, allocated))
     overlays = [random.randint(min(bits, allocated - 1), allocated - 1) for _ in range(random.choice((0, 0, 0, 1, 2)))]
     if plain:
-        words = _draw_words(_side(parts, 0x00280010) * _side(parts, 0x00280011), allocated, bits, low, random)
+        count = min(
+            _side(parts, 0x00280010) * _side(parts, 0x00280011), MAX_PIXELS
+        )  # a mutation may have drawn the sides
+        words = _draw_words(count, allocated, bits, low, random)
         for bit in overlays if random.random() < 0.8 else ():
             words[:: random.randint(2, 9)] |= 1 << bit
         order = "<" if parts.little else ">"
