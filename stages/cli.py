@@ -145,9 +145,7 @@ def _require_streams() -> None:
 def _message(error: Exception) -> str | None:
     """Return one line for an error of input, data or machine; None for a fault in this program."""
     if isinstance(error, (IchpipeError, StoreError)):
-        text = str(error)
-        # Torch puts the traceback of a decoding process into the text; its last line names the error.
-        return text.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in text else text
+        return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     return message_of(error)

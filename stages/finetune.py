@@ -11,7 +11,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.files import digest_of, digest_of_file
 from ichpipe.common.progress import track
-from ichpipe.stages.options import gpu_option, pixels_option, workers_option
+from ichpipe.stages.options import gpu_option, pixels_option, training_workers_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("finetune")
 @gpu_option
-@workers_option
+@training_workers_option
 @pixels_option
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:

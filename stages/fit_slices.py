@@ -13,7 +13,7 @@ from ichpipe.common.artifacts import FOLDS_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.common.files import digest_of, digest_of_file, write_json
-from ichpipe.stages.options import gpu_option, pixels_option, workers_option
+from ichpipe.stages.options import gpu_option, pixels_option, training_workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ log = logging.getLogger("ichpipe")
 
 @click.command("fit-slices")
 @gpu_option
-@workers_option
+@training_workers_option
 @pixels_option
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from ichpipe.common.artifacts import Artifacts
@@ -60,14 +61,22 @@ PROBABILITY = click.FloatRange(0, 1)
 gpu_option = click.option(
     "--gpu", default="auto", envvar="ICHPIPE_GPU", show_default=True, metavar="auto|cpu|N[,N]", help="Where to compute."
 )
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=0,
-    envvar=["ICHPIPE_WORKERS", "ICHPIPE_LOADERS"],  # the second is the older name
-    show_default=True,
-    help="Processes that read and decode files; 0: this process reads them.",
-)
+
+
+def _make_workers_option(*variables: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        default=0,
+        envvar=variables,
+        show_default=True,
+        help="Processes that read and decode files; 0: this process reads them.",
+    )
+
+
+workers_option = _make_workers_option("ICHPIPE_WORKERS")
+# The older name of the variable; in `extract` it sets --loaders.
+training_workers_option = _make_workers_option("ICHPIPE_WORKERS", "ICHPIPE_LOADERS")
 pixels_option = click.option(
     "--pixel-cache",
     type=FOLDER,

@@ -18,6 +18,7 @@ from ichpipe.common.errors import DataError, ParamsError
 from ichpipe.common.files import decode_text, hold_lock
 from ichpipe.common.processes import launched_rank
 from ichpipe.params.schema import load_params
+from ichpipe.stages.cli import cli
 from ichpipe.stages.faults import message_of
 
 pytestmark = pytest.mark.slow  # each starts processes
@@ -184,3 +185,23 @@ def test_repair_waits_for_a_writer(tmp_path):
         assert (location.local / "g" / "part").exists()
     thread.join(30.0)
     assert not (location.local / "g" / "part").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "workers", "loaders"),
+    [
+        ("extract", {"ICHPIPE_LOADERS": "6"}, 0, 6),
+        ("extract", {"ICHPIPE_WORKERS": "2"}, 2, None),
+        ("fit-slices", {"ICHPIPE_LOADERS": "6"}, 6, None),
+        ("finetune", {"ICHPIPE_LOADERS": "6", "ICHPIPE_WORKERS": "2"}, 2, None),
+        ("prepare", {"ICHPIPE_LOADERS": "6"}, 0, None),
+    ],
+)
+def test_each_variable_counts_where_it_did(monkeypatch, command, variables, workers, loaders):
+    for name in ("ICHPIPE_WORKERS", "ICHPIPE_LOADERS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    params = cli.get_command(None, command).make_context(command, []).params
+    assert params["workers"] == workers
+    assert params.get("loaders") == loaders

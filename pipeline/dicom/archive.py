@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -143,6 +144,7 @@ def _list_members(archive: str, below: str, damaged: dict[str, str]) -> Iterator
         damaged[_slashes(archive)] = f"damaged zip archive ({_cause(error)}); get it again"
         return
     prefix = f"{below.rstrip('/')}/" if below else ""
+    repeats: Counter[str] = Counter()
     for info in opened.infolist():
         name, is_below = info.filename, info.filename.startswith(prefix) or info.filename == below
         if not is_below or info.is_dir() or any(map(_is_hidden, name.split("/"))):
@@ -151,8 +153,8 @@ def _list_members(archive: str, below: str, damaged: dict[str, str]) -> Iterator
         if opened.NameToInfo[name] is info:
             yield ListedFile(path, info.file_size, info.CRC)
         else:  # a name finds the last of its members
-            number = 1 + sum(f"{path} (" in listed for listed in damaged)
-            damaged[f"{path} ({number})"] = (
+            repeats[path] += 1
+            damaged[f"{path} ({repeats[path]})"] = (
                 "the archive has another file of this name; unpack it with `unzip -B`, which keeps both, and name "
                 "the folder"
             )

@@ -250,16 +250,15 @@ def _aspect(elements: Elements) -> float:
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:
     """Raise UnreadableDicomError unless PixelData (7FE0,0010) can hold the image that the header claims."""
     pixels, syntax = elements.value_bytes("PixelData"), facts.transfer_syntax
-    stated = f"TransferSyntaxUID (0002,0010) is {describe_syntax(syntax)}"
     if syntax not in READABLE:
-        raise UnreadableDicomError(f"{stated}, which can't be read; {_EXPORT_AGAIN}")
+        raise UnreadableDicomError(f"{_describe_syntax(syntax)}, which can't be read; {_EXPORT_AGAIN}")
     if not pixels:
         where = "; they lie on a server (0028,7FE0)" if elements.has("PixelDataProviderURL") else ""
         raise UnreadableDicomError(f"no PixelData (7FE0,0010){where}")
     is_list = pixels.startswith(_FIRST_ITEM)
     if facts.encapsulated != is_list:
         contrast = "is a list of items (compressed)" if is_list else "is not a list of items (uncompressed)"
-        raise UnreadableDicomError(f"{stated}, but PixelData (7FE0,0010) {contrast}; {_EXPORT_AGAIN}")
+        raise UnreadableDicomError(f"{_describe_syntax(syntax)}, but PixelData (7FE0,0010) {contrast}; {_EXPORT_AGAIN}")
     if facts.compressed:
         require_stream(pixels, facts)
         return
@@ -268,12 +267,11 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
         raise UnreadableDicomError(f"truncated: PixelData has {len(held)} of {facts.size_bytes} bytes")
 
 
-def describe_syntax(syntax: str) -> str:
-    """Return a transfer syntax as UID and name."""
+def _describe_syntax(syntax: str) -> str:
+    """Return the beginning of a message that states the transfer syntax, by UID and name."""
     uid = UID(syntax)
-    if uid.is_private:
-        return f"{syntax} (a maker's private one)"
-    return f"{syntax} ({uid.name})" if uid.name != syntax else f"{syntax} (unknown to this version)"
+    name = "a maker's private one" if uid.is_private else "unknown to this version" if uid.name == syntax else uid.name
+    return f"TransferSyntaxUID (0002,0010) is {syntax} ({name})"
 
 
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:

@@ -130,7 +130,7 @@ class Elements:
     def has(self, keyword: str) -> bool:
         """Say whether an element is present and not empty."""
         element = self._by_tag.get(_tag(keyword))
-        return element is not None and element.value not in (None, b"", "") and bool(element.value)
+        return element is not None and bool(element.value)
 
     def nonzero(self, tag: int) -> bool:
         """Say whether the element of a tag holds a binary number other than 0."""

@@ -146,6 +146,8 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
 
 def _explain_spelling(unmatched: pd.Series, names: pd.Index) -> str:
     """Return why identifiers of images match none of the table, if a spreadsheet may have changed their spelling."""
+    if unmatched.empty:
+        return ""
 
     def simplify(name: object) -> str:
         text = str(name).strip().casefold()

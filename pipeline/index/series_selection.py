@@ -130,17 +130,16 @@ def _find_passes(slices: pd.DataFrame) -> set[str]:
     """
     found = set()
     ordered = slices.sort_values(["series_uid", "instance_number"])
-    steps = np.sign(ordered["position_mm"].diff().where(ordered["series_uid"].eq(ordered["series_uid"].shift()), 0.0))
-    way = np.sign(steps.groupby(ordered["series_uid"]).transform("sum"))
-    returning = ordered.loc[(steps == -way) & ordered["instance_number"].notna(), "series_uid"]
-    named = slices.groupby("series_uid")["acquisition"].nunique()
-    suspects = {*returning, *named.index[named > 1]}
+    by_series = ordered["series_uid"]
+    steps = np.sign(ordered["position_mm"].groupby(by_series).diff().fillna(0.0))
+    returns = steps == -np.sign(steps.groupby(by_series).transform("sum"))
+    runs = returns.groupby(by_series).cumsum()
+    acquisitions = slices.groupby("series_uid")["acquisition"].nunique()
+    suspects = {*by_series[returns & ordered["instance_number"].notna()], *acquisitions.index[acquisitions > 1]}
     for uid, rows in slices[slices["series_uid"].isin(suspects)].groupby("series_uid"):
         passes = rows["acquisition"]
         if passes.nunique() < 2 and rows["instance_number"].is_unique:
-            ordered = rows.sort_values("instance_number")
-            steps = np.sign(ordered["position_mm"].diff().fillna(0.0))
-            passes = (steps == -np.sign(steps.sum())).cumsum()
+            passes = runs.loc[rows.index]
         ranges = rows.groupby(passes)["position_mm"].agg(["min", "max", "size"]).sort_values("min")
         overlap = ranges["min"] < ranges["max"].cummax().shift() - TIE_MM
         if 1 < len(ranges) <= MOST_PASSES and ranges["size"].min() >= MIN_OF_PASS and overlap.any():
