@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import generator
+from ichpipe.common.device import generator, training_precision
 from ichpipe.features.generations import open_features
 from ichpipe.features.sequence_dataset import collect_series, plain_batches
 from ichpipe.images import augmentation
@@ -179,6 +179,16 @@ def test_images_are_made_in_full_precision_whatever_the_network_computes_in(monk
     for precision in ("fp32", "bf16"):
         one_step(slice_fitting(batch_size=12, precision=precision, augment=WILD))
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(("supported", "used"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_imitated_on_no_cpu(monkeypatch, caplog, supported, used):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert training_precision(CPU, "bf16") == used
+    assert ("no bf16 instructions" in caplog.text) == (not supported)
+    assert training_precision(torch.device("cuda"), "bf16") == "bf16"
+    assert training_precision(CPU, "fp16") == "fp16"
+    assert slice_fitting(precision="bf16").precision == used
 
 
 # End to end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from ichpipe.common.errors import IchpipeError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+log = logging.getLogger("ichpipe")
 
 
 def choose_devices(gpu: str) -> list[torch.device]:
@@ -45,6 +48,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype)
+
+
+def training_precision(device: torch.device, precision: str) -> str:
+    """Return the precision to train in: bf16 becomes fp32 on a CPU without bf16 instructions, with a warning.
+
+    PyTorch imitates bf16 there: `tf_efficientnet_lite0` at 192 px trained 13 times as slowly as in fp32.
+    """
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.warning("precision bf16: this CPU has no bf16 instructions; training in fp32, which is faster here")
+        return "fp32"
+    return precision
 
 
 def needs_scaling(device: torch.device, precision: str) -> bool:

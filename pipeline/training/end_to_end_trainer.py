@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling
+from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling, training_precision
 from ichpipe.common.errors import TrainingError, UnreadableDicomError
 from ichpipe.common.progress import Counter
 from ichpipe.features.embedder import classify_series
@@ -90,8 +90,9 @@ class EndToEndFitting:
         labels = torch.cat([series.labels for series in train])
         self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, read)
         self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
-        self.context = functools.partial(autocast, device, section.precision)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
+        precision = training_precision(device, section.precision)
+        self.context = functools.partial(autocast, device, precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, precision))
         rates = [(model.cnn, section.learning_rate_cnn), (model.sequence, section.learning_rate_sequence)]
         self.optimizer = make_optimizer(rates, section.weight_decay, section.adam_eps)
         self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ichpipe.common.device import autocast, needs_scaling
+from ichpipe.common.device import autocast, needs_scaling, training_precision
 from ichpipe.features.sequence_dataset import Shuffle, predict_batches, train_batches
 from ichpipe.models.sequence import stored_inputs
 from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce, weighted_bce_sum
@@ -37,7 +37,8 @@ class SequenceFitting:
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
         self.seed, self.names = seed, stored_inputs(section.all_inputs)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
+        self.precision = training_precision(device, section.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, self.precision))
         # The moving average learns nothing, but an optimiser needs parameters.
         learns = any(True for _ in model.parameters())
         self.epochs = section.epochs if learns else 0
@@ -64,7 +65,7 @@ class SequenceFitting:
                 position.advance(0.0, 0.0)
                 continue
             moved = batch.to(self.device)
-            with autocast(self.device, section.precision):
+            with autocast(self.device, self.precision):
                 logits = self.model(moved.sources, moved.lengths)
             loss = weighted_bce(logits.float().flatten(0, 1), moved.labels.flatten(0, 1))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling
+from ichpipe.common.device import autocast, derive_seed, generator, needs_scaling, training_precision
 from ichpipe.common.progress import Counter
 from ichpipe.images import augmentation
 from ichpipe.images.slice_batch import Batch, draw_cut, sample
@@ -52,7 +52,8 @@ class SliceFitting:
     ) -> None:
         self.cnn, self.section, self.device, self.workers = cnn, section, device, workers
         self.slices, self.rows, self.seed = slices, rows, seed
-        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, section.precision))
+        self.precision = training_precision(device, section.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, self.precision))
         self.optimizer = make_optimizer([(cnn, section.learning_rate)], section.weight_decay, section.adam_eps)
         self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)
 
@@ -126,7 +127,7 @@ class SliceFitting:
         """Add the gradient of this process's part of a batch; return its part of the step's mean loss."""
         labels = batch.labels(self.slices.train.labels)[batch.mine].to(self.device)
         images = batch.images(hu, batch.mine, self.device)  # not under autocast: bfloat16 rounds HU
-        with autocast(self.device, self.section.precision):
+        with autocast(self.device, self.precision):
             _, logits = self.cnn(images)
         loss = weighted_bce_sum(logits.float(), labels) / of_all
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
