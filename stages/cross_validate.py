@@ -129,6 +129,7 @@ def _pool_arm(folders: Sequence[Path], target: Path) -> None:
 def _score(params: Params, whole: Artifacts, by_fold: dict[str, tuple[Params, Artifacts]]) -> str:
     import pandas as pd
 
+    from ichpipe.index.slice_index import read_index
     from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import evaluate
@@ -142,6 +143,7 @@ def _score(params: Params, whole: Artifacts, by_fold: dict[str, tuple[Params, Ar
         for name in names
     }
     metrics = score_all(tables, params.evaluate, params.finetune.arm)
+    metrics["sources"] = evaluate.score_sources(params, read_index(whole.index), tables)
     metrics["folds"] = [read_json(fold.metrics) for fold in folds]
     evaluate.write_scores(whole, metrics, tables)
     text = ladder_text(metrics)

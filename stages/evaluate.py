@@ -79,6 +79,7 @@ def run(params: Params, artifacts: Artifacts) -> str:
         val = finetuned[finetuned["split"] == "val"]  # these patients are never scored
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
+    metrics["sources"] = score_sources(params, index, tables, overlap)
     metrics["calibration"] = None
     if val is None:
         stale = [artifacts.plots / name for name in ("reliability.json", "reliability.png")]
@@ -100,6 +101,21 @@ def run(params: Params, artifacts: Artifacts) -> str:
         text += f"\n\n{calibration_report.calibration_text(metrics['calibration'])}"
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
     return f"{text}\n\n{compare.run(params, artifacts)}"
+
+
+def score_sources(
+    params: Params, index: pd.DataFrame, tables: dict[str, pd.DataFrame], overlap: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Score each source of the held-out slices by itself; an empty result where all come from one."""
+    from ichpipe.scoring.model_ladder import score_all
+
+    first, of_slice = next(iter(tables.values())), index.set_index("sop_uid")["source"]
+    sources = first["sop_uid"].map(of_slice).to_numpy()
+    scores = {}
+    for source in sorted(set(sources)):
+        parts = {name: table[sources == source].reset_index(drop=True) for name, table in tables.items()}
+        scores[source] = score_all(parts, params.evaluate, params.finetune.arm, overlap)
+    return scores if len(scores) > 1 else {}
 
 
 def _calibrate(params: Params, artifacts: Artifacts, val: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
-COLUMNS = ("path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold")  # half of the index's bytes
+COLUMNS = ["path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold", "slices_only"]
+"""Columns that are read: half of the index's bytes."""
 
 
 @click.command("extract")
@@ -84,6 +85,7 @@ def run(
         if workers and not on_cpu and not scheduler:
             loaders = math.ceil(workers / n_dask)
     index = read_index(artifacts.index, COLUMNS)
+    index = index[~index["slices_only"]]
     location = StoreLocation(store_url(params, artifacts))
     section = params.extract
     generations = list_generations(params, artifacts, index)

@@ -79,7 +79,8 @@ def run(
     require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, remedy)
     if section.compile:
         model.cnn.compile()
-    train, val = image_series(index, "train"), image_series(index, "val")
+    fewest = params.sequence[section.arm].min_slices
+    train, val = image_series(index, "train", fewest), image_series(index, "val", fewest)
     identity = section.model_dump(mode="json")
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     with distributed.processes():
@@ -92,7 +93,8 @@ def run(
         if distributed.rank():
             return
     # Median distance of neighbouring train slices, mm, for predictions on thinner series.
-    spacing = index.loc[(index["split"] == "train") & (index["slice_index"] > 0), "spacing_mm"].median()
+    sequences = (index["split"] == "train") & ~index["slices_only"]
+    spacing = index.loc[sequences & (index["slice_index"] > 0), "spacing_mm"].median()
     save_model(artifacts.finetuned, model, made_from | ({} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}))
     rows = held_out(index)
     table = make_table(rows, predict_held_out(model, rows, device))

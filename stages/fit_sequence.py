@@ -139,12 +139,17 @@ def collect_data(features: Features, index: pd.DataFrame, section: SequenceParam
 
     parts = []
     for split in ("train", "val"):
-        every = collect_series(features, index[index["split"] == split])
-        labelled = [series for series in every if not series.labels.isnan().any(dim=1).all()]
+        every = collect_series(features, index[(index["split"] == split) & ~index["slices_only"]])
+        whole = [series for series in every if len(series) >= section.min_slices]
+        labelled = [series for series in whole if not series.labels.isnan().all()]
         if not labelled:
             raise TrainingError(
-                f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
+                f"the {split} split holds no series of {section.min_slices} slices with labels; check prepare.labels, "
+                "the split's fraction and sequence.min_slices"
             )
+        if len(whole) < len(every):
+            few = f"{len(every) - len(whole)} of {len(every)} series have fewer than {section.min_slices} slices"
+            log.info("%s split: %s and are left out", split, few)
         parts.append(load_to_device(device, labelled, stored_inputs(section.all_inputs)))
     (train, val), rows = parts, held_out(index)
     return Data(train, val, rows, collect_series(features, rows))

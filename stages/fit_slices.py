@@ -87,7 +87,9 @@ def run(
             SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, read)
             for part in (train, val)
         )
-        slices = Slices(train_set, val_set, train["series_uid"].tolist())
+        weights = train["source"].map(lambda name: params.fit_slices.source_weights.get(name, 1.0)).tolist()
+        weights = [] if set(weights) == {1.0} else weights
+        slices = Slices(train_set, val_set, train["series_uid"].tolist(), weights)
         facts, seconds = train_network(params, artifacts, slices, device, workers, digest)
         parts = []
         for fold, rows in inside.items():
@@ -123,8 +125,8 @@ def is_done(params: Params, artifacts: Artifacts) -> bool:
 
 
 def labelled(index: pd.DataFrame, split: str) -> pd.DataFrame:
-    """Return the slices of one split whose labels are known; none at all is an error."""
-    slices = index[(index["split"] == split) & index[list(CLASSES)].notna().all(axis=1)]
+    """Return the slices of one split with a known label; none at all is an error."""
+    slices = index[(index["split"] == split) & index[list(CLASSES)].notna().any(axis=1)]
     if slices.empty:
         raise TrainingError(
             f"the {split} split holds no slice with labels; check prepare.labels and the split's fraction "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,8 @@ from ichpipe.common.errors import DataError
 from ichpipe.stages.options import workers_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from ichpipe.params.schema import PrepareParams
@@ -44,41 +45,31 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
     ``header_cache`` is a folder: headers that a former run read, stopped or complete, are not read again.
     Raises MissingFileError without the folder or table, DataError where nothing usable is in them.
     """
-    import pandas as pd
-
     from ichpipe.common.pseudonyms import read_pseudonyms
-    from ichpipe.index import index_writer, label_tables, splits
-    from ichpipe.index.scan import scan
-    from ichpipe.index.series_selection import select_series
+    from ichpipe.index import index_writer, sources, splits
 
     pseudonyms = read_pseudonyms(params.hash_patient_ids)
     # Tables first: a wrong one is found in seconds, the scan may take an hour.
-    labels = None
-    if params.labels is not None:
-        labels = label_tables.read_labels(params.dataset, Path(params.labels)).hide_patients(pseudonyms)
+    tables = sources.read_tables(params, pseudonyms)
     test_slices = splits.read_test_slices(params.test_slices) if params.split == "stage1" else None
-    scanned, rejected = scan([Path(params.dicom_dir)], workers, header_cache, pseudonyms=pseudonyms)
-    if scanned.empty:
-        index_writer.write_rejected(out, rejected)
-        if rejected.empty:
-            raise DataError(f"no file in {params.dicom_dir}; set prepare.dicom_dir to a folder with DICOM images")
-        raise DataError(
-            f"none of {len(rejected)} files in {params.dicom_dir} is a usable CT slice; most often: "
-            f"{rejected['reason'].value_counts().index[0]}; {out / 'rejected.csv'} says why for each"
-        )
-    per_study = params.selection.per_study
-    one_per_study = params.dataset != "rsna" if per_study == "auto" else per_study == "one"
-    chosen = select_series(scanned, rejected, params.selection, one_per_study=one_per_study)
-    rejected = pd.concat([rejected, chosen.left_out]).sort_values("path", ignore_index=True)
-    index, of_studies, matched = label_tables.join(chosen.slices, labels)
-    index = splits.assign_splits(index, params, test_slices)
+    try:
+        scanned = sources.read_archives(params, tables, workers, header_cache, pseudonyms)
+    except sources.NothingUsableError as error:
+        index_writer.write_rejected(out, error.rejected)
+        where = f"; {out / 'rejected.csv'} says why for each" if len(error.rejected) else ""
+        raise DataError(f"{error}{where}") from error
+    rejected = scanned.rejected
+    index = splits.assign_splits(scanned.slices, params, test_slices)
     summary: dict[str, Any] = {"dataset": params.dataset, **index_writer.summarise(index, rejected)}
-    summary["labels"] = (labels.report if labels else {}) | matched
+    summary["labels"] = scanned.labels
+    if params.sources:
+        del summary["dataset"]
+        summary["sources"] = {name: index_writer.describe(rows) for name, rows in index.groupby("source")}
     if test_slices is not None:
         summary["overlap"] = splits.count_overlap(index)
         summary["test_slices_without_file"] = int((~test_slices.isin(index["sop_uid"])).sum())
-    index_writer.write_outputs(out, index, rejected, summary, series=chosen.series, studies=of_studies)
-    _log_warnings(index, chosen.series, rejected, summary)
+    index_writer.write_outputs(out, index, rejected, summary, series=scanned.series, studies=scanned.studies)
+    _log_warnings(index, scanned.series, rejected, summary)
 
 
 def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any]) -> None:
@@ -100,7 +91,8 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
         log.warning(
             "%d studies have no series without a fault; most often: %s; series.csv says which", len(flawed), commonest
         )
-    _log_label_warnings(summary["labels"])
+    for name, report in summary["labels"].items() if "sources" in summary else [("", summary["labels"])]:
+        _log_label_warnings(f"source {name}: " if name else "", report)
     if not index["split"].isin(["train", "val"]).any():
         log.warning("nothing to train on: all %d patients are in the test split", index["patient_id"].nunique())
     if index["lossy"].any():
@@ -113,11 +105,11 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
         )
 
 
-def _log_label_warnings(report: dict[str, Any]) -> None:
+def _log_label_warnings(source: str, report: dict[str, Any]) -> None:
     if absent := report.get("classes_without_column"):
-        log.warning("the label table has no column %s: these labels are unknown", ", ".join(absent))
+        log.warning("%sthe label table has no column %s: these labels are unknown", source, ", ".join(absent))
     for kind in ("slices", "studies"):
         if without := report.get(f"{kind}_without_label"):
-            log.warning("%d %s have no label in the table", without, kind)
+            log.warning("%s%d %s have no label in the table", source, without, kind)
     if cause := report.get("labels_likely_cause"):
-        log.warning("%s", cause)
+        log.warning("%s%s", source, cause)

@@ -98,6 +98,7 @@ def list_generations(params: Params, artifacts: Artifacts, index: pd.DataFrame) 
 
     With ``extract.mirror`` every slice is also mirrored, by the network that embeds it plain for stage two.
     """
+    index = index[~index["slices_only"]]  # those serve stage one alone
     plain = GenerationSpec(artifacts.slice_cnn, index, precision=params.extract.precision)
     by_fold, mirrored = list[GenerationSpec](), list[GenerationSpec]()
     if params.fit_slices.folds:
@@ -174,7 +175,7 @@ def describe_inputs(
 
     The store is not opened. ``generations`` are those of the arm, if they are listed already.
     """
-    names = ("series_uid", "sop_uid", "file_digest")
+    names, index = ("series_uid", "sop_uid", "file_digest"), index[~index["slices_only"]]
     rows = digest_rows(zip(*(index[name].tolist() for name in names), strict=True))
     if generations is None:
         generations = list_arm_generations(params, artifacts, index, section)

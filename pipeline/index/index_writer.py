@@ -13,6 +13,7 @@ from ichpipe.common.files import atomic_path, write_json, write_text
 from ichpipe.index.scan import COPY, NOT_CHOSEN, SAME_UID
 from ichpipe.index.slice_index import SCHEMA
 from ichpipe.index.slice_order import find_ties_and_gaps
+from ichpipe.index.sources import SAME_SLICE
 from ichpipe.index.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_SUMMARY: Final = {COPY: "duplicate: a copy", SAME_UID: "duplicate: same", NOT_CHOSEN: "series not chosen"}
+_SUMMARY: Final = {
+    COPY: "duplicate: a copy",
+    SAME_UID: "duplicate: same",
+    NOT_CHOSEN: "series not chosen",
+    SAME_SLICE: "stands in an earlier source",
+}
 """Reasons that differ from file to file, counted together."""
 
 
@@ -30,7 +36,7 @@ def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
     tie, gap = find_ties_and_gaps(index)
     kinds = rejected["reason"].where(~rejected["code"].isin(_SUMMARY), rejected["code"].map(_SUMMARY))
     spacing = index.loc[index["slice_index"] > 0, "spacing_mm"]
-    counts = _describe(index)
+    counts, lengths = describe(index), index.groupby("series_uid").size()
     prevalence = counts.pop("prevalence")
     return {
         "files": len(index) + len(rejected),
@@ -44,12 +50,17 @@ def summarise(index: pd.DataFrame, rejected: pd.DataFrame) -> dict[str, Any]:
         "series_with_gaps": int(index.loc[gap, "series_uid"].nunique()),
         "largest_step_mm": float(spacing.max()) if len(spacing) else None,
         "prevalence": prevalence,
-        "splits": {name: _describe(index[index["split"] == name]) for name in SPLITS},
-        "folds": {str(fold): _describe(rows) for fold, rows in index.groupby("fold")},
+        "series_by_length": {
+            "1 or 2 slices": int((lengths < 3).sum()),
+            "3 to 9": int(lengths.between(3, 9).sum()),
+            "10 or more": int((lengths > 9).sum()),
+        },
+        "splits": {name: describe(index[index["split"] == name]) for name in SPLITS},
+        "folds": {str(fold): describe(rows) for fold, rows in index.groupby("fold")},
     }
 
 
-def _describe(index: pd.DataFrame) -> dict[str, Any]:
+def describe(index: pd.DataFrame) -> dict[str, Any]:
     """Count rows, and for each class the positive slices among those with a label; their share is None without one."""
     columns = {"series": "series_uid", "studies": "study_uid", "patients": "patient_id"}
     prevalence: dict[str, dict[str, Any]] = {}

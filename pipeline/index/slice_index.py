@@ -26,6 +26,7 @@ SCHEMA: Final = pa.schema(
     + [("lossy", pa.bool_())]
     + [(name, pa.float32()) for name in CLASSES]
     + [("split", pa.string()), ("fold", pa.int32())]
+    + [("source", pa.string()), ("slices_only", pa.bool_())]
 )
 
 

@@ -26,7 +26,9 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
 
     Iterative stratification (Sechidis et al. 2011) over one label vector a patient: the maximum over the patient's
     slices of each class, and whether all is unknown. Depends on the set of patients, their labels and ``params.seed``,
-    not on row order. ``val_fraction`` is a share of all patients. The test set is
+    not on row order. Several sources are spread evenly, too. Patients of a source that serves stage one alone
+    (``slices_only``) are in ``train`` and in no fold (-1); the rest is about the others. ``val_fraction`` is a share of
+    all patients. The test set is
 
     * ``fractions``: ``test_fraction`` of all patients, or the fold ``test_fold`` if it is set. With fewer patients than
       splits all are the test set, and with fewer than folds each is a fold: so a single scan has a valid index;
@@ -36,10 +38,22 @@ def assign_splits(index: pd.DataFrame, params: PrepareParams, test_slices: pd.In
 
     Raises DataError with too few patients, ParamsError without the slices that stage1 needs.
     """
+    if "slices_only" in index and index["slices_only"].any():
+        alone = index[index["slices_only"]].assign(split="train", fold=np.int32(-1))
+        whole = assign_splits(index[~index["slices_only"]], params, test_slices)
+        result = pd.concat([whole, alone]).loc[index.index]
+        if both := set(alone["patient_id"]) & set(whole["patient_id"]):
+            raise DataError(f"{len(both)} patient(s) are in a source of use: slices and in another one")
+        return result
     present = [name for name in CLASSES if name in index]
     highest = index.groupby("patient_id", sort=True)[present].max()
     unknown = highest.isna().all(axis=1).to_numpy(bool)
-    patients, labels = highest.index, np.column_stack([highest.fillna(0).to_numpy(np.float32) > 0, unknown])
+    sources = (
+        index.groupby("patient_id", sort=True)["source"].first() if "source" in index else highest.index.to_series()
+    )
+    of_source = [sources == name for name in sources.unique()] if "source" in index else []
+    facts = [highest.fillna(0).to_numpy(np.float32) > 0, unknown, *(of_source if len(of_source) > 1 else [])]
+    patients, labels = highest.index, np.column_stack(facts)
     kfold, val = params.split == "patient-kfold", params.val_fraction
     test_fold = params.test_fold or 0 if kfold else params.test_fold
     count = params.folds if kfold or params.test_fold is not None else min(params.folds, len(patients))

@@ -51,9 +51,20 @@ class SelectionParams(Section):
     choices: str | None = None  # a table study_uid,series_uid that overrules
 
 
+class SourceParams(Section):
+    """One of several archives; docs/data.md, Several sources."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # stands before its PatientIDs: name/ID
+    dicom_dir: str
+    labels: str | None = None
+    dataset: Literal["rsna", "cq500", "folder"] = "rsna"
+    use: Literal["all", "slices"] = "all"  # slices: for training stage one alone, never validated on or tested
+
+
 class PrepareParams(Section):
     """Where the DICOM files and labels are, and how patients are split."""
 
+    sources: Annotated[tuple[SourceParams, ...], Field(strict=False)] = ()  # in place of the next three keys
     dataset: Literal["rsna", "cq500", "folder"] = "rsna"
     dicom_dir: str = "data/phantom/dicom"  # a folder, a zip archive, or a folder within one
     labels: str | None = "data/phantom/stage_2_train.csv"  # null: no labels, prediction only
@@ -67,6 +78,23 @@ class PrepareParams(Section):
     folds: Annotated[int, Field(ge=2)] = 5
     test_fold: Count | None = None  # cross-validation: this fold is the test set
     seed: Count = 0
+
+    @property
+    def archives(self) -> tuple[SourceParams, ...]:
+        """The sources, or the single archive of ``dicom_dir``."""
+        single = SourceParams(name=self.dataset, dicom_dir=self.dicom_dir, labels=self.labels, dataset=self.dataset)
+        return self.sources or (single,)
+
+    @model_validator(mode="after")
+    def _sources_have_own_names(self) -> PrepareParams:
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources: the name {repeated[0]} stands twice; give each source its own")
+        if names and all(source.use == "slices" for source in self.sources):
+            raise ValueError("sources: every source has use: slices; one must have use: all, to validate and test on")
+        if names and self.selection.choices:
+            raise ValueError("selection.choices is for a single archive; leave it out beside sources")
+        return self
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> PrepareParams:
@@ -135,6 +163,9 @@ class SliceParams(Section):
     compile: bool = False  # torch.compile; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
     cutmix: CutMixParams = CutMixParams()
+    source_weights: dict[str, NotNegative] = Field(
+        default={}
+    )  # how often an epoch shows a slice of a source; absent: 1
     folds: Count = 0  # further CNNs, each fitted without one fold of the train patients; 0 or prepare.folds
     seed: Count = 0
 
@@ -195,6 +226,7 @@ class SequenceParams(Section):
     regularize: RegularizeParams = RegularizeParams()
     average: AverageParams = AverageParams()
     views: Count = 0  # of extract.views, each drawn as often as the plain one
+    min_slices: Positive = 3  # series of fewer slices are no sequence: stages two and three do not train on them
     out_of_fold: bool = True  # train on embeddings by the CNNs of fit-slices.folds, where there are any
     shuffle_series: Positive | None = None  # shuffle within about so many series at a time; null: all
     epochs: Positive = 30
@@ -278,6 +310,17 @@ class Params(Section):
     finetune: FinetuneParams = FinetuneParams()
     evaluate: EvaluateParams = EvaluateParams()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_min_slices(cls, raw: Any) -> Any:
+        """Give ``sequence.min_slices``, written beside the arms, to each arm that has none of its own."""
+        arms = raw.get("sequence") if isinstance(raw, dict) else None
+        if not isinstance(arms, dict) or not isinstance(arms.get("min_slices"), int):
+            return raw
+        shared = {"min_slices": arms["min_slices"]}
+        given = {name: arm for name, arm in arms.items() if name != "min_slices"} or {"paper": {}}
+        return raw | {"sequence": {name: shared | arm if isinstance(arm, dict) else arm for name, arm in given.items()}}
+
     @field_validator("sequence")
     @classmethod
     def _arms_are_folder_names(cls, arms: dict[str, SequenceParams]) -> dict[str, SequenceParams]:
@@ -294,6 +337,9 @@ class Params(Section):
         if baseline is not None and baseline not in self.sequence:
             close = did_you_mean(baseline, self.sequence)
             raise ValueError(f"evaluate.baseline is {baseline!r}, but sequence has {arms}{close}")
+        names = [source.name for source in self.prepare.archives]
+        if absent := sorted(set(self.fit_slices.source_weights) - set(names)):
+            raise ValueError(f"fit-slices.source_weights names {absent[0]}, but the sources are {', '.join(names)}")
         models, folds = self.fit_slices.folds, self.prepare.folds
         if models not in (0, folds):
             raise ValueError(f"fit-slices.folds is {models}, but prepare.folds is {folds}; write 0 (none) or {folds}")

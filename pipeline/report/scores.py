@@ -59,6 +59,14 @@ def ladder(facts: Facts) -> Section:
     ]
     caption = "Paired differences over the same resampled patients; above 0 the first is better"
     hidden.append(Table(caption, ["pair", "weighted log loss", "AUC any"], paired))
+    for source, part in metrics.get("sources", {}).items():
+        of_source = [
+            [name, *(estimate.text() for estimate in (
+                Estimate.of_loss(scores), *(Estimate.from_json(scores[kind]["any"]) for kind in ("auc", "study_auc"))
+            ))]
+            for name, scores in rungs_of(part)
+        ]  # fmt: skip
+        hidden.append(Table(f"Source {source}, {part['n_patients']} patients", head, of_source))
     return Section(
         "ladder",
         "Models",

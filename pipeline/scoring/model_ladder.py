@@ -96,6 +96,8 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     for name, gain in metrics["paired"].items():
         loss, auc = (Estimate.from_json(gain[key]) for key in ("weighted_log_loss", "auc_any"))
         lines.append(f"  {name}: log loss {loss.text()}, AUC any {auc.text()}")
+    for name, part in metrics.get("sources", {}).items():
+        lines += ["", f"source {name}", ladder_text(part)]
     return "\n".join(lines)
 
 

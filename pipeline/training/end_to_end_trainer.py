@@ -21,7 +21,15 @@ from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
 from ichpipe.training.distributed import all_sum, share
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce, weighted_bce_sum
+from ichpipe.training.trainer import (
+    Trainer,
+    known_slices,
+    make_optimizer,
+    make_schedule,
+    step,
+    weighted_bce,
+    weighted_bce_sum,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,13 +60,15 @@ class SeriesBatch(Batch):
     n_series: int  # of all processes
 
 
-def image_series(index: pd.DataFrame, split: str) -> list[ImageSeries]:
-    """Return the series of one split that have a known label, as files in slice order."""
-    series = [one_series(rows) for _, rows in index[index["split"] == split].groupby("series_uid", sort=False)]
-    labelled = [each for each in series if not each.labels.isnan().any(dim=1).all()]
+def image_series(index: pd.DataFrame, split: str, min_slices: int = 1) -> list[ImageSeries]:
+    """Return the series of one split that are sequences and have a known label, as files in slice order."""
+    rows = index[(index["split"] == split) & ~index["slices_only"]]
+    series = [one_series(part) for _, part in rows.groupby("series_uid", sort=False) if len(part) >= min_slices]
+    labelled = [each for each in series if not each.labels.isnan().all()]
     if not labelled:
         raise TrainingError(
-            f"the {split} split holds no series with labels; check prepare.labels and the split's fraction"
+            f"the {split} split holds no series of {min_slices} slices with labels; check prepare.labels, the split's "
+            "fraction and sequence.min_slices"
         )
     return labelled
 
@@ -148,7 +158,7 @@ class EndToEndFitting:
         batch_labels, size, losses = batch.labels(self.slices.labels), self.section.chunk_slices, []
         for rows, position_mm, seed in batch.members:
             labels = batch_labels[rows].to(self.device)
-            if labels.isnan().any(dim=1).all():  # a sample may hold no known label
+            if labels.isnan().all():  # a sample may hold no known label
                 continue
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
             loss = backward_in_chunks(
@@ -167,14 +177,14 @@ class EndToEndFitting:
     def validate(self) -> float:
         """Return the weighted log loss on the validation slices, in the precision of `evaluate` and `predict`."""
         self.model.eval()
-        total, labelled = 0.0, 0
+        total, labelled = 0.0, 0.0
         for series in share(self.val):
             position_mm, chunk = series.position_mm.tolist(), self.section.chunk_slices
             logits, bad = classify_series(self.model, series.paths, position_mm, self.device, chunk)
             if bad:
                 raise UnreadableDicomError(bad[0][1])
             total += float(weighted_bce_sum(logits, series.labels.to(self.device)))
-            labelled += int((~series.labels.isnan().any(dim=1)).sum())
+            labelled += float(known_slices(series.labels))
         total, count = all_sum(total, labelled)
         return total / count
 

@@ -10,7 +10,15 @@ import torch
 from ichpipe.common.device import autocast, needs_scaling, training_precision
 from ichpipe.features.sequence_dataset import Shuffle, predict_batches, train_batches
 from ichpipe.models.sequence import stored_inputs
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce, weighted_bce_sum
+from ichpipe.training.trainer import (
+    Trainer,
+    known_slices,
+    make_optimizer,
+    make_schedule,
+    step,
+    weighted_bce,
+    weighted_bce_sum,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +69,7 @@ class SequenceFitting:
         shuffle = Shuffle(self.seed, epoch, section.regularize, section.shuffle_series)
         batches = train_batches(self.train, self.names, section.batch_series, shuffle)
         for batch in itertools.islice(batches, position.step, None):
-            if batch.labels.isnan().any(dim=-1).all():  # a crop may hold no slice with all labels known
+            if batch.labels.isnan().all():  # a crop may hold no known label
                 position.advance(0.0, 0.0)
                 continue
             moved = batch.to(self.device)
@@ -74,9 +82,9 @@ class SequenceFitting:
 
     def validate(self) -> float:
         """Return the weighted log loss on the validation slices."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for logits, batch in predict_batches(self.model, self.val, self.device):
             flat = batch.labels.flatten(0, 1)
             total += float(weighted_bce_sum(logits.flatten(0, 1), flat))
-            count += int((~flat.isnan().any(dim=1)).sum())
+            count += float(known_slices(flat))
         return total / count

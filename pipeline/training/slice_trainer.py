@@ -14,7 +14,7 @@ from ichpipe.images import augmentation
 from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import batch_loader, batches_of
 from ichpipe.training.distributed import all_sum, average_statistics, share
-from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule, step, weighted_bce_sum
+from ichpipe.training.trainer import Trainer, known_slices, make_optimizer, make_schedule, step, weighted_bce_sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,7 @@ class Slices:
     train: SliceDataset
     val: SliceDataset
     series: list[str]  # the series of each train slice; the slices of one stand together, in slice order
+    weights: Sequence[float] = ()  # how often an epoch shows each train slice; empty: once
 
 
 class SliceFitting:
@@ -73,6 +74,11 @@ class SliceFitting:
             series = itertools.groupby(self.rows, lambda row: self.slices.series[row])
             units = [sample(list(rows), section.sample_slices, order) for _, rows in series]
             size = max(1, size // section.sample_slices)
+        if self.slices.weights:
+            # A weight of 1.3 shows a unit once, and in three of ten epochs a second time.
+            chances = torch.rand(len(units), generator=order).tolist()
+            often = [int(self.slices.weights[unit[0]] + chance) for unit, chance in zip(units, chances, strict=True)]
+            units = [unit for unit, times in zip(units, often, strict=True) for _ in range(times)]
         shuffled = batches_of(torch.randperm(len(units), generator=order).tolist(), size)
         batches = [
             self._batch([row for unit in numbers for row in units[unit]], epoch, number)
@@ -107,12 +113,14 @@ class SliceFitting:
     def loss_on(self, dataset: SliceDataset, rows: Sequence[int]) -> float:
         """Return the weighted log loss on rows of a data set, in the precision of `extract` and `predict`."""
         self.cnn.eval()
-        total = 0.0
+        total, known = 0.0, 0.0
         for hu, labels, _ in batch_loader(dataset, batches_of(share(rows), 64), self.workers):
             with autocast(self.device, "auto"):
                 _, logits = self.cnn(hu.to(self.device))
             total += float(weighted_bce_sum(logits.float(), labels.to(self.device)))
-        return all_sum(total)[0] / len(rows)
+            known += float(known_slices(labels))
+        total, known = all_sum(total, known)
+        return total / known
 
     def _batch(self, rows: list[int], epoch: int, number: int) -> Batch:
         n, section = len(rows), self.section

@@ -50,18 +50,24 @@ def weighted_bce_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over slices of the weighted binary cross entropy, ``sum_c w_c BCE_c / 7``.
 
     ``logits`` and ``labels`` are (n, 6) in the order of CLASSES; w(any) = 2, the others 1. The divisor is the
-    sum of the weights, 7, not the 6 classes (which would turn 0.06434 into 0.07507). A slice with an unknown label
-    (NaN) counts nothing.
+    sum of the weights, 7, not the 6 classes (which would turn 0.06434 into 0.07507). An unknown label (NaN) counts
+    nothing, whatever is known of the other classes of its slice.
     """
     weights = torch.tensor(METRIC_WEIGHTS, device=logits.device)
-    labelled = ~labels.isnan().any(dim=1)
-    loss = F.binary_cross_entropy_with_logits(logits[labelled].float(), labels[labelled].float(), reduction="none")
-    return (loss * weights).sum() / weights.sum()
+    known = ~labels.isnan()
+    loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float().where(known, 0.0), reduction="none")
+    return (loss * weights * known).sum() / weights.sum()
+
+
+def known_slices(labels: Tensor) -> Tensor:
+    """Count the slices by the weight of the classes that are known: one of which only ``any`` is known counts 2/7."""
+    weights = torch.tensor(METRIC_WEIGHTS, device=labels.device)
+    return (~labels.isnan() * weights).sum() / weights.sum()
 
 
 def weighted_bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the slices with known labels of `weighted_bce_sum`; NaN where there is none."""
-    return weighted_bce_sum(logits, labels) / (~labels.isnan().any(dim=1)).sum()
+    """Mean of `weighted_bce_sum` over `known_slices`; NaN where no label is known."""
+    return weighted_bce_sum(logits, labels) / known_slices(labels)
 
 
 def make_optimizer(groups: Sequence[tuple[nn.Module, float]], weight_decay: float, eps: float = 1e-8) -> Optimizer:
