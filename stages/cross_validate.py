@@ -97,7 +97,7 @@ def _fit_fold(
     summary |= {name: of_all[name] for name in ("files", "rejected", "rejected_by_reason")}
     index_writer.write_outputs(artifacts.index_dir, index, rejected, summary)
     if not fit_slices.is_done(params, artifacts):
-        fit_slices.run(params, artifacts, gpu, workers)
+        fit_slices.run(params, artifacts, gpu, workers, pretrained=whole.resume("pretrained"))
     extract.run(params, artifacts, gpu, workers)
     for arm in params.sequence:
         if not fit_sequence.is_done(params, artifacts, arm):

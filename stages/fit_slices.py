@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from ichpipe.common.artifacts import Artifacts
+    from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
     from ichpipe.training.slice_trainer import Slices
@@ -48,14 +50,20 @@ def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None
 
 
 def run(
-    params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0, pixel_cache: Path | None = None
+    params: Params,
+    artifacts: Artifacts,
+    gpu: str = "auto",
+    workers: int = 0,
+    pixel_cache: Path | None = None,
+    pretrained: Path | None = None,
 ) -> None:
     """Train on the train split, keep the epoch that is best on the validation split, write the model.
 
     ``fit-slices.folds`` adds one network per fold, trained without that fold's patients. Checkpoints stay until all is
     written: an interrupted stage trains no finished network again, even if DVC removed its files. Under `torchrun` the
     processes share every batch, and the first writes. ``pixel_cache`` is a folder for decoded slices; the result is
-    the same without it.
+    the same without it. ``pretrained`` is the folder of networks trained for ``fit-slices.pretrain_epochs``: by default
+    the run's own; the folds of a cross-validation share one, since patients of those sources are in no fold.
     """
     import numpy as np
 
@@ -90,12 +98,19 @@ def run(
         weights = train["source"].map(lambda name: params.fit_slices.source_weights.get(name, 1.0)).tolist()
         weights = [] if set(weights) == {1.0} else weights
         slices = Slices(train_set, val_set, train["series_uid"].tolist(), weights)
-        facts, seconds = train_network(params, artifacts, slices, device, workers, digest)
+        start = None
+        if params.fit_slices.pretrain_epochs:
+            folder = pretrained or artifacts.resume("pretrained")
+            start = pretrain(params, folder, slices, train[train["slices_only"]], device, workers)
+        facts, seconds = train_network(params, artifacts, slices, device, workers, digest, start=start)
         parts = []
         for fold, rows in inside.items():
             log.info("slice CNN without fold %d", fold)
             left_out = np.flatnonzero(rows).tolist()
-            parts.append(train_network(params, artifacts, slices, device, workers, digest, fold, left_out))
+            network = train_network(
+                params, artifacts, slices, device, workers, digest, start=start, fold=fold, left_out=left_out
+            )
+            parts.append(network)
         if distributed.rank():
             return
     facts_of_folds = [of_fold for of_fold, _ in parts]
@@ -135,6 +150,71 @@ def labelled(index: pd.DataFrame, split: str) -> pd.DataFrame:
     return slices.reset_index(drop=True)
 
 
+def pretrain(
+    params: Params, folder: Path, slices: Slices, rows: pd.DataFrame, device: torch.device, workers: int
+) -> Path:
+    """Train a network on ``rows`` of the train slices, those for stage one alone; return its folder.
+
+    The last epoch's weights are kept, so that no other patient decides anything. A network that was trained so on the
+    same files and labels is not trained again.
+    """
+    from ichpipe.models.header import is_fitted
+    from ichpipe.models.weights import save_model
+    from ichpipe.training import distributed
+    from ichpipe.training.run_record import start_watch, write_history, write_record
+    from ichpipe.training.slice_trainer import SliceFitting
+
+    watch, section = start_watch(), params.fit_slices
+    if rows.empty:
+        raise TrainingError("fit-slices.pretrain_epochs: no source of use: slices has a slice with labels; write 0")
+    content = rows[["sop_uid", "file_digest", *CLASSES]].to_csv(index=False)
+    identity, made_from = _identity(params), {"slices": digest_of({"content": content})}
+    key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
+    target = folder / key[:16]
+    if is_fitted(target, identity, made_from):
+        log.info("the network of the sources for stage one alone is there")
+        return target
+    log.info("slice CNN of the %d slices for stage one alone", len(rows))
+    shorter = section.model_copy(update={"epochs": section.pretrain_epochs})
+    cnn, alone = _build(params, device), replace(slices, weights=())
+    fitting = SliceFitting(cnn, shorter, device, workers, alone, rows.index.tolist(), section.seed)
+    trainer = fitting.trainer(folder / f"{key[:16]}.pt", key)
+    trainer.last = 2  # not the epoch that is best on validation: the last of two is kept
+    history = trainer.run(fitting.train_epoch, fitting.validate)
+    if distributed.rank() == 0:
+        save_model(target, cnn, made_from)
+        write_history(target, history)
+        facts = {"n_train_slices": len(rows)}
+        write_record(target, stage="fit-slices", params=identity, device=device, seconds=watch(), facts=facts)
+        trainer.finish()
+    return target
+
+
+def _build(params: Params, device: torch.device) -> SliceCnn:
+    """Build the slice CNN with its first weights: the same for all networks of a run."""
+    import torch
+
+    from ichpipe.common.device import derive_seed
+    from ichpipe.models.slice_cnn import SliceCnn, require_size, spec_for
+    from ichpipe.models.weights import load_pretrained
+    from ichpipe.training import distributed
+
+    section = params.fit_slices
+    torch.manual_seed(derive_seed(section.seed, "weights"))
+    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
+    if section.pretrained is not None:
+        load_pretrained(cnn.backbone, section.backbone, section.pretrained)
+    cnn.to(device)
+    require_size(cnn)
+    if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        cnn = cast("SliceCnn", convert_sync_batchnorm(cnn))  # type: ignore[no-untyped-call] # timm has no types
+    if section.compile:
+        cnn.compile()
+    return cnn
+
+
 def train_network(
     params: Params,
     artifacts: Artifacts,
@@ -142,19 +222,19 @@ def train_network(
     device: torch.device,
     workers: int,
     index_digest: str,
+    *,
+    start: Path | None = None,
     fold: int | None = None,
     left_out: Sequence[int] = (),
 ) -> tuple[dict[str, Any], float]:
     """Train one network, or go on from its checkpoint, and write it with its learning curve.
 
     ``left_out`` are positions in ``slices.train``: the patients of ``fold``. Without a fold it is the network of all
-    train slices, and the folds' networks of former runs go. Returns facts for the record, and seconds.
+    train slices, and the folds' networks of former runs go. ``start`` is the folder of a network whose weights it
+    begins with. Returns facts for the record, and seconds.
     """
-    import torch
-
     from ichpipe.common.device import derive_seed
-    from ichpipe.models.slice_cnn import SliceCnn, require_size, spec_for
-    from ichpipe.models.weights import load_pretrained, save_model
+    from ichpipe.models.weights import load_slice_cnn, save_model
     from ichpipe.training import distributed
     from ichpipe.training.run_record import start_watch, write_history
     from ichpipe.training.slice_trainer import SliceFitting
@@ -167,18 +247,9 @@ def train_network(
         seed = derive_seed(seed, "fold", fold)  # of order, augmentation and dropout
         made_from |= {"excluded_fold": str(fold), "folds": str(section.folds)}
         folder, checkpoint = artifacts.fold_cnn(fold), artifacts.resume(f"fit-slices.fold-{fold}.pt")
-    torch.manual_seed(derive_seed(section.seed, "weights"))  # all networks start from the same weights
-    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
-    if section.pretrained is not None:
-        load_pretrained(cnn.backbone, section.backbone, section.pretrained)
-    cnn.to(device)
-    require_size(cnn)
-    if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
-        from timm.layers.norm_act import convert_sync_batchnorm
-
-        cnn = cast("SliceCnn", convert_sync_batchnorm(cnn))  # type: ignore[no-untyped-call] # timm has no types
-    if section.compile:
-        cnn.compile()
+    cnn = _build(params, device)
+    if start is not None:
+        cnn.load_state_dict(load_slice_cnn(start).state_dict())
     fitting = SliceFitting(cnn, section, device, workers, slices, rows, seed)
     key = digest_of({"params": _identity(params), "made_from": made_from, "device": device.type})
     history = fitting.trainer(checkpoint, key).run(fitting.train_epoch, fitting.validate)

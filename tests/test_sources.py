@@ -14,6 +14,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, ParamsError
 from ichpipe.index.slice_index import read_index
 from ichpipe.index.splits import assign_splits
+from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params.schema import PrepareParams, SourceParams, load_params
 from ichpipe.phantom.dataset import write_dataset
 from ichpipe.stages import evaluate, extract, finetune, fit_sequence, fit_slices, prepare
@@ -102,6 +103,29 @@ def test_slices_for_stage_one_are_trained_on_and_never_scored_nor_stored(archive
     finetune.run(params, artifacts, "cpu")
     text = evaluate.run(params, artifacts)
     assert "source" not in text  # the held-out slices come from one
+
+
+def test_the_sources_for_stage_one_alone_may_come_first(archives, tmp_path):
+    settings = {"pretrain_epochs": 1, "source_weights": {"two": 0.0}, "epochs": 1}
+    params, artifacts, index = prepared(tmp_path, sources(archives, use="slices"), fit_slices=settings)
+    folder = tmp_path / "shared"
+    fit_slices.run(params, artifacts, "cpu", pretrained=folder)
+    (first,) = (path.parent for path in folder.glob("*/model.safetensors"))
+    record = json.loads((first / "record.json").read_text(encoding="utf-8"))
+    assert record["n_train_slices"] == int(index["slices_only"].sum())
+    before = (first / "model.safetensors").stat().st_mtime_ns
+    # Another split of the other source starts from the same network, and it alone decides what follows.
+    other = params.model_copy(update={"prepare": params.prepare.model_copy(update={"seed": 5})})
+    again = Artifacts(tmp_path / "again")
+    prepare.run(other.prepare, again.index_dir)
+    fit_slices.run(other, again, "cpu", pretrained=folder)
+    assert [path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")] == [before]
+    start, trained = (load_slice_cnn(path).state_dict() for path in (first, artifacts.slice_cnn))
+    assert not all(torch.equal(start[name], trained[name]) for name in start)
+    plain = write_params(tmp_path, sources(archives, use="slices"))
+    fresh = fit_slices._build(plain, torch.device("cpu")).state_dict()
+    weight = "backbone.conv1.0.weight"
+    assert (start[weight] - trained[weight]).norm() < (fresh[weight] - trained[weight]).norm()
 
 
 def test_scores_are_given_by_source_and_together(archives, tmp_path):
