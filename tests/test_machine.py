@@ -10,9 +10,10 @@ import time
 
 import filelock
 import pytest
+import store_kit as kit
+from click.testing import CliRunner
 from conftest import PROGRAM
 
-from ichpipe.cache import maintenance
 from ichpipe.cache.location import StoreLocation
 from ichpipe.common.errors import DataError, ParamsError
 from ichpipe.common.files import decode_text, hold_lock
@@ -171,20 +172,26 @@ def test_files_of_others_in_the_output_folder_stay(tmp_path):
     assert all(path.exists() for path in others)
 
 
-def test_repair_waits_for_a_writer(tmp_path):
-    location = StoreLocation(str(tmp_path / "store"))
-    location.local.mkdir()
-    (location.local / "g").mkdir()
-    (location.local / "g" / "part").write_text("x")
-    problem = maintenance.Problem("g", "part", "", None, "damaged", [])
-    thread = threading.Thread(target=maintenance.repair, args=(location, [problem]))
-    with location.writing():
+@pytest.mark.parametrize("finished", [False, True])
+def test_repair_waits_for_a_writer(tmp_path, client, finished):
+    """It judges what the writer leaves: a chunk that was missing before may be there."""
+    store = tmp_path / "store"
+    kit.write(store, kit.Slices(), client)
+    chunk = kit.chunk_files(store)[0]
+    content = chunk.read_bytes()
+    kit.replace(chunk, content[:-1])
+    results, command = [], ["cache", "verify", str(store), "--repair"]
+    thread = threading.Thread(target=lambda: results.append(CliRunner().invoke(cli, command)))
+    with StoreLocation(str(store)).writing():
         thread.start()
-        thread.join(1.0)
+        thread.join(2.0)
         assert thread.is_alive()
-        assert (location.local / "g" / "part").exists()
+        assert chunk.exists()
+        if finished:
+            kit.replace(chunk, content)
     thread.join(30.0)
-    assert not (location.local / "g" / "part").exists()
+    assert results[0].exit_code == (0 if finished else 1), results[0].output
+    assert chunk.exists() == finished
 
 
 @pytest.mark.parametrize(

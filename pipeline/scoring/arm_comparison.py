@@ -199,8 +199,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         f"{comparison['baseline']} minus that of the arm, mean over seeds; positive is better. Intervals: patients "
         f"resampled {comparison['bootstrap_samples']} times, paired. Verdict: noise unless the interval that holds "
         "for all arms together leaves out 0 and the gain is at least twice its standard error over seeds. That error "
-        "needs two seeds of both arms; with fewer, the verdict is that seeds are too few. An arm that learns nothing has "
-        "no seed and adds nothing to that error; against a baseline of one seed the interval alone decides about it.",
+        "needs two seeds of both arms; with fewer, the verdict is that seeds are too few. An arm that learns nothing "
+        "has no seed and adds nothing to that error; against a baseline of one seed the interval alone decides.",
         *(f"**Warning**: {warning}." for warning in comparison["warnings"]),
         "",
         format_table(["log loss", *short], losses, markdown=True),
