@@ -12,7 +12,7 @@ import filelock
 import pytest
 import store_kit as kit
 from click.testing import CliRunner
-from conftest import PROGRAM
+from conftest import PROGRAM, set_options
 
 from ichpipe.cache.location import StoreLocation
 from ichpipe.common.errors import DataError, ParamsError
@@ -161,6 +161,23 @@ def test_files_follow_the_umask(tmp_path, mask, mode):
     for name in ("table.json", "model"):
         assert (tmp_path / name).stat().st_mode & 0o777 == mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "table.json"]
+
+
+def test_tables_of_patients_are_as_private_as_the_umask_says(tmp_path, write_series):
+    for patient in range(4):
+        write_series(f"dicom/{patient}", [0.0, 5.0], series=f"1.2.{patient}", patient=f"P{patient}")
+    former = os.umask(0o077)
+    try:
+        settings = set_options(
+            f"prepare.dicom_dir={tmp_path / 'dicom'}", "prepare.labels=null", "prepare.dataset=folder"
+        )
+        done = CliRunner().invoke(cli, ["--artifacts", str(tmp_path / "artifacts"), *settings, "prepare"])
+    finally:
+        os.umask(former)
+    assert done.exit_code == 0, done.output
+    written = [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+    assert tmp_path / "artifacts" / "index" / "slices.parquet" in written
+    assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
 
 
 def test_files_of_others_in_the_output_folder_stay(tmp_path):
