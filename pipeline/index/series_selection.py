@@ -233,8 +233,8 @@ def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     few, long = count < params.min_slices, params.head_mm is not None and span > params.head_mm
     turned = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
     short, single = row.get("n_short_series", 0), row.get("n_single_slice", 0)
-    each = "one slice each" if short == single else f"{MAX_OF_SHORT} slices or fewer each"
-    join = f"; its study has {short} series of {each}: give them one SeriesInstanceUID (0020,000E), {_JOIN}"
+    size = "one slice" if short == single else f"{MAX_OF_SHORT} slices or fewer"
+    join = f"; its study has {short} series of {size} each: give them one SeriesInstanceUID (0020,000E), {_JOIN}"
     checks = (
         (
             "absurd values",
