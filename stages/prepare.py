@@ -83,6 +83,8 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
 
 def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any]) -> None:
     """Warn of files and patients that are left out, and of what changes the meaning of later figures."""
+    import pandas as pd
+
     from ichpipe.index.scan import NOT_CHOSEN
 
     if unused := int((rejected["code"] != NOT_CHOSEN).sum()):
@@ -94,6 +96,15 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
             break
         reason = rows["reason"].value_counts().index[0]
         log.warning("patient %s has no slice in the index; of %d files most often: %s", patient, len(rows), reason)
+    ids = pd.Series(index["patient_id"].unique(), dtype=object)
+    written_alike = ids.groupby(ids.str.split().str.join("").str.casefold())
+    if alike := [list(group) for _, group in written_alike if len(group) > 1]:
+        log.warning(
+            "%d groups of PatientIDs (0010,0020) differ only in case or spaces, the first: %s; they count as different "
+            "patients: correct them, such as with dcmodify, if they are one",
+            len(alike),
+            " and ".join(map(repr, alike[0])),
+        )
     flawed = series[series["chosen"] & (series["faults"] != "")]
     if len(flawed):
         commonest = flawed["faults"].value_counts().index[0]

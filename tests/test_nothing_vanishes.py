@@ -1,6 +1,9 @@
 """Every file becomes a slice or a line in rejected.csv, and every patient stands in a table or a warning."""
 
+import bz2
+import gzip
 import logging
+import lzma
 import os
 import time
 import warnings
@@ -14,14 +17,18 @@ from conftest import ct_dataset, save_dicom
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from ichpipe.common.errors import DataError
+from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom.archive import list_files
 from ichpipe.dicom.elements import MAX_TEXT
+from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.series_description import marks_of, names_agent
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.label_tables import join, read_labels
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import has_absurd_values, select_series
+from ichpipe.index.volume import read_series
+from ichpipe.inference.findings import format_nothing_left
+from ichpipe.inference.inputs import collect_inputs
 from ichpipe.params.schema import PrepareParams
 from ichpipe.scoring.score_studies import read_studies
 from ichpipe.stages import prepare
@@ -131,6 +138,11 @@ def test_a_series_uid_per_slice_is_said_with_the_remedy(tmp_path, caplog):
     ("tags", "expected"),
     [
         ({"AcquisitionNumber": lambda row: 1 + row // 6}, False),  # side by side
+        ({"InstanceNumber": lambda row: 1 + row % 6}, False),  # two slabs, each numbered from 1
+        ({"ImagePositionPatient": "again", "InstanceNumber": lambda row: 1 + row % 6}, True),
+        ({"ImagePositionPatient": "again", "InstanceNumber": lambda row: row if row < 6 else 20 - row}, True),  # back
+        ({"AcquisitionNumber": lambda row: row % 4}, True),  # interleaved
+        ({"InstanceNumber": lambda row: (7 * row) % 12}, False),  # in no order
         ({"AcquisitionNumber": lambda row: 1 + row // 6, "ImagePositionPatient": "again"}, True),
         ({"AcquisitionNumber": lambda row: row}, False),  # one each
         ({"ImagePositionPatient": "again"}, True),  # InstanceNumber alone
@@ -268,3 +280,87 @@ def test_identifiers_in_another_spelling_are_named(tmp_path, images, rows, pairs
     assert counts["studies_without_label"] == 1
     assert pairs in counts.get("labels_likely_cause", "")
     assert bool(pairs) == ("labels_likely_cause" in counts)
+
+
+def test_files_that_only_the_listing_refuses_stop_no_command(tmp_path):
+    write_head(tmp_path / "in")
+    (tmp_path / "in" / "gone.dcm").symlink_to("nowhere")
+    index, rejected = prepared(tmp_path / "in", tmp_path / "out")
+    assert (len(index), len(rejected)) == (12, 1)
+    assert len(read_series(tmp_path / "in")) == 12
+
+
+def test_links_in_a_circle_cost_only_themselves(tmp_path):
+    write_head(tmp_path / "in")
+    for one, other in ("ab", "ba"):
+        (tmp_path / "in" / one).symlink_to(tmp_path / "in" / other)
+    slices, rejected = scan([tmp_path / "in"])
+    assert len(slices) == 12
+    assert [path.rpartition("/")[2] for path in rejected["path"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("prefix", ["./", "../", "/", "a//", "a/./", "x.zip/"])
+def test_members_are_read_whatever_their_folder_is_called(tmp_path, prefix):
+    write_head(tmp_path / "source")
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in" / "a.zip", "w") as archive:
+        for path in (tmp_path / "source").iterdir():
+            archive.writestr(zipfile.ZipInfo(prefix + path.name), path.read_bytes())
+    slices, rejected = scan([tmp_path / "in"])
+    assert (len(slices), len(rejected)) == (12, 0)
+    assert (read_hu(slices["path"].iloc[0]) < 200).all()
+
+
+CONTAINERS = {
+    "gzip": gzip.compress(b"x" * 200),
+    "bzip2": bz2.compress(b"x" * 200),
+    "xz": lzma.compress(b"x" * 200),
+    "zip": b"PK\x03\x04" + bytes(200),
+    "tar": bytes(257) + b"ustar" + bytes(250),
+    "7z": b"7z\xbc\xaf\x27\x1c" + bytes(200),
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "git-annex": b"/annex/objects/SHA256E-s12345--abcd.dcm\n",
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_and_pointers_are_named_with_the_remedy(tmp_path, name):
+    (tmp_path / "a.dcm").write_bytes(CONTAINERS[name])
+    with pytest.raises(UnreadableDicomError, match=f"not a DICOM file but a.* {name}.*; (unpack it|fetch the file)"):
+        read_header(tmp_path / "a.dcm")
+
+
+def test_series_of_few_slices_are_said_with_the_remedy(tmp_path, caplog):
+    write_head(tmp_path / "in", SeriesInstanceUID=lambda row: f"1.2.3.1.{row // 2}")
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert "6 series of 3 slices or fewer each: give them one SeriesInstanceUID" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "alike"), [(("abc", "ABC"), True), (("AB 1", "AB1"), True), (("AB1", "AB2"), False), (("A", "A "), False)]
+)
+def test_patients_that_differ_in_case_or_spaces_are_named(tmp_path, caplog, names, alike):
+    for number, name in enumerate(names):
+        write_head(tmp_path / "in", patient=name, study=f"1.2.{number}", series=f"1.2.{number}.1")
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert ("differ only in case or spaces, the first: " + " and ".join(map(repr, names)) in caplog.text) == alike
+
+
+@pytest.mark.parametrize(
+    ("tags", "helps"),
+    [
+        ({"Modality": "MR"}, True),
+        ({"BodyPartExamined": "CHEST"}, True),
+        ({"PatientID": lambda row: f"P{row % 2}"}, False),
+        ({"RescaleSlope": 0}, False),
+        ({"NumberOfFrames": 2}, False),
+    ],
+)
+def test_force_is_offered_only_where_it_helps(tmp_path, tags, helps):
+    write_head(tmp_path, **tags)
+    found = collect_inputs([tmp_path], SELECTION)
+    text = format_nothing_left(found.refused, found.rejected, len(found.rejected), "see there")
+    assert ("--force" in text) == helps
+    assert bool(len(collect_inputs([tmp_path], SELECTION, force=True).slices)) == helps

@@ -154,13 +154,15 @@ def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Da
     """Write coded terms into the elements that a classic slice has for them."""
     if "FrameAcquisitionNumber" in slice_:
         _replace(slice_, AcquisitionNumber=slice_.FrameAcquisitionNumber)
+    if slice_.get("FrameType"):  # (0008,9007): one file may hold localizers too
+        _replace(slice_, ImageType=slice_.FrameType)
     if regions and not slice_.get("BodyPartExamined"):
         _replace(slice_, BodyPartExamined=str(regions[0].get("CodeMeaning", ""))[:16].upper())
     if agents and str(slice_.get("ContrastBolusAgentAdministered", "YES")) == "YES":
         _replace(slice_, ContrastBolusAgent=str(agents[0].get("CodeMeaning", "YES"))[:64])
 
 
-def _replace(slice_: Dataset, **values: str | int) -> None:
+def _replace(slice_: Dataset, **values: str | int | Sequence[str]) -> None:
     """Set elements without converting the values that they had."""
     for keyword, value in values.items():
         slice_.pop(Tag(keyword), None)
