@@ -16,6 +16,7 @@ from conftest import ct_dataset, save_dicom
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
+from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.dicom.archive import list_files
 from ichpipe.dicom.elements import MAX_TEXT
@@ -25,7 +26,7 @@ from ichpipe.index.label_tables import join, read_labels
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import has_absurd_values, select_series
 from ichpipe.params.schema import PrepareParams
-from ichpipe.scoring.score_studies import read_studies
+from ichpipe.scoring.score_studies import read_studies, score_studies
 from ichpipe.stages import prepare
 
 SELECTION = PrepareParams().selection
@@ -327,3 +328,16 @@ def test_identifiers_in_another_spelling_are_named(tmp_path, images, rows, pairs
     assert counts["studies_without_label"] == 1
     assert pairs in counts.get("labels_likely_cause", "")
     assert bool(pairs) == ("labels_likely_cause" in counts)
+
+
+def test_scores_of_studies_name_identifiers_in_another_spelling(tmp_path):
+    names = ",".join(CLASSES)
+    (tmp_path / "studies.csv").write_text(f"patient_id,{names}\n0014,.1,.1,.1,.1,.1,.1\n9,.1,.1,.1,.1,.1,.1\n")
+    (tmp_path / "labels.csv").write_text("patient_id,any\n14,1\n9,0\n")
+    labels = read_labels("folder", tmp_path / "labels.csv")
+    settings = {"bootstrap_samples": 10, "confidence": 0.95, "seed": 0}
+    result = score_studies(tmp_path / "studies.csv", labels, **settings)
+    assert "'0014' is '14' there" in result["predictions"]["likely_cause"]
+    (tmp_path / "labels.csv").write_text("patient_id,any\n14,1\n")
+    with pytest.raises(DataError, match="'0014' is '14' there"):
+        score_studies(tmp_path / "studies.csv", read_labels("folder", tmp_path / "labels.csv"), **settings)

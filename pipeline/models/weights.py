@@ -190,7 +190,7 @@ def _read_state(source: str) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise WeightsError(
-            f"{path} holds {_describe_objects(path)}, which are not unpickled; write its state_dict alone to a file "
+            f"{path} {_describe_objects(path)}, which are not unpickled; write its state_dict alone to a file "
             "and name that"
         ) from error
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
@@ -199,13 +199,13 @@ def _read_state(source: str) -> dict[str, Tensor]:
 
 
 def _describe_objects(path: Path) -> str:
-    """Name the classes in a checkpoint that are no tensors and no plain values."""
+    """Say which are the classes in a checkpoint that are no tensors and no plain values."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             kinds = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file in torch's oldest format, or no pickle
         kinds = []
-    return f"objects of {', '.join(kinds[:3])}" if kinds else "objects"
+    return f"holds objects of {', '.join(kinds[:3])}" if kinds else "holds objects"
 
 
 def _holds_tensors(value: dict[Any, Any]) -> bool:
