@@ -126,7 +126,9 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
 
 def _log_label_warnings(report: dict[str, Any]) -> None:
     if absent := report.get("classes_without_column"):
-        log.warning("the label table has no column %s: these labels are unknown", ", ".join(absent))
+        unused = ", ".join(report.get("columns_not_used", []))
+        others = f"; columns not used: {unused[:200]}" if unused else ""
+        log.warning("the label table has no column %s: these labels are unknown%s", ", ".join(absent), others)
     for kind in ("slices", "studies"):
         if without := report.get(f"{kind}_without_label"):
             log.warning("%d %s have no label in the table", without, kind)
