@@ -186,6 +186,12 @@ def test_codes_are_those_of_the_pixels_for_every_predictor(predictor, restart):
     assert "codes do not end" in reason_of(require_complete, frame, LOSSLESS_JPEG, CLAIM, other)
 
 
+def test_codes_of_as_many_bits_as_the_pixels_need_but_of_others_are_damage():
+    frame, other = jpeg_lossless(image()), image()
+    other[-1, -1] ^= 1
+    assert reason_of(require_complete, frame, LOSSLESS_JPEG, CLAIM, other) == "its codes are not those of its pixels"
+
+
 def test_restart_markers_are_counted():
     frame = jpeg_lossless(image(), restart=COLUMNS * 3)
     require_both(frame, LOSSLESS_JPEG)

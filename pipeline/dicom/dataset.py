@@ -8,11 +8,11 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pydicom.filereader import data_element_generator, read_partial
+from pydicom.filereader import data_element_generator
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.bounded_file import BoundedFile
+from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
@@ -83,7 +83,7 @@ class PixelFacts(NamedTuple):
     signed: bool  # (0028,0103)
     slope: float  # (0028,1053), HU per stored unit
     intercept: float  # (0028,1052), HU
-    padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value, as stored
+    padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value
     transfer_syntax: str  # (0002,0010)
     high_bit: int = 0  # (0028,0102)
     overlay: bool = False  # (60xx,0102): bits above the pixel's own hold an overlay
@@ -163,7 +163,7 @@ def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
         raise UnreadableDicomError(f"not a DICOM file{kind}")
     try:
         inflated = _inflated(data)
-        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=kept_tags)  # a bare dcmread
+        dataset = parse_bounded(BoundedFile(inflated or data), kept_tags)
         if inflated:
             dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
     except UnreadableDicomError:
@@ -239,7 +239,7 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
         times = max(aspect, 1 / aspect)
         raise UnreadableDicomError(f"pixels {times:.3g} times as long as wide; PixelSpacing (0028,0030)")
     slope, intercept = _rescale(elements)
-    padding = _padding(elements, allocated, signed=signed)
+    padding = _padding(elements, allocated, stored, signed=signed)
     return PixelFacts(
         rows,
         columns,
@@ -324,7 +324,8 @@ def _rescale(elements: Elements) -> tuple[float, float]:
     return slope, intercept
 
 
-def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] | None:
+def _padding(elements: Elements, bits: int, stored: int, *, signed: bool) -> tuple[int, int] | None:
+    """Return the first and the last padding value, with the sign of the pixels (PS3.3 C.7.5.1.1.2)."""
     first = elements.whole("PixelPaddingValue")
     if first is None:
         return None
@@ -335,6 +336,8 @@ def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] 
     values = [value & ((1 << bits) - 1) for value in ends]
     if signed:  # 63536 beside signed 16-bit pixels means -2000
         values = [value - (1 << bits) if value >> (bits - 1) else value for value in values]
+        if min(values) >= 1 << (stored - 1) and max(values) < 1 << stored:  # without the leading ones
+            values = [value - (1 << stored) for value in values]
     return min(values), max(values)
 
 
