@@ -201,6 +201,18 @@ def test_restart_markers_are_counted():
 
 
 @pytest.mark.parametrize(
+    ("bits_stored", "signed", "is_refused"), [(12, True, False), (15, True, True), (15, False, False)]
+)
+def test_signed_pixels_of_fewer_bits_than_the_header_says_are_refused(bits_stored, signed, is_refused):
+    frame = jpeg_lossless(image() % 4096, precision=12)
+    claim = CLAIM._replace(signed=signed, bits_stored=bits_stored)
+    if not is_refused:
+        require_sound(frame, LOSSLESS_JPEG, claim)
+        return
+    assert "which bit is the sign is unclear" in reason_of(require_sound, frame, LOSSLESS_JPEG, claim)
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         (lambda f: struct.pack("<L", 3) + f[4:], "segments"),

@@ -107,7 +107,7 @@ class PixelFacts(NamedTuple):
     @property
     def claim(self) -> Claim:
         """What a compressed stream must agree with."""
-        return Claim(self.rows, self.columns, self.bits_allocated, self.signed)
+        return Claim(self.rows, self.columns, self.bits_allocated, self.signed, self.bits_stored)
 
     @property
     def stored_type(self) -> str:

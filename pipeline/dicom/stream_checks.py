@@ -53,6 +53,7 @@ class Claim(NamedTuple):
     columns: int  # (0028,0011)
     bits_allocated: int  # (0028,0100)
     signed: bool = False  # (0028,0103)
+    bits_stored: int = 0  # (0028,0101)
 
 
 def frame_bytes(pixels: bytes) -> bytes:
@@ -210,6 +211,10 @@ def _require_claim(rows: int, columns: int, components: int, precision: int, cla
         raise UnreadableDicomError(f"{components} components, CT has one")
     if not max(claim.bits_allocated - 8, 1) <= precision <= claim.bits_allocated:
         raise UnreadableDicomError(f"{precision} bits a sample, BitsAllocated is {claim.bits_allocated}")
+    if claim.signed and precision < claim.bits_stored:
+        raise UnreadableDicomError(
+            f"{precision} bits a sample, BitsStored (0028,0101) is {claim.bits_stored}: which bit is the sign is unclear"
+        )
 
 
 def _read_huffman_tables(segment: bytes) -> dict[int, bytes]:
@@ -247,7 +252,8 @@ def _require_jpeg_2000(frame: bytes, claim: Claim) -> None:
     width, height, left, top, tile_x, tile_y, tile_left, tile_top, components = struct.unpack_from(">8LH", stream, 8)
     if int.from_bytes(stream[4:6], "big") != 38 + 3 * components or not (left < width and top < height):
         raise UnreadableDicomError("its size segment contradicts itself")
-    _require_claim(height - top, width - left, components, (stream[42] & 0x7F) + 1, claim)
+    own_sign = claim._replace(signed=False)  # the stream says whether it is signed
+    _require_claim(height - top, width - left, components, (stream[42] & 0x7F) + 1, own_sign)
     if stream[43:45] != b"\1\1":
         raise UnreadableDicomError("its samples are subsampled")
     if not (tile_left <= left < tile_left + tile_x and tile_top <= top < tile_top + tile_y):
