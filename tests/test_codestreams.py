@@ -209,7 +209,7 @@ def test_signed_pixels_of_fewer_bits_than_the_header_says_are_refused(bits_store
     if not is_refused:
         require_sound(frame, LOSSLESS_JPEG, claim)
         return
-    assert "which bit is the sign is unclear" in reason_of(require_sound, frame, LOSSLESS_JPEG, claim)
+    assert "which is the sign is unclear" in reason_of(require_sound, frame, LOSSLESS_JPEG, claim)
 
 
 @pytest.mark.parametrize(

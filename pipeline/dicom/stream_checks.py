@@ -213,7 +213,7 @@ def _require_claim(rows: int, columns: int, components: int, precision: int, cla
         raise UnreadableDicomError(f"{precision} bits a sample, BitsAllocated is {claim.bits_allocated}")
     if claim.signed and precision < claim.bits_stored:
         raise UnreadableDicomError(
-            f"{precision} bits a sample, BitsStored (0028,0101) is {claim.bits_stored}: which bit is the sign is unclear"
+            f"{precision} bits a sample, BitsStored (0028,0101) is {claim.bits_stored}: which is the sign is unclear"
         )
 
 
