@@ -94,6 +94,7 @@ def _modality_hu(stored: NDArray[np.integer], dataset: Dataset) -> NDArray[np.in
         whole = (above == -1) | (word == np.iinfo(word.dtype).min)
         if (whole | (above == 0)).all():  # negative numbers written with all bits
             values = np.where(whole, word, values)
+    numbers = values
     slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
     if bits == 12 and not signed and slope == 1 and abs(intercept) <= 1:
         values = np.where(values >= 3096, values - 4096, values)  # HU in 12 bits, wrapped
@@ -105,7 +106,11 @@ def _modality_hu(stored: NDArray[np.integer], dataset: Dataset) -> NDArray[np.in
         width = min(allocated, 16) if is_short else allocated
         ends = [value & (1 << width) - 1 for value in values]
         padding = [end - (1 << width) if signed and end >> (width - 1) else end for end in ends]
-        hu[(stored >= min(padding)) & (stored <= max(padding))] = -1024
+        half = 1 << (bits - 1)
+        if signed and all(half <= end < 2 * half for end in padding):  # two's complement without its leading ones
+            padding = [end - 2 * half for end in padding]
+        compared = stored if not signed and min(padding) >= 2 * half else numbers
+        hu[(compared >= min(padding)) & (compared <= max(padding))] = -1024
     return hu
 
 

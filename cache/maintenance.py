@@ -13,7 +13,7 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.cache.rows import Rows, decode_uids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     import zarr
 
@@ -143,18 +143,21 @@ def _verify_small_arrays(location: StoreLocation, group: zarr.Group) -> Iterator
                 yield Problem(group.path, part, name, None, "lacks a chunk", [])
 
 
-def repair(location: StoreLocation, problems: Iterable[Problem]) -> None:
-    """Remove the damaged parts that `verify` found, so that the next ``extract`` computes them again.
+def repair(location: StoreLocation, on_wait: Callable[[], None] = lambda: None) -> list[Problem]:
+    """Remove what `verify` finds, so that the next ``extract`` computes it again; return it.
 
-    Waits while another process writes the store.
+    Calls ``on_wait`` and waits if another process writes the store, and verifies after that: what is missing now may
+    have been written by then. Raises StoreError as `verify` does, or if the store can't be written.
     """
-    with location.writing():
+    with location.writing(on_wait):
+        problems = verify(location)
         for problem in problems:
             part = "/".join(filter(None, (problem.generation, problem.part)))
             chunk = problem.chunk
             files = [part] if chunk is None else [layout.chunk_name(part, kind, chunk) for kind in layout.ROW_ARRAYS]
             for name in files:
                 location.remove(name)
+    return problems
 
 
 def prune(location: StoreLocation, keep: Callable[[dict[str, Any]], bool], *, dry_run: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from ichpipe.stages.options import Verdict
 
 if TYPE_CHECKING:
     from ichpipe.stages.options import Settings
+
+log = logging.getLogger("ichpipe")
 
 
 @click.group("cache")
@@ -79,9 +82,10 @@ def verify(store: str, as_json: bool, repair: bool) -> Verdict:
     from ichpipe.cache.location import StoreLocation
 
     location = StoreLocation(store)
-    problems = maintenance.verify(location)
     if repair:
-        maintenance.repair(location, problems)
+        problems = maintenance.repair(location, lambda: log.info("another process writes %s; waiting for it", location))
+    else:
+        problems = maintenance.verify(location)
     studies = sorted({uid for problem in problems for uid in problem.studies})
     if as_json:
         listed = [asdict(problem) for problem in problems]

@@ -136,7 +136,7 @@ def run(
         )
     if not lines:
         remark = "`ichpipe predict --out FOLDER` lists why for each"
-        raise DataError(format_nothing_left(inputs.refused, n_bad, remark))
+        raise DataError(format_nothing_left(inputs.refused, inputs.rejected, n_bad, remark))
     table = pd.DataFrame(lines)
     write_text(out / "explained.csv", table.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
     row = "{picture} {n_slices} {probability:.3f} {highest_mm:.0f} {n_positive}"

@@ -264,7 +264,7 @@ def _explain_nothing_left(result: Predicted, out: Path | None) -> str:
     from ichpipe.inference.findings import format_nothing_left
 
     why = "name a folder with --out to see why for each" if out is None else f"{out / 'rejected.csv'} says why for each"
-    return format_nothing_left(result.refused, len(result.rejected), why)
+    return format_nothing_left(result.refused, result.rejected, len(result.rejected), why)
 
 
 def _as_text(result: Predicted, out: Path | None, remarks: list[str]) -> str:

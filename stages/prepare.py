@@ -74,6 +74,8 @@ def run(params: PrepareParams, out: Path, workers: int = 0, header_cache: Path |
 
 def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFrame, summary: dict[str, Any]) -> None:
     """Warn of files and patients that are left out, and of what changes the meaning of later figures."""
+    import pandas as pd
+
     from ichpipe.index.scan import NOT_CHOSEN
 
     if unused := int((rejected["code"] != NOT_CHOSEN).sum()):
@@ -85,7 +87,17 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
             break
         reason = rows["reason"].value_counts().index[0]
         log.warning("patient %s has no slice in the index; of %d files most often: %s", patient, len(rows), reason)
-    flawed = series[series["chosen"] & (series["faults"] != "")]
+    ids = pd.Series(index["patient_id"].unique(), dtype=object)
+    written_alike = ids.groupby(ids.str.split().str.join("").str.casefold())
+    if alike := [list(group) for _, group in written_alike if len(group) > 1]:
+        log.warning(
+            "%d groups of PatientIDs (0010,0020) differ only in case or spaces, the first: %s; they count as different "
+            "patients: correct them, such as with dcmodify, if they are one",
+            len(alike),
+            " and ".join(map(repr, alike[0])),
+        )
+    sequences = series["series_uid"].isin(index.loc[~index["slices_only"], "series_uid"])  # loose slices need not be
+    flawed = series[series["chosen"] & (series["faults"] != "") & sequences]
     if len(flawed):
         commonest = flawed["faults"].value_counts().index[0]
         log.warning(
@@ -107,7 +119,10 @@ def _log_warnings(index: pd.DataFrame, series: pd.DataFrame, rejected: pd.DataFr
 
 def _log_label_warnings(source: str, report: dict[str, Any]) -> None:
     if absent := report.get("classes_without_column"):
-        log.warning("%sthe label table has no column %s: these labels are unknown", source, ", ".join(absent))
+        unused = ", ".join(report.get("columns_not_used", []))
+        others = f"; columns not used: {unused[:200]}" if unused else ""
+        text = "%sthe label table has no column %s: these labels are unknown%s"
+        log.warning(text, source, ", ".join(absent), others)
     for kind in ("slices", "studies"):
         if without := report.get(f"{kind}_without_label"):
             log.warning("%s%d %s have no label in the table", source, without, kind)

@@ -133,6 +133,8 @@ def _log_remarks(result: dict[str, Any]) -> None:
                 names = ([first] if first else report.get(key, []))[:3]
                 more = ", …" if count > len(names) else ""
                 log.warning("%s: %d %s%s", name, count, text, f" ({', '.join(names)}{more})" if names else "")
+    if cause := result["predictions"].get("likely_cause"):
+        log.warning("%s", cause)
     for name, report in tables.items():
         if (value := report.get("filled_with")) is not None:
             log.warning("%s: scored as %s where there is no prediction", name, value)

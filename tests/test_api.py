@@ -280,6 +280,13 @@ def test_errors_name_what_is_there_and_what_to_do(run, slice_cnn, volume, held_o
             call()
 
 
+def test_only_a_store_of_several_networks_asks_which(tmp_path):
+    """Its class says so, not a word in its address."""
+    with pytest.raises(IchpipeError, match=r"none\.zarr") as error:
+        open_store(tmp_path / "generations" / "none.zarr")
+    assert "model=" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_a_store_of_two_networks_asks_which(branch):
     branch.params.write_text(

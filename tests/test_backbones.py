@@ -24,7 +24,7 @@ def build(name, size_px=96):
 @pytest.mark.parametrize(
     "name",
     ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "coat_lite_tiny", "resmlp_12_224",
-     "levit_128s", "mobilenetv4_conv_small", "resnet10t"],
+     "levit_128s", "mobilenetv4_conv_small", "resnet10t", "lambda_resnet26t"],
 )  # fmt: skip
 def test_backbones_take_another_size(name):
     cnn = build(name)
@@ -65,6 +65,18 @@ WRAPPERS = {
     "Lightning, deeper": lambda state: {
         "state_dict": {**{f"net.backbone.{key}": value for key, value in state.items()}, "head.bias": torch.ones(1)}
     },
+    "DINO": lambda state: {
+        "teacher": {**{f"backbone.{key}": value for key, value in state.items()}, "head.mlp.weight": torch.ones(1)},
+        "student": {f"module.backbone.{key}": value + 1 for key, value in state.items()},
+        "epoch": 3,
+    },
+    "a name of its own": lambda state: {"my_weights": state, "optimizer": {"state": {0: {"step": 1}}}},
+    "half precision": lambda state: {
+        key: value.half() if value.is_floating_point() else value for key, value in state.items()
+    },
+    "averaged": lambda state: {"n_averaged": torch.ones(1), **{f"module.{key}": value for key, value in state.items()}},
+    "another head": lambda state: {**state, "head.bn.weight": torch.ones(3), "aux.weight": torch.ones(2)},
+    "timm of the hub": lambda state: {f"timm_model.{key}": value for key, value in state.items()},
     "timm": lambda state: {
         "epoch": 1, "arch": "resnet10t", "state_dict": state, "args": argparse.Namespace(lr=0.1), "version": 2,
         "metric": 1.0,
@@ -79,7 +91,21 @@ def test_checkpoints_are_unwrapped(tmp_path, form):
     cnn = build("resnet10t")
     load_pretrained(cnn.backbone, "resnet10t", str(tmp_path / "weights.pt"))
     loaded = cnn.backbone.state_dict()
-    assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+    exact = {key: value.half().to(value.dtype) if form == "half precision" else value for key, value in state.items()}
+    assert all(torch.equal(loaded[key], exact[key]) for key in loaded)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "resmlp_12_224"])
+def test_weights_of_another_size_load_or_name_the_size(tmp_path, name):
+    torch.save(backbone_state(name), tmp_path / "weights.pt")
+    load_pretrained(build(name, 224).backbone, name, str(tmp_path / "weights.pt"))
+    with pytest.raises(WeightsError, match=r"the prepare\.size_px that its weights were trained with"):
+        load_pretrained(build(name).backbone, name, str(tmp_path / "weights.pt"))
+
+
+def test_a_folder_of_weights_is_named(tmp_path):
+    with pytest.raises(WeightsError, match="is a folder; name the weights file in it"):
+        load_pretrained(build("resnet10t").backbone, "resnet10t", str(tmp_path))
 
 
 def test_position_embeddings_follow_the_size(tmp_path):

@@ -186,12 +186,30 @@ def test_codes_are_those_of_the_pixels_for_every_predictor(predictor, restart):
     assert "codes do not end" in reason_of(require_complete, frame, LOSSLESS_JPEG, CLAIM, other)
 
 
+def test_codes_of_as_many_bits_as_the_pixels_need_but_of_others_are_damage():
+    frame, other = jpeg_lossless(image()), image()
+    other[-1, -1] ^= 1
+    assert reason_of(require_complete, frame, LOSSLESS_JPEG, CLAIM, other) == "its codes are not those of its pixels"
+
+
 def test_restart_markers_are_counted():
     frame = jpeg_lossless(image(), restart=COLUMNS * 3)
     require_both(frame, LOSSLESS_JPEG)
     place = frame.index(b"\xff\xd0")
     short = frame[:place] + frame[place + 2 :]
     assert "intervals" in reason_of(require_complete, short, LOSSLESS_JPEG, CLAIM, image())
+
+
+@pytest.mark.parametrize(
+    ("bits_stored", "signed", "is_refused"), [(12, True, False), (15, True, True), (15, False, False)]
+)
+def test_signed_pixels_of_fewer_bits_than_the_header_says_are_refused(bits_stored, signed, is_refused):
+    frame = jpeg_lossless(image() % 4096, precision=12)
+    claim = CLAIM._replace(signed=signed, bits_stored=bits_stored)
+    if not is_refused:
+        require_sound(frame, LOSSLESS_JPEG, claim)
+        return
+    assert "which is the sign is unclear" in reason_of(require_sound, frame, LOSSLESS_JPEG, claim)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,49 @@ def test_one_seed_is_too_few_for_a_verdict(skill, expected, of_base, of_arm):
     assert arms_figure(found)
 
 
+def make_fixed(name, skill, seeds=(0,), **settings):
+    """An arm with nothing to learn, as the moving average is: every seed gives the same."""
+    arm = make_arm(name, skill, (0,), **settings)
+    table = pd.concat([arm.table.assign(seed=seed) for seed in seeds], ignore_index=True)
+    return Arm(name, table, arm.record | {"n_parameters": 0})
+
+
+@pytest.mark.parametrize(("skill", "expected"), [(2.0, "better"), (0.5, "worse"), (1.0, "noise")])
+@pytest.mark.parametrize(("of_base", "of_arm"), [((0,), (0,)), ((0, 1, 2), (0, 1))])
+def test_an_arm_without_anything_to_learn_has_no_seed(skill, expected, of_base, of_arm):
+    """Too few seeds are no reason: it has none to vary."""
+    found = compare_arms([make_arm("base", 1.0, of_base), make_fixed("floor", skill, of_arm)], "base", **SETTINGS)
+    row = rows_of(found)["floor"]
+    assert row["verdict"] == expected
+    assert row["seeds"] == []
+    assert row["weighted_log_loss"]["sd"] is None
+    line = next(line for line in comparison_text(found).splitlines() if line.startswith("| floor"))
+    assert line.split("|")[2].strip() == "none"
+    assert arms_figure(found)
+
+
+def test_beside_an_arm_without_seeds_the_other_one_needs_two():
+    arms = [make_fixed("floor", 1.0), make_arm("one", 2.0, (0,)), make_arm("three", 2.0), make_fixed("other", 2.0)]
+    found = rows_of(compare_arms(arms, "floor", **SETTINGS))
+    assert {name: row["verdict"] for name, row in found.items()} == {
+        "floor": "baseline", "one": "too few seeds", "three": "better", "other": "better",
+    }  # fmt: skip
+    three, spread = found["three"]["gain"]["weighted_log_loss"], found["three"]["weighted_log_loss"]["sd"]
+    assert three["seed_error"] == pytest.approx(spread / 3**0.5)
+
+
+def test_an_arm_without_seeds_is_held_against_the_spread_of_the_baseline():
+    wild = make_arm("base", 1.0, spread=0.05)
+    shift = wild.table["seed"].map({0: 0.0, 1: 1.5, 2: -1.5})
+    logits = np.log(wild.table[list(CLASSES)] / (1 - wild.table[list(CLASSES)])).add(shift, axis=0)
+    wild.table[list(CLASSES)] = 1 / (1 + np.exp(-logits))
+    row = rows_of(compare_arms([wild, make_fixed("floor", 0.9)], "base", **SETTINGS))["floor"]
+    gain = row["gain"]["weighted_log_loss"]
+    assert not gain["simultaneous"][0] <= 0 <= gain["simultaneous"][1]
+    assert abs(gain["value"]) < 2 * gain["seed_error"]
+    assert row["verdict"] == "noise"
+
+
 def test_better_worse_and_noise():
     arms = [make_arm("base", 1.0), make_arm("good", 1.5), make_arm("bad", 0.6), make_arm("same", 1.0)]
     found = compare_arms(arms, "base", **SETTINGS)

@@ -336,11 +336,14 @@ def hu_in_64_bits(stored, facts):
             values[(values >= span // 2) & (values < span)] -= span
         else:  # other data lie above the pixel
             values = (values & (span - 1) ^ span // 2) - span // 2
+    numbers = values.copy()
     if facts.bits_stored == 12 and not facts.signed and facts.slope == 1 and abs(facts.intercept) <= 1:
         values[values >= 3096] -= 4096
     hu = np.clip(np.rint(values * facts.slope + facts.intercept), -1024, 32767).astype(np.int16)
     if facts.padding is not None:
-        hu[(stored >= facts.padding[0]) & (stored <= facts.padding[1])] = -1024
+        is_of_pixels = facts.signed or facts.padding[0] < span
+        compared = numbers if is_of_pixels else stored
+        hu[(compared >= facts.padding[0]) & (compared <= facts.padding[1])] = -1024
     return hu
 
 

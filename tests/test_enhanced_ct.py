@@ -11,6 +11,9 @@ from ichpipe.dicom.hounsfield import read_hu, read_square_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.scan import scan
+from ichpipe.index.volume import read_series
+from ichpipe.inference.inputs import collect_inputs
+from ichpipe.params.schema import SelectionParams
 
 FROM_CLASSIC = ("RescaleSlope", "RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber")
 
@@ -124,3 +127,30 @@ def test_an_archive_may_hold_enhanced_ct(tmp_path, frames):
         archive.write(path, "x/a.dcm")
     slices, _ = scan([tmp_path / "zip"])
     assert np.array_equal(read_hu(slices["path"].iloc[2]), frames[2])
+
+
+def test_a_volume_is_read_from_frames(tmp_path, frames):
+    write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    volume = read_series(tmp_path)
+    assert np.array_equal(volume.hu, frames)
+    assert volume.pixel_mm == (1.0, 1.0)
+
+
+def test_a_frame_that_is_a_localizer_is_no_slice(tmp_path, frames):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        for kind, group in zip(("LOCALIZER", *["VOLUME"] * 3), dataset.PerFrameFunctionalGroupsSequence, strict=True):
+            group.CTImageFrameTypeSequence = [item(FrameType=["ORIGINAL", "PRIMARY", kind, "NONE"])]
+        dataset.save_as(path)
+    slices, rejected = scan([tmp_path])
+    assert (len(slices), len(rejected)) == (3, 1)
+    assert "LOCALIZER" in rejected["reason"].iloc[0]
+
+
+def test_force_accepts_frames(tmp_path, frames):
+    write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4, Modality="MR")
+    found = collect_inputs([tmp_path], SelectionParams(), force=True)
+    assert len(found.slices) == 4
+    assert len(found.forced) == 1
+    assert found.rejected.empty

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from ichpipe.common.classes import CLASSES
@@ -141,3 +142,16 @@ def test_drawing_leaves_no_global_state():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_without_epochs_has_a_line_and_no_panel(monkeypatch):
+    texts, set_text = [], Text.set_text
+    monkeypatch.setattr(Text, "set_text", lambda self, text: (texts.append(text), set_text(self, text))[1])
+    learned = {"slice CNN": make_history(), "fine-tuned": make_history(2)}
+    before = Image.open(io.BytesIO(learning_curves(learned))).size
+    texts.clear()
+    content = learning_curves({"sequence, floor": make_history(1), **learned, "sequence, other": []})
+    assert Image.open(io.BytesIO(content)).size == before
+    assert "sequence, floor" not in texts  # no title of a panel
+    assert "epoch\nno epochs: sequence, floor; sequence, other" in texts
+    assert learning_curves({"sequence, floor": make_history(1)})

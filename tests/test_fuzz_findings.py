@@ -7,7 +7,8 @@ import zipfile
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import ImplicitVRLittleEndian
+from conftest import compress
+from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless
 from test_enhanced_ct import write_enhanced
 
 from ichpipe.common.errors import UnreadableDicomError
@@ -82,3 +83,58 @@ def test_a_large_member_is_not_parsed_for_ever(tmp_path, head):
     _, rejected = scan([tmp_path / "zip"])
     assert len(rejected) == 1
     assert time.process_time() - begin < 5.0
+
+
+@pytest.mark.parametrize("keyword", ["SpecificCharacterSet", "ProtocolName", "SOPInstanceUID", "PatientID"])
+@pytest.mark.parametrize("pattern", [b"\x1b$B", b"\x1b\\", b"AXIAL\\", b"A"])
+@pytest.mark.parametrize("is_enhanced", [False, True])
+def test_a_text_of_64000_characters_costs_little(tmp_path, write_ct, is_enhanced, keyword, pattern):
+    path = write_enhanced(tmp_path / "a.dcm", FRAMES, intercepts=[0, 0]) if is_enhanced else write_ct()
+    text = (pattern * 64_000)[:63_998]
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        tag = pydicom.tag.Tag(keyword)
+        dataset._dict[tag] = pydicom.dataelem.RawDataElement(tag, "LO", len(text), text, 0, False, True)
+        dataset.set_original_encoding(False, True, dataset._character_set)  # written as it is
+        dataset.save_as(path)
+    begin = time.process_time()
+    _, rejected = scan([path])
+    assert time.process_time() - begin < 0.3
+    if keyword == "SpecificCharacterSet":
+        assert "SpecificCharacterSet (0008,0005) has 63998 bytes" in rejected["reason"].iloc[0]
+
+
+@pytest.mark.parametrize("syntax", [None, JPEG2000Lossless, JPEGLSLossless])
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((2096, 13615), [8000, 11720, 8001]),  # no signed number of 12 bits
+        ((2096, 2096), [-1024, 11720, 8001]),  # -2000 without its leading ones
+        ((63536, 63537), [-1024, 11720, -1024]),
+        ((1720, 4917), [8000, -1024, 8001]),
+    ],
+)
+def test_padding_is_compared_with_signed_numbers_in_every_transfer_syntax(write_ct, syntax, ends, expected):
+    path = write_ct(pixels=np.array([[2096, 1720, 2097] * 22] * 64, np.uint16), BitsStored=12, HighBit=11,
+                    RescaleIntercept=10_000)  # fmt: skip
+    if syntax:
+        compress(path, syntax)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.PixelRepresentation = 1
+        dataset.add_new("PixelPaddingValue", "US", ends[0])
+        dataset.add_new("PixelPaddingRangeLimit", "US", ends[1])
+        dataset.save_as(path)
+    assert read_hu(path)[0, :3].tolist() == expected
+
+
+def test_zeros_behind_an_enhanced_ct_are_not_parsed(tmp_path):
+    path = write_enhanced(tmp_path / "a.dcm", FRAMES, intercepts=[0, 0])
+    sound = path.read_bytes()
+    path.write_bytes(sound + bytes(512))
+    assert len(scan([path])[0]) == 2
+    path.write_bytes(sound + bytes(40 * 2**20))
+    begin = time.process_time()
+    _, rejected = scan([path])
+    assert "bytes follow zeros where an element should begin" in rejected["reason"].iloc[0]
+    assert time.process_time() - begin < 0.5

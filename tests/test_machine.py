@@ -10,9 +10,10 @@ import time
 
 import filelock
 import pytest
-from conftest import PROGRAM
+import store_kit as kit
+from click.testing import CliRunner
+from conftest import PROGRAM, set_options
 
-from ichpipe.cache import maintenance
 from ichpipe.cache.location import StoreLocation
 from ichpipe.common.errors import DataError, ParamsError
 from ichpipe.common.files import decode_text, hold_lock
@@ -162,6 +163,23 @@ def test_files_follow_the_umask(tmp_path, mask, mode):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "table.json"]
 
 
+def test_tables_of_patients_are_as_private_as_the_umask_says(tmp_path, write_series):
+    for patient in range(4):
+        write_series(f"dicom/{patient}", [0.0, 5.0], series=f"1.2.{patient}", patient=f"P{patient}")
+    former = os.umask(0o077)
+    try:
+        settings = set_options(
+            f"prepare.dicom_dir={tmp_path / 'dicom'}", "prepare.labels=null", "prepare.dataset=folder"
+        )
+        done = CliRunner().invoke(cli, ["--artifacts", str(tmp_path / "artifacts"), *settings, "prepare"])
+    finally:
+        os.umask(former)
+    assert done.exit_code == 0, done.output
+    written = [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+    assert tmp_path / "artifacts" / "index" / "slices.parquet" in written
+    assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
+
+
 def test_files_of_others_in_the_output_folder_stay(tmp_path):
     others = [tmp_path / name for name in (".studies.csv.abc1de_3.tmp", ".tmp3Qx2Lm", "x.tmp", ".hidden")]
     for path in others:
@@ -171,20 +189,26 @@ def test_files_of_others_in_the_output_folder_stay(tmp_path):
     assert all(path.exists() for path in others)
 
 
-def test_repair_waits_for_a_writer(tmp_path):
-    location = StoreLocation(str(tmp_path / "store"))
-    location.local.mkdir()
-    (location.local / "g").mkdir()
-    (location.local / "g" / "part").write_text("x")
-    problem = maintenance.Problem("g", "part", "", None, "damaged", [])
-    thread = threading.Thread(target=maintenance.repair, args=(location, [problem]))
-    with location.writing():
+@pytest.mark.parametrize("finished", [False, True])
+def test_repair_waits_for_a_writer(tmp_path, client, finished):
+    """It judges what the writer leaves: a chunk that was missing before may be there."""
+    store = tmp_path / "store"
+    kit.write(store, kit.Slices(), client)
+    chunk = kit.chunk_files(store)[0]
+    content = chunk.read_bytes()
+    kit.replace(chunk, content[:-1])
+    results, command = [], ["cache", "verify", str(store), "--repair"]
+    thread = threading.Thread(target=lambda: results.append(CliRunner().invoke(cli, command)))
+    with StoreLocation(str(store)).writing():
         thread.start()
-        thread.join(1.0)
+        thread.join(2.0)
         assert thread.is_alive()
-        assert (location.local / "g" / "part").exists()
+        assert chunk.exists()
+        if finished:
+            kit.replace(chunk, content)
     thread.join(30.0)
-    assert not (location.local / "g" / "part").exists()
+    assert results[0].exit_code == (0 if finished else 1), results[0].output
+    assert chunk.exists() == finished
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """Every file becomes a slice or a line in rejected.csv, and every patient stands in a table or a warning."""
 
+import bz2
+import gzip
 import logging
+import lzma
 import os
+import re
 import time
 import warnings
 import zipfile
@@ -14,16 +18,21 @@ from conftest import ct_dataset, save_dicom
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from ichpipe.common.errors import DataError
+from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom.archive import list_files
 from ichpipe.dicom.elements import MAX_TEXT
+from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.series_description import marks_of, names_agent
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.label_tables import join, read_labels
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import has_absurd_values, select_series
+from ichpipe.index.volume import read_series
+from ichpipe.inference.findings import format_nothing_left
+from ichpipe.inference.inputs import collect_inputs
 from ichpipe.params.schema import PrepareParams
-from ichpipe.scoring.score_studies import read_studies
+from ichpipe.scoring.score_studies import read_studies, score_studies
 from ichpipe.stages import prepare
 
 SELECTION = PrepareParams().selection
@@ -131,6 +140,11 @@ def test_a_series_uid_per_slice_is_said_with_the_remedy(tmp_path, caplog):
     ("tags", "expected"),
     [
         ({"AcquisitionNumber": lambda row: 1 + row // 6}, False),  # side by side
+        ({"InstanceNumber": lambda row: 1 + row % 6}, False),  # two slabs, each numbered from 1
+        ({"ImagePositionPatient": "again", "InstanceNumber": lambda row: 1 + row % 6}, True),
+        ({"ImagePositionPatient": "again", "InstanceNumber": lambda row: row if row < 6 else 20 - row}, True),  # back
+        ({"AcquisitionNumber": lambda row: row % 4}, True),  # interleaved
+        ({"InstanceNumber": lambda row: (7 * row) % 12}, False),  # in no order
         ({"AcquisitionNumber": lambda row: 1 + row // 6, "ImagePositionPatient": "again"}, True),
         ({"AcquisitionNumber": lambda row: row}, False),  # one each
         ({"ImagePositionPatient": "again"}, True),  # InstanceNumber alone
@@ -183,7 +197,12 @@ def test_a_text_of_64_000_characters_costs_no_time(write_ct, keyword, unit):
     "text",
     ["", "-", ".", "NIL", "NA", "n.a.", "(none)", "UNENHANCED", "NON CONTRAST", "NO IV CONTRAST", "NO CONTRAST GIVEN",
      "UNKNOWN", "KEINE", "kein KM", "SANS", "Without IV", "0 ml", "0.0 ml", "PLAIN", "FALSE", "W/O",
-     "IV CONTRAST NOT GIVEN"],
+     "IV CONTRAST NOT GIVEN", "sin contraste", "SIN CONTRASTE IV", "s/c", "S/ contraste", "SC",
+     "nativ", "natif", "C-",
+     "-C", "IV (-)", "pre", "PRE CONTRAST", "sans produit de contraste", "senza mezzo di contrasto", "senza mdc",
+     "No CM", "zonder contrast", "geen", "utan kontrast", "bez kontrastu", "ingen kontrast", "без контраста",
+     "造影剤なし", "无", "조영제 없음", "NONE\\NONE", "None/None", "Not Specified", "not administered", "W/OUT",
+     "0 ml Omnipaque", "0", "null"],
 )  # fmt: skip
 def test_texts_that_name_no_agent(text):
     assert not names_agent(text)
@@ -192,7 +211,8 @@ def test_texts_that_name_no_agent(text):
 @pytest.mark.parametrize(
     "text",
     ["OMNIPAQUE 300", "IV", "100 ml Ultravist", "ORAL", "Iopamidol", "NONIONIC", "NON IONIC CONTRAST", "Niopam", "YES",
-     "CONTRAST", "I.V.", "mit KM", "100CC", "50", "Y"],
+     "CONTRAST", "I.V.", "mit KM", "100CC", "50", "Y", "造影剤", "Омнипак 300", "Ультравист", "0.5 ml/kg Iohexol",
+     "con contraste", "avec injection", "PRE AND POST", "C+", "s/c 100 ml Omnipaque", "KM iv"],
 )  # fmt: skip
 def test_texts_that_name_an_agent(text):
     assert names_agent(text)
@@ -223,7 +243,13 @@ def test_headings_match_whatever_their_case(tmp_path, name):
     assert labels.report["classes_without_column"] == absent
 
 
-@pytest.mark.parametrize("heading", ["subdura", "subdurall", "sub_durel", "SDH", "subdural_"])
+@pytest.mark.parametrize(
+    "heading",
+    [
+        *("subdura", "subdurall", "sub_durel", "subdurals", "SDH", "sdh", "SDH_label", "subdural_label"),
+        *("Subdural Hemorrhage", "has subdural", "subdural_"),
+    ],
+)
 def test_a_near_miss_names_the_column(tmp_path, heading):
     path = tmp_path / "labels.csv"
     path.write_text(f"study_uid,any,{heading}\n1.2,1,1\n")
@@ -231,6 +257,40 @@ def test_a_near_miss_names_the_column(tmp_path, heading):
         assert read_labels("folder", path).values["subdural"].tolist() == [1.0]
         return
     with pytest.raises(DataError, match=f"has a column '?{heading}'?.*rename it '?subdural"):
+        read_labels("folder", path)
+
+
+@pytest.mark.parametrize("heading", ["ICH", "ich", "any_ich", "Any bleed", "Hemorrhage", "p_any"])
+def test_a_near_miss_of_any_names_the_column(tmp_path, heading):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"study_uid,{heading},subdural\n1.2,1,1\n")
+    with pytest.raises(DataError, match=f"has a column '{heading}': rename it 'any'"):
+        read_labels("folder", path)
+
+
+def test_columns_that_are_not_used_are_said(tmp_path, caplog):
+    write_head(tmp_path / "dicom")
+    (tmp_path / "labels.csv").write_text("study_uid,any,no_sdh,company,\n1.2.3,1,0,x,\n")
+    params = PrepareParams(dataset="folder", dicom_dir=str(tmp_path / "dicom"), labels=str(tmp_path / "labels.csv"))
+    prepare.run(params, tmp_path / "index")
+    assert "these labels are unknown; columns not used: no_sdh, company" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("study_uid;any\n1.2;0,5\n", "is separated by semicolons"),
+        ("study_uid|any\n1.2|1\n", "is separated by semicolons, tabs or |"),
+        ("sep=,\nstudy_uid,any\n1.2,1\n", "begins with 'sep='; delete this line"),
+        ("sep=;\nstudy_uid;any\n1.2;1\n", "begins with 'sep=;'; delete this line"),
+        ("Labels of 2020,,\nstudy_uid,any,subdural\n1.2,1,1\n", "its columns: Labels of 2020$"),
+        (bz2.compress(b"study_uid,any\n1.2,1\n"), "is compressed, not by gzip; unpack it"),
+    ],
+)
+def test_other_forms_of_a_table_are_named(tmp_path, text, complaint):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=re.escape(complaint).replace(r"\$", "$")):
         read_labels("folder", path)
 
 
@@ -257,7 +317,18 @@ def test_headings_of_predictions_match_too(tmp_path):
         (["1016", "1017"], ["1016.0", "1017"], "'1016' is '1016.0' there"),
         (["AB1", "1017"], ["ab1", "1017"], "'AB1' is 'ab1' there"),
         (["00", "7"], ["0", "7"], "'00' is '0' there"),
+        (["P001", "7"], ["P1", "7"], "'P001' is 'P1' there"),
+        (["P 1", "7"], ["P-1", "7"], "'P 1' is 'P-1' there"),
+        (["ID_a1", "7"], ["a1", "7"], "'ID_a1' is 'a1' there"),
+        (["a1", "7"], ["ID_a1", "7"], "'a1' is 'ID_a1' there"),
+        (["1.2.3", "7"], ["1.2.3.dcm", "7"], "'1.2.3' is '1.2.3.dcm' there"),
+        (["20190012345678901", "7"], ["2.01900123456789E+16", "7"], "is '2.01900123456789E+16' there"),
+        (["20190012345678901", "7"], ["20190012345678900", "7"], "is '20190012345678900' there"),
+        (["20190012345678901", "7"], ["2.019E+16", "7"], "'2.019E+16', a number that a spreadsheet has rounded"),
+        (["M\u00fc", "7"], ["Mu\u0308", "7"], "is 'Mu\u0308' there"),
         (["A", "7"], ["B", "7"], ""),
+        (["1.2.30", "7"], ["1.2.3", "7"], ""),
+        (["1.2.3", "7"], ["12.3", "7"], ""),
     ],
 )
 def test_identifiers_in_another_spelling_are_named(tmp_path, images, rows, pairs):
@@ -268,3 +339,100 @@ def test_identifiers_in_another_spelling_are_named(tmp_path, images, rows, pairs
     assert counts["studies_without_label"] == 1
     assert pairs in counts.get("labels_likely_cause", "")
     assert bool(pairs) == ("labels_likely_cause" in counts)
+
+
+def test_files_that_only_the_listing_refuses_stop_no_command(tmp_path):
+    write_head(tmp_path / "in")
+    (tmp_path / "in" / "gone.dcm").symlink_to("nowhere")
+    index, rejected = prepared(tmp_path / "in", tmp_path / "out")
+    assert (len(index), len(rejected)) == (12, 1)
+    assert len(read_series(tmp_path / "in")) == 12
+
+
+def test_links_in_a_circle_cost_only_themselves(tmp_path):
+    write_head(tmp_path / "in")
+    for one, other in ("ab", "ba"):
+        (tmp_path / "in" / one).symlink_to(tmp_path / "in" / other)
+    slices, rejected = scan([tmp_path / "in"])
+    assert len(slices) == 12
+    assert [path.rpartition("/")[2] for path in rejected["path"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("prefix", ["./", "../", "/", "a//", "a/./", "x.zip/"])
+def test_members_are_read_whatever_their_folder_is_called(tmp_path, prefix):
+    write_head(tmp_path / "source")
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in" / "a.zip", "w") as archive:
+        for path in (tmp_path / "source").iterdir():
+            archive.writestr(zipfile.ZipInfo(prefix + path.name), path.read_bytes())
+    slices, rejected = scan([tmp_path / "in"])
+    assert (len(slices), len(rejected)) == (12, 0)
+    assert (read_hu(slices["path"].iloc[0]) < 200).all()
+
+
+CONTAINERS = {
+    "gzip": gzip.compress(b"x" * 200),
+    "bzip2": bz2.compress(b"x" * 200),
+    "xz": lzma.compress(b"x" * 200),
+    "zip": b"PK\x03\x04" + bytes(200),
+    "tar": bytes(257) + b"ustar" + bytes(250),
+    "7z": b"7z\xbc\xaf\x27\x1c" + bytes(200),
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "git-annex": b"/annex/objects/SHA256E-s12345--abcd.dcm\n",
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_and_pointers_are_named_with_the_remedy(tmp_path, name):
+    (tmp_path / "a.dcm").write_bytes(CONTAINERS[name])
+    with pytest.raises(UnreadableDicomError, match=f"not a DICOM file but a.* {name}.*; (unpack it|fetch the file)"):
+        read_header(tmp_path / "a.dcm")
+
+
+def test_series_of_few_slices_are_said_with_the_remedy(tmp_path, caplog):
+    write_head(tmp_path / "in", SeriesInstanceUID=lambda row: f"1.2.3.1.{row // 2}")
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert "6 series of 3 slices or fewer each: give them one SeriesInstanceUID" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "alike"), [(("abc", "ABC"), True), (("AB 1", "AB1"), True), (("AB1", "AB2"), False), (("A", "A "), False)]
+)
+def test_patients_that_differ_in_case_or_spaces_are_named(tmp_path, caplog, names, alike):
+    for number, name in enumerate(names):
+        write_head(tmp_path / "in", patient=name, study=f"1.2.{number}", series=f"1.2.{number}.1")
+    with caplog.at_level("WARNING"):
+        prepared(tmp_path / "in", tmp_path / "out")
+    assert ("differ only in case or spaces, the first: " + " and ".join(map(repr, names)) in caplog.text) == alike
+
+
+@pytest.mark.parametrize(
+    ("tags", "helps"),
+    [
+        ({"Modality": "MR"}, True),
+        ({"BodyPartExamined": "CHEST"}, True),
+        ({"PatientID": lambda row: f"P{row % 2}"}, False),
+        ({"RescaleSlope": 0}, False),
+        ({"NumberOfFrames": 2}, False),
+    ],
+)
+def test_force_is_offered_only_where_it_helps(tmp_path, tags, helps):
+    write_head(tmp_path, **tags)
+    found = collect_inputs([tmp_path], SELECTION)
+    text = format_nothing_left(found.refused, found.rejected, len(found.rejected), "see there")
+    assert ("--force" in text) == helps
+    assert bool(len(collect_inputs([tmp_path], SELECTION, force=True).slices)) == helps
+
+
+def test_scores_of_studies_name_identifiers_in_another_spelling(tmp_path):
+    names = ",".join(CLASSES)
+    (tmp_path / "studies.csv").write_text(f"patient_id,{names}\n0014,.1,.1,.1,.1,.1,.1\n9,.1,.1,.1,.1,.1,.1\n")
+    (tmp_path / "labels.csv").write_text("patient_id,any\n14,1\n9,0\n")
+    labels = read_labels("folder", tmp_path / "labels.csv")
+    settings = {"bootstrap_samples": 10, "confidence": 0.95, "seed": 0}
+    result = score_studies(tmp_path / "studies.csv", labels, **settings)
+    assert "'0014' is '14' there" in result["predictions"]["likely_cause"]
+    (tmp_path / "labels.csv").write_text("patient_id,any\n14,1\n")
+    with pytest.raises(DataError, match="'0014' is '14' there"):
+        score_studies(tmp_path / "studies.csv", read_labels("folder", tmp_path / "labels.csv"), **settings)

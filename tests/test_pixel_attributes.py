@@ -138,6 +138,10 @@ def test_a_table_of_values_is_refused(write_ct):
         ({"PixelAspectRatio": [2, 1]}, (16, 8)),
         ({"PixelSpacing": [1, 1], "PixelAspectRatio": [2, 1]}, (8, 8)),
         ({"PixelSpacing": [0, 1]}, (8, 8)),
+        ({"PixelSpacing": [-1, 2]}, (8, 8)),
+        ({"ImagerPixelSpacing": [2, 1]}, (16, 8)),
+        ({"NominalScannedPixelSpacing": [1, 2]}, (8, 16)),
+        ({"PixelSpacing": [1, 1], "ImagerPixelSpacing": [2, 1]}, (8, 8)),
         ({}, (8, 8)),
     ],
 )
@@ -148,6 +152,13 @@ def test_pixels_become_square(write_ct, tags, shape):
     assert square.shape == shape
     assert (square.min(), square.max()) == (0, 77)
     assert abs(square.mean() - ramp.mean()) < 0.6
+
+
+@pytest.mark.parametrize("keyword", ["FloatPixelData", "DoubleFloatPixelData"])
+def test_floating_point_pixels_are_refused_by_name(write_ct, keyword):
+    path = write_ct(PixelData=None, **{keyword: bytes(192)})
+    with pytest.raises(UnreadableDicomError, match=r"floating-point numbers \(7FE0,0008.*export"):
+        read_header(path)
 
 
 def relabel(path, syntax):

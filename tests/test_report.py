@@ -266,6 +266,18 @@ def calibrate_model(made, method, maps):
     write_calibration(folder, Calibration(method=method, model_sha256=model_mark(folder), **{method: maps}))
 
 
+def test_an_arm_may_be_named_like_a_comparison(branch):
+    path = branch.artifacts / "metrics" / "evaluate.json"
+    metrics = json.loads(path.read_text())
+    metrics["sequence"]["wide against narrow"] = metrics["sequence"].pop("paper")
+    pair = metrics["paired"].pop("finetuned against sequence-paper")
+    metrics["paired"] = {"finetuned against sequence-wide against narrow": pair, **metrics["paired"]}
+    path.write_text(json.dumps(metrics))
+    text = Reader(report_again(branch)).text
+    for other in ("slice CNN", "sequence, wide against narrow"):
+        assert text.count(f"Gain of fine-tuned over {other} in weighted log loss:") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "maps", "said"),

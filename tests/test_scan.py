@@ -1,5 +1,6 @@
 """Files to ordered slices, and the reason for every one that is left out."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,20 @@ def test_workers_do_not_change_the_result(tmp_path, write_series, monkeypatch):
     assert_same(alone, scan_folder(tmp_path, 2))
     monkeypatch.setattr(scan, "PROCESSES_FROM", 2)
     assert_same(alone, scan_folder(tmp_path, 2))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_of_the_caller_is_left_alone(tmp_path, write_series, monkeypatch, enabled):
+    write_series("a", [1, 2, 3])
+    seen, read = [], scan.read_header
+    monkeypatch.setattr(scan, "read_header", lambda *path, **how: seen.append(gc.isenabled()) or read(*path, **how))
+    if not enabled:
+        gc.disable()
+    try:
+        assert len(scan_folder(tmp_path)[0]) == 3
+        assert [*seen, gc.isenabled()] == [enabled] * 4
+    finally:
+        gc.enable()
 
 
 def kill_at_the_second_chunk(files):

@@ -26,7 +26,9 @@ def test_nothing_but_the_vocabulary_leaves(texts):
         "CT PRE CONTRAST 5MM STD",
         "unenhanced", "1A TRAUMA/PLAIN HEAD DM /Head", "sans contraste", "Cerebro sin contraste", "ohne KM", "Nativ",
         "5 MM PRE CONTRAST-2", "NON CE", "W/O CE", "w/o iv contrast", "no contrast", "non contrasted", "(C-)", "(-C)",
-        "HEAD WO", "NON_CONTRAST", "5/5mm Plain",
+        "HEAD WO", "NON_CONTRAST", "5/5mm Plain", "CRANEO SIN CONTRASTE IV", "CRANIO SENZA MDC",
+        "Hersenen zonder contrast", "HERSENEN BLANCO", "bez kontrastu", "ohne Kontrastmittel", "s/ contraste",
+        "sans produit de contraste", "W/OUT CONTRAST", "crâne sans IV",
     ],
 )  # fmt: skip
 def test_a_denied_contrast_is_plain(text):
@@ -38,7 +40,9 @@ def test_a_denied_contrast_is_plain(text):
     "text",
     ["CT POST CONTRAST", "CT 4cc sec 150cc D3D on-2", "HEAD +C", "CT HEAD WITH CONTRAST", "C+ axial", "CECT", "e+1",
      "CT 55mm Contrast", "HEAD W CON", "HEAD W", "arterial phase", "CT ORAL IV", "CE HEAD", "w/ contrast", "mit KM",
-     "POST CONTRAST-2", "postcontrast", "W/IV", "AX (C+)", "HEAD+C"],
+     "POST CONTRAST-2", "postcontrast", "W/IV", "AX (C+)", "HEAD+C",
+     "CRANIO CON MDC", "con CIV", "CRANE AVEC PDC",
+     "après injection", "Kopf KM"],
 )  # fmt: skip
 def test_contrast(text):
     assert "contrast" in marks_of(text).split()

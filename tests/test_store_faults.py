@@ -79,7 +79,7 @@ def test_verify_names_the_studies_of_a_flipped_bit_and_repair_costs_one_chunk(st
     assert problem.studies == ["2.7"]
     with pytest.raises(StoreError, match=r"study 2\.7; run: ichpipe cache verify --repair"):
         EmbeddingStore(store).series("1.7")
-    maintenance.repair(StoreLocation(store), [problem])
+    assert maintenance.repair(StoreLocation(store)) == [problem]
     journal = tmp_path / "computed"
     kit.write(store, SLICES, client, make=kit.maker(journal))
     assert kit.computed(journal) == [f"1.7.{row}" for row in range(4)]

@@ -86,7 +86,7 @@ def test_damage_is_refused_named_found_and_mended(address, client, tmp_path):
         EmbeddingStore(address).series("1.2")
     (problem,) = maintenance.verify(place)
     assert problem.studies == ["2.2"]
-    maintenance.repair(place, [problem])
+    assert maintenance.repair(place) == [problem]
     with pytest.raises(StoreError, match=r"is missing.*study 2\.2"):
         EmbeddingStore(address).series("1.2")
     journal = tmp_path / "computed"

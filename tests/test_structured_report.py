@@ -235,6 +235,10 @@ def test_predict_says_for_which_study_there_is_no_report(run, index, tmp_path):
         ("ISO IR 192", "Wang^XiaoDong=王^小東"),
         ("", "Smith^Ann"),
         ("ISO_IR 100\\ISO_IR 192", "Smith^Ann"),
+        ("ISO 2022 IR 100", "Müller^Jörg"),
+        ("ISO 2022 IR 6", "Smith^Ann"),
+        ("ISO 2022 IR 87", "Yamada^Tarou"),
+        ("GBK", "Wang^XiaoDong=王^小东"),
     ],
 )
 def test_a_name_survives_in_any_character_set(write_ct, tmp_path, stated, name):
@@ -250,3 +254,33 @@ def test_a_name_survives_in_any_character_set(write_ct, tmp_path, stated, name):
     write_report(target, make_report(sources, dict.fromkeys(CLASSES, 0.5), where, provenance))
     with quiet_pydicom():
         assert str(pydicom.dcmread(target).PatientName) == name
+
+
+@pytest.mark.parametrize(
+    ("keyword", "text"),
+    [
+        ("PatientName", b"Zhang^X=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1"),
+        ("StudyDate", b"2020-01-01"),
+        ("StudyDate", b"20209999"),
+        ("StudyDate", b"20200101\\20200102"),
+        ("StudyTime", b"noon"),
+        ("PatientBirthDate", b"unknown"),
+        ("PatientBirthDate", b"1e400"),
+        ("PatientSex", b"female"),
+    ],
+)
+def test_an_odd_value_costs_no_report(write_ct, tmp_path, keyword, text):
+    path = write_ct(SpecificCharacterSet=["", "ISO 2022 IR 58"])
+    dataset = pydicom.dcmread(path)
+    tag = pydicom.tag.Tag(keyword)
+    text += b" " * (len(text) % 2)
+    vr = pydicom.datadict.dictionary_VR(tag)
+    dataset._dict[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(text), text, 0, False, True)
+    dataset.save_as(path)
+    sources = read_source([str(path)])
+    uid = str(sources[0].SOPInstanceUID)
+    where = dict.fromkeys(CLASSES, Extent((uid,), 0.0, 0.0, uid))
+    provenance = Provenance("ab" * 32, "absent", (), 0.5, "max")
+    report = make_report(sources, dict.fromkeys(CLASSES, 0.5), where, provenance)
+    assert str(report[keyword].value or "") == ("Zhang^X=张^小" if keyword == "PatientName" else "")
+    assert report.PatientID == dataset.PatientID

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
+from ichpipe.index.scan import COPY
 from ichpipe.inference.kaggle_submission import ORDER, build_submission, read_sample
 from ichpipe.params.schema import EvaluateParams, SelectionParams
 from ichpipe.scoring.metrics import weighted_log_loss
@@ -70,6 +71,18 @@ def test_certainty_is_kept_within_what_nine_decimals_can_say():
     values = value_of(build_submission(slices, NOTHING)[0])
     ids = [f"ID_000000000_{name}" for name in ("any", "epidural", "subdural")]
     assert values[ids].tolist() == [1e-9, 1 - 1e-9, 1e-8]
+
+
+@pytest.mark.parametrize(("code", "is_missing"), [(COPY, False), ("", True)])
+@pytest.mark.parametrize("reason", ["duplicate: a copy of b.dcm", "read before"])
+def test_the_code_of_a_file_decides_and_not_the_wording(code, is_missing, reason):
+    """Of a copy the slice itself was read."""
+    rejected = pd.DataFrame({"path": ["a/ID_0123456ab.dcm"], "reason": [reason], "code": [code]})
+    if is_missing:
+        with pytest.raises(DataError, match="ID_0123456ab"):
+            build_submission(predictions(1), rejected)
+    else:
+        assert len(build_submission(predictions(1), rejected)[0]) == 6
 
 
 def test_a_slice_without_prediction_is_an_error_that_says_why(tmp_path):

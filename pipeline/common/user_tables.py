@@ -10,6 +10,7 @@ import codecs
 import csv as text_csv
 import difflib
 import gzip
+import re
 import zlib
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
+from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import require_file
 
@@ -34,8 +36,16 @@ _OTHER_FORMATS: Final = {
     **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, as some spreadsheets write it; save it as CSV UTF-8"),
     b"PK": "is a zip archive or a spreadsheet; unpack it, or save it as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "is a spreadsheet; save it as CSV UTF-8",
+    **dict.fromkeys((b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"), "is compressed, not by gzip; unpack it"),
 }
 NEAR: Final = 0.8  # likeness of two headings, from 0 to 1
+_SYNONYMS: Final = {
+    **{abbreviation.casefold(): name for name, abbreviation in ABBREVIATIONS.items()},
+    **dict.fromkeys(("hemorrhage", "haemorrhage", "bleed"), "any"),
+    "extradural": "epidural",
+    "intracerebral": "intraparenchymal",
+}
+_NEGATIONS: Final = frozenset({"no", "not", "non", "without"})
 _ERRORS: Final = (pa.ArrowException, OSError, EOFError, zlib.error, text_csv.Error)
 
 
@@ -118,7 +128,8 @@ def read_table(path: Path, role: str, keys: Iterable[str] = (), values: Iterable
     """Read a CSV or parquet file. Messages name it by ``role``.
 
     Headings match the names in ``keys`` and ``values`` whatever their case, spaces and underscores. A heading that
-    nearly matches an absent one of ``values`` is an error: its column would be lost.
+    nearly matches an absent one of ``values``, or holds it or its abbreviation, is an error: its column would be lost.
+    Columns without a heading are dropped.
     Raises MissingFileError without a file; DataError at another encoding or format, a row with too many or too few
     cells, two columns of one name, or no row.
     """
@@ -140,11 +151,12 @@ def read_table(path: Path, role: str, keys: Iterable[str] = (), values: Iterable
     exact = {*keys, *values} & set(content.column_names)
     renamed = [name if name in exact else known.get(_plain_name(name), name) for name in content.column_names]
     table = Table(path, role, content.rename_columns(renamed), is_csv)
-    absent = {_plain_name(name): name for name in values if name not in renamed}
-    for name in set(renamed) - {*keys, *values}:
-        if near := difflib.get_close_matches(_plain_name(name), absent, n=1, cutoff=NEAR):
+    absent = [name for name in values if name not in renamed]
+    for name in renamed:
+        if name not in {*keys, *values} and (meant := _find_near(name, absent)):
+            fault = f"lacks {meant}" if len(absent) < len(values) else f"has none of the columns {', '.join(values)}"
             raise table.error(
-                f"has a column {name!r}: rename it {absent[near[0]]!r}, or drop it if it is something else"
+                f"{fault}, and has a column {name!r}: rename it {meant!r}, or drop it if it is something else"
             )
     repeated = sorted({name for name in table.names if table.names.count(name) > 1})
     if repeated:
@@ -156,6 +168,18 @@ def read_table(path: Path, role: str, keys: Iterable[str] = (), values: Iterable
 
 def _plain_name(name: str) -> str:
     return "".join(filter(str.isalnum, name)).casefold()
+
+
+def _find_near(heading: str, names: list[str]) -> str | None:
+    """Return the name that a heading may mean: misspelt, abbreviated, or with other words, as ``SDH_label``."""
+    plain, words = _plain_name(heading), re.findall(r"[^\W\d_]+", heading.casefold())
+    if _NEGATIONS & set(words):
+        return None
+    for name in names:
+        short = ABBREVIATIONS.get(name, name).casefold()
+        if _SYNONYMS.get(plain) == name or {name, short} & set(words) or (len(name) > len(short) and name in plain):
+            return name
+    return next(iter(difflib.get_close_matches(plain, names, n=1, cutoff=NEAR)), None)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -173,6 +197,7 @@ def _open(path: Path) -> IO[bytes]:
 def _read_csv(path: Path, role: str) -> pa.Table:
     try:
         _require_utf8(path, role)
+        _require_commas(path, role)
         table = _parse(path)
     except _ERRORS as error:
         reason, wrong_rows = str(error), list[csv.InvalidRow]()
@@ -185,9 +210,21 @@ def _read_csv(path: Path, role: str) -> pa.Table:
             row = wrong_rows[0]
             reason = f"line {row.number} has {row.actual_columns} cells where the heading has {row.expected_columns}"
         raise DataError(f"{role} table {path} can't be read as CSV: {reason}") from error
-    if len(table.column_names) == 1 and {";", "\t"} & set(table.column_names[0]):
-        raise DataError(f"{role} table {path} is separated by semicolons or tabs; save it with commas")
-    return table.rename_columns([name.strip() for name in table.column_names])
+    table = table.rename_columns([name.strip() for name in table.column_names])
+    return table.select([number for number, name in enumerate(table.column_names) if name])
+
+
+def _require_commas(path: Path, role: str) -> None:
+    heading = _read_heading(path)
+    if heading[:1] and heading[0].casefold().startswith("sep="):
+        raise DataError(f"{role} table {path} begins with {heading[0]!r}; delete this line and save it with commas")
+    if len(heading) == 1 and {";", "\t", "|"} & set(heading[0]):
+        raise DataError(f"{role} table {path} is separated by semicolons, tabs or |; save it with commas")
+
+
+def _read_heading(path: Path) -> list[str]:
+    with TextIOWrapper(_open(path), encoding="utf-8-sig") as lines:
+        return next(text_csv.reader(lines), [])
 
 
 def _require_utf8(path: Path, role: str) -> None:
@@ -213,8 +250,7 @@ def _parse(path: Path, wrong_rows: list[csv.InvalidRow] | None = None) -> pa.Tab
         wrong_rows.append(row)
         return "skip"
 
-    with TextIOWrapper(_open(path), encoding="utf-8-sig") as heading:
-        types = dict.fromkeys(next(text_csv.reader(heading), []), pa.string())
+    types = dict.fromkeys(_read_heading(path), pa.string())
     with _open(path) as handle:
         return csv.read_csv(
             handle,

@@ -111,18 +111,26 @@ def _walk(folder: str, damaged: dict[str, str]) -> Iterator[ListedFile]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     subfolders.append(entry.path)
-                elif entry.is_file():
-                    yield from _list_file(entry.path, entry.stat(), damaged)
-                elif entry.is_dir():
-                    damaged[_slashes(entry.path)] = "a link to a folder, which is not followed; name the folder itself"
-                elif entry.is_symlink():
-                    damaged[_slashes(entry.path)] = "a link to a file that is not there; fetch the file (git annex get)"
-                else:
-                    damaged[_slashes(entry.path)] = "no regular file"
+                    continue
+                try:
+                    yield from _list_entry(entry, damaged)
+                except OSError as error:  # such as links that go round in a circle
+                    damaged[_slashes(entry.path)] = f"file can't be read: {_cause(error)}"
     except OSError as error:
         damaged[_slashes(folder)] = f"the folder can't be read ({_cause(error)}); allow it to be read"
     for path in subfolders:
         yield from _walk(path, damaged)
+
+
+def _list_entry(entry: os.DirEntry[str], damaged: dict[str, str]) -> Iterator[ListedFile]:
+    if entry.is_file():
+        yield from _list_file(entry.path, entry.stat(), damaged)
+    elif entry.is_dir():
+        damaged[_slashes(entry.path)] = "a link to a folder, which is not followed; name the folder itself"
+    elif entry.is_symlink():
+        damaged[_slashes(entry.path)] = "a link to a file that is not there; fetch the file (git annex get)"
+    else:
+        damaged[_slashes(entry.path)] = "no regular file"
 
 
 def _slashes(path: str) -> str:
@@ -161,7 +169,7 @@ def _list_members(archive: str, below: str, damaged: dict[str, str]) -> Iterator
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name not in {".", ".."}) or name == "__MACOSX"  # ./x is a plain member's name
 
 
 def _split(path: str) -> tuple[str, str] | None:

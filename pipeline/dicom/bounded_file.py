@@ -1,14 +1,27 @@
-"""Bytes of a file that a parser can read in a limited number of pieces."""
+"""Bounds what pydicom reads of an untrusted file: the number of pieces, zeros, character sets."""
 
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from pydicom.filereader import read_partial
+
+from ichpipe.common.errors import UnreadableDicomError
+
+if TYPE_CHECKING:
+    from pydicom.dataset import FileDataset
+    from pydicom.tag import BaseTag
 
 # Reads that parsing one file may take, two or three an element or item; a usual header takes a hundred. pydicom makes
 # an object of every item of every sequence: two megabytes of empty ones take seconds and 160 MB.
 MAX_PARTS: Final = 10_000
 _PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such pieces
+
+# Ten names of character sets take 160. pydicom looks each one up, at every text again: 64,000 bytes take seconds.
+MAX_CHARACTER_SET_BYTES: Final = 1024
+MAX_ZEROS: Final = 2**16  # some writers fill up a block
+_CHARACTER_SET: Final = 0x00080005
 
 
 class TooManyElementsError(ValueError):
@@ -28,3 +41,25 @@ class BoundedFile(BytesIO):
         if self.left < 0:
             raise TooManyElementsError
         return BytesIO.read(self, size)
+
+
+def parse_bounded(file: BoundedFile, kept_tags: list[BaseTag | int] | None = None) -> FileDataset:
+    """Parse a DICOM file, and keep the elements of ``kept_tags`` where they are given.
+
+    Zeros end the data set: they would be elements of group 0000, which no file may hold (PS3.10, 7.1). Raises
+    UnreadableDicomError for more than MAX_ZEROS bytes from there on, and for a SpecificCharacterSet (0008,0005) of more
+    than MAX_CHARACTER_SET_BYTES; for damage whatever pydicom raises.
+    """
+    dataset = read_partial(file, _stop, force=True, specific_tags=kept_tags)
+    if (rest := len(file.getbuffer()) - file.tell()) > MAX_ZEROS:
+        raise UnreadableDicomError(f"{rest} bytes follow zeros where an element should begin; export the image again")
+    return dataset
+
+
+def _stop(tag: BaseTag, _kind: str | None, length: int) -> bool:
+    if tag == _CHARACTER_SET and length > MAX_CHARACTER_SET_BYTES:
+        raise UnreadableDicomError(
+            f"SpecificCharacterSet (0008,0005) has {length} bytes, at most {MAX_CHARACTER_SET_BYTES} can be read; "
+            "export the image again"
+        )
+    return int(tag) == 0

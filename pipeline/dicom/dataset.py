@@ -8,11 +8,11 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pydicom.filereader import data_element_generator, read_partial
+from pydicom.filereader import data_element_generator
 from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.bounded_file import BoundedFile
+from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
@@ -42,14 +42,28 @@ _MIN_SLOPE, _MAX_SLOPE, _MAX_INTERCEPT = 1e-3, 1e3, 1e5
 _HOUNSFIELD_TYPES: Final = frozenset({"", "HU", "HU_MOD", "US"})  # (0028,1054); US: unspecified
 _GRAY: Final = frozenset({"", "MONOCHROME1", "MONOCHROME2"})  # (0028,0004); 1 turns the display round, not the HU
 OVERLAY_BIT_TAGS: Final = tuple((0x6000 + 2 * plane) << 16 | 0x0102 for plane in range(16))  # OverlayBitPosition
+_FLOATS: Final = ("FloatPixelData", "DoubleFloatPixelData")
 PIXEL_TAGS: Final = tags(
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "RescaleType",
-    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelSpacing", "PixelAspectRatio", "ModalityLUTSequence",
-    "PixelDataProviderURL", "PixelData",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing", "ModalityLUTSequence", "PixelDataProviderURL", "PixelData", *_FLOATS,
 ) + list(OVERLAY_BIT_TAGS)  # fmt: skip
 # Group 0002 or 0008, little-endian, or 0008 big-endian: how a file without the DICM prefix must begin.
 _FIRST_GROUPS: Final = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+# How files begin that hold or stand for DICOM files: bytes, their offset, and what to do.
+_OTHER_FILES: Final = (
+    (b"PK\x03\x04", 0, "a zip archive; unpack it, or rename it to .zip if it lies in no other"),
+    (b"\x1f\x8b", 0, "a gzip file; unpack it"),
+    (b"BZh", 0, "a bzip2 file; unpack it"),
+    (b"\xfd7zXZ\0", 0, "an xz file; unpack it"),
+    (b"\x28\xb5\x2f\xfd", 0, "a zstd file; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive; unpack it"),
+    (b"Rar!", 0, "a rar archive; unpack it"),
+    (b"ustar", 257, "a tar archive; unpack it"),
+    (b"version https://git-lfs", 0, "a pointer of Git LFS; fetch the file: git lfs pull"),
+    (b"/annex/objects/", 0, "a pointer of git-annex; fetch the file: git annex get"),
+)
 _SYNTAX_TAG: Final = 0x00020010
 SQUARE_WITHIN: Final = 0.01  # pixels whose sides differ by less count as square
 _EXPORT_AGAIN: Final = "export the image again as Explicit VR Little Endian (1.2.840.10008.1.2.1)"
@@ -69,11 +83,11 @@ class PixelFacts(NamedTuple):
     signed: bool  # (0028,0103)
     slope: float  # (0028,1053), HU per stored unit
     intercept: float  # (0028,1052), HU
-    padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value, as stored
+    padding: tuple[int, int] | None  # (0028,0120) and (0028,0121): first and last padding value
     transfer_syntax: str  # (0002,0010)
     high_bit: int = 0  # (0028,0102)
     overlay: bool = False  # (60xx,0102): bits above the pixel's own hold an overlay
-    aspect: float = 1.0  # distance of rows / distance of columns, (0028,0030) or (0028,0034)
+    aspect: float = 1.0  # distance of rows / distance of columns, (0028,0030), (0028,0034), (0018,1164), (0018,2010)
 
     @property
     def compressed(self) -> bool:
@@ -93,7 +107,7 @@ class PixelFacts(NamedTuple):
     @property
     def claim(self) -> Claim:
         """What a compressed stream must agree with."""
-        return Claim(self.rows, self.columns, self.bits_allocated, self.signed)
+        return Claim(self.rows, self.columns, self.bits_allocated, self.signed, self.bits_stored)
 
     @property
     def stored_type(self) -> str:
@@ -144,10 +158,12 @@ def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
     if not data:
         raise UnreadableDicomError("file is empty")
     if data[128:132] != b"DICM" and data[:2] not in _FIRST_GROUPS:
-        raise UnreadableDicomError("not a DICOM file: no DICM prefix and no DICOM element at its start")
+        no_dicom = ": no DICM prefix and no DICOM element at its start"
+        kind = next((f" but {words}" for mark, at, words in _OTHER_FILES if data.startswith(mark, at)), no_dicom)
+        raise UnreadableDicomError(f"not a DICOM file{kind}")
     try:
         inflated = _inflated(data)
-        dataset = read_partial(BoundedFile(inflated or data), force=True, specific_tags=kept_tags)  # a bare dcmread
+        dataset = parse_bounded(BoundedFile(inflated or data), kept_tags)
         if inflated:
             dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
     except UnreadableDicomError:
@@ -206,6 +222,11 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
             "ModalityLUTSequence (0028,3000) maps stored values by a table, which is not supported; export the image "
             "with RescaleSlope and RescaleIntercept"
         )
+    if any(map(elements.has, _FLOATS)):
+        raise UnreadableDicomError(
+            "pixels are floating-point numbers (7FE0,0008 or 7FE0,0009), which is not supported; export the image with "
+            "whole numbers in PixelData (7FE0,0010)"
+        )
     allocated = elements.required_whole("BitsAllocated")
     stored = elements.whole("BitsStored") or allocated
     if allocated not in {8, 16, 32} or not 1 <= stored <= allocated:
@@ -218,7 +239,7 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
         times = max(aspect, 1 / aspect)
         raise UnreadableDicomError(f"pixels {times:.3g} times as long as wide; PixelSpacing (0028,0030)")
     slope, intercept = _rescale(elements)
-    padding = _padding(elements, allocated, signed=signed)
+    padding = _padding(elements, allocated, stored, signed=signed)
     return PixelFacts(
         rows,
         columns,
@@ -236,8 +257,8 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
 
 
 def _aspect(elements: Elements) -> float:
-    """Return how much farther rows are apart than columns; 1 where neither tag is a pair of positive numbers."""
-    for keyword in ("PixelSpacing", "PixelAspectRatio"):
+    """Return how much farther rows are apart than columns; 1 where no tag is a pair of positive numbers."""
+    for keyword in ("PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         try:
             down, across = elements.floats(keyword, 2)
         except UnreadableDicomError:
@@ -303,7 +324,8 @@ def _rescale(elements: Elements) -> tuple[float, float]:
     return slope, intercept
 
 
-def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] | None:
+def _padding(elements: Elements, bits: int, stored: int, *, signed: bool) -> tuple[int, int] | None:
+    """Return the first and the last padding value, with the sign of the pixels (PS3.3 C.7.5.1.1.2)."""
     first = elements.whole("PixelPaddingValue")
     if first is None:
         return None
@@ -314,6 +336,8 @@ def _padding(elements: Elements, bits: int, *, signed: bool) -> tuple[int, int] 
     values = [value & ((1 << bits) - 1) for value in ends]
     if signed:  # 63536 beside signed 16-bit pixels means -2000
         values = [value - (1 << bits) if value >> (bits - 1) else value for value in values]
+        if min(values) >= 1 << (stored - 1) and max(values) < 1 << stored:  # without the leading ones
+            values = [value - (1 << stored) for value in values]
     return min(values), max(values)
 
 

@@ -152,6 +152,11 @@ class Elements:
 
     def _convert(self, keyword: str) -> str:
         """Let pydicom decode what is not plain ASCII: (0008,0005) names its character set."""
+        if (length := len(self.value_bytes(keyword))) > MAX_TEXT:  # an escape sequence each three bytes takes a second
+            raise UnreadableDicomError(
+                f"{keyword} is not plain ASCII and has {length} bytes, at most {MAX_TEXT} can be read; "
+                "export the image again"
+            )
         try:
             value = self._dataset.get(keyword)
         except Exception as error:  # a damaged element; its text may quote the value, so it is not repeated

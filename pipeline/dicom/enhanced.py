@@ -13,7 +13,6 @@ from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
-from pydicom import dcmread
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
@@ -22,7 +21,8 @@ from pydicom.uid import CTImageStorage
 
 from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 from ichpipe.dicom.archive import read_file, stamp_of
-from ichpipe.dicom.bounded_file import BoundedFile
+from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
+from ichpipe.dicom.elements import Elements
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ def list_frames(path: str) -> list[str]:
 
 def _list_frames(path: str) -> list[str]:
     dataset = _read_once(path, stamp_of(path))
-    if dataset is None or str(dataset.get("SOPClassUID", "")) not in ENHANCED_CT:
+    if dataset is None or Elements(dataset).text("SOPClassUID") not in ENHANCED_CT:
         return []
-    count, groups = int(dataset.get("NumberOfFrames") or 1), dataset.get("PerFrameFunctionalGroupsSequence") or []
+    count = Elements(dataset).whole("NumberOfFrames") or 1
+    groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
     if len(groups) != count or not 1 <= count <= MAX_FRAMES:
         raise UnreadableDicomError(
             f"enhanced CT with {count} frames and functional groups (5200,9230) for {len(groups)}; export it again"
@@ -98,7 +99,9 @@ def _read_once(path: str, _stamp: tuple[int, int]) -> FileDataset | None:
     try:
         file = BoundedFile(data)
         file.left += min(len(data) // 32, MAX_READS)
-        return dcmread(file, force=True)
+        return parse_bounded(file)
+    except UnreadableDicomError:
+        raise
     except Exception as error:  # hostile bytes make the parser raise almost anything, and its text may quote a value
         raise UnreadableDicomError(f"can't be parsed as DICOM ({type(error).__name__})") from None
 
@@ -120,9 +123,13 @@ def _extract_frame(path: str, number: int) -> bytes:
 def _build_slice(source: FileDataset | None, number: int) -> Dataset:
     if source is None:
         raise UnreadableDicomError("no enhanced CT, so it has no frames")
-    count = int(source.get("NumberOfFrames") or 1)
+    elements = Elements(source)
+    count = elements.whole("NumberOfFrames") or 1
     slice_ = Dataset()
     slice_.file_meta = copy(source.file_meta)
+    # Raw values are then written as they are: converting a text of 64,000 escape sequences takes a second.
+    is_implicit, is_little = source.original_encoding
+    slice_.set_original_encoding(is_implicit, is_little, source.original_character_set)
     shared, own = source.get("SharedFunctionalGroupsSequence") or [], source.PerFrameFunctionalGroupsSequence
     groups = [*(shared[0] if shared else ()), *own[number - 1]]
     regions = list[Dataset]()
@@ -135,7 +142,7 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
                 slice_[tag] = deepcopy(element)  # assigning to an attribute would change the shared element
     _replace(slice_, SOPClassUID=CTImageStorage, InstanceNumber=number)
     if count > 1:
-        _replace(slice_, SOPInstanceUID=f"{source.SOPInstanceUID}.{number}")
+        _replace(slice_, SOPInstanceUID=f"{elements.required_text('SOPInstanceUID')}.{number}")
     _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
     pixels = source.get("PixelData")
     if pixels and source.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -154,13 +161,15 @@ def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Da
     """Write coded terms into the elements that a classic slice has for them."""
     if "FrameAcquisitionNumber" in slice_:
         _replace(slice_, AcquisitionNumber=slice_.FrameAcquisitionNumber)
+    if slice_.get("FrameType"):  # (0008,9007): one file may hold localizers too
+        _replace(slice_, ImageType=slice_.FrameType)
     if regions and not slice_.get("BodyPartExamined"):
-        _replace(slice_, BodyPartExamined=str(regions[0].get("CodeMeaning", ""))[:16].upper())
+        _replace(slice_, BodyPartExamined=Elements(regions[0]).text("CodeMeaning")[:16].upper())
     if agents and str(slice_.get("ContrastBolusAgentAdministered", "YES")) == "YES":
-        _replace(slice_, ContrastBolusAgent=str(agents[0].get("CodeMeaning", "YES"))[:64])
+        _replace(slice_, ContrastBolusAgent=(Elements(agents[0]).text("CodeMeaning") or "YES")[:64])
 
 
-def _replace(slice_: Dataset, **values: str | int) -> None:
+def _replace(slice_: Dataset, **values: str | int | Sequence[str]) -> None:
     """Set elements without converting the values that they had."""
     for keyword, value in values.items():
         slice_.pop(Tag(keyword), None)

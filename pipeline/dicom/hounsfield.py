@@ -95,7 +95,7 @@ def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.i
     -1024. PhotometricInterpretation MONOCHROME1 turns the display round, not the HU (C.7.6.3.1.2).
     Raises UnreadableDicomError where it is open which bits hold the pixel.
     """
-    values = _own_bits(stored, facts)
+    values = numbers = _own_bits(stored, facts)
     # Some RSNA 2019 files store HU in 12 unsigned bits without an offset: numbers from 3096 on are HU below 0.
     wraps = facts.bits_stored == 12 and not facts.signed and facts.slope == 1 and abs(facts.intercept) <= 1
     if wraps:
@@ -106,7 +106,9 @@ def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.i
         low, high = facts.padding
         # Most padding values end below -1024 HU anyway; bits that are dropped may change them.
         if wraps or values is not stored or facts.slope <= 0 or high * facts.slope + facts.intercept > MIN_HU:
-            hu[(stored >= low) & (stored <= high)] = MIN_HU
+            if not facts.signed and low >> facts.bits_stored:  # no pixel of these bits: it was written whole
+                numbers = stored
+            hu[(numbers >= low) & (numbers <= high)] = MIN_HU
     return hu
 
 

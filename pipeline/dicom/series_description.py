@@ -14,31 +14,46 @@ from typing import Final
 PLAIN: Final = "plain"
 CONTRAST: Final = "contrast"
 
-_AGENT: Final = r"(?:CONTRAST\w*|CON|CE|C|DYE|ENH\w*|INJ\w*|IV|KM|ORAL)\b(?![- ]*SP)"  # a C-spine is no agent
-_WITHOUT: Final = r"(?:W[/ ]?O|WITHOUT)"
+_AGENT: Final = (  # a C-spine is no agent
+    r"(?:CONTRAST\w*|KONTRAST\w*|CON|CE|CIV|C|DYE|ENH\w*|INJ\w*|IV|KM|MDC|PDC|ORAL"
+    r"|(?:PRODUIT|MEZZO|MEDIO|MEIO|AGENTE)\W+(?:DI|DE)\W+CONTRAST\w*)\b(?![- ]*SP)"
+)
+_WITHOUT: Final = r"(?:W[/ ]?O(?:UT)?|WITHOUT)"
+_ABROAD: Final = r"(?:SANS|OHNE|SIN|SEM|SENZA|ZONDER|GEEN|UTAN|UDEN|INGEN|UTEN|BEZ)"
 _BOTH: Final = re.compile(  # W/WO, with and without: a protocol of two phases
     rf"\bW(?:ITH)?\W*(?:AND|OR)?\W*{_WITHOUT}\b|\b{_WITHOUT}\W*(?:AND|OR)?\W*W(?:ITH)?\b(?![/ ]?O)"
 )
 _PLAIN: Final = re.compile(  # a contrast that is denied is part of the match
     rf"\b{_WITHOUT}\b(?!\W*(?:GANTRY|TILT|ANG|SED|MOTION))(?:\W*(?:IV\W+)?{_AGENT})?"
-    rf"|\b(?:SANS|OHNE|SIN|SEM|SENZA)\W+{_AGENT}|\bS/C\b"
+    rf"|\b{_ABROAD}\W+(?:I\W?V\W+)?{_AGENT}(?:\W*(?:IV|EV)\b)?|\bS/ ?C(?:ONTRAST\w*)?\b"
     r"|\bNON?[- ]?(?:IV[- ]?)?(?:CON(?:TRAST\w*)?|CE|ENH\w*|IV|ORAL)\b|\bUNENHANCED\b|\bN(?:C|E)CT\b|\bNCHCT\b"
-    r"|\bPLAIN\b|\bPRE[- ]?(?:CON(?:TRAST\w*)?|CE|C(?![- ]*SP))\b|\bCONTRAST[- ]?FREE\b|\bNATIVE?\b|\bSIMPLE\b"
-    r"|(?<![\w+/])-C\b(?!-)|\bC-(?!\w)"
+    r"|\bPLAIN\b|\bPRE[- ]?(?:CON(?:TRAST\w*)?|CE|C(?![- ]*SP))\b|\bCONTRAST[- ]?FREE\b|\bNATI(?:VE?|VO|F)\b|\bSIMPLE\b"
+    r"|\bBLANCO\b|(?<![\w+/])-C\b(?!-)|\bC-(?!\w)"
 )
 _CONTRAST: Final = re.compile(
-    rf"CONTRAST|\bPOST[- ]?(?:CON|CE|INJ\w*)\b|\b(?:W/?|WITH|MIT|AVEC) ?{_AGENT}|\b(?:W/?|WITH)$|\bCECT\b|\bENHANCED\b"
-    r"|\+ ?C\b(?![- ]*SP)|\bC\+|\bE\+|\bCE\b|\bIV\b|\bORAL\b|\bARTERIAL\b|\bVENOUS\b|\bDELAYED\b"
+    rf"CONTRAST|\bKONTRAST|\bPOST[- ]?(?:CON|CE|INJ\w*)\b|\b(?:W/?|WITH|MIT|AVEC) ?{_AGENT}|\b(?:W/?|WITH)$|\bCECT\b"
+    r"|\bENHANCED\b|\+ ?C\b(?![- ]*SP)|\bC\+|\bE\+|\bCE\b|\bC?IV\b|\bORAL\b|\bARTERIAL\b|\bVENOUS\b|\bDELAYED\b"
+    r"|\bKM\b|\bMDC\b|\bPDC\b|\bAPRES INJ"
     r"|\b\d+ ?(?:CC|ML)\b"  # 4cc/sec 150cc: rate and amount of an injection
 )
-# ContrastBolusAgent where there was none, without punctuation; also in German, French, Spanish, Italian, Portuguese.
-_NO_AGENT: Final = re.compile(
-    r"(?:(?:IV|ORAL|CONTRAST\w*|AGENT|MEDIUM|MEDIA) )*"
-    r"(?:N|NO|NON|NONE|NIL|NULL|NEG|NEGATIVE|NA|N A|N/A|NOT|OFF|FALSE|F|0+(?: 0+)? ?(?:ML|CC)?|UNKNOWN|UNK|UNSPECIFIED"
-    r"|UNDEFINED|W/?O|WITHOUT|OHNE|KEINE?S?|SANS|AUCUN|SIN|NINGUNO|SENZA|NESSUNO|SEM|NENHUM|PLAIN|NATIVE?|UNENHANCED)"
-    r"(?: (?:IV|I V|ORAL|CONTRAST\w*|KONTRAST\w*|CON|CE|KM|DYE|AGENTS?|MEDIA|MEDIUM|BOLUS|GIVEN|USED|ADMINISTERED|ADDED"
-    r"|APPLICABLE|AVAILABLE|DONE|REQUIRED|INJECTED|INJECTION|DE|AND|OR))*"
-)
+# Words of a ContrastBolusAgent that says that there was none; also in other languages of Europe.
+_DENIALS: Final = frozenset({
+    "N", "NO", "NON", "NONE", "NIL", "NIHIL", "NOTHING", "NULL", "NEG", "NEGATIVE", "NA", "N/A", "NOT", "OFF", "FALSE",
+    "F", "UNKNOWN", "UNK", "UNSPECIFIED", "UNDEFINED", "EMPTY", "XXX", "WO", "W/O", "W/OUT", "WITHOUT", "BEFORE",
+    "PRE", "OHNE", "KEIN", "KEINE", "KEINER", "KEINES", "K", "SANS", "AUCUN", "SIN", "NINGUNO", "SENZA", "NESSUNO",
+    "SEM", "NENHUM", "ZONDER", "GEEN", "UTAN", "UDEN", "UTEN", "INGEN", "BEZ", "BRAK", "EI", "KONTRASTSIZ", "S/C",
+    "SC", "PLAIN", "NATIV", "NATIVE", "NATIVO", "NATIF", "UNENHANCED",
+})  # fmt: skip
+_FILLERS: Final = frozenset({
+    "A", "I", "V", "E", "IV", "EV", "CON", "CE", "KM", "CM", "CIV", "MDC", "PDC", "DYE", "ORAL", "AGENT", "AGENTS",
+    "MEDIA", "MEDIUM", "BOLUS", "GIVEN", "USED", "ADMINISTERED", "ADDED", "APPLICABLE", "AVAILABLE", "DONE",
+    "REQUIRED", "INJECTED", "INJECTION", "SPECIFIED", "PRODUIT", "MEZZO", "MEDIO", "MEIO", "DE", "DI", "AND", "OR",
+    "ML", "CC",
+})  # fmt: skip
+_CONTRAST_WORD: Final = re.compile(r"[CK]ONTRAST\w*|VARJOAINE\w*")
+_DENIED_BY_SIGN: Final = re.compile(r"(?:C|CM|CE|KM|IV) ?\(?-\)?|\(?-\)? ?(?:C|CM|CE|KM|IV)")  # C-, -C, IV (-)
+_NO_DOSE: Final = re.compile(r"0+(?: 0+)? ?(?:ML|CC)\b")
+_DENIED_IN_OTHER_SCRIPTS: Final = re.compile("なし|無|无|未|平扫|平掃|単純|單純|없음|없|БЕЗ|НЕТ|НАТИВ|ΧΩΡΙΣ|ללא|بدون")
 _MARKS: Final = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -102,11 +117,19 @@ def names_agent(text: str) -> bool:
     """Say whether a ContrastBolusAgent (0018,0010) names an agent; people also type that there was none.
 
     ``NONE``, ``-``, ``UNENHANCED``, ``NO IV CONTRAST``, ``0 ml`` and ``UNKNOWN`` name none, also in other languages.
+    A text in another script names an agent unless it has one of a few words that deny it.
     """
-    words = re.sub(r"[^A-Z0-9/]+", " ", _ascii_upper(text)).strip()
-    if not re.search(r"[A-Z0-9]", words) or _NO_AGENT.fullmatch(words):
+    latin = _ascii_upper(text)
+    if not re.search(r"[A-Z0-9]", latin):
+        return any(map(str.isalnum, text)) and not _DENIED_IN_OTHER_SCRIPTS.search(text.upper())
+    words = {word.replace(" ", "") for word in re.findall(r"\b[WNS]/ ?[OAC][A-Z]*|[A-Z0-9]+", latin)}
+    denials = {word for word in words if word in _DENIALS or word.startswith("S/CONTRAST") or not word.strip("0")}
+    if denials and all(word in _FILLERS or _CONTRAST_WORD.fullmatch(word) for word in words - denials):
         return False
-    return not _PLAIN.search(words) or bool(_CONTRAST.search(_PLAIN.sub(" ", words)))
+    spaced = re.sub(r"[^A-Z0-9/]+", " ", latin).strip()
+    if _DENIED_BY_SIGN.fullmatch(latin.strip()) or _NO_DOSE.match(spaced):
+        return False
+    return not _PLAIN.search(spaced) or bool(_CONTRAST.search(_PLAIN.sub(" ", spaced)))
 
 
 def _ascii_upper(text: str) -> str:

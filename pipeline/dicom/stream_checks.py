@@ -38,6 +38,7 @@ _TABLES, _RESTART, _SCAN = 0xC4, 0xDD, 0xDA  # DHT, DRI, SOS
 _PLAIN_MARKERS: Final = frozenset({0xC3, _TABLES, _SCAN, *range(0xE0, 0xF0), 0xFE})  # and APPn, COM
 # Bytes that each code of run length gives, and bytes that it takes (PS3.5, G.3.1); 128 is no operation.
 _RUNS: Final = [*((code + 1, code + 2) for code in range(128)), (0, 1), *((257 - code, 2) for code in range(129, 256))]
+_LINES_AT_ONCE: Final = 64  # the codes of an image of 4096 x 4096 would take half a gigabyte
 _MAX_CATEGORIES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _JPEG_2000: Final = frozenset(f"{_JPEG}{number}" for number in (90, 91, 201, 202, 203))
 _MAX_TILES: Final = 4096  # 64 pixels a side in the largest image; each tile costs a decoder memory and time
@@ -52,6 +53,7 @@ class Claim(NamedTuple):
     columns: int  # (0028,0011)
     bits_allocated: int  # (0028,0100)
     signed: bool = False  # (0028,0103)
+    bits_stored: int = 0  # (0028,0101)
 
 
 def frame_bytes(pixels: bytes) -> bytes:
@@ -209,6 +211,10 @@ def _require_claim(rows: int, columns: int, components: int, precision: int, cla
         raise UnreadableDicomError(f"{components} components, CT has one")
     if not max(claim.bits_allocated - 8, 1) <= precision <= claim.bits_allocated:
         raise UnreadableDicomError(f"{precision} bits a sample, BitsAllocated is {claim.bits_allocated}")
+    if claim.signed and precision < claim.bits_stored:
+        raise UnreadableDicomError(
+            f"{precision} bits a sample, BitsStored (0028,0101) is {claim.bits_stored}: which is the sign is unclear"
+        )
 
 
 def _read_huffman_tables(segment: bytes) -> dict[int, bytes]:
@@ -246,7 +252,8 @@ def _require_jpeg_2000(frame: bytes, claim: Claim) -> None:
     width, height, left, top, tile_x, tile_y, tile_left, tile_top, components = struct.unpack_from(">8LH", stream, 8)
     if int.from_bytes(stream[4:6], "big") != 38 + 3 * components or not (left < width and top < height):
         raise UnreadableDicomError("its size segment contradicts itself")
-    _require_claim(height - top, width - left, components, (stream[42] & 0x7F) + 1, claim)
+    own_sign = claim._replace(signed=False)  # the stream says whether it is signed
+    _require_claim(height - top, width - left, components, (stream[42] & 0x7F) + 1, own_sign)
     if stream[43:45] != b"\1\1":
         raise UnreadableDicomError("its samples are subsampled")
     if not (tile_left <= left < tile_left + tile_x and tile_top <= top < tile_top + tile_y):
@@ -325,7 +332,7 @@ def _require_tile_parts(stream: bytes, offset: int, tiles: int) -> None:
 def require_complete(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np.integer]) -> None:
     """Raise UnreadableDicomError unless the codes of a sound frame are those of the decoded pixels (rows, columns).
 
-    Run lengths must add up, and lossless JPEG must have the bits that the pixels need. The decoders of JPEG-LS and
+    Run lengths must add up, and lossless JPEG must be the codes of the pixels, bit by bit. The decoders of JPEG-LS and
     JPEG 2000 refuse wrong codes themselves, as far as the format allows.
     """
     if syntax in JPEG_LOSSLESS:
@@ -353,16 +360,32 @@ def _require_codes(frame: bytes, syntax: str, claim: Claim, stored: NDArray[np.i
     elif int(samples.max()) >> bits:
         raise UnreadableDicomError(f"samples of more than {bits} bits")
     lines = restart // claim.columns or claim.rows
-    lengths = _count_bits(table)[_subtract_predictions(samples, scan[3], 1 << (bits - 1), lines)]
-    if not lengths.all():
-        raise UnreadableDicomError("its Huffman table has no code for some of its pixels")
-    needed = np.add.reduceat(lengths.sum(axis=1, dtype=np.int64), range(0, claim.rows, lines))
+    differences = _subtract_predictions(samples, scan[3], 1 << (bits - 1), lines)
     parts = re.split(rb"\xff[\xd0-\xd7]", coded) if restart else [coded]
-    if len(parts) != len(needed):
-        raise UnreadableDicomError(f"{len(parts)} of {len(needed)} intervals between restart markers")
-    rest = 8 * np.array([len(part) - part.count(b"\xff\x00") for part in parts]) - needed
-    if rest.min() < 0 or rest.max() >= 8:
+    intervals = range(0, claim.rows, lines)
+    if len(parts) != len(intervals):
+        raise UnreadableDicomError(f"{len(parts)} of {len(intervals)} intervals between restart markers")
+    for part, first in zip(parts, intervals, strict=True):
+        _require_interval(part.replace(b"\xff\x00", b"\xff"), table, differences[first : first + lines])
+
+
+def _require_interval(data: bytes, table: bytes, differences: NDArray[np.uint16]) -> None:
+    """Raise UnreadableDicomError unless ``data``, unstuffed, begins with the codes of the differences, bit by bit."""
+    codes, lengths = _huffman_codes(table)
+    sizes = lengths[differences]
+    if not sizes.all():
+        raise UnreadableDicomError("its Huffman table has no code for some of its pixels")
+    if not 0 <= 8 * len(data) - int(sizes.sum(dtype=np.int64)) < 8:
         raise UnreadableDicomError("its codes do not end where its bytes do")
+    from_each_byte: NDArray[np.uint64] = np.ndarray(len(data), ">u8", data + bytes(8), strides=(1,))
+    end = 0
+    for first in range(0, len(differences), _LINES_AT_ONCE):
+        lines = slice(first, first + _LINES_AT_ONCE)
+        ends = end + np.cumsum(sizes[lines], dtype=np.int64)
+        starts, end = ends - sizes[lines].ravel(), int(ends[-1])
+        found = from_each_byte[starts >> 3] << (starts & 7).astype(np.uint64)
+        if (found >> (np.uint64(64) - sizes[lines].ravel()) != codes[differences[lines]].ravel()).any():
+            raise UnreadableDicomError("its codes are not those of its pixels")
 
 
 def _subtract_predictions(samples: NDArray[np.uint16], predictor: int, middle: int, lines: int) -> NDArray[np.uint16]:
@@ -386,16 +409,22 @@ def _subtract_predictions(samples: NDArray[np.uint16], predictor: int, middle: i
 
 
 @lru_cache(maxsize=16)
-def _count_bits(table: bytes) -> NDArray[np.uint8]:
-    """Return the bits of each difference modulo 65536 (65536,): its Huffman code and its value; 0 without a code."""
+def _huffman_codes(table: bytes) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return codes and their bits, each (65536,), of each difference modulo 65536: its Huffman code, then its value.
+
+    0 bits without a code. Codes count up within a length and double from one to the next (T.81, C.2).
+    """
     counts, symbols = np.frombuffer(table[:16], dtype=np.uint8), np.frombuffer(table[16:], dtype=np.uint8)
-    codes = np.repeat(np.arange(1, 17), counts)
-    if len(codes) != len(symbols) or (symbols >= _MAX_CATEGORIES).any() or (2.0**-codes).sum() > 1:
+    sizes = np.repeat(np.arange(1, 17), counts)
+    if len(sizes) != len(symbols) or (symbols >= _MAX_CATEGORIES).any() or (2.0**-sizes).sum() > 1:
         raise UnreadableDicomError("its Huffman table is out of range")
-    lengths = np.zeros(_MAX_CATEGORIES, dtype=np.uint8)
-    # Category 16 is the difference 32768, without further bits (T.81, H.1.2.2).
-    lengths[symbols] = codes + np.where(symbols < _MAX_CATEGORIES - 1, symbols, 0)
-    values = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float64)
+    code_of, size_of = np.zeros((2, _MAX_CATEGORIES), dtype=np.int64)
+    size_of[symbols] = sizes
+    code_of[symbols] = (np.cumsum(2.0**-sizes) - 2.0**-sizes) * 2.0**sizes
+    values = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.int64)
     categories = np.frexp(np.abs(values))[1]  # the bit length
-    bits: NDArray[np.uint8] = lengths[categories]
-    return bits
+    # Category 16 is the difference 32768, without further bits; a negative number is one less (T.81, H.1.2.2).
+    extra = np.where(categories < _MAX_CATEGORIES - 1, categories, 0)
+    low = (values - (values < 0)) & ((1 << extra) - 1)
+    codes = (code_of[categories] << extra | low).astype(np.uint64)
+    return codes, np.where(size_of[categories], size_of[categories] + extra, 0).astype(np.uint8)

@@ -7,7 +7,10 @@ The labels of studies have a table of their own.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -16,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.constants import ABBREVIATIONS
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import require_file
 from ichpipe.common.user_tables import read_table
@@ -37,6 +39,8 @@ KEYS: Final = {
 """Identifiers of a row, from narrow to wide, and their column names; the first match counts."""
 
 SCAN: Final = "scan"  # key of CQ500's reads: the number in PatientID or in the name of a folder
+_ROUNDED: Final = re.compile(r"[0-9](?:\.[0-9]+)?e\+?[0-9]{1,2}", re.IGNORECASE)  # 2.019E+16
+_SPREADSHEET_DIGITS: Final = 15  # that a spreadsheet keeps of a number
 STUDY_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", *CLASSES]
 
 
@@ -84,8 +88,6 @@ def _read_simple(path: Path) -> LabelTable:
     if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
     absent = [name for name in CLASSES if name not in table.names]
-    if short := [name for name in absent if ABBREVIATIONS[name] in table.names]:
-        raise table.error(f"has a column {ABBREVIATIONS[short[0]]}; rename it {short[0]}")
     key, column = columns[0]
     names = table.text(column).to_pandas()
     labels = pd.DataFrame(np.nan, index=pd.Index(names, name=key), columns=list(CLASSES))
@@ -102,6 +104,8 @@ def _read_simple(path: Path) -> LabelTable:
     values, contradictory, odd_any = resolve_labels(zeros.to_numpy(), ones.to_numpy(), derive_any=True)
     report: dict[str, Any] = {"file": str(path), "key": key, "rows": len(names), "names": len(zeros)}
     report |= {"duplicate_rows": len(names) - len(zeros), "classes_without_column": absent}
+    if others := [name for name in table.names if name not in keys and name not in CLASSES]:
+        report["columns_not_used"] = others
     for kind, marked in (("contradictory", contradictory), ("inconsistent_any", odd_any)):
         report |= {kind: int(marked.sum()), f"{kind}_names": first_names(zeros.index[marked])}
     frame = pd.DataFrame(values.astype(np.float32), index=zeros.index, columns=list(CLASSES))
@@ -122,7 +126,7 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     matched = names.isin(labels.values.index)
     if not matched.any():
         count = f"{len(index)} slices" if of_slices else f"{index['study_uid'].nunique()} studies"
-        hint = _explain_spelling(names, labels.values.index) or "check prepare.labels and prepare.dicom_dir"
+        hint = explain_spelling(names, labels.values.index) or "check prepare.labels and prepare.dicom_dir"
         raise DataError(
             f"none of {count} is in the label table (first {labels.key}: {names.iloc[0]!r}, first in the table: "
             f"{labels.values.index[0]!r}); {hint}"
@@ -139,30 +143,39 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
             "studies_without_label": int(index.loc[~matched, "study_uid"].nunique()),
             "labels_without_study": int((~labels.values.index.isin(names)).sum()),
         }
-    if hint := _explain_spelling(names[~matched], labels.values.index):
+    if hint := explain_spelling(names[~matched], labels.values.index):
         counts["labels_likely_cause"] = hint
     return joined, _reduce_to_series(joined, values), counts
 
 
-def _explain_spelling(unmatched: pd.Series, names: pd.Index) -> str:
-    """Return why identifiers of images match none of the table, if a spreadsheet may have changed their spelling."""
+def explain_spelling(unmatched: pd.Series | pd.Index, names: pd.Index) -> str:
+    """Return why identifiers match none of a table, if they or the table's were changed on their way."""
     if unmatched.empty:
         return ""
+    by_simple = {_simplify(name): str(name) for name in names}
+    pairs = [(str(name), by_simple[_simplify(name)]) for name in unmatched.unique() if _simplify(name) in by_simple]
+    if pairs:
+        examples = ", ".join(f"{image!r} is {row!r} there" for image, row in pairs[:3])
+        return (
+            f"{len(pairs)} of the images' identifiers stand in the table in another spelling ({examples}): write them "
+            "as in the images; a spreadsheet drops leading zeros, adds .0 and rounds long numbers, so make that column "
+            "text"
+        )
+    rounded = [str(name) for name in names if _ROUNDED.fullmatch(str(name).strip())]
+    if rounded:
+        return f"the table names {rounded[0]!r}, a number that a spreadsheet has rounded; make that column text"
+    return ""
 
-    def simplify(name: object) -> str:
-        text = str(name).strip().casefold()
-        text = text.removesuffix(".0") if text.removesuffix(".0").isdecimal() else text
-        return text.lstrip("0") or text[-1:]
 
-    by_simple = {simplify(name): str(name) for name in names}
-    pairs = [(str(name), by_simple[simplify(name)]) for name in unmatched.unique() if simplify(name) in by_simple]
-    if not pairs:
-        return ""
-    examples = ", ".join(f"{image!r} is {row!r} there" for image, row in pairs[:3])
-    return (
-        f"{len(pairs)} of the images' identifiers stand in the table in another spelling ({examples}): a spreadsheet "
-        "drops leading zeros and adds .0; write that column as text"
-    )
+def _simplify(name: object) -> str:
+    """Return an identifier without what spreadsheets, file names and habits change."""
+    text = unicodedata.normalize("NFKC", str(name)).strip().casefold().removesuffix(".dcm")
+    text = re.sub(r"^(?:id|sub)[\W_]+", "", text)
+    text = re.sub(r"[^\w.+]|_", "", text)
+    if _ROUNDED.fullmatch(text) or re.fullmatch(r"[0-9]+(?:\.0)?", text):
+        digits = f"{Decimal(text):f}".partition(".")[0].lstrip("0") or "0"
+        return f"{digits[:_SPREADSHEET_DIGITS]:0<{len(digits)}}"
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
 
 def _name_scans(index: pd.DataFrame) -> pd.Series:

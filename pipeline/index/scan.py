@@ -15,16 +15,16 @@ from ichpipe.common.constants import TIE_MM
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import Counter
-from ichpipe.dicom.archive import list_files, portable
+from ichpipe.dicom.archive import Listing, list_files, portable
 from ichpipe.dicom.dataset import UNCOMPRESSED
 from ichpipe.dicom.decode_sandbox import TrialDecoder
-from ichpipe.dicom.enhanced import EnhancedCtError, list_frames
+from ichpipe.dicom.enhanced import FRAME, EnhancedCtError, list_frames
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.header_cache import HeaderCache
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from concurrent.futures import Executor
     from contextlib import AbstractContextManager
     from pathlib import Path
@@ -60,6 +60,7 @@ def scan(
     cache: Path | None = None,
     *,
     force: bool = False,
+    only: Collection[str] | None = None,
     pseudonyms: Pseudonyms | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the headers of all files below ``roots`` and order the slices of each series.
@@ -68,18 +69,23 @@ def scan(
     those that ``order_series`` adds; and the rejected files as ``path, reason, study_uid, series_uid`` (UIDs empty
     where unknown), sorted by path. Every file is in exactly one of the two. ``workers`` processes read headers; their
     number changes nothing in the result. With ``cache``, a folder, unchanged files are not read again. ``force``
-    accepts images of another modality or kind (NotCtError), in one process, without cache. With
-    ``pseudonyms`` neither the result nor the cache holds a PatientID.
+    accepts images of another modality or kind (NotCtError), in one process, without cache; with ``only``, the paths
+    of a former result, no other file is read. With ``pseudonyms`` neither the result nor the cache holds a PatientID.
     """
     listing = list_files(roots)
+    if only is not None:
+        names = {*only, *(match[1] for path in only if (match := FRAME.fullmatch(path)))}
+        listing = Listing([file for file in listing.files if file.path in names], [])
     if force:
         headers = _hide_patients(read_headers(listing.files, force=True), pseudonyms)
+        if only is not None:
+            headers = headers.filter(pc.is_in(headers["path"], pa.array(sorted(only), pa.string())))
     else:
         header_cache = HeaderCache(cache, HEADER_SCHEMA, pseudonyms.mark if pseudonyms else "")
         headers = _read_all(listing.files, workers, header_cache, pseudonyms)
     refused = pc.is_valid(headers["reason"])
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "code", "size", "stamp"]).to_pandas()
-    damaged = pd.DataFrame(listing.damaged, columns=REJECTED[:2], dtype=object)
+    damaged = pd.DataFrame(listing.damaged, columns=REJECTED[:2], dtype=object).reindex(columns=REJECTED, fill_value="")
     tables = [headers.filter(refused).select(REJECTED).to_pandas(), damaged]
     for drop in (_drop_repeated, _drop_mixed, _drop_tilted, _drop_lossy_copies):
         slices, dropped = drop(slices)
@@ -182,11 +188,11 @@ def _drop_mixed(slices: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     of_series = (owners > 1).any(axis=1)
     patients = slices.groupby("study_uid")["patient_id"].transform("nunique")
     of_study = (patients > 1) & ~of_series
+    remedy = "; give each patient's {} its own, or correct PatientID (0010,0020), such as with dcmodify"
     series_reason = "its SeriesInstanceUID (0020,000E) stands under more than one patient or study"
-    study_reason = (
-        "its StudyInstanceUID (0020,000D) stands under " + patients.astype(str) + " patients (0010,0020); give each "
-        "patient's study its own"
-    )
+    series_reason += remedy.format("series")
+    study_reason = "its StudyInstanceUID (0020,000D) stands under " + patients.astype(str) + " patients (0010,0020)"
+    study_reason += remedy.format("study")
     mixed = of_series | of_study
     reasons = study_reason.where(of_study, series_reason)
     return slices[~mixed], slices[mixed].assign(reason=reasons[mixed], code="")[REJECTED]

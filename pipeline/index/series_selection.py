@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SERIES_COLUMNS: Final = [
     "patient_id", "study_uid", "series_uid", "n_slices", "n_refused", "spacing_mm", "thickness_mm", "span_mm",
     "kernel", "kernel_kind", "contrast", "marks", "body_part", "n_same_place", "lossy", "refused_because",
-    "n_single_slice",
+    "n_single_slice", "n_short_series",
 ]  # fmt: skip
 FAULTS: Final = (  # from grave to light; what each means is said in faults_of
     "unusable", "absurd values", "not a head", "other examination", "too little", "contrast", "reformatted",
@@ -46,7 +46,7 @@ MAX_BODY_HU: Final = 4000  # 3071 is the most of 12 bits; metal may be above
 MAX_ABOVE_BODY: Final = 0.2  # share of pixels
 MIN_BODY: Final = 0.01
 MIN_OF_PASS: Final = 3  # slices
-MOST_PASSES: Final = 4
+MAX_OF_SHORT: Final = 3  # slices of a series that may be a part of a scan
 _JOIN: Final = "such as with dcmodify -m SeriesInstanceUID=UID *.dcm"
 _KEYS: Final = ["study_uid", "series_uid"]
 _HEAD: Final = re.compile("HEAD|BRAIN|SKULL|CRANI|CEREB|NEURO|UNKNOWN|^$")  # BodyPartExamined (0018,0015); often wrong
@@ -78,7 +78,8 @@ def describe_series(slices: pd.DataFrame, rejected: pd.DataFrame) -> pd.DataFram
         table[name] = table[name].fillna(0).astype(int)
     for name in ("patient_id", "kernel", "marks", "body_part", "refused_because"):
         table[name] = table[name].astype(object).where(table[name].notna(), "")
-    table["n_single_slice"] = table["n_slices"].eq(1).groupby(table["study_uid"]).transform("sum")
+    for name, most in (("n_single_slice", 1), ("n_short_series", MAX_OF_SHORT)):
+        table[name] = table["n_slices"].between(1, most).groupby(table["study_uid"]).transform("sum")
     table["kernel_kind"] = [kernel_kind(kernel) for kernel in table["kernel"]]
     table["lossy"] = table["lossy"].eq(True)
     agent, marks = table["contrast"].eq(True), table["marks"].str.split().map(set)
@@ -125,26 +126,30 @@ def _collect_facts(slices: pd.DataFrame) -> pd.DataFrame:
 def _find_passes(slices: pd.DataFrame) -> set[str]:
     """Return the series that show a part of the patient several times: their slices would be interleaved.
 
-    Passes have another AcquisitionNumber (0020,0012). Without it, positions in the order of InstanceNumber (0020,0013)
-    begin anew.
+    Passes have another AcquisitionNumber (0020,0012). Or each has the same InstanceNumbers (0020,0013). Or, in the
+    order of InstanceNumber, positions begin anew or run back.
     """
-    found = set()
-    ordered = slices.sort_values(["series_uid", "instance_number"])
-    by_series = ordered["series_uid"]
+    ordered = slices.sort_values(["series_uid", "instance_number", "position_mm"])
+    by_series, numbered = ordered["series_uid"], ordered["instance_number"].notna()
     steps = np.sign(ordered["position_mm"].groupby(by_series).diff().fillna(0.0))
-    returns = steps == -np.sign(steps.groupby(by_series).transform("sum"))
-    runs = returns.groupby(by_series).cumsum()
-    acquisitions = slices.groupby("series_uid")["acquisition"].nunique()
-    suspects = {*by_series[returns & ordered["instance_number"].notna()], *acquisitions.index[acquisitions > 1]}
-    for uid, rows in slices[slices["series_uid"].isin(suspects)].groupby("series_uid"):
-        passes = rows["acquisition"]
-        if passes.nunique() < 2 and rows["instance_number"].is_unique:
-            passes = runs.loc[rows.index]
-        ranges = rows.groupby(passes)["position_mm"].agg(["min", "max", "size"]).sort_values("min")
-        overlap = ranges["min"] < ranges["max"].cummax().shift() - TIE_MM
-        if 1 < len(ranges) <= MOST_PASSES and ranges["size"].min() >= MIN_OF_PASS and overlap.any():
-            found.add(str(uid))
+    back = steps == -np.sign(steps.groupby(by_series).transform("sum"))
+    turned = steps * steps.groupby(by_series).shift() < 0
+    same_number = ordered.groupby(["series_uid", "instance_number"])["position_mm"]
+    found = _find_overlaps(slices, slices["acquisition"])
+    found |= _find_overlaps(ordered, same_number.cumcount().where(same_number.transform("size") > 1))
+    for begins in (back, turned):
+        found |= _find_overlaps(ordered, begins.groupby(by_series).cumsum().where(numbered))
     return found
+
+
+def _find_overlaps(slices: pd.DataFrame, passes: pd.Series) -> set[str]:
+    """Return the series whose passes (a label a slice, NaN for none) overlap, each of MIN_OF_PASS slices or more."""
+    ranges = slices.groupby(["series_uid", passes.rename("pass")])["position_mm"].agg(["min", "max", "size"])
+    ranges = ranges.reset_index().sort_values(["series_uid", "min"])
+    of_series = ranges.groupby("series_uid")
+    reached = of_series["max"].cummax().groupby(ranges["series_uid"]).shift()
+    overlap = (ranges["min"] < reached - TIE_MM) & (of_series["size"].transform("min") >= MIN_OF_PASS)
+    return set(ranges.loc[overlap, "series_uid"])
 
 
 def has_absurd_values(hu: NDArray[np.int16]) -> bool:
@@ -227,8 +232,9 @@ def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
     bone = kernel == "bone" or ("bone" in marks and kernel != "soft")
     few, long = count < params.min_slices, params.head_mm is not None and span > params.head_mm
     turned = "mirrored or turned images (ImageOrientationPatient); the models know upright ones"
-    single = row.get("n_single_slice", 0)
-    join = f"; its study has {single} series of one slice each: give them one SeriesInstanceUID (0020,000E), {_JOIN}"
+    short, single = row.get("n_short_series", 0), row.get("n_single_slice", 0)
+    size = "one slice" if short == single else f"{MAX_OF_SHORT} slices or fewer"
+    join = f"; its study has {short} series of {size} each: give them one SeriesInstanceUID (0020,000E), {_JOIN}"
     checks = (
         (
             "absurd values",
@@ -241,7 +247,7 @@ def find_faults(row: dict[str, Any], params: SelectionParams) -> dict[str, str]:
         ("perhaps contrast", perhaps, "perhaps contrast: called plain, but its header names an agent"),
         ("reformatted", "reformatted" in marks, "reformatted"),
         ("bone kernel", bone, f"bone kernel {row['kernel']}".strip()),
-        ("too little", few, f"fewer than {params.min_slices} slices ({count}){join if single > 2 else ''}"),
+        ("too little", few, f"fewer than {params.min_slices} slices ({count}){join if short > 2 else ''}"),
         ("too little", not few and span < MIN_SPAN_MM, f"covers only {span:.0f} mm"),
         ("same places", same > MAX_SAME_PLACE * count, f"{same} of {count} slices at the place of another"),
         ("several passes", "passes" in marks, "several passes over one part in one series; split them"),

@@ -12,9 +12,9 @@ import pandas as pd
 
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
-from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
 from ichpipe.dicom.elements import Elements, tags
+from ichpipe.dicom.enhanced import read_slice_file
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import select_series
@@ -151,7 +151,7 @@ def _read_volume(index: pd.DataFrame) -> Volume:
             "ichpipe.read_hu reads one file, Model.predict_folder takes such a series"
         )
     with quiet_pydicom():
-        elements = Elements(parse(read_file(paths[0], MAX_FILE_BYTES), tags("PixelSpacing")))
+        elements = Elements(parse(read_slice_file(paths[0], MAX_FILE_BYTES), tags("PixelSpacing")))
         try:
             between_rows, between_columns = elements.floats("PixelSpacing", 2)
         except UnreadableDicomError:

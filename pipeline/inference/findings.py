@@ -10,6 +10,7 @@ import numpy as np
 
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
+from ichpipe.common.errors import NotCtError
 from ichpipe.common.files import digest_of_file, installed_versions
 from ichpipe.scoring.model_ladder import smooth_series
 
@@ -194,13 +195,17 @@ def format_refused(refused: pd.DataFrame) -> list[str]:
     return [*lines, f"  and {len(refused) - MAX_REFUSED} more"] if len(refused) > MAX_REFUSED else lines
 
 
-def format_nothing_left(refused: pd.DataFrame, n_files: int, remark: str) -> str:
-    """Return the error of a run that has nothing to predict; ``remark`` says where the reasons are."""
+def format_nothing_left(refused: pd.DataFrame, rejected: pd.DataFrame, n_files: int, remark: str) -> str:
+    """Return the error of a run that has nothing to predict; ``remark`` says where the reasons are.
+
+    ``--force`` is named where it can help: a refused series has slices, or a rejected file is no CT by its header.
+    """
     if refused.empty:
         return f"none of {n_files} files is a usable CT slice; {remark}"
     head = f"refused: {counted(len(refused), 'study', 'studies')}, and nothing else to predict"
-    remedy = "--force predicts what has CT pixels all the same, and marks the result"
-    return "\n".join([head, *format_refused(refused), *wrapped(f"{remedy}; {remark}")])
+    if (refused["n_slices"] > 0).any() or (rejected["code"] == NotCtError.code).any():
+        remark = f"--force predicts what has CT pixels all the same, and marks the result; {remark}"
+    return "\n".join([head, *format_refused(refused), *wrapped(remark)])
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

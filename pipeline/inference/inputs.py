@@ -58,7 +58,7 @@ def collect_inputs(
         again = (rejected["code"] == NotCtError.code) & ~rejected["study_uid"].isin(slices["study_uid"])
         if again.any():
             reasons = rejected[again].set_index("path")["reason"]
-            read, unread = scan([Path(path) for path in reasons.index], force=True, pseudonyms=pseudonyms)
+            read, unread = scan(list(paths), force=True, only=set(reasons.index), pseudonyms=pseudonyms)
             first_paths = read.drop_duplicates("series_uid").set_index("series_uid")["path"]
             overruled = {str(uid): str(reason) for uid, reason in first_paths.map(reasons).items()}
             slices = pd.concat([table for table in (slices, read) if len(table)] or [slices], ignore_index=True)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import logging
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
 import highdicom as hd
 import pydicom
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.dataelem import DataElement
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import UID, CTImageStorage, generate_uid
+from pydicom.valuerep import DA, TM
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
     from ichpipe.inference.findings import Extent, Provenance
+
+log = logging.getLogger("ichpipe")
 
 FINDINGS: Final = {  # finding and site; SNOMED CT defines a haemorrhage of the ventricles by morphology and site
     "any": (Code("1386000", "SCT", "Intracranial hemorrhage"), codes.SCT.Intracranial),
@@ -58,35 +63,62 @@ _COPIED: Final = (  # of the same modules, if present: a PACS may tell patients 
 )  # fmt: skip
 _KEPT_CODES: Final = ("Modality", "ImageType", "PatientSex", "PhotometricInterpretation", "SpecificCharacterSet")
 _TEXT_VRS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "SQ", "ST", "UC", "UN", "UR", "UT"})
+_TYPED: Final = {"StudyDate": DA, "StudyTime": TM, "PatientBirthDate": DA}
+_SEXES: Final = frozenset({"", "M", "F", "O"})  # (0010,0040)
+_ESCAPE_58: Final = "\x1b$)A"
 _OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence")
 
 
 def read_source(paths: Sequence[str]) -> list[Dataset]:
     """Read the headers of a series' images, files or members of archives, without pixels.
 
-    Text that the report need not repeat is removed: highdicom would copy names of physicians and the like.
+    Text that the report need not repeat is removed: highdicom would copy names of physicians and the like. A date, time
+    or sex that is none becomes empty, and a warning names the element.
     """
-    kept = {*_REQUIRED, *_COPIED, *_KEPT_CODES}
     sources: list[Dataset] = []
+    emptied: set[str] = set()
     with quiet_pydicom():
         for path in paths:
             if FRAME.fullmatch(path):
                 raise DataError("enhanced CT: a report would have to name frames, which is not supported")
             source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
-            for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
-                vr = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
-                if vr in _TEXT_VRS and keyword_for_tag(tag) not in kept:
-                    del source[tag]
-            for item in source.get("OtherPatientIDsSequence") or []:
-                for tag in list(item.keys()):
-                    if keyword_for_tag(tag) not in _OF_OTHER_IDS:
-                        del item[tag]
+            _remove_other_text(source)
             for keyword in _REQUIRED:
                 if keyword not in source:
                     setattr(source, keyword, "")
+            emptied |= _empty_invalid(source)
             _repair_character_set(source)
             sources.append(source)
+    if emptied:
+        log.warning("%s: no valid value; empty in the report", ", ".join(sorted(emptied)))
     return sources
+
+
+def _remove_other_text(source: Dataset) -> None:
+    kept = {*_REQUIRED, *_COPIED, *_KEPT_CODES}
+    for tag in list(source.keys()):  # as parsed: a value that can't be converted is no error here
+        vr = source.get_item(tag).VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else "UN")
+        if vr in _TEXT_VRS and keyword_for_tag(tag) not in kept:
+            del source[tag]
+    for item in source.get("OtherPatientIDsSequence") or []:
+        for tag in list(item.keys()):
+            if keyword_for_tag(tag) not in _OF_OTHER_IDS:
+                del item[tag]
+
+
+def _empty_invalid(source: Dataset) -> set[str]:
+    """Empty those dates, times and the sex that are none, as a report may have them; return their keywords."""
+    invalid = set()
+    for keyword in (*_TYPED, "PatientSex"):
+        try:
+            value = source.get(keyword) or ""
+            valid = value in _SEXES if keyword == "PatientSex" else not value or _TYPED[keyword](str(value)) is not None
+        except (ValueError, TypeError):
+            valid = False
+        if not valid:
+            source[keyword] = DataElement(keyword, dictionary_VR(keyword), "")
+            invalid.add(keyword)
+    return invalid
 
 
 def _repair_character_set(source: Dataset) -> None:
@@ -97,8 +129,12 @@ def _repair_character_set(source: Dataset) -> None:
     value = source.get("SpecificCharacterSet") or []
     names = [name or "ISO 2022 IR 6" for name in ([value] if isinstance(value, str) else value)]
     source.decode()
-    known = {name.value for name in hd.enum.SpecificCharacterSetValues}
-    sound = known.issuperset(names) and (len(names) == 1 or all(name.startswith("ISO 2022") for name in names))
+    if "ISO 2022 IR 58" in names:  # pydicom leaves its escape sequence in the text
+        for keyword in (*_REQUIRED, *_COPIED):
+            if _ESCAPE_58 in str(source.get(keyword, "")) and source[keyword].VR != "SQ":
+                source[keyword].value = str(source[keyword].value).replace(_ESCAPE_58, "")
+    known = {name.value for name in hd.enum.SpecificCharacterSetValues} - {"ISO 2022 IR 58"}  # can't be written
+    sound = known.issuperset(names) and all(name.startswith("ISO 2022") == (len(names) > 1) for name in names)
     source.SpecificCharacterSet = names if names and sound else "ISO_IR 192"
 
 

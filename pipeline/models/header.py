@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ichpipe.params.schema import Params
 
 # Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
+# 2: wrapped 12 bits, high bits and pixels that are not square are read right; version 1 gave wrong HU for such files.
 # Other changes of what a network computes have fields of their own in `generations.GenerationSpec`.
-PREPROCESSING_VERSION: Final = 1
+PREPROCESSING_VERSION: Final = 2
 
 # Bounded well above any network here, so that a damaged header does not ask for all memory.
 Size = Annotated[int, Field(ge=1, le=65_536)]

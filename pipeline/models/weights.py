@@ -37,7 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _CONTAINERS: Final = (  # where checkpoints of timm, Lightning, detectron and others keep the tensors
     "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "state_dict_ema",
-    "model_ema", "ema",
+    "model_ema", "ema", "teacher", "student",
 )  # fmt: skip
 _WRAPPERS: Final = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone", "encoder"})
 MAX_WRAPPERS: Final = 3
@@ -114,6 +114,8 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     prefixes = tuple(f"{classifier}." for classifier in classifiers)
     state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    if set(state) > set(expected):  # of a head with layers of its own
+        state = {key: state[key] for key in expected}
     if set(state) != set(expected):
         state = _match_by_order(state, expected, name, source)
     if any(value.shape != expected[key].shape for key, value in state.items()):
@@ -122,7 +124,8 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
         if value.shape != expected[key].shape:
             raise WeightsError(
                 f"fit-slices.pretrained {source}: tensor {key} has shape {tuple(value.shape)}, "
-                f"{name} wants {tuple(expected[key].shape)} (three windows fit RGB weights)"
+                f"{name} wants {tuple(expected[key].shape)}; RGB weights want three windows, and this network may want "
+                "the prepare.size_px that its weights were trained with"
             )
     backbone.load_state_dict(state)
 
@@ -178,26 +181,44 @@ def _read_state(source: str) -> dict[str, Tensor]:
             )
         path, remedy = Path(spec.submodule_search_locations[0]) / inner, f"the package {package} holds no such file"
     require_file(path, remedy)
+    if path.is_dir():
+        raise WeightsError(f"fit-slices.pretrained {source} is a folder; name the weights file in it")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        kinds = re.findall(r"GLOBAL ([\w.]+)", str(error))
-        cause = f"holds objects of {kinds[0]}" if kinds else "can't be read as weights"
         raise WeightsError(
-            f"{path} {cause}, which are not unpickled; write its state_dict alone to a file and name that"
+            f"{path} {_describe_objects(path)}, which are not unpickled; write its state_dict alone to a file "
+            "and name that"
         ) from error
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
         raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}); fetch it again") from error
     return _unwrap(state, path)
 
 
+def _describe_objects(path: Path) -> str:
+    """Say which are the classes in a checkpoint that are no tensors and no plain values."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            kinds = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file in torch's oldest format, or no pickle
+        kinds = []
+    return f"holds objects of {', '.join(kinds[:3])}" if kinds else "holds objects"
+
+
+def _holds_tensors(value: dict[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+
 def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
     """Return the table of tensors in a checkpoint, which may lie under one of _CONTAINERS. Raises WeightsError."""
-    while isinstance(state, dict) and not all(isinstance(value, torch.Tensor) for value in state.values()):
+    while isinstance(state, dict) and state and not _holds_tensors(state):
         inner = next((name for name in _CONTAINERS if isinstance(state.get(name), dict)), None)
+        tables = [name for name, value in state.items() if isinstance(value, dict) and _holds_tensors(value)]
+        if inner is None and len(tables) == 1:
+            inner = tables[0]
         if inner is None:
             names = ", ".join(str(name)[:40] for name in list(state)[:8])
             raise WeightsError(f"{path} holds no table of named tensors; it holds {names}; save the state_dict alone")

@@ -7,6 +7,7 @@ colour-blind readers. Each model keeps its colour in every picture.
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -93,30 +94,34 @@ def roc(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 
 
 def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Draw weighted log loss in training and validation by epoch, one panel a model.
+    """Draw weighted log loss in training and validation by epoch, one panel a model that has epochs.
 
-    Rows hold ``epoch``, ``train_loss`` (None before the first step) and ``val_loss``; the best is marked.
+    Rows hold ``epoch``, ``train_loss`` (None before the first step) and ``val_loss``; the best is marked. Models
+    without epochs are named below the panels.
     """
-    columns = min(4, max(1, len(histories)))
-    rows = max(1, -(-len(histories) // columns))
+    steps = {name: [row for row in rows if row["train_loss"] is not None] for name, rows in histories.items()}
+    drawn = [name for name, trained in steps.items() if trained]
+    columns = min(4, max(1, len(drawn)))
+    rows = max(1, -(-len(drawn) // columns))
     figure = Figure(figsize=(max(3.3 * columns, 4.5), 0.5 + 2.9 * rows), layout="constrained")
+    untrained = "; ".join(name for name in histories if name not in drawn)
+    remarks = textwrap.wrap(f"no epochs: {untrained}", 42 * columns) if untrained else []
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in panels.flat[len(histories) :]:
+    for axes in panels.flat[len(drawn) :]:
         axes.set_axis_off()
-    for axes, (name, history) in zip(panels.flat, histories.items(), strict=False):
-        trained = [row for row in history if row["train_loss"] is not None]
+    for axes, name in zip(panels.flat, drawn, strict=False):
+        history, trained = histories[name], steps[name]
         axes.plot([r["epoch"] for r in trained], [r["train_loss"] for r in trained], label="training", **_style(0, "o"))
         axes.plot([r["epoch"] for r in history], [r["val_loss"] for r in history], label="validation", **_style(1, "s"))
-        if history:
-            best = min(history, key=lambda row: float(row["val_loss"]))
-            epoch, loss = best["epoch"], best["val_loss"]
-            axes.plot([epoch], [loss], "o", mfc="none", mec="black", ms=11, ls="none", label="best")
-            axes.annotate(f"{loss:.4f}", (epoch, loss), (0, 9), textcoords="offset points", ha="center")
+        best = min(history, key=lambda row: float(row["val_loss"]))
+        epoch, loss = best["epoch"], best["val_loss"]
+        axes.plot([epoch], [loss], "o", mfc="none", mec="black", ms=11, ls="none", label="best")
+        axes.annotate(f"{loss:.4f}", (epoch, loss), (0, 9), textcoords="offset points", ha="center")
         axes.set_title(name, fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.margins(x=0.1, y=0.15)
         plain_axes(axes, grid="y")
-    return _finish_panels(figure, panels, "epoch", "weighted log loss")
+    return _finish_panels(figure, panels, "\n".join(["epoch", *remarks]), "weighted log loss")
 
 
 def study_sheet(

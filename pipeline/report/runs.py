@@ -17,7 +17,7 @@ from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.page import Section, Table, format_duration, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.calibration import read_calibration
-from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, read_predictions, sequence_name
+from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, pair_name, read_predictions, sequence_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,12 +121,15 @@ def _compare_models(metrics: dict[str, Any]) -> list[str]:
     lowest = min((loss for _, loss in losses), key=float)
     names = " and ".join(name for name, loss in losses if loss == lowest)
     lines = [f"Lowest weighted log loss of {len(losses)} models: {names}, {lowest}."]
-    for pair, gains in metrics.get("paired", {}).items():
+    for other in (SLICE_CNN, *map(sequence_name, metrics["sequence"])):
+        gains = metrics.get("paired", {}).get(pair_name(FINETUNED, other))
+        if gains is None:  # another arm than finetune.arm
+            continue
         gain = Estimate.from_json(gains["weighted_log_loss"])
-        if pair.startswith(FINETUNED) and gain.low is not None and gain.high is not None:
-            other = model_title(pair.rpartition(" against ")[2])
+        if gain.low is not None and gain.high is not None:
             verdict = "0 lies outside: a difference" if gain.low > 0 or gain.high < 0 else "0 lies inside: noise"
-            lines.append(f"Gain of fine-tuned over {other} in weighted log loss: {gain.text()} ({verdict}).")
+            text = f"{gain.text()} ({verdict})"
+            lines.append(f"Gain of fine-tuned over {model_title(other)} in weighted log loss: {text}.")
     return lines
 
 

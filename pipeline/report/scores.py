@@ -281,13 +281,14 @@ def ablation(facts: Facts) -> Section:
             gains.append((arm["arm"], Estimate.from_json(gain)))
         spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
         parameters = "" if arm["n_parameters"] is None else f"{arm['n_parameters']:,}"
-        cells = [arm["arm"], str(len(arm["seeds"])), format_number(loss["mean"]) + spread, gain_text, arm["verdict"]]
-        rows.append([*cells, format_number(arm["auc"]["any"], 3), parameters])
+        cells = [arm["arm"], str(len(arm["seeds"]) or "none"), format_number(loss["mean"]) + spread, gain_text]
+        rows.append([*cells, arm["verdict"], format_number(arm["auc"]["any"], 3), parameters])
     head = ["arm", "seeds", "weighted log loss", f"gain over {baseline}", "verdict", "AUC any", "parameters"]
     lines = [
         f"Gain: weighted log loss of {baseline} minus that of the arm, over {comparison['n_patients']} patients; "
         "above 0 the arm is better. It is called noise unless it holds for all arms together and beyond the spread of "
-        "seeds. With one seed that spread is unknown, and seeds are too few for a verdict.",
+        "seeds. With one seed that spread is unknown, and seeds are too few for a verdict. An arm that learns nothing "
+        "has no seed; its interval alone decides where the baseline has one.",
         *(f"Warning: {warning}." for warning in comparison["warnings"]),
     ]
     name = f"Gain over {baseline}, weighted log loss"

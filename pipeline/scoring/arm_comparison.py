@@ -49,11 +49,19 @@ class _Scores:
     losses: Floats  # (seeds, n): weighted log loss of each slice
     by_class: Floats  # (seeds, 6)
     rankings: list[list[Ranking]]  # [class][seed]
+    is_learned: bool  # False: there is nothing to learn, so every seed gives the same
 
     def mean_auc(self, column: int = 0) -> float | None:
         """Return the AUC of a class, mean over seeds; None where a seed has none."""
         values = [ranking.value for ranking in self.rankings[column] if ranking.value is not None]
         return float(np.mean(values)) if len(values) == len(self.losses) else None
+
+    def seed_variance(self) -> float | None:
+        """Return the squared standard error of the mean loss over seeds; None where it is unknown."""
+        if not self.is_learned:
+            return 0.0
+        means = self.losses.mean(axis=1)
+        return float(means.var(ddof=1)) / len(means) if len(means) > 1 else None
 
 
 def compare_arms(
@@ -74,7 +82,7 @@ def compare_arms(
     uids = sorted(slices)
     own_slices = {arm.name: arm.table["sop_uid"][arm.table["seed"] == arm.table["seed"].iloc[0]] for arm in arms}
     same = [name for name in names if sorted(own_slices[name]) == uids]
-    scores = {arm.name: _score(arm.table, slices if arm.name in same else own_slices[arm.name]) for arm in arms}
+    scores = {arm.name: _score(arm, slices if arm.name in same else own_slices[arm.name]) for arm in arms}
     others = [name for name in same if name != baseline]
     scored = [scores[name] for name in others]
     gains = _compare_paired(scores[baseline], scored, patients, bootstrap_samples, confidence, seed)
@@ -95,9 +103,9 @@ def compare_arms(
     }
 
 
-def _score(table: pd.DataFrame, slices: pd.Series[Any]) -> _Scores:
+def _score(arm: Arm, slices: pd.Series[Any]) -> _Scores:
     losses, by_class, rankings = [], [], []
-    for _, part in table.groupby("seed", sort=True):
+    for _, part in arm.table.groupby("seed", sort=True):
         rows = part.set_index("sop_uid").loc[slices]
         true, predicted = labels_and_probabilities(rows)
         entropies = cross_entropies(true, predicted)
@@ -105,7 +113,8 @@ def _score(table: pd.DataFrame, slices: pd.Series[Any]) -> _Scores:
         losses.append(entropies @ WEIGHTS)
         by_class.append(entropies.mean(axis=0))
         rankings.append([Ranking(*columns, patient) for columns in zip(true.T, predicted.T, strict=True)])
-    return _Scores(np.stack(losses), np.stack(by_class), [list(of_class) for of_class in zip(*rankings, strict=True)])
+    by_seed = [list(of_class) for of_class in zip(*rankings, strict=True)]
+    return _Scores(np.stack(losses), np.stack(by_class), by_seed, arm.record.get("n_parameters") != 0)
 
 
 def _compare_paired(
@@ -131,13 +140,12 @@ def _compare_paired(
         widths = [float(width) for width in critical * error]
     base_auc, result = base.mean_auc(), []
     for arm, value, draws, width, auc_draws in zip(others, values, losses, widths, arms_resampled, strict=True):
-        seed_means, seed_error = (base.losses.mean(axis=1), arm.losses.mean(axis=1)), None
-        if min(map(len, seed_means)) > 1:
-            seed_error = math.sqrt(sum(means.var(ddof=1) / len(means) for means in seed_means))
+        variances = base.seed_variance(), arm.seed_variance()
+        seed_error = None if None in variances else math.sqrt(sum(filter(None, variances)))
         verdict = BETTER if value > 0 else WORSE
         if width is None or abs(value) <= width or (seed_error is not None and abs(value) < 2 * seed_error):
             verdict = "noise"
-        elif seed_error is None:
+        elif seed_error is None and arm.is_learned:
             verdict = TOO_FEW_SEEDS
         simultaneous = None if width is None else [value - width, value + width]
         auc = arm.mean_auc()
@@ -153,10 +161,10 @@ def _describe(arm: Arm, scores: _Scores, verdict: str, gain: dict[str, Any]) -> 
     seconds = [seed["seconds"] for seed in arm.record.get("seeds", [])]
     return {
         "arm": arm.name,
-        "seeds": sorted(int(number) for number in arm.table["seed"].unique()),
+        "seeds": sorted(int(number) for number in arm.table["seed"].unique()) if scores.is_learned else [],
         "weighted_log_loss": {
             "mean": float(losses.mean()),
-            "sd": float(losses.std(ddof=1)) if len(losses) > 1 else None,
+            "sd": float(losses.std(ddof=1)) if scores.is_learned and len(losses) > 1 else None,
             "of_seeds": losses.tolist(),
         },
         "log_loss": dict(zip(CLASSES, scores.by_class.mean(axis=0).tolist(), strict=True)),
@@ -178,7 +186,7 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         loss, gain = row["weighted_log_loss"], row["gain"].get("weighted_log_loss")
         spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
         gain_text = "" if gain is None else Estimate.from_json(gain).text(sign="+")
-        cells = [row["arm"], str(len(row["seeds"])), f"{loss['mean']:.4f}{spread}", gain_text, row["verdict"]]
+        cells = [row["arm"], str(len(row["seeds"]) or "none"), f"{loss['mean']:.4f}{spread}", gain_text, row["verdict"]]
         cells += [Estimate(row["auc"][name]).text(3) for name in CLASSES]
         cells.append("" if row["n_parameters"] is None else f"{row['n_parameters']:,}")
         cells.append("" if row["seconds_per_seed"] is None else f"{row['seconds_per_seed']:.1f}")
@@ -191,7 +199,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         f"{comparison['baseline']} minus that of the arm, mean over seeds; positive is better. Intervals: patients "
         f"resampled {comparison['bootstrap_samples']} times, paired. Verdict: noise unless the interval that holds "
         "for all arms together leaves out 0 and the gain is at least twice its standard error over seeds. That error "
-        "needs two seeds of both arms; with fewer, the verdict is that seeds are too few.",
+        "needs two seeds of both arms; with fewer, the verdict is that seeds are too few. An arm that learns nothing "
+        "has no seed and adds nothing to that error; against a baseline of one seed the interval alone decides.",
         *(f"**Warning**: {warning}." for warning in comparison["warnings"]),
         "",
         format_table(["log loss", *short], losses, markdown=True),

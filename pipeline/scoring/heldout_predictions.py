@@ -32,6 +32,11 @@ def sequence_name(arm: str) -> str:
     return f"sequence-{arm}"
 
 
+def pair_name(later: str, earlier: str) -> str:
+    """Return the name of a comparison of two models, a key of ``paired`` in ``evaluate.json``."""
+    return f"{later} against {earlier}"
+
+
 def known_slices(index: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return the rows of the series of a split whose labels are all known."""
     chosen = index[index["split"] == split]

@@ -11,7 +11,7 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.text_table import format_table
 from ichpipe.index.thin_slices import smooth_thin
 from ichpipe.scoring.bootstrap import Estimate
-from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
+from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, pair_name, sequence_name
 from ichpipe.scoring.metrics import paired_difference, score
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def score_all(
         before, after = tables[earlier], tables[later]
         if before["sop_uid"].tolist() != after["sop_uid"].tolist():
             raise DataError(f"{earlier} and {later} were scored on different slices; run: ichpipe evaluate")
-        paired[f"{later} against {earlier}"] = paired_difference(
+        paired[pair_name(later, earlier)] = paired_difference(
             before[LABELS], before[columns], after[columns], before["patient_id"], **section.bootstrap()
         )
     metrics = {

@@ -13,6 +13,7 @@ import pandas as pd
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.user_tables import read_table
+from ichpipe.index.label_tables import explain_spelling
 from ichpipe.scoring.bootstrap import Ranking, estimate, resample
 from ichpipe.scoring.metrics import brier, calibration_error, cross_entropies, weighted_log_loss
 from ichpipe.scoring.roc import interval, operating_points
@@ -76,8 +77,10 @@ def score_studies(
     if not labelled.isin(table.index).any():
         raise DataError(
             f"prediction table {predictions} has no prediction for any {labels.key} of the labels: one names "
-            f"{table.index[0]}, the other {labelled[0]}; check that they belong together"
+            f"{table.index[0]}, the other {labelled[0]}; "
+            + (explain_spelling(table.index, labelled) or "check that they belong together")
         )
+    cause = explain_spelling(table.index.difference(labelled, sort=False), labelled)
     studies = labelled if missing is not None else labelled.intersection(table.index, sort=False)
     rows = table.reindex(studies)
     probabilities = np.array(rows[list(CLASSES)], dtype=np.float64)
@@ -94,7 +97,8 @@ def score_studies(
         "resampled_by": "patient_id" if named.any() else labels.key,
         "predictions": {"file": str(predictions), "n_rows": len(table), "pool": pool, "filled_with": missing}
         | count_names("studies_without_label", table.index.difference(labelled, sort=False))
-        | count_names("studies_without_prediction", labelled.difference(table.index, sort=False)),
+        | count_names("studies_without_prediction", labelled.difference(table.index, sort=False))
+        | ({"likely_cause": cause} if cause else {}),
         "labels": labels.report,
         **settings,
     }
