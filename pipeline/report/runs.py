@@ -102,7 +102,11 @@ def glance(facts: Facts) -> Section:
     if facts.summary is not None:
         remark = f"{facts.summary['slices']:,} slices, {facts.summary['rejected']:,} files rejected"
         tiles.append(("patients", f"{facts.summary['patients']:,}", remark))
-    if facts.records.get(FINETUNED, {}).get("best_epoch") == 0:
+    record = facts.records.get(FINETUNED, {})
+    if record.get("params", {}).get("keep") == "last":
+        before, after = (format_number(record.get(key)) for key in ("val_loss_before", "val_loss"))
+        lines.append(f"Fine-tuning kept its last epoch: validation loss {before} before, {after} after.")
+    elif record.get("best_epoch") == 0:
         lines.append("Fine-tuning was no better in validation than its start, so the start was kept.")
     return Section("glance", "At a glance", lines, tiles=tiles)
 
