@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_keep_says_which_epoch_stays(tmp_path, keep, ema_decay):
 def test_the_record_says_what_keeping_the_last_epoch_cost(run, tmp_path):
     other = run.copy(tmp_path / "last")
     hasty = set_options("finetune.keep=last", "finetune.learning_rate_sequence=0.5", "finetune.epochs=2")
-    other.steps((*hasty, "finetune"), "report")
+    other.steps((*hasty, "finetune"), "evaluate", "report")
     record, history = (
         json.loads((other.artifacts / "finetuned" / name).read_text()) for name in ("record.json", "history.json")
     )
@@ -239,6 +240,8 @@ def test_the_record_says_what_keeping_the_last_epoch_cost(run, tmp_path):
     page = (other.artifacts / "report" / "index.html").read_text()
     assert f"validation loss {history[0]['val_loss']:.4f} before, {history[-1]['val_loss']:.4f} after" in page
     assert "so the start was kept" not in page
+    text = re.sub(r"<[^>]*>", " ", page)
+    assert re.findall(r"fine-tuned\s+(\d)\s+[\d.]*\s+[\d.]+\s+kept", text) == ["2"]
 
 
 # All together, and resumed

@@ -384,6 +384,12 @@ def assert_same_weights(one, other):
     [
         ("finetune", ("finetune.adam_eps=0.001", "finetune.batch_series=4", "finetune.cutmix.alpha=1.0"), "finetuned"),
         (
+            "finetune",
+            ("finetune.adam_eps=0.001", "finetune.batch_slices=90", "finetune.slice_loss=0.5",
+             "finetune.layer_decay=0.7", "finetune.ema_decay=0.5", "finetune.keep=last"),
+            "finetuned",
+        ),
+        (
             "fit-slices",
             ("fit-slices.backbone=test_convnext", "fit-slices.adam_eps=0.001", "fit-slices.batch_size=31",
              "fit-slices.cutmix.alpha=1.0"),
