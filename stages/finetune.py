@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @pixels_option
 @click.pass_obj
 def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None) -> None:
-    """Unfreeze slice CNN and sequence model and train end to end. Never ends worse than it began.
+    """Unfreeze slice CNN and sequence model and train end to end.
+
+    With finetune.keep: best (the default) the model never ends worse on validation than it began.
 
     \b
     Example:
@@ -47,7 +49,7 @@ def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None
 def run(
     params: Params, artifacts: Artifacts, gpu: str = "auto", workers: int = 0, pixel_cache: Path | None = None
 ) -> None:
-    """Start from stage one's and stage two's weights; never end worse on validation than they are.
+    """Start from stage one's and stage two's weights; with ``keep: best`` never end worse on validation than they are.
 
     Under `torchrun` the processes share the series of every batch, and the first writes. ``pixel_cache`` is a folder
     for decoded slices; the result is the same without it.
@@ -101,9 +103,9 @@ def run(
     write_predictions(table, artifacts.finetuned, model_mark(artifacts.finetuned))
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
-    facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": best.val_loss}
-    seconds = watch()
-    write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=seconds, facts=facts)
+    val_loss = history[-1].val_loss if section.keep == "last" else best.val_loss
+    facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": val_loss}
+    write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=watch(), facts=facts)
     trainer.finish()
 
 

@@ -194,7 +194,8 @@ def test_bf16_is_imitated_on_no_cpu(monkeypatch, caplog, supported, used):
 # End to end
 
 
-def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation():
+@pytest.mark.parametrize("slice_weight", [0.0, 0.4])
+def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation(slice_weight):
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for("resnet10t", PAPER_WINDOWS, SIZE, 0.4))
     model = EndToEnd(cnn, sequence(inputs=("embedding", "logits"), dim=cnn.embedding_dim, dropout=0.3)).train()
@@ -205,7 +206,8 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
     parts = [list(range(start, min(start + 4, 10))) for start in (0, 4, 8)]
     loss_of = partial(weighted_bce, labels=batch.labels(labels))
     chunks = [partial(batch.images, hu, part, CPU) for part in parts]
-    backward_in_chunks(model, chunks, position_mm, loss_of, context=contextlib.nullcontext, seed=3)
+    context = contextlib.nullcontext
+    found = backward_in_chunks(model, chunks, position_mm, loss_of, context=context, seed=3, slice_weight=slice_weight)
     chunked = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     outputs = []
@@ -214,7 +216,9 @@ def test_chunked_gradient_equals_plain_within_1e_5_with_dropout_and_augmentation
             outputs.append(model.cnn(chunk()))
     with repeat_random(3, -1, CPU):
         embedding, logits = (torch.cat(each) for each in zip(*outputs, strict=True))
-        loss_of(model.sequence.one_series(embedding, logits, position_mm)).backward()
+        loss = loss_of(model.sequence.one_series(embedding, logits, position_mm))
+    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    (loss + slice_weight * loss_of(logits)).backward()
     plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert float((chunked - plain).norm() / plain.norm()) < 1e-5
     assert float(plain.norm()) > 0
@@ -257,7 +261,8 @@ def test_with_a_frozen_cnn_it_is_stage_two_on_the_cache(run):
         (loss / 3).backward()
         cached.append(float(loss.detach()))
     expected = sequence_gradient(fitting)
-    assert losses == pytest.approx(cached, abs=2e-3)
+    assert [loss for loss, _ in losses] == pytest.approx(cached, abs=2e-3)
+    assert [weight for _, weight in losses] == [1.0] * 3
     assert float((gradient - expected).norm() / expected.norm()) < 5e-3
 
 
@@ -378,6 +383,12 @@ def assert_same_weights(one, other):
     ("command", "settings", "model"),
     [
         ("finetune", ("finetune.adam_eps=0.001", "finetune.batch_series=4", "finetune.cutmix.alpha=1.0"), "finetuned"),
+        (
+            "finetune",
+            ("finetune.adam_eps=0.001", "finetune.batch_slices=90", "finetune.slice_loss=0.5",
+             "finetune.layer_decay=0.7", "finetune.ema_decay=0.5", "finetune.keep=last"),
+            "finetuned",
+        ),
         (
             "fit-slices",
             ("fit-slices.backbone=test_convnext", "fit-slices.adam_eps=0.001", "fit-slices.batch_size=31",

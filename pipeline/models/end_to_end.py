@@ -62,8 +62,11 @@ def backward_in_chunks(
     context: Callable[[], AbstractContextManager[object]],
     seed: int,
     scale: float = 1.0,
+    slice_weight: float = 0.0,
 ) -> float:
-    """Accumulate the gradient of ``scale * loss_of(logits)`` over a series that is held only in chunks.
+    """Accumulate the gradient of a loss over a series that is held only in chunks.
+
+    The loss is ``scale * (loss_of(logits) + slice_weight * loss_of(logits of the slice CNN))``.
 
     Pass one embeds all slices without a graph. The sequence model gives the loss and its gradient with respect to
     embeddings and slice logits. Pass two embeds each chunk again with a graph and backpropagates that gradient. This
@@ -78,10 +81,12 @@ def backward_in_chunks(
         Positions of all slices along the slice normal (T,), mm; maps logits (T, 6) to the loss.
     context, seed, scale
         Makes the context of each forward pass, such as autocast; seed of dropout; factor of the gradient.
+    slice_weight
+        Weight of the auxiliary loss on the slice CNN's own logits; 0: none.
 
     Returns
     -------
-    The loss, unscaled.
+    ``loss_of(logits)`` of the sequence model, unscaled.
 
     """
     device = next(model.parameters()).device
@@ -97,7 +102,8 @@ def backward_in_chunks(
     embedding, cnn_logits = (torch.cat(tensors).requires_grad_() for tensors in zip(*parts, strict=True))
     with repeat_random(seed, -1, device), context():
         loss = loss_of(model.sequence.one_series(embedding, cnn_logits, position_mm))
-    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    total = loss + slice_weight * loss_of(cnn_logits) if slice_weight else loss
+    (total * scale).backward()  # type: ignore[no-untyped-call]
     if any(parameter.requires_grad for parameter in model.cnn.parameters()):
         start = 0
         for number, (part, _) in enumerate(parts):

@@ -265,16 +265,20 @@ class FinetuneParams(Section):
     arm: str = "paper"
     epochs: Positive = 2
     batch_series: Positive = 2  # series per batch
+    batch_slices: Positive | None = None  # about so many slices per batch, in whole series; null: batch_series
     accumulate: Positive = 1  # batches per optimiser step
     sample_slices: Positive | None = None  # contiguous slices of each series and epoch (the paper: 10); null: all
     chunk_slices: Positive = 16  # slices held with a graph at one time
+    slice_loss: NotNegative = 0.0  # weight of the loss on the slice CNN's own logits, beside the sequence model's
     learning_rate_cnn: NotNegative = 3e-5  # 0: the slice CNN stays as it is
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # rate of a part of the CNN over that of the next part
     learning_rate_sequence: PositiveFloat = 1e-4
     unfreeze_epochs: Count = 0  # the CNN's parts join from the last to the first, one every so many; 0: all at once
     weight_decay: NotNegative = 1e-2
     adam_eps: PositiveFloat = 1e-8
     warmup_epochs: NotNegative = 0.2
     ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
+    keep: Literal["best", "last"] = "best"  # the epoch that is best on validation, the start included; or the last one
     max_grad_norm: PositiveFloat = 5.0
     precision: Precision = "auto"
     compile: bool = False  # torch.compile of the slice CNN; pays on a GPU, not on a CPU

@@ -102,7 +102,11 @@ def glance(facts: Facts) -> Section:
     if facts.summary is not None:
         remark = f"{facts.summary['slices']:,} slices, {facts.summary['rejected']:,} files rejected"
         tiles.append(("patients", f"{facts.summary['patients']:,}", remark))
-    if facts.records.get(FINETUNED, {}).get("best_epoch") == 0:
+    record = facts.records.get(FINETUNED, {})
+    if record.get("params", {}).get("keep") == "last":
+        before, after = (format_number(record.get(key)) for key in ("val_loss_before", "val_loss"))
+        lines.append(f"Fine-tuning kept its last epoch: validation loss {before} before, {after} after.")
+    elif record.get("best_epoch") == 0:
         lines.append("Fine-tuning was no better in validation than its start, so the start was kept.")
     return Section("glance", "At a glance", lines, tiles=tiles)
 
@@ -183,19 +187,27 @@ def learning(facts: Facts) -> Section:
         epochs = Axis("epoch", min(e for e, _ in validated) - 0.3, max(e for e, _ in validated) + 0.3, whole=True)
         losses = axis_over("weighted log loss", [loss for _, loss in trained + validated])
         plots.append((title, line_plot(f"Learning curve, {title}", lines, epochs, losses)))
-        best = min(history, key=lambda row: float(row["val_loss"]))
+        kept = _kept_rows(history, facts.records.get(name, {}).get("params", {}))
         for row in history:
             numbers = ["" if row[key] is None else f"{row[key]:.4f}" for key in ("train_loss", "val_loss")]
-            rows.append([title, str(row["epoch"]), *numbers, "kept" if row is best else ""])
+            rows.append([title, str(row["epoch"]), *numbers, "kept" if row in kept else ""])
     if not plots:
         return Section("learning", "Learning curves", ["Nothing has been trained yet; run: ichpipe fit-slices."])
     explanation = (
-        "Weighted log loss by epoch; the epoch with the lowest validation loss is kept. Epoch 0 is the start. Training "
-        "loss is taken while weights change, under dropout and augmentation."
+        "Weighted log loss by epoch; the epoch with the lowest validation loss is kept, or the last as the parameters "
+        "say. Epoch 0 is the start. Training loss is taken while weights change, under dropout and augmentation."
     )
     table = Table("Learning curves", ["model", "epoch", "training", "validation", "kept"], rows)
     legend = [("training", 0), ("validation", 1)]
     return Section("learning", "Learning curves", [explanation, *unplotted], legend=legend, plots=plots, hidden=[table])
+
+
+def _kept_rows(history: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the epochs whose weights were kept: the last so many, or the one that is best on validation."""
+    averaged = params.get("average", {}).get("epochs", 1)
+    if averaged > 1 or params.get("keep") == "last":
+        return history[-averaged:]
+    return [min(history, key=lambda row: float(row["val_loss"]))]
 
 
 def provenance(facts: Facts) -> Section:

@@ -103,7 +103,7 @@ class EndToEndFitting:
         precision = training_precision(device, section.precision)
         self.context = functools.partial(autocast, device, precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling(device, precision))
-        rates = [(model.cnn, section.learning_rate_cnn), (model.sequence, section.learning_rate_sequence)]
+        rates = [*self._cnn_rates(), (model.sequence, section.learning_rate_sequence)]
         self.optimizer = make_optimizer(rates, section.weight_decay, section.adam_eps)
         self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)
 
@@ -112,7 +112,7 @@ class EndToEndFitting:
         section = self.section
         return Trainer(
             self.model, self.optimizer, self.schedule, section.seed, section.epochs, checkpoint, key, self.scaler,
-            ema_decay=section.ema_decay,
+            last=1 if section.keep == "last" else 0, ema_decay=section.ema_decay,
         )  # fmt: skip
 
     def unfreeze(self, epoch: int) -> None:
@@ -129,8 +129,8 @@ class EndToEndFitting:
         """Return the batches of each optimiser step of an epoch."""
         section = self.section
         order = torch.randperm(len(self.train), generator=generator(section.seed, "order", epoch)).tolist()
-        starts = range(0, len(order), section.batch_series)
-        batches = [self._batch(order[start : start + section.batch_series], epoch, start) for start in starts]
+        spans = itertools.pairwise([*self._batch_starts(order), len(order)])
+        batches = [self._batch(order[start:end], epoch, start) for start, end in spans]
         return [batches[start : start + section.accumulate] for start in range(0, len(batches), section.accumulate)]
 
     def train_epoch(self, epoch: int, position: Position) -> None:
@@ -144,22 +144,33 @@ class EndToEndFitting:
         slices = sum(len(batch.rows) for batches in steps for batch in batches)
         counter = Counter(f"epoch {epoch}", slices, "slice", lambda: position.note(self.optimizer))
         for batches in steps:
-            of_all = sum(batch.n_series for batch in batches)
+            of_all = sum(self.weight(batch) for batch in batches)
             losses = []
             for batch in batches:
                 losses += self.backward(batch, next(pixels)[0], of_all) if batch.members else []
             step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
-            position.advance(sum(losses) / len(losses) if losses else 0.0, len(losses))
+            weight = sum(weight for _, weight in losses)
+            position.advance(sum(loss * weight for loss, weight in losses) / weight if losses else 0.0, weight)
             counter.add(sum(len(batch.rows) for batch in batches))
         counter.close()
 
-    def backward(self, batch: SeriesBatch, hu: Tensor, of_all: int) -> list[float]:
-        """Add the gradient of each series of this process, as a share ``of_all`` series; return their losses."""
+    def weight(self, batch: SeriesBatch) -> float:
+        """Return what a batch weighs in its step: its series or, with ``batch_slices``, its slices by known labels."""
+        if self.section.batch_slices is None:
+            return batch.n_series
+        return float(known_slices(batch.labels(self.slices.labels)))
+
+    def backward(self, batch: SeriesBatch, hu: Tensor, of_all: float) -> list[tuple[float, float]]:
+        """Add the gradient of each series of this process; return their losses and weights.
+
+        ``of_all`` is the `weight` of all batches of the step.
+        """
         batch_labels, size, losses = batch.labels(self.slices.labels), self.section.chunk_slices, []
         for rows, position_mm, seed in batch.members:
             labels = batch_labels[rows].to(self.device)
             if labels.isnan().all():  # a sample may hold no known label
                 continue
+            weight = 1.0 if self.section.batch_slices is None else float(known_slices(labels))
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
             loss = backward_in_chunks(
                 self.model,
@@ -168,9 +179,10 @@ class EndToEndFitting:
                 functools.partial(weighted_bce, labels=labels),
                 context=self.context,
                 seed=seed,
-                scale=float(self.scaler.get_scale()) / of_all,
+                scale=float(self.scaler.get_scale()) * weight / of_all,
+                slice_weight=self.section.slice_loss,
             )
-            losses.append(loss)
+            losses.append((loss, weight))
         return losses
 
     @torch.inference_mode()
@@ -187,6 +199,31 @@ class EndToEndFitting:
             labelled += float(known_slices(series.labels))
         total, count = all_sum(total, labelled)
         return total / count
+
+    def _cnn_rates(self) -> list[tuple[torch.nn.Module, float]]:
+        """Return the CNN, or with ``layer_decay`` its parts from the last to the first, with their learning rates."""
+        cnn, section = self.model.cnn, self.section
+        if section.layer_decay == 1:  # the groups of earlier checkpoints
+            return [(cnn, section.learning_rate_cnn)]
+        return [
+            (torch.nn.ParameterList(part), section.learning_rate_cnn * section.layer_decay**distance)
+            for distance, part in enumerate(reversed(parts_of(cnn)))
+        ]
+
+    def _batch_starts(self, order: Sequence[int]) -> Sequence[int]:
+        """Return where each batch begins in the order of the series.
+
+        With ``batch_slices`` the epoch's slices are cut into equal parts. A series goes where its middle slice lies.
+        """
+        section = self.section
+        if section.batch_slices is None:
+            return range(0, len(order), section.batch_series)
+        lengths = np.array([len(self.train[number].paths) for number in order])
+        sizes = np.minimum(lengths, section.sample_slices or lengths)
+        ends, total = np.cumsum(sizes), int(sizes.sum())
+        batches = max(1, round(total / section.batch_slices))
+        part = (2 * ends - sizes) * batches // (2 * total)
+        return np.flatnonzero(np.diff(part, prepend=-1)).tolist()
 
     def _batch(self, numbers: Sequence[int], epoch: int, start: int) -> SeriesBatch:
         section, train = self.section, [self.train[number] for number in numbers]

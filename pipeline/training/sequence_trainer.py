@@ -57,9 +57,10 @@ class SequenceFitting:
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return the trainer that runs the epochs."""
+        averaged = self.section.average.epochs
         return Trainer(
             self.model, self.optimizer, self.schedule, self.seed, self.epochs, checkpoint, key, self.scaler,
-            last=min(self.section.average.epochs, max(1, self.epochs)), save_every_s=SAVE_EVERY_S,
+            last=min(averaged, max(1, self.epochs)) if averaged > 1 else 0, save_every_s=SAVE_EVERY_S,
         )  # fmt: skip
 
     def train_epoch(self, epoch: int, position: Position) -> None:

@@ -197,7 +197,7 @@ class Trainer:
     checkpoint: Path
     key: str
     scaler: torch.amp.GradScaler | None = None  # of fp16: its scale is part of the training state
-    last: int = 1  # keep the weights of the last so many epochs; 1: of the one that is best on validation
+    last: int = 0  # keep the weights of the last so many epochs; 0: of the one that is best on validation
     save_every_s: float = 0.0  # seconds between checkpoints: weights of 200 MB cost more than a short epoch
     ema_decay: float = 0.0  # validate and keep an exponential moving average of the weights; 0: the weights themselves
     kept: list[Weights] = field(default_factory=list)  # oldest first, after `run`
@@ -216,7 +216,7 @@ class Trainer:
         """Train, load the kept weights into the model (of several epochs the last), return the learning curve.
 
         ``train_epoch`` gets the epoch (from 1) and its position, and trains from there. With ``compare_with_start`` the
-        model never ends worse on validation than it began. Raises TrainingError where the loss is not finite.
+        start is epoch 0 of the curve, and may be the best. Raises TrainingError where the loss is not finite.
         """
         if self.ema_decay:
             self._average = _moving_average(self.model, self.ema_decay)
@@ -235,9 +235,9 @@ class Trainer:
                 average_statistics(self._average.module)
             train_loss = _require_finite(self._position.mean(), epoch)
             val_loss = _require_finite(self._validate(validate), epoch)
-            if self.last > 1 or all(val_loss < earlier.val_loss for earlier in self._history):
+            if self.last or all(val_loss < earlier.val_loss for earlier in self._history):
                 weights = _copy_weights(self.model if self._average is None else self._average.module)
-                self.kept = [*self.kept, weights][-self.last :]
+                self.kept = [*self.kept, weights][-max(1, self.last) :]
             self._history.append(Epoch(epoch, train_loss, val_loss, rate))
             self._position = None
             if epoch == self.epochs or time.monotonic() - self._saved >= self.save_every_s:
