@@ -29,9 +29,9 @@ from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.index.volume import Volume, find_slices, listed
 from ichpipe.inference.inputs import collect_inputs
 from ichpipe.inference.predictor import IDENTIFIERS, SLICE_COLUMNS, predict_slices, score_series
-from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.end_to_end import EndToEnd, Ensemble
 from ichpipe.models.header import read_header, spacing_of
-from ichpipe.models.weights import load_end_to_end, load_slice_cnn
+from ichpipe.models.weights import load_predictor, load_slice_cnn
 from ichpipe.params.schema import SelectionParams
 from ichpipe.scoring.calibration import read_calibration
 from ichpipe.scoring.pooling import pool
@@ -83,12 +83,16 @@ class Model:
     """A trained model on a device, as `load_model` returns it."""
 
     def __init__(
-        self, folder: Path, network: EndToEnd | SliceCnn, device: torch.device, calibration: Calibration | None
+        self,
+        folder: Path,
+        network: EndToEnd | Ensemble | SliceCnn,
+        device: torch.device,
+        calibration: Calibration | None,
     ) -> None:
         self.folder, self.device, self.calibration = folder, device, calibration
         self.spacing_mm = spacing_of(folder)  # slice distance of the training data, mm
         self._network = network.to(device).eval()
-        self._cnn = network.cnn if isinstance(network, EndToEnd) else network
+        self._cnn = network.cnn if isinstance(network, EndToEnd | Ensemble) else network
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,9 +127,11 @@ class Model:
         ------
         DataError
             The array has another shape, no slice, or a value that is not finite.
+        WeightsError
+            The model is an ensemble.
 
         """
-        return embed_hu(self._cnn, self._images(images), self.device, _BATCH).numpy()
+        return embed_hu(self._require_single(), self._images(images), self.device, _BATCH).numpy()
 
     def embed_folder(self, paths: Paths, *, all_series: bool = False, workers: int = 1) -> Embeddings:
         """Embed the slices below some paths.
@@ -150,8 +156,11 @@ class Model:
             A path does not exist.
         DataError
             No slice is usable.
+        WeightsError
+            The model is an ensemble.
 
         """
+        cnn = self._require_single()
         scan = find_slices(paths, all_series=all_series, workers=workers)
         files, parts, undecodable = scan.slices["path"].tolist(), [], []
         starts = range(0, len(files), _BATCH)
@@ -159,7 +168,7 @@ class Model:
             hu, bad = load_readable(files[start : start + _BATCH], self.size_px)
             undecodable += bad
             if len(hu):
-                parts.append(embed_hu(self._cnn, hu, self.device, _BATCH))
+                parts.append(embed_hu(cnn, hu, self.device, _BATCH))
         rejected = pd.DataFrame(undecodable, columns=["path", "reason"])
         slices = scan.slices[~scan.slices["path"].isin(rejected["path"])]
         columns = [*IDENTIFIERS, "sop_uid", "slice_index", "position_mm"]
@@ -206,11 +215,12 @@ class Model:
         hu = self._images(images)
         positions = images.position_mm if isinstance(images, Volume) else _positions(len(hu), position_mm, spacing_mm)
         stride = stride_of(positions, self.spacing_mm)
-        values = to_probabilities(classify_hu(model, hu, positions.tolist(), self.device, _BATCH, stride))
+        both = classify_hu(model, hu, positions.tolist(), self.device, _BATCH, stride)
+        values, of_cnn = (to_probabilities(logits) for logits in both)
         if not np.isfinite(values).all():  # fp16 can overflow
             raise DataError("a prediction is not a number: half precision overflowed; load_model(folder, gpu='cpu')")
         if self.calibration:
-            values = self.calibration.apply(values)
+            values = self.calibration.apply(values, of_cnn)
         study = pool(smooth_thin(values, positions), np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
         return SeriesPrediction(values, study, self.classes)
 
@@ -263,12 +273,20 @@ class Model:
         studies = score_series(slices, study_score)
         return Prediction(slices[SLICE_COLUMNS], studies, inputs.series, inputs.refused, rejected, self.classes)
 
-    def _require_end_to_end(self) -> EndToEnd:
-        if isinstance(self._network, EndToEnd):
+    def _require_end_to_end(self) -> EndToEnd | Ensemble:
+        if isinstance(self._network, EndToEnd | Ensemble):
             return self._network
         raise WeightsError(
             f"{self.folder / MODEL_FILE} is a slice CNN, which embeds; to predict, load a fine-tuned model "
             "(artifacts/finetuned)"
+        )
+
+    def _require_single(self) -> SliceCnn:
+        if not isinstance(self._network, Ensemble):
+            return self._cnn
+        raise WeightsError(
+            f"{self.folder / MODEL_FILE} is an ensemble, which has no single embedding; to embed, load a slice CNN "
+            "(artifacts/slice-cnn) or a fine-tuned model"
         )
 
     def _images(self, images: Volume | ArrayLike) -> torch.Tensor:
@@ -285,7 +303,7 @@ class Model:
 
 
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
-    """Load a model folder that ``finetune``, ``export`` or ``fit-slices`` has written; nothing is unpickled.
+    """Load a model folder of ``finetune``, ``ensemble``, ``export`` or ``fit-slices``; nothing is unpickled.
 
     Parameters
     ----------
@@ -319,8 +337,8 @@ def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True
             f"{folder / MODEL_FILE} is a sequence model, which reads embeddings; load the fine-tuned model or the "
             "slice CNN"
         )
-    network = load_slice_cnn(folder) if kind == "slice-cnn" else load_end_to_end(folder)
-    return Model(folder, network, device, read_calibration(folder) if calibrated and kind == "end-to-end" else None)
+    network = load_slice_cnn(folder) if kind == "slice-cnn" else load_predictor(folder)
+    return Model(folder, network, device, read_calibration(folder) if calibrated and kind != "slice-cnn" else None)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ichpipe.stages.options import FILE, FOLDER, Settings, Verdict, complete_key
 from ichpipe.stages.stopping import stop_cleanly
 
 COMMANDS = (
-    "cache", "compare", "completion", "cross-validate", "evaluate", "explain", "export", "extract", "finetune",
-    "fit-sequence", "fit-slices", "phantom", "predict", "prepare", "report", "score",
+    "cache", "compare", "completion", "cross-validate", "ensemble", "evaluate", "explain", "export", "extract",
+    "finetune", "fit-sequence", "fit-slices", "phantom", "predict", "prepare", "report", "score",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def _fit_fold(
     from ichpipe.index import index_writer, splits
     from ichpipe.index.scan import REJECTED
     from ichpipe.index.slice_index import read_index
-    from ichpipe.stages import extract, finetune, fit_sequence, fit_slices
+    from ichpipe.stages import ensemble, extract, finetune, fit_sequence, fit_slices
 
     log.info(name)
     index = splits.assign_splits(read_index(whole.index).drop(columns=["split", "fold"]), params.prepare)
@@ -105,6 +105,8 @@ def _fit_fold(
             fit_sequence.run(params, artifacts, arm, gpu)
     if not arms_only and not finetune.is_done(params, artifacts):
         finetune.run(params, artifacts, gpu, workers)
+    if not arms_only and params.predict.ensemble and not ensemble.is_done(params, artifacts):
+        log.info(ensemble.run(params, artifacts, gpu))
 
 
 def _pool_arm(folders: Sequence[Path], target: Path) -> None:
@@ -130,7 +132,7 @@ def _score(params: Params, whole: Artifacts, by_fold: dict[str, tuple[Params, Ar
     import pandas as pd
 
     from ichpipe.index.slice_index import read_index
-    from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, sequence_name
+    from ichpipe.scoring.heldout_predictions import ENSEMBLE, FINETUNED, SLICE_CNN, sequence_name
     from ichpipe.scoring.model_ladder import ladder_text, score_all
     from ichpipe.stages import evaluate
 
@@ -138,6 +140,7 @@ def _score(params: Params, whole: Artifacts, by_fold: dict[str, tuple[Params, Ar
         log.info("%s\n%s", name, evaluate.run(fold_params, fold))
     folds = [fold for _, fold in by_fold.values()]
     names = [SLICE_CNN, *(sequence_name(arm) for arm in params.sequence), FINETUNED]
+    names += [ENSEMBLE] if params.predict.ensemble else []
     tables = {
         name: pd.concat([pd.read_parquet(fold.predictions / f"{name}.parquet") for fold in folds], ignore_index=True)
         for name in names

@@ -5,6 +5,7 @@ Each model predicted them at the end of its training. Nothing here runs a networ
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
+
+log = logging.getLogger("ichpipe")
 
 
 @click.command("evaluate")
@@ -42,11 +45,11 @@ def command(settings: Settings) -> str:
 
 
 def run(params: Params, artifacts: Artifacts) -> str:
-    """Write metrics, plots, predictions, the calibration of the fine-tuned model and the comparison of arms.
+    """Write metrics, plots, predictions, the calibrations and the comparison of arms.
 
-    Scores are of the networks' own probabilities; the effect of calibration is written beside them. Without a
-    fine-tuned model its scores and the calibration are None, and a former model's are removed. Returns ladder,
-    calibration and comparison as text.
+    Scores are of the networks' own probabilities; the effect of calibration is written beside them. The fine-tuned
+    model and the ensemble are calibrated. Where one is absent, its scores and its calibration are None, and a former
+    model's are removed. Returns ladder, calibrations and comparison as text.
     """
     import numpy as np
     from scipy.special import expit
@@ -63,8 +66,10 @@ def run(params: Params, artifacts: Artifacts) -> str:
     if held_out.empty:
         raise DataError("the test split holds no series with labels; check prepare.labels and prepare.test_fraction")
     features = open_features(params, artifacts, index)
-    is_finetuned = any((artifacts.finetuned / name).exists() for name in (MODEL_FILE, PREDICTIONS_FILE))
-    _require_one_run(params, artifacts, index, is_finetuned=is_finetuned)
+    folders = {predictions.FINETUNED: artifacts.finetuned, predictions.ENSEMBLE: artifacts.ensemble}
+    files = (MODEL_FILE, PREDICTIONS_FILE)
+    final = {name: folder for name, folder in folders.items() if any((folder / file).exists() for file in files)}
+    _require_one_run(params, artifacts, index, final)
     slice_probabilities = np.full((len(held_out), len(CLASSES)), np.nan)  # `open_features` has checked the order
     for uid, positions in held_out.groupby("series_uid", sort=False).indices.items():
         slice_probabilities[positions] = expit(features.plain.read(str(uid), "logit").astype(np.float64))
@@ -72,33 +77,30 @@ def run(params: Params, artifacts: Artifacts) -> str:
     for arm, section in params.sequence.items():
         seeds = predictions.read_predictions(artifacts.sequence(arm), f"ichpipe fit-sequence --arm {arm}")
         tables[predictions.sequence_name(arm)] = predictions.own_predictions(seeds, average_seeds=section.average.seeds)
-    val = None
-    if is_finetuned:
-        finetuned = predictions.read_predictions(artifacts.finetuned, "ichpipe finetune")
-        tables[predictions.FINETUNED] = finetuned[finetuned["split"] == "test"].reset_index(drop=True)
-        val = finetuned[finetuned["split"] == "val"]  # these patients are never scored
+    val = {}  # these patients are never scored
+    for name, folder in final.items():
+        both = predictions.read_predictions(folder, predictions.CALIBRATED[name].command)
+        tables[name] = both[both["split"] == "test"].reset_index(drop=True)
+        val[name] = both[both["split"] == "val"]
     overlap = frozenset(index.loc[index["split"].isna(), "patient_id"])
     metrics = score_all(tables, params.evaluate, params.finetune.arm, overlap)
     metrics["sources"] = score_sources(params, index, tables, overlap)
-    metrics["calibration"] = None
-    if val is None:
-        stale = [artifacts.plots / name for name in ("reliability.json", "reliability.png")]
-        for path in [*stale, artifacts.predictions / f"{predictions.FINETUNED}.parquet"]:
-            path.unlink(missing_ok=True)  # of a model that is gone
-    else:
-        metrics["calibration"] = _calibrate(params, artifacts, val, tables[predictions.FINETUNED])
+    metrics |= _calibrate(params, artifacts, final, val, tables)
     write_scores(artifacts, metrics, tables)
-    folders = {"slice CNN": artifacts.slice_cnn}
-    folders |= {f"sequence, {arm}": artifacts.sequence(arm) for arm in params.sequence}
-    folders |= {"fine-tuned": artifacts.finetuned} if is_finetuned else {}
-    histories = {name: read_json(folder / HISTORY_FILE) for name, folder in folders.items()}
+    curves = {"slice CNN": artifacts.slice_cnn}
+    curves |= {f"sequence, {arm}": artifacts.sequence(arm) for arm in params.sequence}
+    curves |= {"fine-tuned": artifacts.finetuned} if predictions.FINETUNED in final else {}
+    histories = {name: read_json(folder / HISTORY_FILE) for name, folder in curves.items()}
     lines = [{"model": name, **line} for name, history in histories.items() for line in history]
     write_json(artifacts.plots / "learning_curves.json", lines)
     write_bytes(artifacts.plots / "learning_curves.png", figures.learning_curves(histories))
     _write_study_sheet(artifacts.plots / "study.png", held_out, tables)
     text = ladder_text(metrics)
-    if metrics["calibration"] is not None:
-        text += f"\n\n{calibration_report.calibration_text(metrics['calibration'])}"
+    if params.predict.ensemble and predictions.ENSEMBLE not in final:
+        text += "\nensemble: not scored and not calibrated, because there is none; run: ichpipe ensemble"
+    for name in final:
+        model = predictions.CALIBRATED[name]
+        text += f"\n\n{calibration_report.calibration_text(metrics[model.scores], model.title)}"
     write_text(artifacts.metrics.with_name("ladder.txt"), text + "\n")
     return f"{text}\n\n{compare.run(params, artifacts)}"
 
@@ -118,18 +120,41 @@ def score_sources(
     return scores if len(scores) > 1 else {}
 
 
-def _calibrate(params: Params, artifacts: Artifacts, val: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
-    """Fit the calibration of the fine-tuned model, write it and its reliability plots, and return its scores."""
-    from ichpipe.report import calibration_report
-    from ichpipe.scoring.calibration import fit_calibration, write_calibration
-    from ichpipe.scoring.heldout_predictions import labels_and_probabilities, model_mark
+def _calibrate(
+    params: Params,
+    artifacts: Artifacts,
+    final: dict[str, Path],
+    val: dict[str, pd.DataFrame],
+    test: dict[str, pd.DataFrame],
+) -> dict[str, Any]:
+    """Calibrate the models whose folders are in ``final``, from their predictions of the validation slices.
 
-    patients, mark = val["patient_id"].to_numpy(object), model_mark(artifacts.finetuned)
-    calibration = fit_calibration(*labels_and_probabilities(val), patients, params.evaluate.calibration, mark)
-    write_calibration(artifacts.finetuned, calibration)
-    scores, points = calibration_report.calibration_scores(*labels_and_probabilities(test), calibration)
-    write_json(artifacts.plots / "reliability.json", points)
-    write_bytes(artifacts.plots / "reliability.png", calibration_report.reliability_figure(points))
+    Writes the calibrations and their reliability diagrams, and returns their scores, by the name in the metrics. What
+    is there of a model that is gone is removed.
+    """
+    from ichpipe.report.calibration_report import calibration_scores, reliability_figure
+    from ichpipe.scoring import heldout_predictions as predictions
+    from ichpipe.scoring.calibration import NO_SLICE_COLUMNS, fit_calibration, write_calibration
+
+    scores: dict[str, Any] = {}
+    for name, model in predictions.CALIBRATED.items():
+        diagrams = [artifacts.plots / f"{model.plot}.{kind}" for kind in ("json", "png")]
+        if name not in final:
+            scores[model.scores] = None
+            for path in [*diagrams, artifacts.predictions / f"{name}.parquet"]:
+                path.unlink(missing_ok=True)
+            continue
+        of_cnn = predictions.slice_probabilities_of(val[name]) if params.evaluate.blend else None
+        if params.evaluate.blend and of_cnn is None:
+            log.warning("evaluate.blend: %s is not blended with the slice CNN, %s", model.title, NO_SLICE_COLUMNS)
+        pair = predictions.labels_and_probabilities(val[name])
+        patients, mark = val[name]["patient_id"].to_numpy(object), predictions.model_mark(final[name])
+        calibration = fit_calibration(*pair, patients, params.evaluate.calibration, mark, of_cnn)
+        write_calibration(final[name], calibration)
+        pair, of_cnn = predictions.labels_and_probabilities(test[name]), predictions.slice_probabilities_of(test[name])
+        scores[model.scores], points = calibration_scores(*pair, calibration, of_cnn)
+        write_json(diagrams[0], points)
+        write_bytes(diagrams[1], reliability_figure(points))
     return scores
 
 
@@ -150,21 +175,23 @@ def write_scores(artifacts: Artifacts, metrics: dict[str, Any], tables: dict[str
     write_bytes(artifacts.plots / "roc.png", roc({name: curve["roc"] for name, curve in points.items()}))
 
 
-def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame, *, is_finetuned: bool) -> None:
+def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame, final: dict[str, Path]) -> None:
     """Refuse models of another split or of another network's embeddings; their scores would look valid."""
     from ichpipe.features.generations import describe_inputs
-    from ichpipe.models.header import require_made_from
+    from ichpipe.models.header import ensemble_members, require_made_from, require_members
+    from ichpipe.scoring.heldout_predictions import ENSEMBLE, FINETUNED
 
     index = digest_of_file(artifacts.index)
     require_made_from(artifacts.slice_cnn, {"index": index}, "ichpipe fit-slices")
     for arm, section in params.sequence.items():
         made_from = {"index": index, "embeddings": digest_of(describe_inputs(params, artifacts, slices, section))}
         require_made_from(artifacts.sequence(arm), made_from, f"ichpipe fit-sequence --arm {arm}")
-    if not is_finetuned:
-        return
-    parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
-    digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
-    require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
+    if FINETUNED in final:
+        parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
+        digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
+        require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
+    if ENSEMBLE in final:
+        require_members(artifacts.ensemble, ensemble_members(artifacts, params, index), index)
 
 
 def _write_study_sheet(target: Path, held_out: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:

@@ -13,7 +13,7 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.files import write_bytes, write_text
 from ichpipe.common.progress import track
 from ichpipe.common.text_table import format_table
-from ichpipe.stages.options import FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
+from ichpipe.stages.options import FOLDER, PROBABILITY, gpu_option, lock_folder, model_folder, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ log = logging.getLogger("ichpipe")
 @workers_option
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the pictures.")
-@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
+@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model or an ensemble [ARTIFACTS/finetuned].")
 @click.option(
     "--class", "class_name", type=click.Choice(CLASSES), default="any", show_default=True, help="Finding to explain."
 )
@@ -59,7 +59,8 @@ def command(settings: Settings, /, paths: tuple[Path, ...], out: Path, model: Pa
     params = settings.params()
     selection, study_score = params.prepare.selection, params.evaluate.study_score
     with lock_folder(out, "explain"):
-        return run(paths, out, model or settings.artifacts().finetuned, selection, study_score=study_score, **options)
+        folder = model or model_folder(params, settings.artifacts())
+        return run(paths, out, folder, selection, study_score=study_score, **options)
 
 
 def run(
@@ -146,6 +147,8 @@ def run(
     )
     text = [format_table(head, [row.format_map(line).split() for line in lines])]
     text += wrapped(f"P is that of predict, {study_score} over slices; {facts.describe_calibration()}")
+    if (count := len(explainer.model.networks)) > 1:
+        text += wrapped(f"P is the mean of {count} networks; the heat maps are of the first alone")
     for line in lines:
         if line.get("forced"):
             text += wrapped(f"{line['picture']}: FORCED, although: {inputs.forced[line['series_uid']]}")

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import click
 
 from ichpipe.common.artifacts import MODEL_FILE
-from ichpipe.common.classes import CLASSES
-from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.files import digest_of, digest_of_file
-from ichpipe.common.progress import track
 from ichpipe.stages.options import gpu_option, pixels_option, training_workers_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    import pandas as pd
-    import torch
-    from numpy.typing import NDArray
-
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.models.end_to_end import EndToEnd
     from ichpipe.params.schema import Params
     from ichpipe.stages.options import Settings
+
+log = logging.getLogger("ichpipe")
 
 
 @click.command("finetune")
@@ -42,7 +36,7 @@ def command(settings: Settings, gpu: str, workers: int, pixel_cache: Path | None
       ichpipe --set finetune.chunk_slices=8 finetune --gpu 0
     """
     params = settings.params()
-    with settings.lock_stage("finetune", "finetuned"):
+    with settings.lock_stage("finetune", "finetuned", "ensemble"):
         run(params, settings.artifacts(), gpu, workers, pixel_cache)
 
 
@@ -54,14 +48,13 @@ def run(
     Under `torchrun` the processes share the series of every batch, and the first writes. ``pixel_cache`` is a folder
     for decoded slices; the result is the same without it.
     """
-    import numpy as np
-
     from ichpipe.common.device import choose_device
+    from ichpipe.features.embedder import predict_held_out
     from ichpipe.features.generations import describe_inputs
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.index.slice_index import read_index
     from ichpipe.models.end_to_end import EndToEnd
-    from ichpipe.models.header import SPACING, require_made_from
+    from ichpipe.models.header import require_made_from, train_spacing
     from ichpipe.models.weights import load_sequence, load_slice_cnn, save_model
     from ichpipe.scoring.heldout_predictions import held_out, make_table, model_mark, write_predictions
     from ichpipe.training import distributed
@@ -94,12 +87,9 @@ def run(
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)
         if distributed.rank():
             return
-    # Median distance of neighbouring train slices, mm, for predictions on thinner series.
-    sequences = (index["split"] == "train") & ~index["slices_only"]
-    spacing = index.loc[sequences & (index["slice_index"] > 0), "spacing_mm"].median()
-    save_model(artifacts.finetuned, model, made_from | ({} if np.isnan(spacing) else {SPACING: f"{spacing:.4g}"}))
+    save_model(artifacts.finetuned, model, made_from | train_spacing(index))
     rows = held_out(index)
-    table = make_table(rows, predict_held_out(model, rows, device))
+    table = make_table(rows, *predict_held_out(model, rows, device))
     write_predictions(table, artifacts.finetuned, model_mark(artifacts.finetuned))
     write_history(artifacts.finetuned, history)
     best = min(history, key=lambda line: line.val_loss)
@@ -107,6 +97,10 @@ def run(
     facts = {"best_epoch": best.epoch, "val_loss_before": history[0].val_loss, "val_loss": val_loss}
     write_record(artifacts.finetuned, stage="finetune", params=identity, device=device, seconds=watch(), facts=facts)
     trainer.finish()
+    if params.predict.ensemble:
+        from ichpipe.stages import ensemble
+
+        log.info(ensemble.run(params, artifacts, gpu))
 
 
 def is_done(params: Params, artifacts: Artifacts) -> bool:
@@ -123,21 +117,3 @@ def _made_from(artifacts: Artifacts, arm: str) -> dict[str, str]:
         "slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE),
         "sequence": digest_of_file(artifacts.sequence(arm) / MODEL_FILE),
     }
-
-
-def predict_held_out(model: EndToEnd, rows: pd.DataFrame, device: torch.device) -> NDArray[np.float64]:
-    """Return probabilities (rows, 6) from the images; rows of one series stand in slice order."""
-    import numpy as np
-
-    from ichpipe.features.embedder import classify_series, to_probabilities
-    from ichpipe.training.end_to_end_trainer import one_series
-
-    result = np.full((len(rows), len(CLASSES)), np.nan)
-    groups = rows.groupby("series_uid", sort=False).indices
-    for positions in track(groups.values(), "predict", len(groups), "series"):
-        series = one_series(rows.iloc[positions])
-        logits, bad = classify_series(model, series.paths, series.position_mm.tolist(), device)
-        if bad:
-            raise UnreadableDicomError(bad[0][1])
-        result[positions] = to_probabilities(logits)
-    return result

@@ -85,6 +85,17 @@ pixels_option = click.option(
 )
 
 
+def model_folder(params: Params, artifacts: Artifacts) -> Path:
+    """Return the folder of the run's model that predicts: fine-tuned, or the ensemble where ``predict.ensemble``."""
+    from ichpipe.common.artifacts import MODEL_FILE
+    from ichpipe.common.files import require_file
+
+    if not params.predict.ensemble:
+        return artifacts.finetuned
+    remedy = "run: ichpipe ensemble, or set predict.ensemble to false"
+    return require_file(artifacts.ensemble / MODEL_FILE, remedy).parent
+
+
 def lock_folder(folder: Path | None, command: str) -> AbstractContextManager[None]:
     """Keep other processes of the same command out of a folder that the user named; None locks nothing."""
     if folder is None:

@@ -1,4 +1,4 @@
-"""``ichpipe predict``: DICOM to probabilities per slice and per study, with the fine-tuned model alone."""
+"""``ichpipe predict``: DICOM to probabilities per slice and per study, with one model file alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, IchpipeError
 from ichpipe.common.files import write_json, write_text
-from ichpipe.stages.options import FILE, FOLDER, PROBABILITY, gpu_option, lock_folder, workers_option
+from ichpipe.stages.options import FILE, FOLDER, PROBABILITY, gpu_option, lock_folder, model_folder, workers_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Options:
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option("--list", "listed", type=click.File("rb"), help="Paths from this file, one a line; - is stdin.")
 @click.option("--out", type=FOLDER, help="Folder of tables and predictions.json; without it, none.")
-@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model [ARTIFACTS/finetuned].")
+@click.option("--model", type=FOLDER, help="Folder of a fine-tuned model or an ensemble [ARTIFACTS/finetuned].")
 @click.option("--json", "as_json", is_flag=True, help="Print predictions.json instead of the table.")
 @click.option(
     "--sr",
@@ -131,7 +131,7 @@ def command(
         **options,
     )
     with lock_folder(out, "predict"):
-        return run(inputs, out, model or settings.artifacts().finetuned, given, gpu=gpu, workers=workers)
+        return run(inputs, out, model or model_folder(params, settings.artifacts()), given, gpu=gpu, workers=workers)
 
 
 def run(
@@ -149,8 +149,9 @@ def run(
     from ichpipe.inference.inputs import collect_inputs
     from ichpipe.inference.kaggle_submission import build_submission, read_sample
     from ichpipe.inference.predictor import SLICE_COLUMNS, STUDY_COLUMNS, predict_slices
+    from ichpipe.models.end_to_end import Ensemble
     from ichpipe.models.header import spacing_of
-    from ichpipe.models.weights import load_end_to_end
+    from ichpipe.models.weights import load_predictor
     from ichpipe.scoring.calibration import read_calibration
 
     # Errors in options and small files come first: prediction may take hours.
@@ -158,7 +159,9 @@ def run(
         raise IchpipeError("--sr needs the package highdicom; run: pip install 'ichpipe[sr]'")
     sample = None if options.sample is None else read_sample(options.sample)
     device = choose_device(gpu)
-    model = load_end_to_end(model_dir).to(device)
+    model = load_predictor(model_dir).to(device)
+    if isinstance(model, Ensemble):
+        log.info("ensemble of %s", model.cost)
     calibration = None if options.uncalibrated else read_calibration(model_dir)
     spacing = spacing_of(model_dir)
     whole_archive = options.kaggle is not None  # a submission wants every slice

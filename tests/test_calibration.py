@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.errors import WeightsError
+from ichpipe.common.errors import DataError, WeightsError
 from ichpipe.common.files import digest_of_file
 from ichpipe.report.calibration_report import calibration_scores, calibration_text
 from ichpipe.scoring.calibration import Calibration, fit_calibration, read_calibration, write_calibration
-from ichpipe.scoring.heldout_predictions import LABELS
+from ichpipe.scoring.heldout_predictions import LABELS, SLICE_COLUMNS
+from ichpipe.scoring.metrics import class_log_loss
 
 
 def cases(n=4000, *, temperature=1.0, seed=0, patients=80):
@@ -192,3 +193,105 @@ def test_another_model_under_an_old_calibration_is_not_calibrated_in_silence(fol
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(WeightsError, match="ichpipe evaluate"):
         read_calibration(folder)
+
+
+def two_models(n=4000, seed=0):
+    """Labels, probabilities of a model that is worse at ``epidural`` than its slice CNN, theirs, and patients."""
+    labels, true, patients = cases(n, seed=seed)
+    random = np.random.default_rng(seed + 100)
+    model, of_cnn = (expit(logit(true) + random.normal(0, 1.5, true.shape)) for _ in range(2))
+    model[:, 1] = expit(random.normal(-1.0, 2.0, n))
+    return labels, model, of_cnn, patients
+
+
+def blended(shares, method="none"):
+    return Calibration(method=method, model_sha256="x", blend=dict.fromkeys(CLASSES, shares))
+
+
+def test_a_share_of_1_is_the_model_and_of_0_the_slice_cnn_bit_by_bit():
+    _, model, of_cnn, _ = two_models(200)
+    assert (blended(1.0).apply(model, of_cnn) == model).all()
+    assert (blended(0.0).apply(model, of_cnn) == of_cnn).all()
+
+
+def test_the_blend_is_the_weighted_mean_of_the_logits():
+    _, model, of_cnn, _ = two_models(200)
+    mixed = blended(0.25).apply(model, of_cnn)
+    np.testing.assert_allclose(logit(mixed), 0.25 * logit(model) + 0.75 * logit(of_cnn), atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_blend_is_never_worse_on_the_split_it_was_fitted_on(seed):
+    labels, model, of_cnn, patients = two_models(seed=seed)
+    fitted = fit_calibration(labels, model, patients, "none", "x", of_cnn)
+    before, after = (class_log_loss(labels, values) for values in (model, fitted.apply(model, of_cnn)))
+    assert all(after[name] <= before[name] for name in CLASSES)
+    assert fitted.blend["epidural"] < 0.3  # the model knows nothing of it
+    assert 0.4 < fitted.blend["any"] < 0.6  # two equally good ones
+    others = two_models(seed=seed + 10)
+    assert class_log_loss(others[0], fitted.apply(*others[1:3]))["any"] < class_log_loss(*others[:2])["any"]
+
+
+def test_the_blend_stands_before_the_temperature():
+    labels, model, of_cnn, patients = two_models()
+    alone = fit_calibration(labels, model, patients, "none", "x", of_cnn)
+    both = fit_calibration(labels, model, patients, "temperature", "x", of_cnn)
+    assert both.blend == alone.blend
+    afterwards = fit_calibration(labels, alone.apply(model, of_cnn), patients, "temperature", "x")
+    assert both.temperature == afterwards.temperature
+    assert (both.apply(model, of_cnn) == afterwards.apply(alone.apply(model, of_cnn))).all()
+
+
+def test_a_class_with_too_few_patients_is_not_blended():
+    labels, model, of_cnn, patients = two_models()
+    labels[:, 1] = np.isin(patients, ["P0", "P1"])
+    fitted = fit_calibration(labels, model, patients, "temperature", "x", of_cnn)
+    assert set(fitted.blend) == set(CLASSES) - {"epidural"}
+    assert (fitted.apply(model, of_cnn)[:, 1] == model[:, 1]).all()
+
+
+def test_a_blend_without_the_slice_cnn_is_an_error_that_names_the_command():
+    _, model, _, _ = two_models(20)
+    with pytest.raises(DataError, match="ichpipe finetune"):
+        blended(0.5).apply(model)
+
+
+def test_the_text_names_the_shares_and_the_aucs():
+    labels, model, of_cnn, patients = two_models()
+    fitted = fit_calibration(labels, model, patients, "none", "x", of_cnn)
+    text = calibration_text(calibration_scores(labels, model, fitted, of_cnn)[0])
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"epidural is {fitted.blend['epidural']:.2f} model" in text
+
+
+def test_a_file_without_a_blend_is_what_it_was_and_one_with_it_comes_back(folder):
+    mark = digest_of_file(folder / "model.safetensors")
+    write_calibration(folder, fit_calibration(*cases(400), "temperature", mark))
+    assert "blend" not in json.loads((folder / "calibration.json").read_text())
+    labels, model, of_cnn, patients = two_models(400)
+    made = fit_calibration(labels, model, patients, "temperature", mark, of_cnn)
+    write_calibration(folder, made)
+    assert read_calibration(folder) == made
+    document = made.model_dump(mode="json") | {"blend": {"any": 1.5}}
+    (folder / "calibration.json").write_text(json.dumps(document))
+    with pytest.raises(WeightsError, match=r"blend\.any"):
+        read_calibration(folder)
+
+
+@pytest.mark.slow
+def test_predict_blends_as_evaluate_does(branch, tmp_path):
+    branch.steps(("--set", "evaluate.blend=true", "evaluate"))
+    folder = branch.artifacts / "finetuned"
+    calibration = read_calibration(folder)
+    assert calibration.blend == {}  # no class has enough patients
+    fixed = calibration.model_copy(update={"blend": dict.fromkeys(CLASSES, 0.5)})
+    write_calibration(folder, fixed)
+    table = pd.read_parquet(folder / "predictions.parquet")
+    table = table[table["split"] == "test"]
+    result = branch("predict", branch.data / "dicom", "--out", tmp_path)
+    assert "share of the slice CNN: any 0.50, epidural 0.50" in " ".join(result.output.split())
+    joined = table.merge(pd.read_csv(tmp_path / "slices.csv"), on="sop_uid", suffixes=("", "_predicted"))
+    expected = fixed.apply(joined[list(CLASSES)].to_numpy(), joined[SLICE_COLUMNS].to_numpy())
+    np.testing.assert_allclose(joined[[f"{name}_predicted" for name in CLASSES]], expected, rtol=1e-6, atol=1e-9)
+    document = json.loads((tmp_path / "predictions.json").read_text())
+    assert document["calibration"]["blend"] == dict.fromkeys(CLASSES, 0.5)

@@ -30,6 +30,7 @@ class Artifacts:
         self.arms = root / "sequence"  # a folder for each sequence model
         self.comparison = root / "compare"
         self.finetuned = root / "finetuned"
+        self.ensemble = root / "ensemble"
         self.metrics = root / "metrics" / "evaluate.json"
         self.plots = root / "plots"  # JSON for DVC, and PNG
         self.predictions = root / "predictions"  # held-out predictions, a parquet file for each model

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from ichpipe.common.device import autocast, derive_seed, generator
+from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.progress import track
 from ichpipe.dicom.dataset import is_compressed
 from ichpipe.features.prefetch import Lanes, Loader
 from ichpipe.images import augmentation
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ichpipe.features.generations import View
-    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.models.end_to_end import EndToEnd, Ensemble
     from ichpipe.models.slice_cnn import SliceCnn
 
 
@@ -199,9 +201,8 @@ def embed_hu(cnn: SliceCnn, hu: torch.Tensor, device: torch.device, batch_size: 
     return torch.cat(parts)
 
 
-@torch.inference_mode()
 def classify_series(
-    model: EndToEnd,
+    model: EndToEnd | Ensemble,
     paths: list[str],
     position_mm: Sequence[float],
     device: torch.device,
@@ -210,8 +211,26 @@ def classify_series(
 ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """Return float32 logits (readable slices, 6) of one series, and (path, reason) of what can't be decoded.
 
-    ``paths`` and ``position_mm`` (along the slice normal) are in slice order; ``chunk_slices`` images are in memory at
-    a time. The sequence model sees the whole series, or each of its ``stride`` interleaved parts
+    Arguments are those of `classify_twice`.
+    """
+    logits, _, bad = classify_twice(model, paths, position_mm, device, chunk_slices, stride)
+    return logits, bad
+
+
+@torch.inference_mode()
+def classify_twice(
+    model: EndToEnd | Ensemble,
+    paths: list[str],
+    position_mm: Sequence[float],
+    device: torch.device,
+    chunk_slices: int = 32,
+    stride: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
+    """Classify one series by the whole model and by its slice CNN alone.
+
+    Returns the float32 logits (readable slices, 6) of both, and (path, reason) of what can't be decoded. ``paths`` and
+    ``position_mm`` (along the slice normal) are in slice order; ``chunk_slices`` images are in memory at a time. The
+    sequence model sees the whole series, or each of its ``stride`` interleaved parts
     (`ichpipe.index.thin_slices.stride_of`).
     """
     unreadable: list[tuple[str, str]] = []
@@ -226,46 +245,74 @@ def classify_series(
         bad_paths = {path for path, _ in unreadable}
         readable_mm.extend(mm for mm, path in zip(position_mm, paths, strict=True) if path not in bad_paths)
 
-    return _classify(model, read_chunks(), readable_mm, device, stride), unreadable
+    return *_classify(model, read_chunks(), readable_mm, device, stride), unreadable
 
 
 @torch.inference_mode()
 def classify_hu(
-    model: EndToEnd,
+    model: EndToEnd | Ensemble,
     hu: torch.Tensor,
     position_mm: Sequence[float],
     device: torch.device,
     chunk_slices: int = 32,
     stride: int = 1,
-) -> torch.Tensor:
-    """Return float32 logits (n, 6) of one series given as HU (n, 1, size, size), int16; else as `classify_series`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both logits (n, 6) of one series given as HU (n, 1, size, size), int16; else as `classify_twice`."""
     return _classify(model, torch.split(hu, chunk_slices), position_mm, device, stride)
 
 
 def _classify(
-    model: EndToEnd, chunks: Iterable[torch.Tensor], position_mm: Sequence[float], device: torch.device, stride: int
-) -> torch.Tensor:
-    """Classify the slices of ``chunks``; ``position_mm`` is complete only after the last chunk was read."""
+    model: EndToEnd | Ensemble,
+    chunks: Iterable[torch.Tensor],
+    position_mm: Sequence[float],
+    device: torch.device,
+    stride: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classify the slices of ``chunks``; ``position_mm`` is complete only after the last chunk was read.
+
+    Logits are those of the mean probability over the networks, and over both looks where the model averages over
+    mirror images.
+    """
     model.eval()
+    looks = [(network, mirror) for network in model.networks for mirror in network.mirrorings]
     embedded = []
     with autocast(device, "auto"):
         for chunk in chunks:
             hu = chunk.to(device)
-            images = [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
-            embedded.append([model.cnn(image) for image in images])
+            embedded.append([network.cnn(hu.flip(-1) if mirror else hu) for network, mirror in looks])
         if not embedded:
-            return torch.empty((0, len(model.cnn.spec.classes)))
-        results, mm = [], torch.tensor(position_mm)
-        for outputs in zip(*embedded, strict=True):  # of the images as they are, then mirrored
+            nothing = torch.empty((0, len(model.cnn.spec.classes)))
+            return nothing, nothing
+        results, cnn_results, mm = [], [], torch.tensor(position_mm)
+        for (network, _), outputs in zip(looks, zip(*embedded, strict=True), strict=True):
             embedding, cnn_logits = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
             logits = torch.empty_like(cnn_logits)
             for first in range(min(stride, len(logits))):
                 rows = slice(first, None, stride)
-                logits[rows] = model.sequence.one_series(embedding[rows], cnn_logits[rows], mm[rows]).float()
+                logits[rows] = network.sequence.one_series(embedding[rows], cnn_logits[rows], mm[rows]).float()
             results.append(logits)
-        return mean_logits(torch.stack(results)) if len(results) > 1 else results[0]
+            cnn_results.append(cnn_logits)
+        return mean_logits(torch.stack(results)), mean_logits(torch.stack(cnn_results))
 
 
 def to_probabilities(logits: torch.Tensor) -> NDArray[np.float64]:
     """Return the sigmoid of logits (n, 6), in float64."""
     return torch.sigmoid(logits.double()).cpu().numpy()
+
+
+def predict_held_out(
+    model: EndToEnd | Ensemble, rows: pd.DataFrame, device: torch.device
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return probabilities (rows, 6) from the images, of the model and of its slice CNN alone.
+
+    ``rows`` are of the index, those of one series in slice order. Raises UnreadableDicomError, which names the file.
+    """
+    result, of_cnn = (np.full((len(rows), len(model.cnn.spec.classes)), np.nan) for _ in range(2))
+    groups = rows.groupby("series_uid", sort=False).indices
+    for positions in track(groups.values(), "predict", len(groups), "series"):
+        paths, position_mm = (rows[name].iloc[positions].tolist() for name in ("path", "position_mm"))
+        logits, cnn_logits, bad = classify_twice(model, paths, position_mm, device)
+        if bad:
+            raise UnreadableDicomError(bad[0][1])
+        result[positions], of_cnn[positions] = to_probabilities(logits), to_probabilities(cnn_logits)
+    return result, of_cnn

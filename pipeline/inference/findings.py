@@ -49,11 +49,16 @@ class Provenance:
     model_sha256: str
     calibration: str  # none, temperature, isotonic, absent (nothing beside the model) or left out (by request)
     calibrated: tuple[str, ...]  # classes that have a map
+    blended: Mapping[str, float]  # classes to which the slice CNN contributes, with the share of the model
     threshold: float
     study_score: str
 
     def describe_calibration(self) -> str:
-        """Describe how probabilities were calibrated."""
+        """Describe how probabilities were blended and calibrated."""
+        shares = ", ".join(f"{name} {1 - share:.2f}" for name, share in self.blended.items())
+        return self._describe_map() + (f"; share of the slice CNN: {shares}" if shares else "")
+
+    def _describe_map(self) -> str:
         texts = {
             "absent": "not calibrated: no calibration.json beside the model (ichpipe evaluate writes it)",
             "left out": "not calibrated, as asked",
@@ -89,6 +94,7 @@ def make_provenance(
         model_sha256=digest_of_file(model_dir / MODEL_FILE),
         calibration=calibration.method if calibration else "left out" if uncalibrated else "absent",
         calibrated=calibration.mapped if calibration else (),
+        blended=calibration.blended if calibration else {},
         threshold=threshold,
         study_score=study_score,
     )
@@ -125,7 +131,11 @@ def build_document(result: Predicted) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "ichpipe": PACKAGE_VERSION,
         "model_sha256": provenance.model_sha256,
-        "calibration": {"method": provenance.calibration, "classes": list(provenance.calibrated)},
+        "calibration": {
+            "method": provenance.calibration,
+            "classes": list(provenance.calibrated),
+            "blend": provenance.blended,
+        },
         "threshold": provenance.threshold,
         "study_score": provenance.study_score,
         "forced": bool(forced),

@@ -24,7 +24,7 @@ from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet
 from ichpipe.models.header import spacing_of
 from ichpipe.models.sequence import mean_logits
-from ichpipe.models.weights import load_end_to_end
+from ichpipe.models.weights import load_predictor
 from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.models.end_to_end import EndToEnd, Ensemble
     from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
@@ -50,12 +50,12 @@ class EmbeddedSeries:
 
     paths: list[str]  # in order
     position_mm: Tensor  # (T,)
-    looks: list[Look]
+    looks: list[Look]  # of each network of the model in turn
     stride: int  # the sequence model sees every stride-th slice (``ichpipe.index.thin_slices.stride_of``)
     bad: list[tuple[str, str]]  # path and reason of files that can't be decoded
 
     @torch.no_grad()
-    def logits(self, model: EndToEnd) -> Tensor:
+    def logits(self, model: EndToEnd | Ensemble) -> Tensor:
         """Return the model's logits (T, 6), as ``ichpipe predict`` computes them."""
         logits = torch.empty(len(self.paths), len(model.cnn.spec.classes))
         for first in range(min(self.stride, len(logits))):
@@ -65,6 +65,10 @@ class EmbeddedSeries:
             logits[part] = scores.cpu()
         return logits
 
+    def slice_logits(self) -> Tensor:
+        """Return the logits (T, 6) of the slice CNN alone."""
+        return mean_logits(torch.stack([cnn_logits for _, cnn_logits in self.looks])).cpu()
+
     def directions(self, model: EndToEnd, row: int, class_index: int) -> list[Look]:
         """Return the integrated gradients (Sundararajan et al., ICML 2017) of one slice's logit, (D,) and (6,) a look.
 
@@ -72,7 +76,7 @@ class EmbeddedSeries:
         well. The sum of direction times (own - mean) is the logit's rise over a series with the mean in that slice.
         """
         part, at = slice(row % self.stride, None, self.stride), row // self.stride
-        inputs = [values[part] for look in self.looks for values in look]
+        inputs = [values[part] for look in self.looks[: len(model.mirrorings)] for values in look]
         total = [torch.zeros_like(values[at]) for values in inputs]
         for step in range(STEPS):
             own = [torch.lerp(values.mean(0), values[at], (step + 0.5) / STEPS).requires_grad_() for values in inputs]
@@ -87,7 +91,11 @@ class EmbeddedSeries:
 
 @torch.no_grad()
 def embed_series(
-    model: EndToEnd, paths: Sequence[str], position_mm: Sequence[float], device: torch.device, stride: int = 1
+    model: EndToEnd | Ensemble,
+    paths: Sequence[str],
+    position_mm: Sequence[float],
+    device: torch.device,
+    stride: int = 1,
 ) -> EmbeddedSeries:
     """Embed a series' files, given in anatomical order; at most CHUNK_SLICES images are in memory."""
     model.eval()
@@ -97,7 +105,9 @@ def embed_series(
         bad += unreadable
         if len(hu):
             with autocast(device, "auto"):  # as `predict` does
-                outputs = [model.cnn(images) for images in _with_mirror_image(model, hu.to(device))]
+                images = hu.to(device)
+                looks_of = [(network, image) for network in model.networks for image in _looks_at(network, images)]
+                outputs = [network.cnn(image) for network, image in looks_of]
             parts.append([(embedding.float(), logits.float()) for embedding, logits in outputs])
     unread = {path for path, _ in bad}
     readable = [(path, mm) for path, mm in zip(paths, position_mm, strict=True) if path not in unread]
@@ -107,10 +117,13 @@ def embed_series(
 
 
 class HeatMaps:
-    """Makes heat maps: LayerCAM (Jiang et al., IEEE TIP 2021) of the CNN's output along a slice's directions."""
+    """Makes heat maps: LayerCAM (Jiang et al., IEEE TIP 2021) of the CNN's output along a slice's directions.
 
-    def __init__(self, model: EndToEnd) -> None:
-        self.model = model.eval()
+    Of an ensemble they are those of its first network.
+    """
+
+    def __init__(self, model: EndToEnd | Ensemble) -> None:
+        model = self.model = model.eval().networks[0]
         layer, to_maps = target_layer(model.cnn)
         self._cam = LayerCAM(_JoinedOutputs(model.cnn), [layer], to_maps)
 
@@ -123,7 +136,7 @@ class HeatMaps:
             directions = [series.directions(self.model, row, class_index) for row in chunk]
             hu = load_slices([series.paths[row] for row in chunk], size).to(series.looks[0][0].device)
             maps = []
-            for number, images in enumerate(_with_mirror_image(self.model, hu)):
+            for number, images in enumerate(_looks_at(self.model, hu)):
                 # The gradient of the output's component along a direction is the direction: the chain rule.
                 along = [torch.cat(direction[number]) for direction in directions]
                 with torch.enable_grad():
@@ -185,7 +198,7 @@ class Explainer:
     """Makes contact sheets of series with one model."""
 
     def __init__(self, model_dir: Path, device: torch.device, calibration: Calibration | None = None) -> None:
-        self.model = load_end_to_end(model_dir).to(device)
+        self.model = load_predictor(model_dir).to(device)
         self.device, self.spacing_mm = device, spacing_of(model_dir)
         self.heat_maps, self.calibration = HeatMaps(self.model), calibration
 
@@ -203,7 +216,7 @@ class Explainer:
         """
         values = to_probabilities(series.logits(self.model))
         if self.calibration:
-            values = self.calibration.apply(values)
+            values = self.calibration.apply(values, to_probabilities(series.slice_logits()))
         values = smooth_thin(values, series.position_mm.numpy())
         return values, pool(values, np.zeros(len(values), dtype=np.intp), 1, study_score)[0]
 
@@ -259,10 +272,14 @@ class Explainer:
         return contact_sheet(data)
 
 
-def _score(model: EndToEnd, looks: Iterable[Look], position_mm: Tensor) -> Tensor:
-    logits = [model.sequence.one_series(embedding, cnn_logits, position_mm) for embedding, cnn_logits in looks]
-    return (mean_logits(torch.stack(logits)) if len(logits) > 1 else logits[0]).float()
+def _score(model: EndToEnd | Ensemble, looks: Iterable[Look], position_mm: Tensor) -> Tensor:
+    networks = [network for network in model.networks for _ in network.mirrorings]
+    logits = [
+        network.sequence.one_series(embedding, cnn_logits, position_mm)
+        for network, (embedding, cnn_logits) in zip(networks, looks, strict=True)
+    ]
+    return mean_logits(torch.stack(logits)).float()
 
 
-def _with_mirror_image(model: EndToEnd, hu: Tensor) -> list[Tensor]:
-    return [hu, hu.flip(-1)] if model.sequence.spec.mirrored else [hu]
+def _looks_at(network: EndToEnd, hu: Tensor) -> list[Tensor]:
+    return [hu.flip(-1) if mirror else hu for mirror in network.mirrorings]

@@ -1,4 +1,4 @@
-"""Predicts an index of slices with the fine-tuned model, as tables of probabilities."""
+"""Predicts an index of slices with the fine-tuned model or an ensemble, as tables of probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.progress import Counter
-from ichpipe.features.embedder import classify_series, to_probabilities
+from ichpipe.features.embedder import classify_twice, to_probabilities
 from ichpipe.index.thin_slices import stride_of
 from ichpipe.scoring.model_ladder import smooth_series
 from ichpipe.scoring.pooling import pool
@@ -17,7 +17,7 @@ from ichpipe.scoring.pooling import pool
 if TYPE_CHECKING:
     import torch
 
-    from ichpipe.models.end_to_end import EndToEnd
+    from ichpipe.models.end_to_end import EndToEnd, Ensemble
     from ichpipe.scoring.calibration import Calibration
     from ichpipe.scoring.pooling import StudyScore
 
@@ -27,7 +27,7 @@ STUDY_COLUMNS: Final = [*IDENTIFIERS, "n_slices", *CLASSES]
 
 
 def predict_slices(
-    model: EndToEnd,
+    model: EndToEnd | Ensemble,
     index: pd.DataFrame,
     device: torch.device,
     spacing_mm: float,
@@ -44,13 +44,14 @@ def predict_slices(
     for _, group in index.groupby("series_uid", sort=False):
         position_mm = group["position_mm"].to_numpy(np.float64)
         stride = stride_of(position_mm, spacing_mm)
-        logits, bad = classify_series(model, group["path"].tolist(), position_mm.tolist(), device, stride=stride)
+        paths = group["path"].tolist()
+        logits, cnn_logits, bad = classify_twice(model, paths, position_mm.tolist(), device, stride=stride)
         readable = group[~group["path"].isin([path for path, _ in bad])]
-        values = to_probabilities(logits)
-        finite = np.isfinite(values).all(axis=1)  # fp16 can overflow
+        values, of_cnn = to_probabilities(logits), to_probabilities(cnn_logits)
+        finite = np.isfinite(values + of_cnn).all(axis=1)  # fp16 can overflow
         not_finite = readable["path"].iloc[np.flatnonzero(~finite)]
         rejected += bad + [(path, "its prediction is not a number") for path in not_finite]
-        values = calibration.apply(values[finite]) if calibration else values[finite]
+        values = calibration.apply(values[finite], of_cnn[finite]) if calibration else values[finite]
         parts.append(readable[finite].assign(**dict(zip(CLASSES, values.T, strict=True))))
         counter.add(len(group))
     counter.close()

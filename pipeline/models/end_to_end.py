@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ichpipe.common.device import derive_seed
+from ichpipe.common.errors import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,16 @@ class EndToEnd(nn.Module):
     def __init__(self, cnn: SliceCnn, sequence: AnySequence) -> None:
         super().__init__()
         self.cnn, self.sequence = cnn, sequence
+
+    @property
+    def networks(self) -> Sequence[EndToEnd]:
+        """The networks whose probabilities are averaged: this one."""
+        return [self]
+
+    @property
+    def mirrorings(self) -> tuple[bool, ...]:
+        """The images that the model averages over: as they are (False), and mirrored (True)."""
+        return (False, True) if self.sequence.spec.mirrored else (False,)
 
     def train(self, mode: bool = True) -> EndToEnd:
         """Switch mode; batch norm stays in evaluation mode, with the statistics of stage one.
@@ -51,6 +62,40 @@ class EndToEnd(nn.Module):
         """
         embedding, cnn_logits = self.cnn(hu)
         return self.sequence.one_series(embedding, cnn_logits, position_mm)
+
+
+class Ensemble(nn.Module):
+    """Several end-to-end networks of one description as one model: the mean of their probabilities."""
+
+    networks: Sequence[EndToEnd]
+
+    def __init__(self, networks: Sequence[EndToEnd]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)  # type: ignore[assignment] # a sequence of these modules
+        first = networks[0]
+        for number, network in enumerate(networks[1:], 2):
+            if (network.cnn.spec, network.sequence.spec) != (first.cnn.spec, first.sequence.spec):
+                raise WeightsError(
+                    f"network {number} of the ensemble has another description (backbone, windows, size or arm) than "
+                    "the first; train them with the same parameters"
+                )
+
+    @property
+    def cost(self) -> str:
+        """How many networks predict, and for how much time."""
+        count, passes = len(self.networks), sum(len(network.mirrorings) for network in self.networks)
+        mirrored = ", on the images and on their mirror images" if passes > count else ""
+        return f"{count} network{'s' * (count != 1)}{mirrored}: about {passes} times the time of one"
+
+    @property
+    def cnn(self) -> SliceCnn:
+        """The first network's slice CNN; the others take the same images."""
+        return self.networks[0].cnn
+
+    @property
+    def sequence(self) -> AnySequence:
+        """The first network's sequence model."""
+        return self.networks[0].sequence
 
 
 def backward_in_chunks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
@@ -14,11 +14,13 @@ from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import THICK_SLICE_MM
 from ichpipe.common.errors import IchpipeError, WeightsError
-from ichpipe.common.files import read_json, require_file
+from ichpipe.common.files import digest_of_file, read_json, require_file
 from ichpipe.params.schema import Fraction, Input, WindowParams
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pandas as pd
 
     from ichpipe.common.artifacts import Artifacts
     from ichpipe.params.schema import Params
@@ -34,7 +36,9 @@ Few = Annotated[int, Field(ge=1, le=64)]
 
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
+ENSEMBLE_VERSION = 3  # of files with several networks; older versions of ichpipe read the others
 _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": ("slice_cnn", "sequence")}
+_PARTS["ensemble"] = ("slice_cnn", "sequence", "networks")
 SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
 MEANING = {"index": "index (slices, labels or split)", "embeddings": "embedding store"}
 MEANING |= {"slice_cnn": "slice CNN", "sequence": "sequence model"}
@@ -102,26 +106,28 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["slice-cnn", "sequence", "end-to-end"]
+    kind: Literal["slice-cnn", "sequence", "end-to-end", "ensemble"]
     slice_cnn: SliceCnnSpec | None = None
     sequence: SequenceSpec | None = None
     format_version: int
     made_from: dict[str, str]  # digests of the inputs of its training, by name; SPACING
     # Of a slice CNN. Kept: extract could fold none of it. Files name it only then, and older files never do.
     batch_norm: Literal["folded", "kept"] = "folded"
+    # Of an ensemble: digests of what each network was made from. All networks have the description above.
+    networks: Annotated[tuple[dict[str, str], ...], Field(max_length=64)] = ()
 
     @model_validator(mode="after")
     def _require_parts(self) -> Self:
-        if any(getattr(self, part) is None for part in _PARTS[self.kind]):
+        if any(not getattr(self, part) for part in _PARTS[self.kind]):
             raise ValueError("it leaves a part of the model out")
         return self
 
     def description(self) -> dict[str, Any]:
-        """Return the header of an end-to-end model as plain data, for a model card."""
+        """Return the header of an end-to-end model or an ensemble as plain data, for a model card."""
         if self.slice_cnn is None or self.sequence is None:
             raise WeightsError(f"a model card needs an end-to-end model, not one of kind {self.kind}")
         facts = {"kind": self.kind, "format_version": self.format_version, "classes": list(self.slice_cnn.classes)}
-        return facts | self.model_dump(mode="json", exclude={"batch_norm"})
+        return facts | self.model_dump(mode="json", exclude={"batch_norm"} | (set() if self.networks else {"networks"}))
 
 
 def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
@@ -139,7 +145,7 @@ def read_header(folder: Path, remedy: str = "name a model folder") -> Header:
     try:
         raw = json.loads(text)
         version = raw["format_version"]
-        header = None if version > FORMAT_VERSION else Header.model_validate(raw)
+        header = None if version > ENSEMBLE_VERSION else Header.model_validate(raw)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path}: the description in its header is damaged ({reason})") from error
@@ -155,6 +161,13 @@ def spacing_of(folder: Path) -> float:
         if 0 < (spacing := float(text or THICK_SLICE_MM)) < math.inf:
             return spacing
     raise WeightsError(f"{folder / MODEL_FILE}: {SPACING} in its header is {text[:20]!r}, no distance in mm")
+
+
+def train_spacing(index: pd.DataFrame) -> dict[str, str]:
+    """Return the median distance of neighbouring train slices, mm, as `spacing_of` reads it; empty without any."""
+    sequences = (index["split"] == "train") & ~index["slices_only"]
+    spacing = index.loc[sequences & (index["slice_index"] > 0), "spacing_mm"].median()
+    return {SPACING: f"{spacing:.4g}"} if spacing > 0 else {}
 
 
 def require_made_from(folder: Path, digests: dict[str, str], command: str) -> dict[str, str]:
@@ -208,3 +221,42 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
                 f"{params.fit_slices.folds}: it may have seen the slices that it is to embed; run: {command}"
             )
     return folders
+
+
+class Member(NamedTuple):
+    """One network of an ensemble."""
+
+    folder: Path  # of the fine-tuned model, or of a slice CNN
+    made_from: dict[str, str]  # SHA-256 of the model files; the fold that the slice CNN left out
+
+
+def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) -> list[Member]:
+    """Return the networks of an ensemble, checked to have seen the train patients of this index alone.
+
+    The first is the fine-tuned model, or without one the slice CNN with the arm of ``finetune.arm``. Then comes the
+    CNN of each fold with this arm. ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError or
+    WeightsError, which name the file and the remedy.
+    """
+    arm, split = params.finetune.arm, {"index": index_digest}
+    require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
+    require_made_from(artifacts.sequence(arm), split, f"ichpipe fit-sequence --arm {arm}")
+    sequence = digest_of_file(artifacts.sequence(arm) / MODEL_FILE)
+    plain = {"slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE), "sequence": sequence}
+    members = [Member(artifacts.slice_cnn, plain)]
+    if (artifacts.finetuned / MODEL_FILE).exists():
+        require_made_from(artifacts.finetuned, split | plain, "ichpipe finetune")
+        members = [Member(artifacts.finetuned, {"finetuned": digest_of_file(artifacts.finetuned / MODEL_FILE)})]
+    for fold, folder in fold_models(artifacts, params, index_digest).items():
+        digests = {"slice_cnn": digest_of_file(folder / MODEL_FILE), "sequence": sequence}
+        members.append(Member(folder, digests | {"excluded_fold": str(fold)}))
+    return members
+
+
+def require_members(folder: Path, members: list[Member], index_digest: str) -> None:
+    """Refuse the ensemble in ``folder`` unless it was made from this index and these networks. Raises WeightsError."""
+    command = "ichpipe ensemble"
+    require_made_from(folder, {"index": index_digest}, command)
+    if list(read_header(folder).networks) != [member.made_from for member in members]:
+        raise WeightsError(
+            f"{folder / MODEL_FILE} was made from other networks than there are now; run: {command}, or remove {folder}"
+        )

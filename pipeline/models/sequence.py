@@ -322,6 +322,11 @@ def build_sequence(spec: SequenceSpec) -> AnySequence:
 
 
 def mean_logits(logits: Tensor) -> Tensor:
-    """Return the logits (…) of the mean probability over the first axis, computed in log space."""
+    """Return the logits (…) of the mean probability over the first axis, computed in log space.
+
+    A single element stays bit by bit as it is.
+    """
+    if len(logits) == 1:
+        return logits[0]
     positive, negative = (torch.logsumexp(F.logsigmoid(sign * logits), dim=0) for sign in (1, -1))
     return positive - negative

@@ -21,14 +21,14 @@ from torch import nn
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import IchpipeError, WeightsError
 from ichpipe.common.files import atomic_path, require_file
-from ichpipe.models.end_to_end import EndToEnd
+from ichpipe.models.end_to_end import EndToEnd, Ensemble
 from ichpipe.models.folding import keeps_batch_norm
-from ichpipe.models.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
+from ichpipe.models.header import ENSEMBLE_VERSION, FORMAT_VERSION, HEADER_KEY, Header, read_header
 from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pydantic import BaseModel
     from torch import Tensor
@@ -43,11 +43,17 @@ _WRAPPERS: Final = frozenset({"module", "_orig_mod", "model", "net", "network", 
 MAX_WRAPPERS: Final = 3
 
 
-def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Path:
-    """Write ``folder/model.safetensors``, whole or not at all; same weights, same bytes."""
+def save_model(
+    folder: Path, model: nn.Module, made_from: dict[str, str], networks: Sequence[dict[str, str]] = ()
+) -> Path:
+    """Write ``folder/model.safetensors``, whole or not at all; same weights, same bytes.
+
+    ``networks`` says what each network of an ensemble was made from (`models.header.Header`).
+    """
     specs: dict[str, BaseModel]
-    if isinstance(model, EndToEnd):
-        kind, specs = "end-to-end", {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
+    if isinstance(model, EndToEnd | Ensemble):
+        kind = "ensemble" if isinstance(model, Ensemble) else "end-to-end"
+        specs = {"slice_cnn": model.cnn.spec, "sequence": model.sequence.spec}
     elif isinstance(model, SliceCnn):
         kind, specs = "slice-cnn", {"slice_cnn": model.spec}
     elif isinstance(model, AnySequence):
@@ -56,6 +62,8 @@ def save_model(folder: Path, model: nn.Module, made_from: dict[str, str]) -> Pat
         raise TypeError(f"no description for {type(model).__name__}")
     header: dict[str, Any] = {"format_version": FORMAT_VERSION, "made_from": made_from, "kind": kind}
     header |= {name: spec.model_dump(mode="json") for name, spec in specs.items()}
+    if isinstance(model, Ensemble):
+        header |= {"format_version": ENSEMBLE_VERSION, "networks": list(networks)}
     if isinstance(model, SliceCnn) and keeps_batch_norm(model):
         header["batch_norm"] = "kept"
     target = folder / MODEL_FILE
@@ -77,11 +85,22 @@ def load_sequence(folder: Path) -> AnySequence:
 
 def load_end_to_end(folder: Path) -> EndToEnd:
     """Load the fine-tuned network in evaluation mode."""
+    return _load(folder, "end-to-end", "finetune", _build_end_to_end)
 
-    def build(header: Header) -> EndToEnd:
-        return EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence))  # type: ignore[arg-type]
 
-    return _load(folder, "end-to-end", "finetune", build)
+def load_predictor(folder: Path) -> EndToEnd | Ensemble:
+    """Load a fine-tuned network or an ensemble in evaluation mode."""
+    if read_header(folder, "run: ichpipe finetune").kind != "ensemble":
+        return load_end_to_end(folder)
+
+    def build(header: Header) -> Ensemble:
+        return Ensemble([_build_end_to_end(header) for _ in header.networks])
+
+    return _load(folder, "ensemble", "ensemble", build)
+
+
+def _build_end_to_end(header: Header) -> EndToEnd:
+    return EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence))  # type: ignore[arg-type]
 
 
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:

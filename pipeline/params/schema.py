@@ -288,6 +288,13 @@ class FinetuneParams(Section):
     seed: Count = 0
 
 
+class PredictParams(Section):
+    """The model that `predict`, `explain` and `export` take from the artifacts."""
+
+    ensemble: bool = False  # the mean of the fine-tuned model and the CNNs of fit-slices.folds; false: fine-tuned alone
+    mirror: bool = False  # each network of the ensemble also sees the mirror images, which takes twice the time
+
+
 class EvaluateParams(Section):
     """Scoring on the held-out patients."""
 
@@ -296,6 +303,7 @@ class EvaluateParams(Section):
     study_score: Literal["max", "mean", "mean-of-top-3", "noisy-or"] = "max"  # slices to a study; max: the paper's
     baseline: str | None = None  # the arm that `compare` measures the others against; null: finetune.arm
     calibration: Literal["none", "temperature", "isotonic"] = "temperature"  # of the fine-tuned model, on validation
+    blend: bool = False  # with the slice CNN's own probabilities, by class; the weight is chosen on validation
     seed: Count = 0
 
     def bootstrap(self) -> dict[str, Any]:
@@ -314,6 +322,7 @@ class Params(Section):
     sequence: dict[str, SequenceParams] = Field(default={"paper": SequenceParams()}, min_length=1)
     finetune: FinetuneParams = FinetuneParams()
     evaluate: EvaluateParams = EvaluateParams()
+    predict: PredictParams = PredictParams()
 
     @model_validator(mode="before")
     @classmethod

@@ -33,7 +33,7 @@ LIMITS = (
 def make_card(
     folder: Path, network: dict[str, Any], index: pd.DataFrame, dataset: str, evaluate: EvaluateParams
 ) -> dict[str, Any]:
-    """Describe the end-to-end model in ``folder`` as the content of ``config.json``.
+    """Describe the end-to-end model or ensemble in ``folder`` as the content of ``config.json``.
 
     ``network`` is what the model file says (``Header.description``). The scores are those of its own predictions of the
     held-out patients, as ``evaluate`` gives them; without labelled test patients ``metrics["test"]`` is None.
@@ -48,7 +48,7 @@ def make_card(
             "slices": len(rows),
             "positive_slices": {name: int((rows[name] == 1).sum()) for name in CLASSES},
         }
-    table = read_predictions(folder, "ichpipe finetune")
+    table = read_predictions(folder, "ichpipe ensemble" if network["kind"] == "ensemble" else "ichpipe finetune")
     table = table[table["split"] == "test"]
     test = None if table.empty else score_table(table, evaluate) | {"study_score": evaluate.study_score}
     return {
@@ -74,6 +74,7 @@ def card_text(card: dict[str, Any]) -> str:
         f"| slice CNN | {cnn['backbone']}, {cnn['size_px']} px, windows (level/width, HU) {windows} |",
         f"| sequence model | {sequence['cell']}, {sequence['layers']} x {sequence['hidden']}{direction}, "
         f"inputs {', '.join(sequence['inputs'])} |",
+        *([f"| ensemble | mean of {count} such networks |"] if (count := len(card.get("networks", []))) else []),
         f"| output | probabilities of {', '.join(card['classes'])}, in this order |",
         f"| weights | {MODEL_FILE}, SHA-256 {card['model_sha256']} |",
     ]

@@ -17,7 +17,14 @@ from ichpipe.report.charts import Axis, Line, axis_over, line_plot
 from ichpipe.report.page import Section, Table, format_duration, format_number, format_share
 from ichpipe.scoring.bootstrap import Estimate
 from ichpipe.scoring.calibration import read_calibration
-from ichpipe.scoring.heldout_predictions import FINETUNED, SLICE_CNN, pair_name, read_predictions, sequence_name
+from ichpipe.scoring.heldout_predictions import (
+    ENSEMBLE,
+    FINETUNED,
+    SLICE_CNN,
+    pair_name,
+    read_predictions,
+    sequence_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,10 +62,10 @@ def model_title(name: str) -> str:
 
 
 def rungs_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one if it was scored."""
+    """Return (title, scores) of each model, from the slice CNN to the fine-tuned one and the ensemble, if scored."""
     rungs = [(model_title(SLICE_CNN), metrics[SLICE_CNN])]
     rungs += [(model_title(sequence_name(arm)), scores) for arm, scores in metrics["sequence"].items()]
-    return [*rungs, (model_title(FINETUNED), metrics[FINETUNED])] if metrics[FINETUNED] else rungs
+    return rungs + [(model_title(name), metrics[name]) for name in (FINETUNED, ENSEMBLE) if metrics.get(name)]
 
 
 def read_facts(artifacts: Artifacts, arms: Sequence[str], params: dict[str, Any]) -> Facts:

@@ -13,7 +13,7 @@ from ichpipe.report.charts import Axis, Line, interval_plot, line_plot
 from ichpipe.report.page import Section, Table, format_number, format_share
 from ichpipe.report.runs import Facts, model_title, rungs_of
 from ichpipe.scoring.bootstrap import Estimate
-from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name
+from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, sequence_name, slice_probabilities_of
 from ichpipe.scoring.metrics import reliability
 from ichpipe.scoring.pooling import StudyScore, pool
 from ichpipe.scoring.roc import operating_points, proportion_interval
@@ -300,7 +300,7 @@ def calibrate(table: pd.DataFrame, calibration: Calibration | None) -> pd.DataFr
     """Return a table of slices with the probabilities that ``predict`` reports."""
     if calibration is None:
         return table
-    values = calibration.apply(table[list(CLASSES)].to_numpy(np.float64))
+    values = calibration.apply(table[list(CLASSES)].to_numpy(np.float64), slice_probabilities_of(table))
     return table.assign(**dict(zip(CLASSES, values.T, strict=True)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,25 @@ MODEL_KEY = b"ichpipe.model"
 POOLED = "pooled"  # mark of predictions by the models of several folds
 KEYS = ["split", "patient_id", "study_uid", "series_uid", "sop_uid", "slice_index", "position_mm"]
 LABELS = [f"label_{name}" for name in CLASSES]
+SLICE_COLUMNS = [f"slice_{name}" for name in CLASSES]  # probabilities of the slice CNN inside an end-to-end model
 SLICE_CNN = "slice_cnn"
 FINETUNED = "finetuned"
+ENSEMBLE = "ensemble"
+
+
+class CalibratedModel(NamedTuple):
+    """How files and texts name a model that `evaluate` calibrates."""
+
+    title: str
+    command: str  # that makes it
+    scores: str  # of its calibration, a key of metrics/evaluate.json
+    plot: str  # its reliability diagrams, in plots/
+
+
+CALIBRATED = {
+    FINETUNED: CalibratedModel("fine-tuned model", "ichpipe finetune", "calibration", "reliability"),
+    ENSEMBLE: CalibratedModel("ensemble", "ichpipe ensemble", "ensemble_calibration", "reliability_ensemble"),
+}
 
 
 def sequence_name(arm: str) -> str:
@@ -49,20 +66,34 @@ def held_out(index: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([known_slices(index, split) for split in ("val", "test")], ignore_index=True)
 
 
-def make_table(index: pd.DataFrame, probabilities: NDArray[np.float64]) -> pd.DataFrame:
-    """Join the identifiers and labels of the held-out slices with probabilities (n, 6)."""
+def make_table(
+    index: pd.DataFrame, probabilities: NDArray[np.float64], slice_probabilities: NDArray[np.float64] | None = None
+) -> pd.DataFrame:
+    """Join the identifiers and labels of the held-out slices with probabilities (n, 6).
+
+    ``slice_probabilities`` (n, 6) are those of the slice CNN inside an end-to-end model.
+    """
     if np.isnan(probabilities).any():
         missing = index["series_uid"].iloc[int(np.argmax(np.isnan(probabilities).any(axis=1)))]
         raise DataError(f"series {missing} has no prediction; run: ichpipe extract")
     table = index[KEYS].reset_index(drop=True)
     table[list(CLASSES)] = probabilities
     table[LABELS] = index[list(CLASSES)].to_numpy()
+    if slice_probabilities is not None:
+        table[SLICE_COLUMNS] = slice_probabilities
     return table
 
 
 def labels_and_probabilities(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return both as arrays (n, 6), columns in the order of CLASSES."""
     return table[LABELS].to_numpy(np.float64), table[list(CLASSES)].to_numpy(np.float64)
+
+
+def slice_probabilities_of(table: pd.DataFrame) -> NDArray[np.float64] | None:
+    """Return the slice CNN's own probabilities (n, 6); None where an older ichpipe wrote the table without them."""
+    if not set(SLICE_COLUMNS) <= set(table.columns):
+        return None
+    return table[SLICE_COLUMNS].to_numpy(np.float64)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

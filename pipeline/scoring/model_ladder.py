@@ -11,7 +11,7 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.text_table import format_table
 from ichpipe.index.thin_slices import smooth_thin
 from ichpipe.scoring.bootstrap import Estimate
-from ichpipe.scoring.heldout_predictions import FINETUNED, LABELS, SLICE_CNN, pair_name, sequence_name
+from ichpipe.scoring.heldout_predictions import ENSEMBLE, FINETUNED, LABELS, SLICE_CNN, pair_name, sequence_name
 from ichpipe.scoring.metrics import paired_difference, score
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def score_all(
     ``paired`` compares each rung of the ladder with the one before, by a bootstrap over patients: a positive
     ``weighted_log_loss`` or ``auc_any`` means the later model is better. ``overlap`` names patients who have slices
     outside the test set too, on which nothing was trained: each model is then scored ``without_overlap`` as well.
-    Without a table of the fine-tuned model its scores are None, and no pair names it.
+    Without a table of the fine-tuned model, or of the ensemble, its scores are None, and no pair names it.
     """
     first = next(iter(tables.values()))
     overlap &= frozenset(first["patient_id"])  # a patient whose labels are not all known is not scored
@@ -46,6 +46,8 @@ def score_all(
     pairs = [(SLICE_CNN, sequence_name(arm)) for arm in arms]
     if FINETUNED in tables:
         pairs += [(SLICE_CNN, FINETUNED), (sequence_name(finetuned_arm), FINETUNED)]
+    if ENSEMBLE in tables:
+        pairs.append((FINETUNED if FINETUNED in tables else sequence_name(finetuned_arm), ENSEMBLE))
     paired = {}
     for earlier, later in pairs:
         before, after = tables[earlier], tables[later]
@@ -58,6 +60,7 @@ def score_all(
         SLICE_CNN: scores[SLICE_CNN],
         "sequence": arms,
         FINETUNED: scores.get(FINETUNED),
+        ENSEMBLE: scores.get(ENSEMBLE),
         "paired": paired,
         "n_slices": len(first),
         "n_studies": int(first["study_uid"].nunique()),
@@ -74,6 +77,7 @@ def ladder_text(metrics: dict[str, Any]) -> str:
     models = {"slice CNN": metrics[SLICE_CNN]}
     models |= {f"sequence, {arm}": scores for arm, scores in metrics["sequence"].items()}
     models |= {"fine-tuned": metrics[FINETUNED]} if metrics[FINETUNED] else {}
+    models |= {"ensemble": metrics[ENSEMBLE]} if metrics.get(ENSEMBLE) else {}
     rows = []
     for name, scores in models.items():
         loss = Estimate.of_loss(scores)
