@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.images.slice_dataset import fit_to_size
+from ichpipe.images.framing import fit_to_size
 from ichpipe.models.header import SequenceSpec
 from ichpipe.models.sequence import POSITION, build_sequence
 from ichpipe.models.weights import load_slice_cnn

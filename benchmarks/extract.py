@@ -39,6 +39,7 @@ from ichpipe.features import embedder
 from ichpipe.features.prefetch import Lanes, usual_loaders
 from ichpipe.images.slice_dataset import load_slice, load_slices
 from ichpipe.index.slice_index import read_index
+from ichpipe.models.header import Framing
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_slice_cnn, save_model
 from ichpipe.params.schema import PAPER_WINDOWS, Params, PhantomParams
@@ -124,7 +125,10 @@ def alone(artifacts: Artifacts, options: argparse.Namespace) -> dict[str, Any]:
     """Run the network alone in this process."""
     device = choose_device(options.gpu)
     paths = read_index(artifacts.index)["path"].tolist()
-    hu, cnn = load_slices(paths, options.size).to(device), load_slice_cnn(artifacts.slice_cnn).eval().to(device)
+    hu, cnn = (
+        load_slices(paths, Framing(options.size)).to(device),
+        load_slice_cnn(artifacts.slice_cnn).eval().to(device),
+    )
     rounds = [timed(partial(forward, cnn, hu, options.batch, options.precision)) for _ in range(options.rounds)]
     return {"slices_per_second": len(paths) / min(one["seconds"] for one in rounds), "rounds": rounds}
 
@@ -171,7 +175,7 @@ def measure(
 ) -> dict[str, Any]:
     """Take turns; of each kind the round of the least CPU time counts, and all are listed."""
     paths = read_index(artifacts.index)["path"].tolist()
-    hu = load_slices(paths, options.size).to(device)
+    hu = load_slices(paths, Framing(options.size)).to(device)
     kinds: dict[str, Callable[[], float | None]] = {
         "forward": partial(forward, cnn.to(device), hu, options.batch, options.precision),
         "forward_as_extract": partial(forward_as_extract, cnn, hu, loaders * options.workers, options.precision),
@@ -250,11 +254,11 @@ def decode(paths: Sequence[str], size_px: int, threads: int) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         for path in paths:
-            load_slice(path, size_px)
+            load_slice(path, Framing(size_px))
         torch.set_num_threads(before)
         return
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in pool.map(lambda path: load_slice(path, size_px), paths, chunksize=16):
+        for _ in pool.map(lambda path: load_slice(path, Framing(size_px)), paths, chunksize=16):
             pass
 
 

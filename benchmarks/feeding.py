@@ -22,6 +22,7 @@ import torch
 from ichpipe.common.files import digest_of_file
 from ichpipe.images.pixel_cache import fill_pixel_cache
 from ichpipe.images.slice_dataset import load_slice
+from ichpipe.models.header import Framing
 from ichpipe.params.schema import PhantomParams
 from ichpipe.stages import phantom
 
@@ -62,11 +63,13 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         ]
     sizes = []
     for size in options.sizes:
-        rates = {name: rate(lambda path, size=size: load_slice(path, size), paths) for name, paths in files.items()}
+        rates = {
+            name: rate(lambda path, size=size: load_slice(path, Framing(size)), paths) for name, paths in files.items()
+        }
         index = pd.DataFrame({"path": [str(path) for path in files["uncompressed"]]})
         index["file_digest"] = [digest_of_file(path) for path in files["uncompressed"]]
         start = time.perf_counter()
-        cache = fill_pixel_cache(folder / "cache", index, size)
+        cache = fill_pixel_cache(folder / "cache", index, Framing(size))
         filled = time.perf_counter() - start
         cached = rate(lambda path, cache=cache: cache.read(str(path)), files["uncompressed"])
         disk = sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())

@@ -22,9 +22,11 @@ from ichpipe.common.constants import MAX_HU, MIN_HU
 from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
+from ichpipe.dicom.dataset import SPACINGS_MM
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
-from ichpipe.images.slice_dataset import fit_to_size, load_readable
+from ichpipe.images.framing import frame
+from ichpipe.images.slice_dataset import load_readable
 from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.index.volume import Volume, find_slices, listed
 from ichpipe.inference.inputs import collect_inputs
@@ -109,14 +111,16 @@ class Model:
         """Side of the square to which slices are resized, pixels."""
         return self._cnn.spec.size_px
 
-    def embed(self, images: Volume | ArrayLike) -> NDArray[np.float32]:
+    def embed(self, images: Volume | ArrayLike, *, pixel_mm: tuple[float, float] | None = None) -> NDArray[np.float32]:
         """Compute the slice CNN's embeddings of one series.
 
         Parameters
         ----------
         images : Volume or array_like of shape (n, rows, columns)
-            Hounsfield units of any real type. Slices are padded with air to a square, resized and windowed as in
-            training.
+            Hounsfield units of any real type. Slices are framed (docs/data.md, Framing) and windowed as in training.
+        pixel_mm : tuple of two floats, optional
+            Distance of the rows and of the columns of an array, mm; a Volume has its own. A model of heads at one
+            scale (`prepare.crop: head`) needs it; without it the whole image is fitted.
 
         Returns
         -------
@@ -131,7 +135,7 @@ class Model:
             The model is an ensemble.
 
         """
-        return embed_hu(self._require_single(), self._images(images), self.device, _BATCH).numpy()
+        return embed_hu(self._require_single(), self._images(images, pixel_mm), self.device, _BATCH).numpy()
 
     def embed_folder(self, paths: Paths, *, all_series: bool = False, workers: int = 1) -> Embeddings:
         """Embed the slices below some paths.
@@ -165,7 +169,7 @@ class Model:
         files, parts, undecodable = scan.slices["path"].tolist(), [], []
         starts = range(0, len(files), _BATCH)
         for start in track(starts, "embed", len(starts)):
-            hu, bad = load_readable(files[start : start + _BATCH], self.size_px)
+            hu, bad = load_readable(files[start : start + _BATCH], self._cnn.spec.framing)
             undecodable += bad
             if len(hu):
                 parts.append(embed_hu(cnn, hu, self.device, _BATCH))
@@ -182,6 +186,7 @@ class Model:
         position_mm: ArrayLike | None = None,
         *,
         spacing_mm: float | None = None,
+        pixel_mm: tuple[float, float] | None = None,
         study_score: StudyScore = "max",
     ) -> SeriesPrediction:
         """Predict one whole series. Whether it shows a head is not checked.
@@ -195,6 +200,8 @@ class Model:
             because the sequence model sees a thin series as several interleaved ones.
         spacing_mm : float, optional
             Distance of neighbouring slices, mm, above 0.
+        pixel_mm : tuple of two floats, optional
+            Distance of the rows and of the columns of an array, mm, as for `embed`.
         study_score : {"max", "mean", "mean-of-top-3", "noisy-or"}
             How slices are pooled to a study (``max``: Nguyen et al. 2020).
 
@@ -212,7 +219,7 @@ class Model:
 
         """
         model = self._require_end_to_end()
-        hu = self._images(images)
+        hu = self._images(images, pixel_mm)
         positions = images.position_mm if isinstance(images, Volume) else _positions(len(hu), position_mm, spacing_mm)
         stride = stride_of(positions, self.spacing_mm)
         both = classify_hu(model, hu, positions.tolist(), self.device, _BATCH, stride)
@@ -289,7 +296,7 @@ class Model:
             "(artifacts/slice-cnn) or a fine-tuned model"
         )
 
-    def _images(self, images: Volume | ArrayLike) -> torch.Tensor:
+    def _images(self, images: Volume | ArrayLike, pixel_mm: tuple[float, float] | None) -> torch.Tensor:
         hu = np.asarray(images.hu if isinstance(images, Volume) else images)
         if hu.ndim != 3 or not hu.size:
             raise DataError(f"HU must have the shape (slices, rows, columns) with at least one slice, found {hu.shape}")
@@ -297,9 +304,14 @@ class Model:
             raise DataError(f"HU must be whole or floating-point numbers, found {hu.dtype}")
         if hu.dtype.kind == "f" and not np.isfinite(hu).all():
             raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+        if isinstance(images, Volume):
+            pixel_mm = None if np.isnan(images.pixel_mm).any() else images.pixel_mm
+        least, most = SPACINGS_MM
+        if pixel_mm is not None and not all(least <= distance <= most for distance in pixel_mm):
+            raise DataError(f"pixel_mm must be two distances of {least} to {most} mm, not {pixel_mm}")
         if hu.dtype != np.int16 or hu.min() < MIN_HU:
             hu = np.clip(np.rint(hu), MIN_HU, MAX_HU).astype(np.int16)
-        return torch.stack([fit_to_size(image, self.size_px) for image in hu])
+        return torch.stack([frame(image, pixel_mm, self._cnn.spec.framing) for image in hu])
 
 
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:

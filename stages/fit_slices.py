@@ -71,7 +71,7 @@ def run(
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.images.slice_dataset import SliceDataset
     from ichpipe.index.slice_index import read_index
-    from ichpipe.models.header import fold_numbers
+    from ichpipe.models.header import Framing, fold_numbers
     from ichpipe.training import distributed
     from ichpipe.training.run_record import write_record
     from ichpipe.training.slice_trainer import Slices
@@ -87,12 +87,12 @@ def run(
                 f"fit-slices.folds: of {len(train)} train slices with labels, fold {fold} {fault}; "
                 "set fit-slices.folds to 0, or lower it and prepare.folds (or add patients), then run: ichpipe prepare"
             )
-    size = params.prepare.size_px
+    framing = Framing.of(params.prepare)
     with distributed.processes():
         with distributed.first_goes_first():
-            read = fill_pixel_cache(pixel_cache, index, size, workers).read if pixel_cache else None
+            read = fill_pixel_cache(pixel_cache, index, framing, workers).read if pixel_cache else None
         train_set, val_set = (
-            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), size, read)
+            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), framing, read)
             for part in (train, val)
         )
         weights = train["source"].map(lambda name: params.fit_slices.source_weights.get(name, 1.0)).tolist()
@@ -195,13 +195,23 @@ def _build(params: Params, device: torch.device) -> SliceCnn:
     import torch
 
     from ichpipe.common.device import derive_seed
+    from ichpipe.models.header import Framing
     from ichpipe.models.slice_cnn import SliceCnn, require_size, spec_for
     from ichpipe.models.weights import load_pretrained
     from ichpipe.training import distributed
 
     section = params.fit_slices
     torch.manual_seed(derive_seed(section.seed, "weights"))
-    cnn = SliceCnn(spec_for(section.backbone, params.windows, params.prepare.size_px, section.dropout, section.pooling))
+    framing = Framing.of(params.prepare)
+    spec = spec_for(
+        section.backbone,
+        params.windows,
+        framing.size_px,
+        section.dropout,
+        section.pooling,
+        mm_per_px=framing.mm_per_px,
+    )
+    cnn = SliceCnn(spec)
     if section.pretrained is not None:
         load_pretrained(cnn.backbone, section.backbone, section.pretrained)
     cnn.to(device)
@@ -270,8 +280,10 @@ def train_network(
 
 def _identity(params: Params) -> dict[str, object]:
     """Return the parameters that decide one network's weights; the number of folds does not."""
+    from ichpipe.models.header import Framing
+
     return {
-        "size_px": params.prepare.size_px,
+        **Framing.of(params.prepare).identity(),
         "windows": [window.model_dump() for window in params.windows],
         "fit-slices": params.fit_slices.model_dump(mode="json", exclude={"folds"}),
     }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ichpipe.images.slice_dataset import SliceDataset
+from ichpipe.models.header import Framing
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, SliceParams
 from ichpipe.training import trainer
@@ -29,7 +30,7 @@ def slice_fitting(n=12, **settings):
     torch.manual_seed(0)
     cnn = SliceCnn(spec_for(section.backbone, PAPER_WINDOWS, SIZE, 0.0))
     labels = (np.arange(6 * n).reshape(n, 6) % 5 == 0) * np.float32(1)
-    dataset = SliceDataset(list(range(n)), labels, SIZE, random_hu(n).__getitem__)
+    dataset = SliceDataset(list(range(n)), labels, Framing(SIZE), random_hu(n).__getitem__)
     slices = Slices(dataset, dataset, [f"series {row // 4}" for row in range(n)])
     return SliceFitting(cnn, section, CPU, 0, slices, range(n), 7)
 

@@ -219,10 +219,10 @@ def test_undecodable_slices_are_rejected_and_the_rest_goes_on(model, volume, mon
 
     read = slice_dataset.load_slice
 
-    def broken(path, size):
+    def broken(path, framing):
         if path == volume.paths[1]:
             raise UnreadableDicomError(f"{path}: damaged")
-        return read(path, size)
+        return read(path, framing)
 
     monkeypatch.setattr(slice_dataset, "load_slice", broken)
     for result in (model.predict_folder(volume.paths), model.embed_folder(volume.paths)):

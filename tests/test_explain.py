@@ -23,7 +23,7 @@ from ichpipe.inference import heat_maps
 from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet, head_box, overlay
 from ichpipe.inference.heat_maps import Explainer, HeatMaps, embed_series, target_layer
 from ichpipe.models.end_to_end import EndToEnd
-from ichpipe.models.header import SequenceSpec
+from ichpipe.models.header import Framing, SequenceSpec
 from ichpipe.models.sequence import build_sequence
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import load_pretrained
@@ -110,7 +110,7 @@ def test_one_step_from_near_is_the_gradient_of_one_graph_over_the_series(files, 
     layer, _ = target_layer(model.cnn)
     kept = {}
     hook = layer.register_forward_hook(lambda _m, _i, out: kept.update(out=out))
-    hu = load_slices(paths, 48)
+    hu = load_slices(paths, Framing(48))
     logits = model(hu, torch.tensor(position_mm))
     hook.remove()
     (grad,) = torch.autograd.grad(logits[row, column], kept["out"])
@@ -165,7 +165,7 @@ def test_mirrored_look_is_turned_back(files, monkeypatch):
     turned = embed_series(model, series.paths, series.position_mm.tolist(), CPU)
     turned.looks.reverse()
     plain = maps(series, [8], 0)
-    monkeypatch.setattr(heat_maps, "load_slices", lambda paths, size: load_slices(paths, size).flip(-1))
+    monkeypatch.setattr(heat_maps, "load_slices", lambda paths, framing: load_slices(paths, framing).flip(-1))
     mirrored = maps(turned, [8], 0)
     assert np.allclose(plain[..., ::-1], mirrored, atol=1e-3)
 

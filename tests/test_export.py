@@ -155,9 +155,10 @@ def test_the_cards_scores_are_those_of_evaluate(branch, tmp_path, score, spacing
 def test_the_onnx_file_agrees_on_a_real_series(run, bundle, index):
     from ichpipe.features.embedder import classify_series, to_probabilities
     from ichpipe.images.slice_dataset import load_slices
+    from ichpipe.models.header import Framing
 
     rows = index[index["series_uid"] == index["series_uid"].iloc[0]]
-    hu = load_slices(rows["path"].tolist(), 48).float().numpy()
+    hu = load_slices(rows["path"].tolist(), Framing(48)).float().numpy()
     places = rows["position_mm"].to_numpy(np.float32)
     session = onnxruntime.InferenceSession(bundle / "model.onnx")
     found = session.run(None, {"hu": hu, "position_mm": places})[0]

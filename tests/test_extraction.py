@@ -19,6 +19,7 @@ from ichpipe.features.embedder import SliceEmbedder, SliceInput, lane_batch
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.features.prefetch import Loader, usual_loaders
 from ichpipe.images.slice_dataset import load_slices
+from ichpipe.models.header import Framing
 from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.models.weights import save_model
 from ichpipe.params.schema import PAPER_WINDOWS, PhantomParams
@@ -101,12 +102,12 @@ def test_half_of_the_lanes_read_at_a_time_unless_a_codec_does(cnn, slices, monke
     together = threading.Barrier(lanes, timeout=30)
     reading, seen = [], []
 
-    def noted(paths, size_px):
+    def noted(paths, framing):
         reading.append(1)
         seen.append(len(reading))
         if compressed:
             together.wait()
-        found = load_slices(paths, size_px)
+        found = load_slices(paths, framing)
         reading.pop()
         return found
 
@@ -136,7 +137,7 @@ def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in embedder.cnn.modules())
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in cnn.modules())
     with torch.inference_mode():
-        wanted = [part.numpy() for part in cnn.eval()(load_slices([one.path for one in slices[:9]], 32))]
+        wanted = [part.numpy() for part in cnn.eval()(load_slices([one.path for one in slices[:9]], Framing(32)))]
     for found, of_network in zip(embed(cnn, slices[:9]), wanted, strict=True):
         np.testing.assert_allclose(found, of_network, rtol=0, atol=2**-17 * np.abs(of_network).max())
 
@@ -146,17 +147,17 @@ def test_rows_are_those_of_the_network_as_it_is(cnn, slices):
 def test_a_loader_gives_all_slices_in_order_again_and_again(slices, count, monkeypatch):
     monkeypatch.setattr(prefetch, "PIECE_SLICES", 4)
     paths = [one.path for one in slices[:30]]
-    loader = Loader(32, count)
+    loader = Loader(Framing(32), count)
     for some in (paths, paths[:7], paths[3:]):  # processes stay from one chunk to the next
         batches = list(loader.batches(some, 9, CPU))
         assert [len(batch) for batch in batches] == [9] * (len(some) // 9) + [len(some) % 9] * (len(some) % 9 > 0)
-        assert torch.equal(torch.cat(batches), load_slices(some, 32))
+        assert torch.equal(torch.cat(batches), load_slices(some, Framing(32)))
 
 
 def test_a_loader_names_an_unreadable_file_without_a_traceback(slices, tmp_path):
     bad = tmp_path / "bad.dcm"
     bad.write_bytes(b"nothing")
-    loader = Loader(32, 1)
+    loader = Loader(Framing(32), 1)
     with pytest.raises(UnreadableDicomError, match=r"bad\.dcm") as caught:
         list(loader.batches([slices[0].path, str(bad)], 9, CPU))
     assert "Traceback" not in str(caught.value)

@@ -18,7 +18,7 @@ from ichpipe.features.generations import list_generations
 from ichpipe.images.slice_dataset import SliceDataset, load_slices
 from ichpipe.index.index_writer import write_outputs
 from ichpipe.index.slice_index import read_index
-from ichpipe.models.header import fold_models, fold_numbers, read_header
+from ichpipe.models.header import Framing, fold_models, fold_numbers, read_header
 from ichpipe.models.weights import load_slice_cnn
 from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.metrics import weighted_log_loss
@@ -166,7 +166,7 @@ def test_the_loss_out_of_fold_is_that_of_each_network_on_what_it_left_out(run, p
     for fold, folder in fold_models(run, params, digest_of_file(run.index)).items():
         rows = rows_by_fold(run, params, index)[fold]
         with torch.no_grad():
-            _, logits = load_slice_cnn(folder)(load_slices(rows["path"].tolist(), params.prepare.size_px))
+            _, logits = load_slice_cnn(folder)(load_slices(rows["path"].tolist(), Framing(params.prepare.size_px)))
         labels.append(rows[list(CLASSES)].to_numpy())
         probabilities.append(torch.sigmoid(logits.double()).numpy())
     own = read_json(run.fold_cnns / FOLDS_FILE)

@@ -132,7 +132,7 @@ LOADING = """
 import numpy as np
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader
 if __name__ == "__main__":
-    slices = SliceDataset(["a"] * 4, np.zeros((4, 6), np.float32), 32)
+    slices = SliceDataset(["a"] * 4, np.zeros((4, 6), np.float32), Framing(32))
     loading = iter(batch_loader(slices, [[0], [1]], 1))
     print("begun", flush=True)
     next(loading)
@@ -147,6 +147,7 @@ def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(error_o
 BLOCKED = """
 from pathlib import Path
 from ichpipe.features.dask_client import connect
+from ichpipe.models.header import Framing
 def blocked():
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("SigBlk"))
     return bool(int(line.split()[1], 16) & 1 << 1)  # signal 2

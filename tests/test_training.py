@@ -15,8 +15,9 @@ from torch import nn
 
 from ichpipe.common.errors import IchpipeError, TrainingError
 from ichpipe.images import augmentation, slice_dataset
-from ichpipe.images.slice_dataset import SliceDataset, batch_loader, batches_of, fit_to_size
-from ichpipe.models.header import PREPROCESSING_VERSION
+from ichpipe.images.framing import fit_to_size
+from ichpipe.images.slice_dataset import SliceDataset, batch_loader, batches_of
+from ichpipe.models.header import PREPROCESSING_VERSION, Framing
 from ichpipe.models.slice_cnn import Windows
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams
 from ichpipe.scoring.metrics import weighted_log_loss
@@ -82,7 +83,7 @@ def test_held_slices_equal_those_read_again(write_ct, monkeypatch):
     for limit, reads in ((slice_dataset.HOLD_BYTES, 3), (0, 6)):
         monkeypatch.setattr(slice_dataset, "HOLD_BYTES", limit)
         with mock.patch.object(slice_dataset, "load_slice", wraps=slice_dataset.load_slice) as load:
-            dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), 16)
+            dataset = SliceDataset(paths, np.zeros((3, 6), np.float32), Framing(16))
             for _ in range(2):
                 assert [int(dataset[row][0][0, 0, 0]) for row in range(3)] == [-24, -23, -22]
         assert load.call_count == reads
@@ -94,7 +95,7 @@ def test_decoding_processes_decode_once_what_this_one_holds(tmp_path, monkeypatc
     if not fits:
         monkeypatch.setattr(slice_dataset, "HOLD_BYTES", 0)
     reads, labels = LoggedReads(tmp_path / "reads"), np.arange(36, dtype=np.float32).reshape(6, 6)
-    dataset = SliceDataset(list(range(6)), labels, 4, reads)
+    dataset = SliceDataset(list(range(6)), labels, Framing(4), reads)
 
     def load(workers, *batches):
         loaded = list(batch_loader(dataset, batches, workers))
@@ -124,7 +125,7 @@ def test_a_decoding_process_gives_the_error_of_a_file_as_it_is(tmp_path, content
         path.write_bytes(content)
     errors = []
     for workers in (0, 1):
-        dataset = SliceDataset([str(path)], np.zeros((1, 6), np.float32), 16)
+        dataset = SliceDataset([str(path)], np.zeros((1, 6), np.float32), Framing(16))
         with pytest.raises((IchpipeError, OSError)) as caught:
             next(batch_loader(dataset, [[0]], workers))
         errors.append(caught.value)

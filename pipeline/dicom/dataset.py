@@ -65,6 +65,7 @@ _OTHER_FILES: Final = (
     (b"/annex/objects/", 0, "a pointer of git-annex; fetch the file: git annex get"),
 )
 _SYNTAX_TAG: Final = 0x00020010
+SPACINGS_MM: Final = (0.05, 5.0)  # distances of pixels; a damaged one would ask for any amount of work
 SQUARE_WITHIN: Final = 0.01  # pixels whose sides differ by less count as square
 _EXPORT_AGAIN: Final = "export the image again as Explicit VR Little Endian (1.2.840.10008.1.2.1)"
 READABLE: Final = UNCOMPRESSED | {RUN_LENGTH} | frozenset(
@@ -88,6 +89,7 @@ class PixelFacts(NamedTuple):
     high_bit: int = 0  # (0028,0102)
     overlay: bool = False  # (60xx,0102): bits above the pixel's own hold an overlay
     aspect: float = 1.0  # distance of rows / distance of columns, (0028,0030), (0028,0034), (0018,1164), (0018,2010)
+    spacing_mm: tuple[float, float] | None = None  # distance of rows and of columns, (0028,0030), within SPACINGS_MM
 
     @property
     def compressed(self) -> bool:
@@ -253,19 +255,29 @@ def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
         high_bit=elements.whole("HighBit") or 0,
         overlay=any(map(elements.nonzero, OVERLAY_BIT_TAGS)),
         aspect=aspect,
+        spacing_mm=_spacing(elements),
     )
 
 
 def _aspect(elements: Elements) -> float:
     """Return how much farther rows are apart than columns; 1 where no tag is a pair of positive numbers."""
-    for keyword in ("PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        try:
-            down, across = elements.floats(keyword, 2)
-        except UnreadableDicomError:
-            continue
-        if down > 0 and across > 0:
-            return down / across if abs(down / across - 1) > SQUARE_WITHIN else 1.0
-    return 1.0
+    keywords = ("PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    down, across = next(filter(None, (_positive_pair(elements, keyword) for keyword in keywords)), (1.0, 1.0))
+    return down / across if abs(down / across - 1) > SQUARE_WITHIN else 1.0
+
+
+def _spacing(elements: Elements) -> tuple[float, float] | None:
+    """Return PixelSpacing (0028,0030), mm; None where it is absent, or no distance that a CT image has."""
+    pair, (least, most) = _positive_pair(elements, "PixelSpacing"), SPACINGS_MM
+    return pair if pair and all(least <= distance <= most for distance in pair) else None
+
+
+def _positive_pair(elements: Elements, keyword: str) -> tuple[float, float] | None:
+    try:
+        first, second = elements.floats(keyword, 2)
+    except UnreadableDicomError:
+        return None
+    return (first, second) if first > 0 and second > 0 else None
 
 
 def require_pixels(elements: Elements, facts: PixelFacts) -> None:

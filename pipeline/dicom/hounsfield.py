@@ -57,7 +57,8 @@ def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int
     Where PixelSpacing (0028,0030), or else PixelAspectRatio (0028,0034), says that they are not, rows or columns are
     interpolated, so that the coarser of the two gets the spacing of the finer.
     """
-    hu, aspect = _read(path, scanned=scanned)
+    hu, facts = _read(path, scanned=scanned)
+    aspect = facts.aspect
     if aspect == 1:
         return hu
     axis, factor = (0, aspect) if aspect > 1 else (1, 1 / aspect)
@@ -75,15 +76,24 @@ def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int
     return square
 
 
-def _read(path: Path | str, *, scanned: bool) -> tuple[NDArray[np.int16], float]:
-    """Return HU (rows, columns) and how much farther rows are apart than columns."""
+def read_spaced_hu(path: Path | str, *, scanned: bool = False) -> tuple[NDArray[np.int16], tuple[float, float] | None]:
+    """Decode one CT slice like ``read_hu``; also return the distance of its rows and of its columns, mm.
+
+    None where PixelSpacing (0028,0030) is not a pair of numbers within SPACINGS_MM.
+    """
+    hu, facts = _read(path, scanned=scanned)
+    return hu, facts.spacing_mm
+
+
+def _read(path: Path | str, *, scanned: bool) -> tuple[NDArray[np.int16], PixelFacts]:
+    """Return HU (rows, columns) and the facts of the pixels."""
     try:
         with quiet_pydicom():
             file = read_pixel_file(path)
             stored = stored_pixels(file)
             if file.facts.compressed and not scanned:
                 require_stream(file.pixel_data, file.facts, stored)
-            return stored_to_hu(stored, file.facts), file.facts.aspect
+            return stored_to_hu(stored, file.facts), file.facts
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
 

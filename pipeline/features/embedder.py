@@ -101,7 +101,7 @@ class SliceEmbedder:
         self.batch_size = lane_batch(cnn.spec.size_px, batch_size) if cpu else batch_size
         self._turn, self._reading = Lock(), BoundedSemaphore(max(1, loaders // 2))
         self._lanes = Lanes(max(1, loaders)) if cpu else None
-        self._loader = None if cpu else Loader(cnn.spec.size_px, loaders)
+        self._loader = None if cpu else Loader(cnn.spec.framing, loaders)
 
     def __call__(self, slices: Sequence[SliceInput]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read and embed slices. Raises UnreadableDicomError, which names the file."""
@@ -125,7 +125,7 @@ class SliceEmbedder:
             # Reading uncompressed files is Python's work, which only half of the lanes do at a time: more would
             # contend for its lock. A codec releases the lock. The first file decides for its batch.
             with nullcontext() if is_compressed(paths[0]) else self._reading:
-                hu = load_slices(paths, self.cnn.spec.size_px)
+                hu = load_slices(paths, self.cnn.spec.framing)
             rows = slice(start, start + len(part))
             embedding[rows], logits[rows] = (output.numpy() for output in self._embed(hu, part))
 
@@ -238,7 +238,7 @@ def classify_twice(
 
     def read_chunks() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), chunk_slices):
-            hu, bad = load_readable(paths[start : start + chunk_slices], model.cnn.spec.size_px)
+            hu, bad = load_readable(paths[start : start + chunk_slices], model.cnn.spec.framing)
             unreadable.extend(bad)
             if len(hu):
                 yield hu

@@ -70,7 +70,7 @@ class GenerationSpec:
             "weights": digest_of_file(self.model_dir / MODEL_FILE),
             "backbone": spec.backbone,
             "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
-            "size_px": spec.size_px,
+            **spec.framing.identity(),
             "batch_norm": header.batch_norm,  # folding rounds otherwise
             "excluded_fold": self.fold,
             "view": self.view.identity() if self.view else None,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ichpipe.models.header import Framing
+
 Item = TypeVar("Item")
 
 MOST_LOADERS: Final = 16  # for one GPU: as many decode JPEG lossless faster than an H100 takes slices of 512 px
@@ -70,11 +72,11 @@ class Loader:
     With ``count`` 0, or in a process that may have no children, slices are decoded in this process.
     """
 
-    def __init__(self, size_px: int, count: int) -> None:
+    def __init__(self, framing: Framing, count: int) -> None:
         self._todo: list[tuple[str, ...]] = []
         count = 0 if multiprocessing.current_process().daemon else count
         self._loader: DataLoader[Any] = DataLoader(
-            _Pieces(size_px),
+            _Pieces(framing),
             batch_size=None,
             sampler=self._todo,
             num_workers=count,
@@ -85,7 +87,7 @@ class Loader:
         )
 
     def batches(self, paths: Sequence[str], size: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield int16 HU (up to ``size``, 1, size_px, size_px) on the device. Raises UnreadableDicomError.
+        """Yield int16 HU (up to ``size``, 1, side, side) on the device. Raises UnreadableDicomError.
 
         Copies out of pinned memory run in the background.
         """
@@ -109,12 +111,12 @@ class Loader:
 class _Pieces(Dataset[Any]):
     """Reads slices by their paths; an error comes back as text, without a loader's traceback."""
 
-    def __init__(self, size_px: int) -> None:
-        self.size_px = size_px
+    def __init__(self, framing: Framing) -> None:
+        self.framing = framing
 
     def __getitem__(self, paths: tuple[str, ...]) -> Tensor | str:
         """Read some slices, int16 HU (n, 1, size, size)."""
         try:
-            return load_slices(paths, self.size_px)
+            return load_slices(paths, self.framing)
         except UnreadableDicomError as error:
             return str(error)

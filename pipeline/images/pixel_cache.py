@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from ichpipe.models.header import Framing
+
 SHARD_SLICES = 256
 
 
@@ -54,14 +56,15 @@ class PixelCache:
         return torch.from_numpy(pixels)[None]
 
 
-def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: int = 0) -> PixelCache:
+def fill_pixel_cache(folder: Path, index: pd.DataFrame, framing: Framing, workers: int = 0) -> PixelCache:
     """Decode the missing slices of all files of an index, with ``workers`` processes (0: in this one).
 
     A file whose pixels can't be read raises UnreadableDicomError with its name.
     """
     files = index[["file_digest", "path"]].drop_duplicates("file_digest").sort_values("file_digest")
     digests, paths = files["file_digest"].tolist(), files["path"].tolist()
-    name = digest_of({"files": digests, "size_px": size_px, "preprocessing": PREPROCESSING_VERSION})
+    name = digest_of({"files": digests, "preprocessing": PREPROCESSING_VERSION, **framing.identity()})
+    size_px = framing.size_px
     target = folder / f"pixels-{size_px}-{name[:16]}.zarr"
     if not (target / "zarr.json").exists():
         zarr.create_array(
@@ -76,7 +79,7 @@ def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: i
         )
     starts = range(0, len(paths), SHARD_SLICES)
     missing = [start for start in starts if not (target / f"c/{start // SHARD_SLICES}/0/0").exists()]
-    tasks = [(target, start, paths[start : start + SHARD_SLICES], size_px) for start in missing]
+    tasks = [(target, start, paths[start : start + SHARD_SLICES], framing) for start in missing]
     several = workers > 0 and len(tasks) > 1
     with process_pool(min(workers, len(tasks))) if several else nullcontext() as pool:
         for _ in track((pool.map if pool else map)(_write_shard, tasks), "decode", len(tasks), "shard"):
@@ -85,8 +88,8 @@ def fill_pixel_cache(folder: Path, index: pd.DataFrame, size_px: int, workers: i
     return PixelCache(target, dict(zip(index["path"], rows, strict=True)))
 
 
-def _write_shard(task: tuple[Path, int, Sequence[str], int]) -> None:
+def _write_shard(task: tuple[Path, int, Sequence[str], Framing]) -> None:
     """Write one shard: zarr writes it under another name and renames it."""
-    target, start, paths, size_px = task
+    target, start, paths, framing = task
     array = zarr.open_array(target, mode="r+", config={"write_empty_chunks": True})
-    array[start : start + len(paths)] = load_slices(paths, size_px)[:, 0].numpy()
+    array[start : start + len(paths)] = load_slices(paths, framing)[:, 0].numpy()

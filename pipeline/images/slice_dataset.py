@@ -8,57 +8,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ichpipe.common.constants import MIN_HU
 from ichpipe.common.errors import IchpipeError, UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
+from ichpipe.images.framing import fit_to_size, frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from ichpipe.models.header import Framing
+
 HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held in memory once it is decoded
 
 
-def load_slice(path: str | Path, size_px: int) -> Tensor:
-    """Read one file as int16 HU (1, size, size); see `fit_to_size`."""
-    return fit_to_size(hounsfield.read_square_hu(Path(path), scanned=True), size_px)
+def load_slice(path: str | Path, framing: Framing) -> Tensor:
+    """Read one file as int16 HU (1, size, size)."""
+    if framing.mm_per_px is not None:
+        hu, spacing_mm = hounsfield.read_spaced_hu(Path(path), scanned=True)
+        if spacing_mm is not None:
+            return frame(hu, spacing_mm, framing)
+    return fit_to_size(hounsfield.read_square_hu(Path(path), scanned=True), framing.size_px)
 
 
-def load_slices(paths: Sequence[str | Path], size_px: int) -> Tensor:
+def load_slices(paths: Sequence[str | Path], framing: Framing) -> Tensor:
     """Read files as int16 HU (n, 1, size, size)."""
-    return torch.stack([load_slice(path, size_px) for path in paths])
+    return torch.stack([load_slice(path, framing) for path in paths])
 
 
-def load_readable(paths: Sequence[str], size_px: int) -> tuple[Tensor, list[tuple[str, str]]]:
+def load_readable(paths: Sequence[str], framing: Framing) -> tuple[Tensor, list[tuple[str, str]]]:
     """Like `load_slices`, leaving out what can't be decoded: returns also (path, reason) of those."""
     slices, bad = [], []
     for path in paths:
         try:
-            slices.append(load_slice(path, size_px))
+            slices.append(load_slice(path, framing))
         except UnreadableDicomError as error:
             bad.append((path, str(error)))
-    return (torch.stack(slices) if slices else torch.empty((0, 1, size_px, size_px))), bad
-
-
-def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
-    """Pad a slice to a square with -1024 HU, then resize it to (1, size, size), int16 HU.
-
-    Bilinear with antialiasing, in HU before any window, rounded to whole HU; the aspect is kept.
-    """
-    side = max(hu.shape)
-    if hu.shape != (side, side):
-        widths = [((side - length) // 2, (side - length + 1) // 2) for length in hu.shape]
-        hu = np.pad(hu, widths, constant_values=MIN_HU)
-    image = torch.from_numpy(np.ascontiguousarray(hu)).view(1, 1, side, side)
-    if side == size_px:
-        return image[0]
-    resized = F.interpolate(image.float(), size=(size_px, size_px), mode="bilinear", antialias=True)
-    return resized.round_().to(torch.int16)[0]
+    return (torch.stack(slices) if slices else torch.empty((0, 1, framing.size_px, framing.size_px))), bad
 
 
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -69,12 +58,16 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """
 
     def __init__(
-        self, paths: Sequence[str], labels: NDArray[np.float32], size_px: int, read: Callable[..., Tensor] | None = None
+        self,
+        paths: Sequence[str],
+        labels: NDArray[np.float32],
+        framing: Framing,
+        read: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.paths, self.size_px, self.read = list(paths), size_px, read
+        self.paths, self.framing, self.read = list(paths), framing, read
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
         # None: too large, and read again every epoch.
-        self.held: dict[int, Tensor] | None = {} if len(self.paths) * size_px**2 * 2 <= HOLD_BYTES else None
+        self.held: dict[int, Tensor] | None = {} if len(self.paths) * framing.size_px**2 * 2 <= HOLD_BYTES else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the held slices behind: a decoding process would fill a copy that nobody reads."""
@@ -88,7 +81,7 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Read one slice, or return it if it is held."""
         hu = None if self.held is None else self.held.get(row)
         if hu is None:
-            hu = self.read(self.paths[row]) if self.read else load_slice(self.paths[row], self.size_px)
+            hu = self.read(self.paths[row]) if self.read else load_slice(self.paths[row], self.framing)
             if self.held is not None:
                 self.held[row] = hu
         return hu, self.labels[row], torch.tensor(row)

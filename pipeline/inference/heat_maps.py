@@ -101,7 +101,7 @@ def embed_series(
     model.eval()
     parts, bad = [], []
     for start in range(0, len(paths), CHUNK_SLICES):
-        hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.size_px)
+        hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.framing)
         bad += unreadable
         if len(hu):
             with autocast(device, "auto"):  # as `predict` does
@@ -129,12 +129,12 @@ class HeatMaps:
 
     def __call__(self, series: EmbeddedSeries, rows: Sequence[int], class_index: int) -> NDArray[np.float32]:
         """Return maps (len(rows), size, size), each scaled to 0 … 1; all 0 where nothing speaks for the class."""
-        size = self.model.cnn.spec.size_px
-        chunks = [np.zeros((0, size, size), np.float32)]
+        framing = self.model.cnn.spec.framing
+        chunks = [np.zeros((0, framing.size_px, framing.size_px), np.float32)]
         for start in range(0, len(rows), CHUNK_SLICES):
             chunk = rows[start : start + CHUNK_SLICES]
             directions = [series.directions(self.model, row, class_index) for row in chunk]
-            hu = load_slices([series.paths[row] for row in chunk], size).to(series.looks[0][0].device)
+            hu = load_slices([series.paths[row] for row in chunk], framing).to(series.looks[0][0].device)
             maps = []
             for number, images in enumerate(_looks_at(self.model, hu)):
                 # The gradient of the output's component along a direction is the direction: the chain rule.
@@ -260,7 +260,7 @@ class Explainer:
         position_mm, column = series.position_mm.numpy(), CLASSES.index(class_name)
         rows = choose_panels(probabilities[:, column] + framed, position_mm, panels)
         data = SheetData(
-            hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.size_px)[:, 0].numpy(),
+            hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.framing)[:, 0].numpy(),
             heat=self.heat_maps(series, rows.tolist(), column),
             rows=rows,
             position_mm=position_mm,

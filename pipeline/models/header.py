@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from safetensors import SafetensorError, safe_open
 
 from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
@@ -15,7 +16,7 @@ from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import THICK_SLICE_MM
 from ichpipe.common.errors import IchpipeError, WeightsError
 from ichpipe.common.files import digest_of_file, read_json, require_file
-from ichpipe.params.schema import Fraction, Input, WindowParams
+from ichpipe.params.schema import Fraction, Input, PositiveFloat, WindowParams
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ichpipe.common.artifacts import Artifacts
-    from ichpipe.params.schema import Params
+    from ichpipe.params.schema import Params, PrepareParams
 
 # Raise it when the same file gives the network another input: fingerprints and pixel caches hold it.
 # 2: wrapped 12 bits, high bits and pixels that are not square are read right; version 1 gave wrong HU for such files.
@@ -33,6 +34,8 @@ PREPROCESSING_VERSION: Final = 2
 # Bounded well above any network here, so that a damaged header does not ask for all memory.
 Size = Annotated[int, Field(ge=1, le=65_536)]
 Few = Annotated[int, Field(ge=1, le=64)]
+
+HEAD_MM_PER_PX: Final = 1.1  # of prepare.crop: head, unless prepare.mm_per_px says otherwise
 
 HEADER_KEY = "ichpipe"
 FORMAT_VERSION = 2
@@ -56,6 +59,24 @@ class _Spec(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Framing:
+    """Which part of a slice becomes the square that the network sees: the whole image, or the head at one scale."""
+
+    size_px: int  # side of the square
+    mm_per_px: float | None = None  # scale of a square around the head; None: the whole image, at any scale
+
+    @classmethod
+    def of(cls, prepare: PrepareParams) -> Framing:
+        """Return the framing that the parameters ask for."""
+        return cls(prepare.size_px, None if prepare.crop == "none" else prepare.mm_per_px or HEAD_MM_PER_PX)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the square; as before there was a choice where it is the whole image."""
+        crop = {} if self.mm_per_px is None else {"crop": "head", "mm_per_px": self.mm_per_px}
+        return {"size_px": self.size_px, **crop}
+
+
 class SliceCnnSpec(_Spec):
     """What builds the slice CNN again; stored beside its weights."""
 
@@ -67,6 +88,25 @@ class SliceCnnSpec(_Spec):
     classes: tuple[str, ...] = CLASSES
     dropout: Fraction = 0.0
     pooling: str | None = None  # timm's global_pool; None: the backbone's own
+    crop: Literal["none", "head"] = "none"
+    mm_per_px: PositiveFloat | None = None  # with crop: head
+
+    @property
+    def framing(self) -> Framing:
+        """How slices are made to fit the network."""
+        return Framing(self.size_px, self.mm_per_px)
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if (self.crop == "none") != (self.mm_per_px is None):
+            raise ValueError("mm_per_px belongs to crop: head")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_defaults_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older files don't have, so that older versions read a file that needs nothing of it."""
+        newer = {name: type(self).model_fields[name].default for name in ("crop", "mm_per_px")}
+        return {name: value for name, value in serialize(self).items() if name not in newer or value != newer[name]}
 
 
 class SequenceSpec(_Spec):

@@ -23,7 +23,8 @@ OPSET = 17
 TOLERANCE = 1e-4
 LENGTHS = (2, 13, 40)  # slices of the series on which the file is compared with the network
 TENSORS = {
-    "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal",
+    "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal; "
+    "framed as `slice_cnn` in the description says (docs/data.md, Framing)",
     "position_mm": "float32 (slices): positions along the slice normal, mm",
     "probabilities": "float32 (slices, 6): probabilities",
 }

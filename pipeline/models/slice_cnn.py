@@ -93,11 +93,18 @@ class SliceCnn(nn.Module):
 
 
 def spec_for(
-    backbone: str, windows: tuple[WindowParams, ...], size_px: int, dropout: float, pooling: str | None = None
+    backbone: str,
+    windows: tuple[WindowParams, ...],
+    size_px: int,
+    dropout: float,
+    pooling: str | None = None,
+    *,
+    mm_per_px: float | None = None,
 ) -> SliceCnnSpec:
     """Describe a network with the mean and standard deviation that the backbone was pretrained with.
 
-    ImageNet's for most (the paper's); other backbones differ (0.5 for the TensorFlow ones).
+    ImageNet's for most (the paper's); other backbones differ (0.5 for the TensorFlow ones). ``mm_per_px`` is the scale
+    of a square around the head; None: the whole image.
     """
     import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
     from timm.models import PretrainedCfg  # noqa: PLC0415
@@ -109,7 +116,15 @@ def spec_for(
     config = timm.get_pretrained_cfg(backbone) or PretrainedCfg()  # without one: ImageNet's
     mean, std = (tuple(islice(cycle(values), len(windows))) for values in (config.mean, config.std))
     return SliceCnnSpec(
-        backbone=backbone, windows=windows, size_px=size_px, mean=mean, std=std, dropout=dropout, pooling=pooling
+        backbone=backbone,
+        windows=windows,
+        size_px=size_px,
+        mean=mean,
+        std=std,
+        dropout=dropout,
+        pooling=pooling,
+        crop="none" if mm_per_px is None else "head",
+        mm_per_px=mm_per_px,
     )
 
 

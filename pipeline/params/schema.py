@@ -72,6 +72,8 @@ class PrepareParams(Section):
     split: Literal["fractions", "patient-kfold", "stage1"] = "fractions"  # see docs/data.md, Splits
     test_slices: str | None = None  # stage1: a table that names the slices of the test set
     size_px: Annotated[int, Field(ge=32, le=2048)] = 128  # the models see slices of this side
+    crop: Literal["none", "head"] = "none"  # head: a square around the head; docs/data.md, Framing
+    mm_per_px: Annotated[float, Field(ge=0.1, le=10)] | None = None  # scale with crop: head; null: 1.1
     val_fraction: Fraction = 0.15  # of all patients
     test_fraction: Fraction = 0.25  # of all patients; not used where test_fold is set
     hash_patient_ids: str | None = None  # env:NAME or a file with a secret key: PatientIDs become keyed hashes

@@ -98,7 +98,7 @@ class EndToEndFitting:
         self.workers = workers
         paths = [path for series in train for path in series.paths]
         labels = torch.cat([series.labels for series in train])
-        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.size_px, read)
+        self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.framing, read)
         self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
         precision = training_precision(device, section.precision)
         self.context = functools.partial(autocast, device, precision)
@@ -235,7 +235,9 @@ class EndToEndFitting:
         ends = np.cumsum([0, *(len(rows) for rows in samples)]).tolist()
         spans = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
         members = [(spans[n], train[n].position_mm[list(samples[n])], seeds[n]) for n in share(range(len(samples)))]
-        cut = draw_cut(section.cutmix, ends[-1], self.slices.size_px, derive_seed(section.seed, "cut", epoch, start))
+        cut = draw_cut(
+            section.cutmix, ends[-1], self.slices.framing.size_px, derive_seed(section.seed, "cut", epoch, start)
+        )
 
         def draw() -> augmentation.AugmentDraw:
             draws = [
