@@ -288,15 +288,15 @@ def test_one_series_of_a_study_is_predicted_unless_all_are_asked_for(run, folder
 
 def test_a_prediction_that_is_not_a_number_is_left_out_and_said(run, folder_of_one_series, tmp_path, monkeypatch):
     folder, rows = folder_of_one_series
-    before = predictor.classify_series
+    before = predictor.classify_twice
 
     def overflow(*arguments, **options):
-        logits, bad = before(*arguments, **options)
+        logits, cnn_logits, bad = before(*arguments, **options)
         logits = logits.clone()
         logits[2, 3] = np.nan
-        return logits, bad
+        return logits, cnn_logits, bad
 
-    monkeypatch.setattr(predictor, "classify_series", overflow)
+    monkeypatch.setattr(predictor, "classify_twice", overflow)
     assert run("predict", folder, "--out", tmp_path).exit_code == 0
     assert pd.read_csv(tmp_path / "slices.csv")["sop_uid"].tolist() == rows["sop_uid"].drop(rows.index[2]).tolist()
     assert pd.read_csv(tmp_path / "rejected.csv")["reason"].tolist() == ["its prediction is not a number"]

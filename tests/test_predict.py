@@ -311,14 +311,15 @@ def test_a_study_none_of_whose_slices_can_be_read_is_refused_not_lost(run, head,
     from ichpipe.inference import predictor
 
     good, bad = head("one"), head("other")
-    before = predictor.classify_series
+    before = predictor.classify_twice
 
     def unreadable(model, paths, *rest, **options):
         if str(bad) in paths[0]:
-            return before(model, [], [], *rest[1:], **options)[0], [(path, "no decoder") for path in paths]
+            nothing = before(model, [], [], *rest[1:], **options)
+            return nothing[0], nothing[1], [(path, "no decoder") for path in paths]
         return before(model, paths, *rest, **options)
 
-    monkeypatch.setattr(predictor, "classify_series", unreadable)
+    monkeypatch.setattr(predictor, "classify_twice", unreadable)
     out = tmp_path / "out"
     result = run("predict", good, bad, "--out", out)
     assert result.exit_code == 0

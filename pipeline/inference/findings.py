@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -49,9 +49,9 @@ class Provenance:
     model_sha256: str
     calibration: str  # none, temperature, isotonic, absent (nothing beside the model) or left out (by request)
     calibrated: tuple[str, ...]  # classes that have a map
-    blended: Mapping[str, float]  # classes to which the slice CNN contributes, with the share of the model
     threshold: float
     study_score: str
+    blended: Mapping[str, float] = field(default_factory=dict)  # classes mixed with the slice CNN: the model's share
 
     def describe_calibration(self) -> str:
         """Describe how probabilities were blended and calibrated."""
