@@ -230,7 +230,7 @@ def test_keep_says_which_epoch_stays(tmp_path, keep, ema_decay):
 @pytest.mark.slow
 def test_the_record_says_what_keeping_the_last_epoch_cost(run, tmp_path):
     other = run.copy(tmp_path / "last")
-    hasty = set_options("finetune.keep=last", "finetune.learning_rate_sequence=0.5", "finetune.epochs=2")
+    hasty = set_options("finetune.keep=last", "finetune.learning_rate_sequence=50.0", "finetune.epochs=2")
     other.steps((*hasty, "finetune"), "evaluate", "report")
     record, history = (
         json.loads((other.artifacts / "finetuned" / name).read_text()) for name in ("record.json", "history.json")
