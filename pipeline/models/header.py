@@ -294,9 +294,9 @@ def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) ->
 
 def require_members(folder: Path, members: list[Member], index_digest: str) -> None:
     """Refuse the ensemble in ``folder`` unless it was made from this index and these networks. Raises WeightsError."""
-    command = "ichpipe ensemble"
-    require_made_from(folder, {"index": index_digest}, command)
+    require_made_from(folder, {"index": index_digest}, "ichpipe ensemble")
     if list(read_header(folder).networks) != [member.made_from for member in members]:
         raise WeightsError(
-            f"{folder / MODEL_FILE} was made from other networks than there are now; run: {command}, or remove {folder}"
+            f"{folder / MODEL_FILE} was made from other networks than there are now; "
+            f"run: ichpipe ensemble, or remove {folder}"
         )
