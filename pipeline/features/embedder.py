@@ -70,8 +70,8 @@ class SliceInputs(Sequence[SliceInput]):
             beside = [self._beside(number) for number in range(*row.indices(len(self)))]
             texts = [column[row] for column in self._columns]
             return [SliceInput(*each) for each in zip(*texts, beside, strict=True)]
-        texts = [column[row] for column in self._columns]
-        return SliceInput(*texts, self._beside(row))
+        path, series_uid, file_digest = (column[row] for column in self._columns)
+        return SliceInput(path, series_uid, file_digest, self._beside(row))
 
     def _beside(self, row: int) -> tuple[str, ...]:
         return () if self._rows is None else tuple(self._columns[0][near] for near in self._rows[row].tolist())
