@@ -46,10 +46,10 @@ def test_neighbours_are_those_by_position_and_ends_and_gaps_repeat_the_slice():
 
 
 def test_rounding_of_positions_decides_nothing():
-    position_mm = np.cumsum(np.r_[987.654, np.full(20, 4.9), 7.35, np.full(20, 4.9)])
-    wanted = neighbour_rows(position_mm, 1)
-    assert np.array_equal(neighbour_rows(position_mm.astype(np.float32), 1), wanted)
-    assert wanted[20].tolist() == [19, 20, 21]
+    for start in np.linspace(-1500, 1500, 20):
+        position_mm = np.cumsum(np.r_[start, np.full(20, 4.9), 7.35, np.full(20, 4.9)])  # 1.5 times 4.9
+        for rounded in (position_mm, position_mm.astype(np.float32)):
+            assert neighbour_rows(rounded, 1)[20].tolist() == [19, 20, 21]
 
 
 def test_an_index_gives_the_neighbours_of_each_series_alone():

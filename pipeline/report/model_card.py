@@ -67,7 +67,7 @@ def card_text(card: dict[str, Any]) -> str:
     cnn, sequence, data, test = card["slice_cnn"], card["sequence"], card["training_data"], card["metrics"]["test"]
     windows = ", ".join(f"{window['level_hu']:g}/{window['width_hu']:g}" for window in cnn["windows"])
     head = f", a square around the head at {cnn['mm_per_px']:g} mm a pixel" if "mm_per_px" in cnn else ""
-    beside = f", with {cnn['neighbours']} slices on each side as further channels" if "neighbours" in cnn else ""
+    beside = f", neighbouring slices on each side: {cnn['neighbours']}" if "neighbours" in cnn else ""
     direction = ", bidirectional" if sequence["bidirectional"] else ""
     lines = [
         f"# Intracranial haemorrhage on head CT, slice by slice\n\n{card['intended_use']}\n",
