@@ -27,6 +27,7 @@ from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.framing import frame
 from ichpipe.images.slice_dataset import load_readable
+from ichpipe.index.slice_index import index_neighbours, neighbour_rows, slice_files
 from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.index.volume import Volume, find_slices, listed
 from ichpipe.inference.inputs import collect_inputs
@@ -135,7 +136,10 @@ class Model:
             The model is an ensemble.
 
         """
-        return embed_hu(self._require_single(), self._images(images, pixel_mm), self.device, _BATCH).numpy()
+        cnn, hu = self._require_single(), _require_hu(images)
+        position_mm = images.position_mm if isinstance(images, Volume) else np.arange(len(hu), dtype=np.float64)
+        framed = self._frame(hu, images, pixel_mm, neighbour_rows(position_mm, cnn.spec.neighbours))
+        return embed_hu(cnn, framed, self.device, _BATCH).numpy()
 
     def embed_folder(self, paths: Paths, *, all_series: bool = False, workers: int = 1) -> Embeddings:
         """Embed the slices below some paths.
@@ -166,7 +170,8 @@ class Model:
         """
         cnn = self._require_single()
         scan = find_slices(paths, all_series=all_series, workers=workers)
-        files, parts, undecodable = scan.slices["path"].tolist(), [], []
+        paths, rows = scan.slices["path"].tolist(), index_neighbours(scan.slices, self._cnn.spec.neighbours)
+        files, parts, undecodable = slice_files(paths, rows), [], []
         starts = range(0, len(files), _BATCH)
         for start in track(starts, "embed", len(starts)):
             hu, bad = load_readable(files[start : start + _BATCH], self._cnn.spec.framing)
@@ -219,10 +224,11 @@ class Model:
 
         """
         model = self._require_end_to_end()
-        hu = self._images(images, pixel_mm)
+        hu = _require_hu(images)
         positions = images.position_mm if isinstance(images, Volume) else _positions(len(hu), position_mm, spacing_mm)
         stride = stride_of(positions, self.spacing_mm)
-        both = classify_hu(model, hu, positions.tolist(), self.device, _BATCH, stride)
+        framed = self._frame(hu, images, pixel_mm, neighbour_rows(positions, self._cnn.spec.neighbours, stride))
+        both = classify_hu(model, framed, positions.tolist(), self.device, _BATCH, stride)
         values, of_cnn = (to_probabilities(logits) for logits in both)
         if not np.isfinite(values).all():  # fp16 can overflow
             raise DataError("a prediction is not a number: half precision overflowed; load_model(folder, gpu='cpu')")
@@ -296,22 +302,21 @@ class Model:
             "(artifacts/slice-cnn) or a fine-tuned model"
         )
 
-    def _images(self, images: Volume | ArrayLike, pixel_mm: tuple[float, float] | None) -> torch.Tensor:
-        hu = np.asarray(images.hu if isinstance(images, Volume) else images)
-        if hu.ndim != 3 or not hu.size:
-            raise DataError(f"HU must have the shape (slices, rows, columns) with at least one slice, found {hu.shape}")
-        if hu.dtype.kind not in "iuf":
-            raise DataError(f"HU must be whole or floating-point numbers, found {hu.dtype}")
-        if hu.dtype.kind == "f" and not np.isfinite(hu).all():
-            raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+    def _frame(
+        self,
+        hu: NDArray[np.int16],
+        images: Volume | ArrayLike,
+        pixel_mm: tuple[float, float] | None,
+        rows: NDArray[np.intp],
+    ) -> torch.Tensor:
+        """Fit each slice of ``hu`` with its neighbours' ``rows`` to the network: (n, slices, size, size)."""
         if isinstance(images, Volume):
             pixel_mm = None if np.isnan(images.pixel_mm).any() else images.pixel_mm
         least, most = SPACINGS_MM
         if pixel_mm is not None and not all(least <= distance <= most for distance in pixel_mm):
             raise DataError(f"pixel_mm must be two distances of {least} to {most} mm, not {pixel_mm}")
-        if hu.dtype != np.int16 or hu.min() < MIN_HU:
-            hu = np.clip(np.rint(hu), MIN_HU, MAX_HU).astype(np.int16)
-        return torch.stack([frame(image, pixel_mm, self._cnn.spec.framing) for image in hu])
+        framing = self._cnn.spec.framing
+        return torch.stack([frame([(hu[row], pixel_mm) for row in beside], framing) for beside in rows.tolist()])
 
 
 def load_model(folder: str | Path, *, gpu: str = "auto", calibrated: bool = True) -> Model:
@@ -456,6 +461,19 @@ def _store_errors() -> Iterator[None]:
         raise StoreUnusableError(f"{error}: open_store(address, model='artifacts/slice-cnn')") from error
     except StoreError as error:
         raise StoreUnusableError(str(error)) from error
+
+
+def _require_hu(images: Volume | ArrayLike) -> NDArray[np.int16]:
+    hu = np.asarray(images.hu if isinstance(images, Volume) else images)
+    if hu.ndim != 3 or not hu.size:
+        raise DataError(f"HU must have the shape (slices, rows, columns) with at least one slice, found {hu.shape}")
+    if hu.dtype.kind not in "iuf":
+        raise DataError(f"HU must be whole or floating-point numbers, found {hu.dtype}")
+    if hu.dtype.kind == "f" and not np.isfinite(hu).all():
+        raise DataError(f"HU hold values that are not finite; set what lies outside the scan to {MIN_HU}")
+    if hu.dtype != np.int16 or hu.min() < MIN_HU:
+        hu = np.clip(np.rint(hu), MIN_HU, MAX_HU).astype(np.int16)
+    return hu
 
 
 def _positions(count: int, position_mm: ArrayLike | None, spacing_mm: float | None) -> NDArray[np.float64]:

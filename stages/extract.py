@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ichpipe")
 
-COLUMNS = ["path", "study_uid", "series_uid", "sop_uid", "file_digest", "split", "fold", "slices_only"]
+COLUMNS = ["path", "study_uid", "series_uid", "sop_uid", "file_digest", "position_mm", "split", "fold", "slices_only"]
 """Columns that are read: half of the index's bytes."""
 
 
@@ -125,7 +125,7 @@ def _fill(
     from ichpipe.features.embedder import SliceInputs, view_parameters
     from ichpipe.models.weights import load_slice_cnn
 
-    slices, view = SliceInputs(spec.index), spec.view
+    slices, view = SliceInputs(spec.index, spec.neighbours), spec.view
     cnn = load_slice_cnn(spec.model_dir)
     generation = Generation(spec.identity(), cnn.embedding_dim, cnn.spec.classes, section.chunk_rows)
     parameters = (lambda rows: view_parameters(view, select_inputs(slices, rows))) if view else None

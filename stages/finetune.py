@@ -80,7 +80,11 @@ def run(
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     with distributed.processes():
         with distributed.first_goes_first():
-            read = fill_pixel_cache(pixel_cache, index, model.cnn.spec.framing, workers).read if pixel_cache else None
+            read = (
+                fill_pixel_cache(pixel_cache, index, model.cnn.spec.framing, workers, model.cnn.spec.neighbours).read
+                if pixel_cache
+                else None
+            )
         fitting = EndToEndFitting(model, section, device, train, val, workers, read)
         trainer = fitting.trainer(artifacts.resume("finetune.pt"), key)
         history = trainer.run(fitting.train_epoch, fitting.validate, compare_with_start=True)

@@ -70,7 +70,7 @@ def run(
     from ichpipe.common.device import choose_device
     from ichpipe.images.pixel_cache import fill_pixel_cache
     from ichpipe.images.slice_dataset import SliceDataset
-    from ichpipe.index.slice_index import read_index
+    from ichpipe.index.slice_index import index_neighbours, read_index, slice_files
     from ichpipe.models.header import Framing, fold_numbers
     from ichpipe.training import distributed
     from ichpipe.training.run_record import write_record
@@ -78,7 +78,8 @@ def run(
 
     device = choose_device(distributed.local_gpu(gpu))
     index, digest = read_index(artifacts.index), digest_of_file(artifacts.index)
-    train, val = labelled(index, "train"), labelled(index, "val")
+    index["files"] = slice_files(index["path"].tolist(), index_neighbours(index, params.fit_slices.neighbours))
+    train, val = labelled(index, "train"), labelled(index, "val")  # their neighbours may have no label
     inside = {fold: train["fold"].to_numpy() == fold for fold in fold_numbers(params)}
     for fold, rows in inside.items():
         if not rows.any() or rows.all():
@@ -87,12 +88,12 @@ def run(
                 f"fit-slices.folds: of {len(train)} train slices with labels, fold {fold} {fault}; "
                 "set fit-slices.folds to 0, or lower it and prepare.folds (or add patients), then run: ichpipe prepare"
             )
-    framing = Framing.of(params.prepare)
+    framing, neighbours = Framing.of(params.prepare), params.fit_slices.neighbours
     with distributed.processes():
         with distributed.first_goes_first():
-            read = fill_pixel_cache(pixel_cache, index, framing, workers).read if pixel_cache else None
+            read = fill_pixel_cache(pixel_cache, index, framing, workers, neighbours).read if pixel_cache else None
         train_set, val_set = (
-            SliceDataset(part["path"].tolist(), part[list(CLASSES)].to_numpy(np.float32), framing, read)
+            SliceDataset(part["files"].tolist(), part[list(CLASSES)].to_numpy(np.float32), framing, read)
             for part in (train, val)
         )
         weights = train["source"].map(lambda name: params.fit_slices.source_weights.get(name, 1.0)).tolist()
@@ -210,10 +211,11 @@ def _build(params: Params, device: torch.device) -> SliceCnn:
         section.dropout,
         section.pooling,
         mm_per_px=framing.mm_per_px,
+        neighbours=section.neighbours,
     )
     cnn = SliceCnn(spec)
     if section.pretrained is not None:
-        load_pretrained(cnn.backbone, section.backbone, section.pretrained)
+        load_pretrained(cnn.backbone, section.backbone, section.pretrained, cnn.spec.slices)
     cnn.to(device)
     require_size(cnn)
     if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer

@@ -217,14 +217,14 @@ def test_undecodable_slices_are_rejected_and_the_rest_goes_on(model, volume, mon
     from ichpipe.common.errors import UnreadableDicomError
     from ichpipe.images import slice_dataset
 
-    read = slice_dataset.load_slice
+    read = slice_dataset.hounsfield.read_square_hu
 
-    def broken(path, framing):
-        if path == volume.paths[1]:
+    def broken(path, **options):
+        if str(path) == volume.paths[1]:
             raise UnreadableDicomError(f"{path}: damaged")
-        return read(path, framing)
+        return read(path, **options)
 
-    monkeypatch.setattr(slice_dataset, "load_slice", broken)
+    monkeypatch.setattr(slice_dataset.hounsfield, "read_square_hu", broken)
     for result in (model.predict_folder(volume.paths), model.embed_folder(volume.paths)):
         assert len(result.slices) == len(volume) - 1
         assert result.rejected.values.tolist() == [[volume.paths[1], f"{volume.paths[1]}: damaged"]]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ichpipe.common.errors import DataError, ParamsError, UnreadableDicomError
 from ichpipe.features.embedder import SliceEmbedder, SliceInput, classify_series
 from ichpipe.features.generations import GenerationSpec
-from ichpipe.images.framing import fit_to_size, frame
+from ichpipe.images import framing as images
+from ichpipe.images.framing import fit_to_size
 from ichpipe.images.pixel_cache import fill_pixel_cache
 from ichpipe.images.slice_dataset import load_slice, load_slices
 from ichpipe.models.end_to_end import EndToEnd
@@ -24,6 +25,10 @@ from ichpipe.params.schema import PAPER_WINDOWS, load_params
 
 CPU, HEAD = torch.device("cpu"), Framing(96, 2.2)
 LONG_MM, WIDE_MM = 180, 140  # of the drawn head, front to back and side to side
+
+
+def frame(hu, spacing_mm, framing):
+    return images.frame([(hu, spacing_mm)], framing)
 
 
 def drawn(shape, spacing_mm, at_mm=(0.0, 0.0), air=-1000):

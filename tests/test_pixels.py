@@ -27,7 +27,7 @@ def test_cached_pixels_equal_decoded_ones(index, tmp_path, small_shards):
 def test_a_second_run_decodes_nothing_and_another_size_has_its_own(index, tmp_path, small_shards, monkeypatch):
     fill_pixel_cache(tmp_path, index, Framing(40))
     monkeypatch.setattr(pixel_cache, "load_slices", lambda *_: pytest.fail("decoded again"))
-    again = fill_pixel_cache(tmp_path, index.sample(frac=1, random_state=1), 40)  # another order, the same files
+    again = fill_pixel_cache(tmp_path, index.sample(frac=1, random_state=1), Framing(40))  # the same files
     path = index["path"].iloc[3]
     assert torch.equal(again.read(path), load_slice(path, Framing(40)))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):

@@ -18,7 +18,7 @@ from ichpipe.dicom.dataset import is_compressed
 from ichpipe.features.prefetch import Lanes, Loader
 from ichpipe.images import augmentation
 from ichpipe.images.slice_dataset import load_readable, load_slices
-from ichpipe.index.slice_index import TextColumn
+from ichpipe.index.slice_index import TextColumn, index_neighbours, neighbour_rows, slice_files
 from ichpipe.models.folding import folded
 from ichpipe.models.sequence import mean_logits
 from ichpipe.models.weights import load_slice_cnn
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ichpipe.features.generations import View
+    from ichpipe.images.slice_dataset import Files
     from ichpipe.models.end_to_end import EndToEnd, Ensemble
     from ichpipe.models.slice_cnn import SliceCnn
 
@@ -42,6 +43,12 @@ class SliceInput:
     path: str
     series_uid: str
     file_digest: str
+    beside: tuple[str, ...] = ()  # its own file between those of its neighbours, where the network sees them
+
+    @property
+    def files(self) -> Files:
+        """The files of its image."""
+        return self.beside or self.path
 
     def __str__(self) -> str:
         """Name the file, for messages."""
@@ -51,8 +58,9 @@ class SliceInput:
 class SliceInputs(Sequence[SliceInput]):
     """The rows of an index as `SliceInput`, each made on access, since most rows are in the store already."""
 
-    def __init__(self, index: pd.DataFrame) -> None:
-        self._columns = [TextColumn(index[name]) for name in ("path", "series_uid", "file_digest")]
+    def __init__(self, index: pd.DataFrame, neighbours: int = 0) -> None:
+        self._columns: Any = [TextColumn(index[name]) for name in ("path", "series_uid", "file_digest")]
+        self._rows = index_neighbours(index, neighbours) if neighbours else None
 
     def __len__(self) -> int:
         """Return the number of slices."""
@@ -61,8 +69,14 @@ class SliceInputs(Sequence[SliceInput]):
     def __getitem__(self, row: int | slice) -> Any:
         """Return one input, or a list of them."""
         if isinstance(row, slice):
-            return [SliceInput(*texts) for texts in zip(*(column[row] for column in self._columns), strict=True)]
-        return SliceInput(*(column[row] for column in self._columns))
+            beside = [self._beside(number) for number in range(*row.indices(len(self)))]
+            texts = [column[row] for column in self._columns]
+            return [SliceInput(*each) for each in zip(*texts, beside, strict=True)]
+        path, series_uid, file_digest = (column[row] for column in self._columns)
+        return SliceInput(path, series_uid, file_digest, self._beside(row))
+
+    def _beside(self, row: int) -> tuple[str, ...]:
+        return () if self._rows is None else tuple(self._columns[0][near] for near in self._rows[row].tolist())
 
 
 CPU_BATCH = 16  # slices per forward pass: larger batches of 512 px are no faster and take more memory in each lane
@@ -110,7 +124,7 @@ class SliceEmbedder:
             assert self._loader is not None  # noqa: S101 - not closed
             parts = [slices[start : start + self.batch_size] for start in starts]
             with self._turn:  # the GPU queues all batches; none is copied back before
-                batches = self._loader.batches([item.path for item in slices], self.batch_size, self.device)
+                batches = self._loader.batches([item.files for item in slices], self.batch_size, self.device)
                 outputs = [self._embed(hu, part) for hu, part in zip(batches, parts, strict=True)]
             embedding, logits = (torch.cat(tensors).cpu().numpy() for tensors in zip(*outputs, strict=True))
             return embedding, logits
@@ -121,11 +135,10 @@ class SliceEmbedder:
 
         def fill(start: int) -> None:
             part = slices[start : start + self.batch_size]
-            paths = [item.path for item in part]
             # Reading uncompressed files is Python's work, which only half of the lanes do at a time: more would
             # contend for its lock. A codec releases the lock. The first file decides for its batch.
-            with nullcontext() if is_compressed(paths[0]) else self._reading:
-                hu = load_slices(paths, self.cnn.spec.framing)
+            with nullcontext() if is_compressed(part[0].path) else self._reading:
+                hu = load_slices([item.files for item in part], self.cnn.spec.framing)
             rows = slice(start, start + len(part))
             embedding[rows], logits[rows] = (output.numpy() for output in self._embed(hu, part))
 
@@ -195,7 +208,7 @@ class MakeEmbedder:
 
 @torch.inference_mode()
 def embed_hu(cnn: SliceCnn, hu: torch.Tensor, device: torch.device, batch_size: int = 64) -> torch.Tensor:
-    """Map HU (n, 1, size, size) to float32 embeddings (n, D) on the CPU; ``cnn`` is on ``device``."""
+    """Map HU (n, slices, size, size) to float32 embeddings (n, D) on the CPU; ``cnn`` is on ``device``."""
     with autocast(device, "auto"):
         parts = [cnn.eval().embed(part.to(device)).float().cpu() for part in torch.split(hu, batch_size)]
     return torch.cat(parts)
@@ -236,9 +249,12 @@ def classify_twice(
     unreadable: list[tuple[str, str]] = []
     readable_mm: list[float] = []
 
+    neighbours = neighbour_rows(np.asarray(position_mm), model.cnn.spec.neighbours, stride)
+    files = slice_files(paths, neighbours)
+
     def read_chunks() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), chunk_slices):
-            hu, bad = load_readable(paths[start : start + chunk_slices], model.cnn.spec.framing)
+            hu, bad = load_readable(files[start : start + chunk_slices], model.cnn.spec.framing)
             unreadable.extend(bad)
             if len(hu):
                 yield hu
@@ -257,7 +273,7 @@ def classify_hu(
     chunk_slices: int = 32,
     stride: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both logits (n, 6) of one series given as HU (n, 1, size, size), int16; else as `classify_twice`."""
+    """Return both logits (n, 6) of a series of int16 HU (n, slices, size, size); else as `classify_twice`."""
     return _classify(model, torch.split(hu, chunk_slices), position_mm, device, stride)
 
 

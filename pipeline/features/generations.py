@@ -15,7 +15,7 @@ from ichpipe.cache.rows import Rows
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.errors import ParamsError, WeightsError
 from ichpipe.common.files import digest_of, digest_of_file
-from ichpipe.index.slice_index import TextColumn
+from ichpipe.index.slice_index import TextColumn, source_digests
 from ichpipe.models.header import PREPROCESSING_VERSION, fold_models, read_header
 from ichpipe.params.schema import AugmentParams
 
@@ -56,6 +56,12 @@ class GenerationSpec:
     view: View | None = None  # None: plain
     precision: str = "auto"
 
+    @property
+    def neighbours(self) -> int:
+        """How many slices on each side the network sees beside the own."""
+        spec = read_header(self.model_dir, "run: ichpipe fit-slices").slice_cnn
+        return spec.neighbours if spec else 0
+
     def identity(self) -> dict[str, Any]:
         """Return all that turns a file's bytes into a row; the store compares it field by field."""
         header = read_header(self.model_dir, "run: ichpipe fit-slices")
@@ -71,6 +77,7 @@ class GenerationSpec:
             "backbone": spec.backbone,
             "windows": [[window.level_hu, window.width_hu] for window in spec.windows],
             **spec.framing.identity(),
+            **({"neighbours": spec.neighbours} if spec.neighbours else {}),
             "batch_norm": header.batch_norm,  # folding rounds otherwise
             "excluded_fold": self.fold,
             "view": self.view.identity() if self.view else None,
@@ -78,9 +85,9 @@ class GenerationSpec:
         }
 
     def rows(self) -> Rows:
-        """Return its slices as the store names them."""
-        columns = (TextColumn(self.index[name]) for name in ("series_uid", "study_uid", "sop_uid", "file_digest"))
-        return Rows.of(*columns)
+        """Return its slices as the store names them: by the slice's file and those of its neighbours."""
+        series, studies, slices = (TextColumn(self.index[name]) for name in ("series_uid", "study_uid", "sop_uid"))
+        return Rows.of(series, studies, slices, source_digests(self.index, self.neighbours))
 
     def describe(self) -> str:
         """Return network, fold and view in a few words."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ichpipe.images.slice_dataset import Files
     from ichpipe.models.header import Framing
 
 Item = TypeVar("Item")
@@ -73,7 +74,7 @@ class Loader:
     """
 
     def __init__(self, framing: Framing, count: int) -> None:
-        self._todo: list[tuple[str, ...]] = []
+        self._todo: list[tuple[Files, ...]] = []
         count = 0 if multiprocessing.current_process().daemon else count
         self._loader: DataLoader[Any] = DataLoader(
             _Pieces(framing),
@@ -86,8 +87,8 @@ class Loader:
             persistent_workers=count > 0,
         )
 
-    def batches(self, paths: Sequence[str], size: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield int16 HU (up to ``size``, 1, side, side) on the device. Raises UnreadableDicomError.
+    def batches(self, paths: Sequence[Files], size: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield int16 HU (up to ``size``, files of each slice, side, side) on the device. Raises UnreadableDicomError.
 
         Copies out of pinned memory run in the background.
         """
@@ -114,8 +115,8 @@ class _Pieces(Dataset[Any]):
     def __init__(self, framing: Framing) -> None:
         self.framing = framing
 
-    def __getitem__(self, paths: tuple[str, ...]) -> Tensor | str:
-        """Read some slices, int16 HU (n, 1, size, size)."""
+    def __getitem__(self, paths: tuple[Files, ...]) -> Tensor | str:
+        """Read some slices, int16 HU (n, files of each, size, size)."""
         try:
             return load_slices(paths, self.framing)
         except UnreadableDicomError as error:

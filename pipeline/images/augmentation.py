@@ -72,7 +72,7 @@ def draw(params: AugmentParams, n: int, generator: torch.Generator, *, together:
 
 
 def apply(hu: Tensor, drawn: AugmentDraw) -> Tensor:
-    """Apply a draw to HU (n, 1, H, W); returns float32 HU of the same shape, with air where nothing was.
+    """Apply a draw to HU (n, slices, H, W); returns float32 HU of the same shape, with air where nothing was.
 
     The noise comes from each slice's own seed, whatever other slices are in the batch.
     """
@@ -106,11 +106,11 @@ def _crop(affine: Tensor, params: AugmentParams, generator: torch.Generator) -> 
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each of (n, 1, H, W) with a Gaussian of its own standard deviation (n,), in pixels."""
+    """Blur each of (n, slices, H, W) with a Gaussian of its own standard deviation (n,), in pixels."""
     n, reach = len(image), max(1, math.ceil(3 * float(sigma.max())))
     offsets = torch.arange(-reach, reach + 1, device=image.device)
     own = sigma.clamp(min=1e-3)[:, None]
     kernel = torch.exp(-0.5 * (offsets / own) ** 2) * (offsets.abs() <= 3 * own)  # the same beside any other slice
     kernel = (kernel / kernel.sum(dim=1, keepdim=True))[:, None, None, :]  # (n, 1, 1, taps)
-    image = F.pad(image.transpose(0, 1), (reach,) * 4, mode="replicate")  # (1, n, …): a group each
+    image = F.pad(image.transpose(0, 1), (reach,) * 4, mode="replicate")  # (slices, n, …): a group each
     return F.conv2d(F.conv2d(image, kernel, groups=n), kernel.transpose(2, 3), groups=n).transpose(0, 1)

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from ichpipe.common.constants import MIN_HU
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ichpipe.models.header import Framing
@@ -39,15 +41,25 @@ def fit_to_size(hu: NDArray[np.int16], size_px: int) -> Tensor:
     return resized.round_().to(torch.int16)[0]
 
 
-def frame(hu: NDArray[np.int16], spacing_mm: tuple[float, float] | None, framing: Framing) -> Tensor:
-    """Fit a slice (rows, columns) to (1, size, size), int16 HU.
+Image = tuple["NDArray[np.int16]", tuple[float, float] | None]  # HU (rows, columns); mm between rows and columns
 
-    ``spacing_mm`` is the distance of rows and of columns. Without it, or without ``framing.crop``, the whole image is
-    fitted, and its pixels count as square.
+
+def frame(images: Sequence[Image], framing: Framing) -> Tensor:
+    """Fit a slice and its neighbours to (images, size, size), int16 HU; the slice itself is the middle one.
+
+    All lie around the head of the slice itself. Where the spacing is not known, or ``framing`` asks for it, the whole
+    image is fitted, and its pixels count as square.
     """
-    if framing.mm_per_px is None or spacing_mm is None:
-        return fit_to_size(hu, framing.size_px)
-    return resample(hu, spacing_mm, head_centre(hu, spacing_mm), framing.size_px, framing.mm_per_px)
+    own, own_mm = images[len(images) // 2]
+    scale = framing.mm_per_px
+    centre_mm = (0.0, 0.0) if scale is None or own_mm is None else head_centre(own, own_mm)
+    squares = [
+        fit_to_size(hu, framing.size_px)
+        if scale is None or spacing_mm is None
+        else resample(hu, spacing_mm, centre_mm, framing.size_px, scale)
+        for hu, spacing_mm in images
+    ]
+    return torch.cat(squares)
 
 
 def head_centre(hu: NDArray[np.int16], spacing_mm: tuple[float, float]) -> tuple[float, float]:

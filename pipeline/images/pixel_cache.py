@@ -19,7 +19,8 @@ from ichpipe.common.errors import DataError
 from ichpipe.common.files import digest_of
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import track
-from ichpipe.images.slice_dataset import load_slices
+from ichpipe.images.slice_dataset import Files, load_slices, own_file
+from ichpipe.index.slice_index import index_neighbours, slice_files, source_digests
 from ichpipe.models.header import PREPROCESSING_VERSION
 
 if TYPE_CHECKING:
@@ -45,51 +46,56 @@ class PixelCache:
         """Leave the open array behind: each process opens its own."""
         return self.__dict__ | {"_array": None}
 
-    def read(self, path: str) -> Tensor:
-        """Return int16 HU (1, size, size). A damaged chunk raises DataError."""
+    def read(self, files: Files) -> Tensor:
+        """Return int16 HU (files, size, size). A damaged chunk raises DataError."""
+        path = str(own_file(files))
         if self._array is None:
             self._array = zarr.open_array(self.folder, mode="r")
         try:
             pixels = np.asarray(self._array[self.rows[path]])
         except (ValueError, RuntimeError, OSError) as error:
             raise DataError(f"{self.folder} is damaged at {path} ({error}); delete the folder and run again") from error
-        return torch.from_numpy(pixels)[None]
+        return torch.from_numpy(pixels).reshape(-1, pixels.shape[1], pixels.shape[1])
 
 
-def fill_pixel_cache(folder: Path, index: pd.DataFrame, framing: Framing, workers: int = 0) -> PixelCache:
+def fill_pixel_cache(
+    folder: Path, index: pd.DataFrame, framing: Framing, workers: int = 0, neighbours: int = 0
+) -> PixelCache:
     """Decode the missing slices of all files of an index, with ``workers`` processes (0: in this one).
 
     A file whose pixels can't be read raises UnreadableDicomError with its name.
     """
-    files = index[["file_digest", "path"]].drop_duplicates("file_digest").sort_values("file_digest")
-    digests, paths = files["file_digest"].tolist(), files["path"].tolist()
+    sources = list(source_digests(index, neighbours))
+    files: Sequence[Files] = slice_files(index["path"].tolist(), index_neighbours(index, neighbours))
+    files_of = dict(sorted(zip(sources, files, strict=True)))
+    digests, slices = list(files_of), list(files_of.values())
     name = digest_of({"files": digests, "preprocessing": PREPROCESSING_VERSION, **framing.identity()})
-    size_px = framing.size_px
+    rows_px, size_px = framing.size_px * (1 + 2 * neighbours), framing.size_px  # neighbours lie below each other
     target = folder / f"pixels-{size_px}-{name[:16]}.zarr"
     if not (target / "zarr.json").exists():
         zarr.create_array(
             target,
-            shape=(len(digests), size_px, size_px),
-            chunks=(1, size_px, size_px),
-            shards=(max(1, min(SHARD_SLICES, len(digests))), size_px, size_px),
+            shape=(len(digests), rows_px, size_px),
+            chunks=(1, rows_px, size_px),
+            shards=(max(1, min(SHARD_SLICES, len(digests))), rows_px, size_px),
             dtype="int16",
             fill_value=0,
             compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
             config={"write_empty_chunks": True},
         )
-    starts = range(0, len(paths), SHARD_SLICES)
+    starts = range(0, len(slices), SHARD_SLICES)
     missing = [start for start in starts if not (target / f"c/{start // SHARD_SLICES}/0/0").exists()]
-    tasks = [(target, start, paths[start : start + SHARD_SLICES], framing) for start in missing]
+    tasks = [(target, start, slices[start : start + SHARD_SLICES], framing) for start in missing]
     several = workers > 0 and len(tasks) > 1
     with process_pool(min(workers, len(tasks))) if several else nullcontext() as pool:
         for _ in track((pool.map if pool else map)(_write_shard, tasks), "decode", len(tasks), "shard"):
             pass
-    rows = index["file_digest"].map({digest: row for row, digest in enumerate(digests)})
-    return PixelCache(target, dict(zip(index["path"], rows, strict=True)))
+    row_of = {digest: row for row, digest in enumerate(digests)}
+    return PixelCache(target, {path: row_of[source] for path, source in zip(index["path"], sources, strict=True)})
 
 
-def _write_shard(task: tuple[Path, int, Sequence[str], Framing]) -> None:
+def _write_shard(task: tuple[Path, int, Sequence[Files], Framing]) -> None:
     """Write one shard: zarr writes it under another name and renames it."""
-    target, start, paths, framing = task
+    target, start, slices, framing = task
     array = zarr.open_array(target, mode="r+", config={"write_empty_chunks": True})
-    array[start : start + len(paths)] = load_slices(paths, framing)[:, 0].numpy()
+    array[start : start + len(slices)] = load_slices(slices, framing).flatten(1, 2).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,45 +14,76 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ichpipe.common.errors import IchpipeError, UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
-from ichpipe.images.framing import fit_to_size, frame
+from ichpipe.images.framing import frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from ichpipe.images.framing import Image
     from ichpipe.models.header import Framing
 
+Files = str | Path | tuple[str, ...]  # the file of a slice, or those of its neighbours with its own in the middle
+NEAR: int = 32  # decoded files that slices read together share, as neighbours
 HOLD_BYTES = 2**30  # a data set whose slices take at most so many bytes as int16 is held in memory once it is decoded
 
 
-def load_slice(path: str | Path, framing: Framing) -> Tensor:
-    """Read one file as int16 HU (1, size, size)."""
+def own_file(files: Files) -> str | Path:
+    """Return the file of a slice: it stands between those of its neighbours, or alone."""
+    return files[len(files) // 2] if isinstance(files, tuple) else files
+
+
+def load_slice(files: Files, framing: Framing) -> Tensor:
+    """Read one slice, or a slice between its neighbours, as int16 HU (files, size, size)."""
+    return _load(files, framing, _decode)
+
+
+def load_slices(slices: Sequence[Files], framing: Framing) -> Tensor:
+    """Read slices as int16 HU (n, files of each, size, size)."""
+    decode = functools.lru_cache(maxsize=NEAR)(_decode)
+    return torch.stack([_load(files, framing, decode) for files in slices])
+
+
+def load_readable(slices: Sequence[Files], framing: Framing) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Like `load_slices`, leaving out what can't be decoded: returns also (path, reason) of those.
+
+    A slice stands for its neighbour that can't be decoded.
+    """
+    decode, loaded, bad = functools.lru_cache(maxsize=NEAR)(_decode), [], []
+
+    def fault(path: str | Path) -> str:
+        try:
+            decode(path, framing)
+        except UnreadableDicomError as error:
+            return str(error)
+        return ""
+
+    for files in slices:
+        own = str(own_file(files))
+        if reason := fault(own):
+            bad.append((own, reason))
+        else:
+            beside = files if isinstance(files, tuple) else (own,)
+            loaded.append(_load(tuple(own if fault(path) else path for path in beside), framing, decode))
+    return torch.stack(loaded) if loaded else torch.empty((0, 1, framing.size_px, framing.size_px)), bad
+
+
+def _load(files: Files, framing: Framing, decode: Callable[..., Image]) -> Tensor:
+    return frame([decode(path, framing) for path in (files if isinstance(files, tuple) else (files,))], framing)
+
+
+def _decode(path: str | Path, framing: Framing) -> Image:
+    """Return HU and the spacing that the framing needs; without it, HU of square pixels."""
     if framing.mm_per_px is not None:
         hu, spacing_mm = hounsfield.read_spaced_hu(Path(path), scanned=True)
         if spacing_mm is not None:
-            return frame(hu, spacing_mm, framing)
-    return fit_to_size(hounsfield.read_square_hu(Path(path), scanned=True), framing.size_px)
-
-
-def load_slices(paths: Sequence[str | Path], framing: Framing) -> Tensor:
-    """Read files as int16 HU (n, 1, size, size)."""
-    return torch.stack([load_slice(path, framing) for path in paths])
-
-
-def load_readable(paths: Sequence[str], framing: Framing) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Like `load_slices`, leaving out what can't be decoded: returns also (path, reason) of those."""
-    slices, bad = [], []
-    for path in paths:
-        try:
-            slices.append(load_slice(path, framing))
-        except UnreadableDicomError as error:
-            bad.append((path, str(error)))
-    return (torch.stack(slices) if slices else torch.empty((0, 1, framing.size_px, framing.size_px))), bad
+            return hu, spacing_mm
+    return hounsfield.read_square_hu(Path(path), scanned=True), None
 
 
 class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Slices with labels: HU int16 (1, size, size), labels (6,), row number ().
+    """Slices with labels: HU int16 (files of each, size, size), labels (6,), row number ().
 
     ``read`` returns the HU of a path, such as `PixelCache.read`; without it files are decoded. A set that fits into
     memory is decoded once and held by the process that trains; decoding processes hold nothing (`batch_loader`).
@@ -59,15 +91,16 @@ class SliceDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[Files],
         labels: NDArray[np.float32],
         framing: Framing,
         read: Callable[..., Tensor] | None = None,
     ) -> None:
         self.paths, self.framing, self.read = list(paths), framing, read
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        files = sum(len(each) if isinstance(each, tuple) else 1 for each in self.paths)
         # None: too large, and read again every epoch.
-        self.held: dict[int, Tensor] | None = {} if len(self.paths) * framing.size_px**2 * 2 <= HOLD_BYTES else None
+        self.held: dict[int, Tensor] | None = {} if files * framing.size_px**2 * 2 <= HOLD_BYTES else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the held slices behind: a decoding process would fill a copy that nobody reads."""

@@ -12,12 +12,13 @@ from pyarrow import parquet
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import TIE_MM
 from ichpipe.common.errors import DataError
-from ichpipe.common.files import require_file
+from ichpipe.common.files import digest_of, require_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from numpy.typing import NDArray
 
 SCHEMA: Final = pa.schema(
     [(name, pa.string()) for name in ("patient_id", "study_uid", "series_uid", "sop_uid", "path")]
@@ -69,6 +70,55 @@ def _require_consistent(index: pd.DataFrame, path: Path) -> None:
     }
     if present := [name for name, fault in faults.items() if fault]:
         raise DataError(f"{path} holds {', '.join(present)}; run `ichpipe prepare` again")
+
+
+GAP: Final = 1.5  # a step longer than so many usual ones parts neighbours
+
+
+def neighbour_rows(position_mm: NDArray[np.floating], neighbours: int, stride: int = 1) -> NDArray[np.intp]:
+    """Return which rows of a series in order stand around each: (n, 1 + 2 neighbours), its own in the middle.
+
+    A slice stands for a neighbour that it does not have: at an end, and beyond a gap, a step longer than GAP times the
+    median one. ``position_mm`` (n,) lies along the slice normal. With a ``stride`` neighbours are those of the
+    interleaved parts (`ichpipe.index.thin_slices.stride_of`).
+    """
+    rows = np.repeat(np.arange(len(position_mm))[:, None], 1 + 2 * neighbours, axis=1)
+    if not neighbours:
+        return rows
+    for first in range(min(stride, len(rows))):
+        part = np.arange(first, len(rows), stride)
+        steps = np.diff(position_mm[part])
+        usual = np.median(steps[steps >= TIE_MM]) if (steps >= TIE_MM).any() else np.inf
+        stretch = np.append(0, np.cumsum(steps > GAP * usual + TIE_MM))  # its number, counted from the first slice
+        for column in range(1 + 2 * neighbours):
+            at = np.arange(len(part)) + column - neighbours
+            inside = np.clip(at, 0, len(part) - 1)
+            near = (at == inside) & (stretch[inside] == stretch)
+            rows[part[near], column] = part[inside[near]]
+    return rows
+
+
+def index_neighbours(index: pd.DataFrame, neighbours: int) -> NDArray[np.intp]:
+    """Return `neighbour_rows` of all series, as rows of the index: (n, 1 + 2 neighbours)."""
+    rows = np.repeat(np.arange(len(index))[:, None], 1 + 2 * neighbours, axis=1)
+    if neighbours:
+        position_mm = index["position_mm"].to_numpy(np.float64)
+        for series in index.groupby("series_uid", sort=False).indices.values():
+            rows[series] = series[neighbour_rows(position_mm[series], neighbours)]
+    return rows
+
+
+def slice_files(paths: Sequence[str], rows: NDArray[np.intp]) -> Sequence[str] | Sequence[tuple[str, ...]]:
+    """Return the files of each slice's image by `neighbour_rows` or `index_neighbours`; the path alone without any."""
+    return paths if rows.shape[1] == 1 else [tuple(paths[row] for row in beside) for beside in rows.tolist()]
+
+
+def source_digests(index: pd.DataFrame, neighbours: int) -> Sequence[str]:
+    """Return the SHA-256 of what each slice's image is made from: of its file, or of the digests of `slice_files`."""
+    digests = TextColumn(index["file_digest"])
+    if not neighbours:
+        return digests
+    return [digest_of([digests[row] for row in beside]) for beside in index_neighbours(index, neighbours).tolist()]
 
 
 class TextColumn(Sequence[str]):

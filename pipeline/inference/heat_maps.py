@@ -20,6 +20,7 @@ from ichpipe.common.device import autocast
 from ichpipe.common.errors import WeightsError
 from ichpipe.features.embedder import to_probabilities
 from ichpipe.images.slice_dataset import load_readable, load_slices
+from ichpipe.index.slice_index import neighbour_rows, slice_files
 from ichpipe.index.thin_slices import smooth_thin, stride_of
 from ichpipe.inference.contact_sheet import SheetData, choose_panels, contact_sheet
 from ichpipe.models.header import spacing_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ichpipe.images.slice_dataset import Files
     from ichpipe.models.end_to_end import EndToEnd, Ensemble
     from ichpipe.models.slice_cnn import SliceCnn
     from ichpipe.scoring.calibration import Calibration
@@ -49,6 +51,7 @@ class EmbeddedSeries:
     """One series of T readable slices as the sequence model sees it; holds no image."""
 
     paths: list[str]  # in order
+    files: Sequence[Files]  # of the image of each
     position_mm: Tensor  # (T,)
     looks: list[Look]  # of each network of the model in turn
     stride: int  # the sequence model sees every stride-th slice (``ichpipe.index.thin_slices.stride_of``)
@@ -100,8 +103,9 @@ def embed_series(
     """Embed a series' files, given in anatomical order; at most CHUNK_SLICES images are in memory."""
     model.eval()
     parts, bad = [], []
+    files = slice_files(paths, neighbour_rows(np.asarray(position_mm), model.cnn.spec.neighbours, stride))
     for start in range(0, len(paths), CHUNK_SLICES):
-        hu, unreadable = load_readable(list(paths[start : start + CHUNK_SLICES]), model.cnn.spec.framing)
+        hu, unreadable = load_readable(list(files[start : start + CHUNK_SLICES]), model.cnn.spec.framing)
         bad += unreadable
         if len(hu):
             with autocast(device, "auto"):  # as `predict` does
@@ -110,10 +114,13 @@ def embed_series(
                 outputs = [network.cnn(image) for network, image in looks_of]
             parts.append([(embedding.float(), logits.float()) for embedding, logits in outputs])
     unread = {path for path, _ in bad}
-    readable = [(path, mm) for path, mm in zip(paths, position_mm, strict=True) if path not in unread]
+    rows = [row for row, path in enumerate(paths) if path not in unread]
+    read_files: Sequence[Files] = [paths[row] for row in rows]
+    if model.cnn.spec.neighbours:  # a slice stands for its neighbour that can't be decoded
+        read_files = [tuple(paths[row] if path in unread else path for path in files[row]) for row in rows]
     looks = [(torch.cat([e for e, _ in look]), torch.cat([c for _, c in look])) for look in zip(*parts, strict=True)]
-    positions = torch.tensor([mm for _, mm in readable], dtype=torch.float64)
-    return EmbeddedSeries([path for path, _ in readable], positions, looks, stride, bad)
+    positions = torch.tensor([position_mm[row] for row in rows], dtype=torch.float64)
+    return EmbeddedSeries([paths[row] for row in rows], read_files, positions, looks, stride, bad)
 
 
 class HeatMaps:
@@ -134,7 +141,7 @@ class HeatMaps:
         for start in range(0, len(rows), CHUNK_SLICES):
             chunk = rows[start : start + CHUNK_SLICES]
             directions = [series.directions(self.model, row, class_index) for row in chunk]
-            hu = load_slices([series.paths[row] for row in chunk], framing).to(series.looks[0][0].device)
+            hu = load_slices([series.files[row] for row in chunk], framing).to(series.looks[0][0].device)
             maps = []
             for number, images in enumerate(_looks_at(self.model, hu)):
                 # The gradient of the output's component along a direction is the direction: the chain rule.
@@ -148,7 +155,7 @@ class HeatMaps:
 
 
 class _JoinedOutputs(nn.Module):
-    """HU (N, 1, S, S) to embedding and logits side by side (N, D + 6): LayerCAM takes one output."""
+    """HU (N, slices, S, S) to embedding and logits side by side (N, D + 6): LayerCAM takes one output."""
 
     def __init__(self, cnn: SliceCnn) -> None:
         super().__init__()
@@ -259,8 +266,9 @@ class Explainer:
         """
         position_mm, column = series.position_mm.numpy(), CLASSES.index(class_name)
         rows = choose_panels(probabilities[:, column] + framed, position_mm, panels)
+        hu = load_slices([series.paths[row] for row in rows], self.model.cnn.spec.framing)
         data = SheetData(
-            hu=load_slices([series.paths[row] for row in rows], self.model.cnn.spec.framing)[:, 0].numpy(),
+            hu=hu[:, 0].numpy(),
             heat=self.heat_maps(series, rows.tolist(), column),
             rows=rows,
             position_mm=position_mm,

@@ -53,7 +53,7 @@ class EndToEnd(nn.Module):
         Parameters
         ----------
         hu, position_mm
-            Hounsfield units (T, 1, size, size); positions along the slice normal (T,), mm.
+            Hounsfield units (T, slices, size, size); positions along the slice normal (T,), mm.
 
         Returns
         -------
@@ -121,7 +121,7 @@ def backward_in_chunks(
     Parameters
     ----------
     model, chunks
-        The network; functions that return the HU (n, 1, size, size) of consecutive slices, the same at every call.
+        The network; functions that return the HU (n, slices, size, size) of consecutive slices, the same at every call.
     position_mm, loss_of
         Positions of all slices along the slice normal (T,), mm; maps logits (T, 6) to the loss.
     context, seed, scale

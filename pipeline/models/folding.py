@@ -71,7 +71,7 @@ def _layer_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
 
 def _probe(cnn: SliceCnn, side: int) -> tuple[Tensor, list[tuple[Any, Any]], list[Tensor]]:
     """Return an image of noise, the pairs of convolution and normalisation that meet once, and the image's features."""
-    noise = torch.randn(1, len(cnn.spec.windows), side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, cnn.spec.channels, side, side, generator=torch.Generator().manual_seed(0))
     image = noise.to(cnn.mean.device).contiguous(memory_format=torch.channels_last)
     convolutions, norms = _layer_types()
     outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # holds on to the tensors, so that no id comes twice

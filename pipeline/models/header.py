@@ -90,6 +90,17 @@ class SliceCnnSpec(_Spec):
     pooling: str | None = None  # timm's global_pool; None: the backbone's own
     crop: Literal["none", "head"] = "none"
     mm_per_px: PositiveFloat | None = None  # with crop: head
+    neighbours: Annotated[int, Field(ge=0, le=8)] = 0  # slices on each side that are further channels
+
+    @property
+    def slices(self) -> int:
+        """How many slices the image of one slice holds, its own in the middle."""
+        return 1 + 2 * self.neighbours
+
+    @property
+    def channels(self) -> int:
+        """Channels of the image: slice by slice, each through every window."""
+        return self.slices * len(self.windows)
 
     @property
     def framing(self) -> Framing:
@@ -105,7 +116,7 @@ class SliceCnnSpec(_Spec):
     @model_serializer(mode="wrap")
     def _leave_defaults_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what older files don't have, so that older versions read a file that needs nothing of it."""
-        newer = {name: type(self).model_fields[name].default for name in ("crop", "mm_per_px")}
+        newer = {name: type(self).model_fields[name].default for name in ("crop", "mm_per_px", "neighbours")}
         return {name: value for name, value in serialize(self).items() if name not in newer or value != newer[name]}
 
 

@@ -23,7 +23,8 @@ OPSET = 17
 TOLERANCE = 1e-4
 LENGTHS = (2, 13, 40)  # slices of the series on which the file is compared with the network
 TENSORS = {
-    "hu": "float32 (slices, 1, size, size): Hounsfield units of one series, ascending along the slice normal; "
+    "hu": "float32 (slices, 1 + 2 neighbours, size, size): Hounsfield units of one series, ascending along the slice "
+    "normal; each slice stands between its neighbours, or itself in place of one that there is not; "
     "framed as `slice_cnn` in the description says (docs/data.md, Framing)",
     "position_mm": "float32 (slices): positions along the slice normal, mm",
     "probabilities": "float32 (slices, 6): probabilities",
@@ -93,8 +94,9 @@ def write_onnx(model: EndToEnd, target: Path, description: dict[str, Any]) -> fl
 
 def _example(exported: Exported, slices: int) -> tuple[Tensor, Tensor]:
     """Return an artificial series: air, tissue and bone in random blocks, at uneven distances."""
-    draw, size = np.random.default_rng(slices), exported.model.cnn.spec.size_px
-    coarse = torch.from_numpy(draw.choice([-1000.0, 20.0, 35.0, 70.0, 900.0], size=(slices, 1, 8, 8))).float()
-    noise = torch.from_numpy(draw.standard_normal((slices, 1, size, size), dtype=np.float32))
+    draw, cnn = np.random.default_rng(slices), exported.model.cnn.spec
+    size = cnn.size_px
+    coarse = torch.from_numpy(draw.choice([-1000.0, 20.0, 35.0, 70.0, 900.0], size=(slices, cnn.slices, 8, 8))).float()
+    noise = torch.from_numpy(draw.standard_normal((slices, cnn.slices, size, size), dtype=np.float32))
     hu = nn.functional.interpolate(coarse, size=(size, size)) + 5 * noise
     return hu, torch.from_numpy(np.cumsum(draw.uniform(2, 7, slices)).astype(np.float32))

@@ -38,8 +38,8 @@ class Windows(nn.Module):
         self.register_buffer("width", width.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, hu: Tensor) -> Tensor:
-        """Map HU (N, 1, H, W), any real dtype, to float32 (N, windows, H, W) in 0 … 1."""
-        return (hu.float() - self.low).div_(self.width).clamp_(0.0, 1.0)
+        """Map HU (N, slices, H, W), any real dtype, to float32 (N, slices x windows, H, W) in 0 … 1."""
+        return (hu.float()[:, :, None] - self.low).div_(self.width).clamp_(0.0, 1.0).flatten(1, 2)
 
 
 class SliceCnn(nn.Module):
@@ -63,9 +63,10 @@ class SliceCnn(nn.Module):
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
     def embed(self, hu: Tensor) -> Tensor:
-        """Map HU (N, 1, size, size) to embeddings (N, embedding_dim)."""
-        if hu.shape[-2:] != (self.spec.size_px, self.spec.size_px):
-            raise ValueError(f"slices are {tuple(hu.shape[-2:])}, the model wants {self.spec.size_px} px")
+        """Map HU (N, spec.slices, size, size) to embeddings (N, embedding_dim)."""
+        expected = (self.spec.slices, self.spec.size_px, self.spec.size_px)
+        if hu.shape[1:] != expected:
+            raise ValueError(f"slices are {tuple(hu.shape[1:])}, the model wants {expected}")
         image = self.windows(hu).sub_(self.mean).div_(self.std)  # (N, C, S, S), one copy in memory
         backbone: Any = self.backbone
         features = backbone.forward_features(image.contiguous(memory_format=torch.channels_last))
@@ -81,7 +82,7 @@ class SliceCnn(nn.Module):
         Parameters
         ----------
         hu
-            Hounsfield units (N, 1, size, size), any real dtype; ``size`` is the spec's.
+            Hounsfield units (N, slices, size, size), any real dtype; ``slices`` and ``size`` are the spec's.
 
         Returns
         -------
@@ -100,11 +101,12 @@ def spec_for(
     pooling: str | None = None,
     *,
     mm_per_px: float | None = None,
+    neighbours: int = 0,
 ) -> SliceCnnSpec:
     """Describe a network with the mean and standard deviation that the backbone was pretrained with.
 
     ImageNet's for most (the paper's); other backbones differ (0.5 for the TensorFlow ones). ``mm_per_px`` is the scale
-    of a square around the head; None: the whole image.
+    of a square around the head; None: the whole image. ``neighbours`` slices on each side are further channels.
     """
     import timm  # noqa: PLC0415 - takes two seconds, which commands without a slice CNN need not wait
     from timm.models import PretrainedCfg  # noqa: PLC0415
@@ -114,7 +116,8 @@ def spec_for(
         hint = f" (timm has {similar})" if similar else "; see timm.list_models()"
         raise ParamsError(f"fit-slices.backbone: timm knows no model {backbone!r}{hint}")
     config = timm.get_pretrained_cfg(backbone) or PretrainedCfg()  # without one: ImageNet's
-    mean, std = (tuple(islice(cycle(values), len(windows))) for values in (config.mean, config.std))
+    of_one = (tuple(islice(cycle(values), len(windows))) for values in (config.mean, config.std))
+    mean, std = (values * (1 + 2 * neighbours) for values in of_one)
     return SliceCnnSpec(
         backbone=backbone,
         windows=windows,
@@ -125,6 +128,7 @@ def spec_for(
         pooling=pooling,
         crop="none" if mm_per_px is None else "head",
         mm_per_px=mm_per_px,
+        neighbours=neighbours,
     )
 
 
@@ -136,7 +140,7 @@ def require_size(cnn: SliceCnn) -> None:
     cnn.eval()  # no random number is drawn and no statistics change
     try:
         with torch.inference_mode():
-            cnn(torch.zeros(1, 1, size_px, size_px, device=next(cnn.parameters()).device))
+            cnn(torch.zeros(1, cnn.spec.slices, size_px, size_px, device=next(cnn.parameters()).device))
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
         config = timm.get_pretrained_cfg(name)
         own = f"{config.input_size[-1]}, its own size" if config else "another size"
@@ -164,7 +168,7 @@ def _create_backbone(spec: SliceCnnSpec) -> tuple[nn.Module, int]:
     """Return the backbone and the width of its embeddings."""
     import timm  # noqa: PLC0415 - slow to import
 
-    name, channels = spec.backbone, len(spec.windows)
+    name, channels = spec.backbone, spec.channels
     config: Any = timm.get_pretrained_cfg(name)
     fixed = not config or (config.fixed_input_size and config.input_size[1:] != (spec.size_px, spec.size_px))
     size: dict[str, Any] = {"img_size": spec.size_px} if fixed else {}

@@ -103,7 +103,7 @@ def _build_end_to_end(header: Header) -> EndToEnd:
     return EndToEnd(SliceCnn(header.slice_cnn), build_sequence(header.sequence))  # type: ignore[arg-type]
 
 
-def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
+def load_pretrained(backbone: nn.Module, name: str, source: str, slices: int = 1) -> None:
     """Fill a backbone with pretrained weights; the first convolution and a missing classifier follow timm's rules.
 
     Parameters
@@ -113,6 +113,9 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
     source
         The path of a safetensors or PyTorch file, ``package:NAME/FILE`` for a file inside an installed package, or
         ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
+    slices
+        How many slices the image holds. Weights for one are repeated for each and divided by their number: equal
+        slices give what one gives.
 
     """
     if source == "imagenet":
@@ -129,6 +132,10 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
         state = _read_state(source)
     expected = backbone.state_dict()
     state = _strip_prefix(state, expected)
+    repeated = [key for key in _first_weights(backbone) if slices > 1 and key in expected]
+    if any(key in state and state[key].shape == expected[key].shape for key in repeated):
+        repeated = []  # weights of a network with neighbours
+    expected = expected | {key: expected[key][:, ::slices] for key in repeated}
     classifiers = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     prefixes = tuple(f"{classifier}." for classifier in classifiers)
@@ -146,7 +153,13 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> None:
                 f"{name} wants {tuple(expected[key].shape)}; RGB weights want three windows, and this network may want "
                 "the prepare.size_px that its weights were trained with"
             )
-    backbone.load_state_dict(state)
+    backbone.load_state_dict(state | {key: state[key].repeat(1, slices, 1, 1) / slices for key in repeated})
+
+
+def _first_weights(backbone: nn.Module) -> list[str]:
+    """Return the names of the weights (out, channels, height, width) that see the image, as timm names their layers."""
+    layers: Any = backbone.pretrained_cfg.get("first_conv") or ()  # type: ignore[union-attr, operator]
+    return [f"{layer}.weight" for layer in ((layers,) if isinstance(layers, str) else layers)]
 
 
 def _resample(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

@@ -148,6 +148,7 @@ class SliceParams(Section):
     """Stage one: the slice CNN."""
 
     backbone: str = "resnet10t"  # any timm name
+    neighbours: Annotated[int, Field(ge=0, le=3)] = 0  # slices on each side that are further channels of the image
     pretrained: str | None = None  # path of a weights file, package:NAME/FILE, imagenet, or null
     pooling: Literal["avg", "max", "avgmax", "catavgmax"] | None = None  # timm's global_pool; null: the backbone's own
     epochs: Positive = 8

@@ -67,12 +67,13 @@ def card_text(card: dict[str, Any]) -> str:
     cnn, sequence, data, test = card["slice_cnn"], card["sequence"], card["training_data"], card["metrics"]["test"]
     windows = ", ".join(f"{window['level_hu']:g}/{window['width_hu']:g}" for window in cnn["windows"])
     head = f", a square around the head at {cnn['mm_per_px']:g} mm a pixel" if "mm_per_px" in cnn else ""
+    beside = f", neighbouring slices on each side: {cnn['neighbours']}" if "neighbours" in cnn else ""
     direction = ", bidirectional" if sequence["bidirectional"] else ""
     lines = [
         f"# Intracranial haemorrhage on head CT, slice by slice\n\n{card['intended_use']}\n",
         *(f"* {limit}" for limit in card["limits"]),
         "\n| | |\n|---|---|",
-        f"| slice CNN | {cnn['backbone']}, {cnn['size_px']} px{head}, windows (level/width, HU) {windows} |",
+        f"| slice CNN | {cnn['backbone']}, {cnn['size_px']} px{head}{beside}, windows (level/width, HU) {windows} |",
         f"| sequence model | {sequence['cell']}, {sequence['layers']} x {sequence['hidden']}{direction}, "
         f"inputs {', '.join(sequence['inputs'])} |",
         *([f"| ensemble | mean of {count} such networks |"] if (count := len(card.get("networks", []))) else []),

@@ -18,6 +18,7 @@ from ichpipe.features.embedder import classify_series
 from ichpipe.images import augmentation
 from ichpipe.images.slice_batch import Batch, draw_cut, sample
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader
+from ichpipe.index.slice_index import neighbour_rows, slice_files
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
 from ichpipe.training.distributed import all_sum, share
@@ -92,11 +93,13 @@ class EndToEndFitting:
         train: list[ImageSeries],
         val: list[ImageSeries],
         workers: int = 0,
-        read: Callable[[str], Tensor] | None = None,
+        read: Callable[..., Tensor] | None = None,
     ) -> None:
         self.model, self.section, self.device, self.train, self.val = model, section, device, train, val
         self.workers = workers
-        paths = [path for series in train for path in series.paths]
+        neighbours = model.cnn.spec.neighbours
+        rows = [neighbour_rows(series.position_mm.numpy(), neighbours) for series in train]
+        paths = [files for series, near in zip(train, rows, strict=True) for files in slice_files(series.paths, near)]
         labels = torch.cat([series.labels for series in train])
         self.slices = SliceDataset(paths, labels.numpy(), model.cnn.spec.framing, read)
         self.starts = np.cumsum([0, *(len(series.paths) for series in train)]).tolist()
