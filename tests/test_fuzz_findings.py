@@ -91,6 +91,10 @@ def test_a_large_member_is_not_parsed_for_ever(tmp_path, head):
 def test_a_text_of_64000_characters_costs_little(tmp_path, write_ct, is_enhanced, keyword, pattern):
     path = write_enhanced(tmp_path / "a.dcm", FRAMES, intercepts=[0, 0]) if is_enhanced else write_ct()
     text = (pattern * 64_000)[:63_998]
+    scan([path])  # once for imports
+    begin = time.process_time()
+    scan([path])
+    usual_s = time.process_time() - begin
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
         tag = pydicom.tag.Tag(keyword)
@@ -99,7 +103,7 @@ def test_a_text_of_64000_characters_costs_little(tmp_path, write_ct, is_enhanced
         dataset.save_as(path)
     begin = time.process_time()
     _, rejected = scan([path])
-    assert time.process_time() - begin < 0.3
+    assert time.process_time() - begin < 0.1 + 10 * usual_s  # before: 2 s to a hang
     if keyword == "SpecificCharacterSet":
         assert "SpecificCharacterSet (0008,0005) has 63998 bytes" in rejected["reason"].iloc[0]
 

@@ -145,7 +145,7 @@ def test_known_keys_are_taken_by_set(tmp_path):
     keys = known_keys()
     assert {"fit-slices.epochs", "sequence.ARM.hidden", "prepare.selection.min_slices"} <= set(keys)
     assert "sequence.ARM.average" not in keys  # a section
-    for key in keys:  # no key has a mapping as its value
+    for key in set(keys) - {"fit-slices.source_weights"}:  # no other key has a mapping as its value
         with pytest.raises(ParamsError) as caught:
             load_params(tmp_path / "none.yaml", (f"{key.replace('ARM', 'paper')}={{}}",))
         assert "unknown key" not in str(caught.value)

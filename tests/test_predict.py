@@ -269,7 +269,7 @@ def test_calibration_beside_the_model_is_applied_unless_left_out(branch, head, t
     (model / "calibration.json").unlink()
     assert "(ichpipe evaluate writes it)" in " ".join(branch("predict", folder).stdout.split())
     document = json.loads(branch("predict", folder, "--json").stdout)
-    assert document["calibration"] == {"method": "absent", "classes": []}
+    assert document["calibration"] == {"method": "absent", "classes": [], "blend": {}}
 
 
 def test_calibration_of_another_model_stops_predict_with_the_remedy(branch, head, capsys):
