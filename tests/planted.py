@@ -91,8 +91,10 @@ def found_in(content, words):
     for part in unpacked(content):
         for text in (part, part.replace(b"\0", b""), html.unescape(part.decode("latin-1")).encode("latin-1", "ignore")):
             found |= _words(text) & words
-            found |= {word for word in words if word.isdecimal() and word.encode() in text}
-            found |= {word for word in words if word.isdecimal() and _as_date(word).encode() in text}
+            # A probability may hold six digits of a time by chance.
+            no_floats = re.sub(rb"(?<![\d.])\d\.\d{6,}(?:e[-+]?\d+)?(?![\d.])", b"", text)
+            decimal = {word for word in words if word.isdecimal()}
+            found |= {word for word in decimal if word.encode() in no_floats or _as_date(word).encode() in no_floats}
     return found
 
 
