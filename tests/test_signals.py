@@ -131,6 +131,7 @@ def test_processes_of_a_pool_end_with_their_parent(number, error_of_killed):
 LOADING = """
 import numpy as np
 from ichpipe.images.slice_dataset import SliceDataset, batch_loader
+from ichpipe.models.header import Framing
 if __name__ == "__main__":
     slices = SliceDataset(["a"] * 4, np.zeros((4, 6), np.float32), Framing(32))
     loading = iter(batch_loader(slices, [[0], [1]], 1))
@@ -147,7 +148,6 @@ def test_a_decoding_process_that_is_still_importing_ends_with_its_parent(error_o
 BLOCKED = """
 from pathlib import Path
 from ichpipe.features.dask_client import connect
-from ichpipe.models.header import Framing
 def blocked():
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("SigBlk"))
     return bool(int(line.split()[1], 16) & 1 << 1)  # signal 2
