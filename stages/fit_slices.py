@@ -180,7 +180,7 @@ def pretrain(
     cnn, alone = _build(params, device), replace(slices, weights=())
     fitting = SliceFitting(cnn, shorter, device, workers, alone, rows.index.tolist(), section.seed)
     trainer = fitting.trainer(folder / f"{key[:16]}.pt", key)
-    trainer.last = 2  # not the epoch that is best on validation: the last of two is kept
+    trainer.last = 1  # not the epoch that is best on validation
     history = trainer.run(fitting.train_epoch, fitting.validate)
     if distributed.rank() == 0:
         save_model(target, cnn, made_from)

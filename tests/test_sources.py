@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
 from process_kit import slice_fitting
@@ -12,6 +13,7 @@ from process_kit import slice_fitting
 from ichpipe.common.artifacts import Artifacts
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError, ParamsError
+from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.index.slice_index import read_index
 from ichpipe.index.splits import assign_splits
 from ichpipe.models.weights import load_slice_cnn
@@ -84,6 +86,27 @@ def test_a_study_in_two_sources_is_kept_once_and_makes_one_patient(archives, tmp
     rejected = pd.read_csv(artifacts.index_dir / "rejected.csv")
     assert len(rejected) == len(index)
     assert rejected["reason"].str.contains("stands in the source one, too").all()
+
+
+def test_a_slice_in_two_sources_takes_its_later_series_along(archives, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(archives / "two", again)
+    stranger = next(iter(sorted((archives / "one" / "dicom").iterdir())))
+    taken = sorted((again / "dicom").iterdir())[3]
+    with quiet_pydicom():
+        dataset, series = pydicom.dcmread(taken), pydicom.dcmread(stranger)
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = series.SOPInstanceUID
+        dataset.save_as(taken)
+        series_uid = str(dataset.SeriesInstanceUID)
+    given = sources(archives, dicom_dir=str(again / "dicom"), labels=str(again / "stage_2_train.csv"))
+    _, artifacts, index = prepared(tmp_path, given)  # reading the index finds no gap
+    rejected = pd.read_csv(artifacts.index_dir / "rejected.csv")
+    assert rejected["reason"].str.contains("stands in the source one, too").all()
+    assert str(taken) in set(rejected["path"])
+    assert str(dataset.SeriesInstanceUID) not in set(index["series_uid"])
+    assert len(rejected) + len(index) == sum(
+        len(list((root / "dicom").iterdir())) for root in (again, archives / "one")
+    )
 
 
 def test_slices_for_stage_one_are_trained_on_and_never_scored_nor_stored(archives, tmp_path):

@@ -111,16 +111,23 @@ def _join(indexes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
     scored.
     """
     whole = pd.concat(indexes, ignore_index=True)
-    names = whole.groupby("study_uid", sort=False)["patient_id"].unique()
-    same = {name: name for name in whole["patient_id"].unique()}
-    for first, *others in names:
-        for other in others:
-            old, new = same[other], same[first]
-            same = {name: new if kept == old else kept for name, kept in same.items()}
-    whole["patient_id"] = whole["patient_id"].map(same)
-    owners = whole.groupby("series_uid")["source"].transform("first")
-    slices = whole["sop_uid"].duplicated()
-    repeated = (whole["source"] != owners) | slices
-    reasons = "its series or slice (SeriesInstanceUID, SOPInstanceUID) stands in the source " + owners + ", too"
+    earlier: dict[str, str] = {}  # name of a patient to the name that an earlier source gives
+
+    def first_name(name: str) -> str:
+        while name in earlier:
+            name = earlier[name]
+        return name
+
+    for first, *others in whole.groupby("study_uid", sort=False)["patient_id"].unique():
+        for other in map(first_name, others):
+            if other != first_name(first):
+                earlier[other] = first_name(first)
+    whole["patient_id"] = whole["patient_id"].map({name: first_name(name) for name in whole["patient_id"].unique()})
+    owners = [whole.groupby(key)["source"].transform("first") for key in ("series_uid", "sop_uid")]
+    owner = owners[0].where(owners[0] != whole["source"], owners[1])
+    # A series goes as a whole: without the slices that are repeated it would have gaps.
+    owner = owner.where(owner != whole["source"]).groupby([whole["series_uid"], whole["source"]]).transform("first")
+    repeated = owner.notna()
+    reasons = "its series or a slice of it (SeriesInstanceUID, SOPInstanceUID) stands in the source " + owner + ", too"
     rows = whole[repeated].assign(reason=reasons[repeated], code=SAME_SLICE)[REJECTED]
     return whole[~repeated].sort_values(["series_uid", "slice_index"], ignore_index=True), rows
