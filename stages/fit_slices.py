@@ -169,14 +169,15 @@ def pretrain(
     if rows.empty:
         raise TrainingError("fit-slices.pretrain_epochs: no source of use: slices has a slice with labels; write 0")
     content = rows[["sop_uid", "file_digest", *CLASSES]].to_csv(index=False)
-    identity, made_from = _identity(params), {"slices": digest_of({"content": content})}
+    shorter = section.model_copy(update={"epochs": section.pretrain_epochs, "source_weights": {}})
+    identity = _identity(params.model_copy(update={"fit_slices": shorter}))  # later epochs may change
+    made_from = {"slices": digest_of({"content": content})}
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
     target = folder / key[:16]
     if is_fitted(target, identity, made_from):
         log.info("the network of the sources for stage one alone is there")
         return target
     log.info("slice CNN of the %d slices for stage one alone", len(rows))
-    shorter = section.model_copy(update={"epochs": section.pretrain_epochs})
     cnn, alone = _build(params, device), replace(slices, weights=())
     fitting = SliceFitting(cnn, shorter, device, workers, alone, rows.index.tolist(), section.seed)
     trainer = fitting.trainer(folder / f"{key[:16]}.pt", key)
