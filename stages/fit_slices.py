@@ -57,7 +57,7 @@ def run(
     pixel_cache: Path | None = None,
     pretrained: Path | None = None,
 ) -> None:
-    """Train on the train split, keep the epoch that is best on the validation split, write the model.
+    """Train on the train split, keep the epoch that is best on the validation split (or the last), write the model.
 
     ``fit-slices.folds`` adds one network per fold, trained without that fold's patients. Checkpoints stay until all is
     written: an interrupted stage trains no finished network again, even if DVC removed its files. Under `torchrun` the
@@ -169,7 +169,10 @@ def pretrain(
     if rows.empty:
         raise TrainingError("fit-slices.pretrain_epochs: no source of use: slices has a slice with labels; write 0")
     content = rows[["sop_uid", "file_digest", *CLASSES]].to_csv(index=False)
-    shorter = section.model_copy(update={"epochs": section.pretrain_epochs, "source_weights": {}})
+    # The last epoch is kept, not the one that is best on validation. What comes later may change.
+    shorter = section.model_copy(
+        update={"epochs": section.pretrain_epochs, "source_weights": {}, "keep": "last", "folds": 0}
+    )
     identity = _identity(params.model_copy(update={"fit_slices": shorter}))  # later epochs may change
     made_from = {"slices": digest_of({"content": content})}
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})
@@ -181,7 +184,6 @@ def pretrain(
     cnn, alone = _build(params, device), replace(slices, weights=())
     fitting = SliceFitting(cnn, shorter, device, workers, alone, rows.index.tolist(), section.seed)
     trainer = fitting.trainer(folder / f"{key[:16]}.pt", key)
-    trainer.last = 1  # not the epoch that is best on validation
     history = trainer.run(fitting.train_epoch, fitting.validate)
     if distributed.rank() == 0:
         save_model(target, cnn, made_from)
@@ -266,7 +268,7 @@ def train_network(
     fitting = SliceFitting(cnn, section, device, workers, slices, rows, seed)
     key = digest_of({"params": _identity(params), "made_from": made_from, "device": device.type})
     history = fitting.trainer(checkpoint, key).run(fitting.train_epoch, fitting.validate)
-    best = min(history, key=lambda line: line.val_loss)
+    best = history[-1] if section.keep == "last" else min(history, key=lambda line: line.val_loss)
     facts: dict[str, Any] = {"n_train_slices": len(rows), "n_val_slices": len(slices.val)}
     facts |= {"best_epoch": best.epoch, "val_loss": best.val_loss}
     if fold is not None:

@@ -160,6 +160,7 @@ class SliceParams(Section):
     adam_eps: PositiveFloat = 1e-8
     warmup_epochs: NotNegative = 1.0
     ema_decay: Fraction = 0.0  # exponential moving average of the weights, per step; 0: none
+    keep: Literal["best", "last"] = "best"  # the epoch that is best on validation, or the last one
     dropout: Fraction = 0.0  # on the embedding, before the classifier
     max_grad_norm: PositiveFloat = 5.0
     precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU

@@ -63,7 +63,7 @@ class SliceFitting:
         section = self.section
         return Trainer(
             self.cnn, self.optimizer, self.schedule, self.seed, section.epochs, checkpoint, key, self.scaler,
-            ema_decay=section.ema_decay,
+            last=1 if section.keep == "last" else 0, ema_decay=section.ema_decay,
         )  # fmt: skip
 
     def steps(self, epoch: int) -> list[list[Batch]]:
