@@ -2,6 +2,7 @@
 
 python benchmarks/ladder.py --set prepare.dicom_dir=DIR/dicom --set prepare.labels=DIR/stage_2_train.csv --work WORK
 python benchmarks/ladder.py --params params/ladder-phantom.yaml --folds 0 --work WORK
+python benchmarks/ladder.py --params params/ladder-small.yaml --work WORK   # with loose public slices
 
 Each seed of each piece is one ``cross-validate`` in a folder of its own below ``--work``; what is there is kept, so
 that the command goes on where it was stopped, and several may share the work (``--only PIECE --seeds 0``). The tables
@@ -11,6 +12,7 @@ are made of whatever is complete: rungs of the ladder against the slice CNN, pie
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -23,15 +25,19 @@ import pandas as pd
 
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
 from ichpipe.common.files import read_json
+from ichpipe.index.slice_index import read_index
 from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
-from ichpipe.scoring.heldout_predictions import CLASSES, FINETUNED, LABELS
-from ichpipe.scoring.metrics import WEIGHTS, cross_entropies
+from ichpipe.scoring.calibration import fit_calibration
+from ichpipe.scoring.heldout_predictions import CLASSES, ENSEMBLE, FINETUNED, LABELS, SLICE_COLUMNS
+from ichpipe.scoring.metrics import WEIGHTS, calibration_error, cross_entropies, score
 from ichpipe.stages import cross_validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
 BASE = "base"
 SLICE_CNN = "slice-cnn"
@@ -52,6 +58,26 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
     "part by part": ("finetune", {"unfreeze_epochs": 1}),
 }
 """Section and changed parameters; pieces of stage two are arms of the parameter file."""
+
+SMALL_PIECES: dict[str, tuple[str, Any]] = {
+    "adjacent slices": ("fit-slices", {"neighbours": 1}),
+    "the whole image": ("prepare", {"crop": "none", "mm_per_px": None}),
+    "the paper's windows": (
+        "windows",
+        [{"level_hu": level, "width_hu": width} for level, width in ((40.0, 80.0), (75.0, 215.0), (600.0, 2800.0))],
+    ),
+    "no average of weights": ("fit-slices", {"ema_decay": 0.0}),
+    "no loss on the slice CNN": ("finetune", {"slice_loss": 0.0}),
+    "best epoch on validation": ("finetune", {"keep": "best"}),
+}
+"""The same for params/small.yaml, whose stage one begins with loose slices."""
+
+BLEND = "ensemble with blend"
+
+
+def pieces_of(base: Params) -> dict[str, tuple[str, Any]]:
+    """Return the pieces that a parameter file asks for."""
+    return SMALL_PIECES if base.prepare.sources else PIECES
 
 
 @dataclass(frozen=True)
@@ -75,50 +101,70 @@ class Run:
     def params(self, base: Params) -> Params:
         """Return the parameters: those of the file, the seed everywhere, and the piece."""
         raw = base.model_dump(by_alias=True)
-        section, changes = PIECES.get(self.piece, ("", {}))
-        if section == "fit-slices":
+        section, changes = pieces_of(base).get(self.piece, ("", {}))
+        if section not in {"", "finetune"}:
             raw["sequence"] = {SLICE_CNN: raw["sequence"][SLICE_CNN]}  # networks out of fold would cost five times more
-            raw["finetune"]["arm"], raw["fit-slices"]["folds"] = SLICE_CNN, 0
+            raw["finetune"]["arm"], raw["fit-slices"]["folds"], raw["predict"]["ensemble"] = SLICE_CNN, 0, False
         if section:
-            raw[section] |= changes
+            raw[section] = raw[section] | changes if isinstance(changes, dict) else changes
         for part in (raw["fit-slices"], raw["finetune"], *raw["sequence"].values()):
             part["seed"] = self.seed
         return Params.model_validate(raw)
 
     def train(self, base: Params, folds: list[int] | None = None) -> None:
         """Run every fold, or some. A piece of the last step starts from the networks of the ladder itself."""
-        section = PIECES.get(self.piece, ("", {}))[0]
+        section = pieces_of(base).get(self.piece, ("", {}))[0]
         if section == "finetune" and not self.folder.exists():
             origin = Run(BASE, self.seed, self.work).folder
             former = shutil.ignore_patterns(FINETUNED, f"{FINETUNED}.parquet")  # its scores are not those of the piece
             shutil.copytree(origin, self.folder, copy_function=_link, ignore=former)
         params, artifacts = self.params(base), Artifacts(self.folder)
-        cross_validate.run(params, artifacts, "cpu", arms_only=section == "fit-slices", only_folds=folds)
+        arms_only = section not in {"", "finetune"}
+        cross_validate.run(params, artifacts, "cpu", arms_only=arms_only, only_folds=folds)
 
     def arm(self, name: str) -> pd.DataFrame | None:
-        """Return the pooled test predictions of an arm, or of `FINETUNED`; None where it is not complete."""
-        path = self.pooled.predictions / f"{FINETUNED}.parquet"
-        if name != FINETUNED:
-            path = self.pooled.sequence(name) / "predictions.parquet"
+        """Return the pooled test predictions of an arm, or of a final model; None where it is not complete."""
+        path = self.pooled.sequence(name) / "predictions.parquet"
+        if name in {FINETUNED, ENSEMBLE, BLEND}:
+            path = self.pooled.predictions / f"{FINETUNED if name == FINETUNED else ENSEMBLE}.parquet"
         if not path.exists():
             return None
         table = pd.read_parquet(path)
-        return table[table["split"] == "test"].assign(seed=self.seed)
+        table = table[table["split"] == "test"].assign(seed=self.seed)
+        if name == BLEND:
+            fold = read_index(self.pooled.index).set_index("sop_uid")["fold"]
+            return blend(table, table["sop_uid"].map(fold).to_numpy())
+        return table
 
 
 def _link(source: str, target: str) -> None:
     os.link(source, target)  # every stage replaces its files and changes none in place
 
 
+def blend(table: pd.DataFrame, fold: NDArray[np.int32]) -> pd.DataFrame:
+    """Blend the test predictions of a model with its slice CNN's, by class: each fold by the weights of the others."""
+    classes, result = list(CLASSES), table.copy()
+    labels, own, of_cnn = (table[names].to_numpy(np.float64) for names in (LABELS, classes, SLICE_COLUMNS))
+    patients = table["patient_id"].to_numpy(object)
+    for number in np.unique(fold):
+        inside, rest = fold == number, fold != number
+        fitted = fit_calibration(labels[rest], own[rest], patients[rest], "none", "", of_cnn[rest])
+        result.loc[inside, classes] = fitted.apply(own[inside], of_cnn[inside])
+    return result
+
+
 def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
     """Compare whatever is complete: four comparisons, each with its baseline."""
-    runs = {piece: [Run(piece, seed, work) for seed in seeds] for piece in (BASE, *PIECES)}
-    own = {name: _arm(runs[BASE], name, name) for name in (*base.sequence, FINETUNED)}
+    pieces_here = pieces_of(base)
+    runs = {piece: [Run(piece, seed, work) for seed in seeds] for piece in (BASE, *pieces_here)}
+    last = (FINETUNED, *((ENSEMBLE, BLEND) if base.predict.ensemble else ()))
+    own = {name: _arm(runs[BASE], name, name) for name in (*base.sequence, *last)}
     by_section: dict[str, list[Arm | None]] = {"fit-slices": [], "finetune": []}
-    for piece, (section, _) in PIECES.items():
-        of_piece = SLICE_CNN if section == "fit-slices" else FINETUNED
-        by_section[section].append(_arm(runs[piece], of_piece, f"{of_piece}, {piece}"))
-    rungs = ("moving-average", f"{base.finetune.arm}-in-sample", base.finetune.arm, FINETUNED)
+    for piece, (section, _) in pieces_here.items():
+        of_piece = FINETUNED if section == "finetune" else SLICE_CNN
+        listed = by_section["finetune" if section == "finetune" else "fit-slices"]
+        listed.append(_arm(runs[piece], of_piece, f"{of_piece}, {piece}"))
+    rungs = ("moving-average", f"{base.finetune.arm}-in-sample", base.finetune.arm, *last)
     pieces = [name for name in base.sequence if name not in {SLICE_CNN, *rungs}]
     wanted = {
         "ladder": [own[SLICE_CNN], *(own[name] for name in rungs if name in own)],
@@ -134,6 +180,9 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
             found[name] = compare_arms(arms, first.name, **settings) | {
                 "own": [own_scores(arm, settings) for arm in arms]
             }
+            if name == "ladder":  # each rung against the one before
+                pairs = itertools.pairwise(arms)
+                found[name]["steps"] = [compare_arms(pair, pair[0].name, **settings)["arms"][1] for pair in pairs]
     return found
 
 
@@ -148,14 +197,21 @@ def _arm(runs: list[Run], name: str, called: str) -> Arm | None:
 
 
 def own_scores(arm: Arm, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return weighted log loss and AUC of any, mean over seeds, each with its interval over patients."""
+    """Return weighted log loss and AUC of any, mean over seeds, each with its interval over patients.
+
+    Beside them AUC of any by series (the highest of its slices) and calibration error of any, without an interval.
+    """
     losses, rankings, patient = [], [], np.empty(0, dtype=np.intp)
+    of_study, errors = [], []
     for _, part in arm.table.groupby("seed", sort=True):
         rows = part.sort_values("sop_uid")
         true, predicted = rows[LABELS].to_numpy(np.float64), rows[list(CLASSES)].to_numpy(np.float64)
         losses.append(cross_entropies(true, predicted) @ WEIGHTS)
         patient = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1]
         rankings.append(Ranking(true[:, 0], predicted[:, 0], patient))
+        pooled = score(true, predicted, rows["patient_id"], rows["series_uid"], bootstrap_samples=2)["study_auc"]
+        of_study.append(pooled["any"]["value"])
+        errors.append(calibration_error(true[:, 0], predicted[:, 0]))
     loss, patients = np.mean(losses, axis=0), int(patient.max()) + 1
     statistics = [resampled_mean(loss, patient, patients), *(ranking.resample for ranking in rankings)]
     drawn, *aucs = resample(statistics, patients, settings["bootstrap_samples"], settings["seed"])
@@ -165,7 +221,9 @@ def own_scores(arm: Arm, settings: dict[str, Any]) -> dict[str, Any]:
             float(np.mean([ranking.value for ranking in rankings])), np.mean(aucs, axis=0), settings["confidence"]
         ),
     }
-    figures = {name: [found.value, found.low, found.high] for name, found in estimates.items()}
+    figures: dict[str, Any] = {name: [found.value, found.low, found.high] for name, found in estimates.items()}
+    figures["study_auc_any"] = None if None in of_study else float(np.mean(of_study))
+    figures["calibration_error_any"] = float(np.mean(errors))
     return {"arm": arm.name, "seeds": len(losses), **figures}
 
 
@@ -176,10 +234,27 @@ def as_text(found: dict[str, dict[str, Any]]) -> str:
         own = [
             f"| {row['arm']} | {row['seeds']} | "
             + " | ".join(Estimate(*row[key]).text() for key in ("weighted_log_loss", "auc_any"))
+            + f" | {Estimate(row['study_auc_any']).text()} | {row['calibration_error_any']:.3f}"
             for row in value["own"]
         ]
-        head = ["| model | seeds | weighted log loss | AUC any, by slice |", "|---|---|---|---|"]
-        parts += [f"## {name}", "", *head, *(f"{line} |" for line in own), "", comparison_text(value), ""]
+        head = [
+            "model",
+            "seeds",
+            "weighted log loss",
+            "AUC any, by slice",
+            "AUC any, by study",
+            "calibration error any",
+        ]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"{line} |" for line in own)]
+        parts += [f"## {name}", "", *lines, "", comparison_text(value), ""]
+        if value.get("steps"):
+            parts += ["Each rung against the one before (positive: better), log loss and AUC any:", ""]
+            for row in value["steps"]:
+                gains = [
+                    Estimate.from_json(row["gain"][key]).text(sign="+") for key in ("weighted_log_loss", "auc_any")
+                ]
+                parts.append(f"* {row['arm']}: {gains[0]}, {gains[1]}")
+            parts.append("")
     return "\n".join(parts)
 
 

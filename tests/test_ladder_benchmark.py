@@ -29,7 +29,7 @@ def ladder():
     return module
 
 
-@pytest.fixture(params=["ladder.yaml", "ladder-phantom.yaml"])
+@pytest.fixture(params=["ladder.yaml", "ladder-phantom.yaml", "ladder-small.yaml"])
 def base(request):
     return load_params(ROOT / "params" / request.param, must_exist=True)
 
@@ -37,13 +37,19 @@ def base(request):
 def test_every_piece_changes_its_section_and_nothing_else(ladder, base, tmp_path):
     plain = ladder.Run(ladder.BASE, 7, tmp_path).params(base).model_dump(by_alias=True)
     assert plain["fit-slices"]["seed"] == plain["finetune"]["seed"] == plain["sequence"]["bilstm"]["seed"] == 7
-    for piece, (section, changes) in ladder.PIECES.items():
+    for piece, (section, changes) in ladder.pieces_of(base).items():
         changed = ladder.Run(piece, 7, tmp_path).params(base).model_dump(by_alias=True)
-        assert any(changed[section][key] != plain[section][key] for key in changes), piece
-        for key in changed[section].keys() - changes.keys() - {"folds"}:
-            assert changed[section][key] == plain[section][key], (piece, key)
-        others = changed.keys() - ({section, "sequence", "finetune"} if section == "fit-slices" else {section})
+        if section == "windows":
+            assert [window["width_hu"] for window in changed[section]] == [80.0, 215.0, 2800.0]
+        else:
+            assert any(changed[section][key] != plain[section][key] for key in changes), piece
+            for key in changed[section].keys() - changes.keys() - {"folds"}:
+                assert changed[section][key] == plain[section][key], (piece, key)
+        stage_one = {section, "fit-slices", "sequence", "finetune", "predict"}
+        others = changed.keys() - ({section} if section == "finetune" else stage_one)
         assert all(changed[key] == plain[key] for key in others), piece
+        for key in ("epochs", "batch_size", "learning_rate", "seed"):
+            assert changed["fit-slices"][key] == plain["fit-slices"][key], (piece, key)
 
 
 def predicted(probability, any_label):
@@ -53,6 +59,7 @@ def predicted(probability, any_label):
     table["label_any"] = any_label
     table["patient_id"] = [f"P{row % 4}" for row in range(n)]
     table["sop_uid"], table["split"] = [str(row) for row in range(n)], "test"
+    table["series_uid"] = table["patient_id"]
     return table
 
 
@@ -81,7 +88,7 @@ def test_a_piece_that_is_not_complete_has_no_scores_of_the_ladder_itself(ladder,
     origin = Artifacts(ladder.Run(ladder.BASE, 0, tmp_path).folder / "cv")
     write_predictions(predicted(0.4, np.array([0.0, 1.0] * 8)), origin.sequence("bilstm"), POOLED)
     write_table(predicted(0.3, np.array([0.0, 1.0] * 8)), origin.predictions / f"{FINETUNED}.parquet")
-    piece = next(name for name, (section, _) in ladder.PIECES.items() if section == "finetune")
+    piece = next(name for name, (section, _) in ladder.pieces_of(base).items() if section == "finetune")
     monkeypatch.setattr(ladder.cross_validate, "run", lambda *_args, **_options: None)  # stopped at once
     run = ladder.Run(piece, 0, tmp_path)
     run.train(base)
@@ -93,3 +100,16 @@ def test_a_fold_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ParamsError, match=r"prepare\.folds is 5: there is no fold 9"):
         cross_validate.run(Params(), Artifacts(tmp_path), only_folds=[0, 9])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_blend_is_chosen_on_the_other_folds(ladder):
+    table = pd.concat([predicted(0.5, np.array([0.0, 1.0] * 8)) for _ in range(30)], ignore_index=True)
+    table["patient_id"] = [f"P{row // 16}" for row in range(len(table))]
+    fold = np.arange(len(table)) // 16 % 2
+    for name in CLASSES:  # the slice CNN is right about fold 0 and wrong about fold 1
+        table[f"slice_{name}"] = np.where(fold == 0, np.abs(table[f"label_{name}"] - 0.1), 0.5)
+        table.loc[fold == 1, f"slice_{name}"] = np.abs(table[f"label_{name}"] - 0.9)[fold == 1]
+    blended = ladder.blend(table, fold)
+    assert (blended.loc[fold == 0, "any"] == 0.5).all()  # by the weights of fold 1, where the model alone was better
+    assert (blended.loc[fold == 1, "any"] != 0.5).all()
+    assert (blended["epidural"] == 0.5).all()  # no positive slice: no weight

@@ -291,6 +291,12 @@ class FinetuneParams(Section):
     cutmix: CutMixParams = CutMixParams()
     seed: Count = 0
 
+    @model_validator(mode="after")
+    def _slice_loss_reaches_something(self) -> FinetuneParams:
+        if self.slice_loss and not self.learning_rate_cnn:
+            raise ValueError("slice_loss changes nothing where learning_rate_cnn is 0: write slice_loss: 0")
+        return self
+
 
 class PredictParams(Section):
     """The model that `predict`, `explain` and `export` take from the artifacts."""
