@@ -77,7 +77,7 @@ def make_index(lengths: np.ndarray) -> pd.DataFrame:
     frame["sop_uid"] = np.array([f"ID_{number:09x}" for number in range(n)])
     frame["path"] = np.array([f"stage_2_train/ID_{number:09x}.dcm" for number in range(n)])
     frame["file_digest"] = np.array([f"{number:064x}"[::-1] for number in range(n)])
-    index = pd.DataFrame(frame).assign(transfer_syntax="1.2.840.10008.1.2.1", split="train", fold=0)
+    index = pd.DataFrame(frame).assign(transfer_syntax="1.2.840.10008.1.2.1", split="train", fold=0, source="")
     index["slice_index"] = np.concatenate([np.arange(length) for length in lengths])
     return index.reindex(columns=SCHEMA.names, fill_value=0)
 

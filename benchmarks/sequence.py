@@ -2,6 +2,8 @@
 
 python benchmarks/sequence.py --out sequence.json \
     --labels stage1_train_part*.csv.gz --headers stage1_test_with_metadata.csv.gz      # 752,803 x 2048; 4 GB of disk
+python benchmarks/sequence.py --out sequence.json \
+    --labels stage2_train_labels_all.csv.gz --composition stage1_train_series_237k.csv.gz     # real series' labels
 
 Without the tables: RSNA's prevalence and lengths around its mean. Each arm runs as a process of its own; an epoch is
 training and validation, timed by the lines that the command logs.
@@ -67,6 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--labels", type=Path, nargs="*", default=[])
     parser.add_argument("--headers", type=Path)
+    parser.add_argument("--composition", type=Path, help="table ID,series: each study has the labels of a real series")
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float | None]:
@@ -76,10 +79,12 @@ def ratios(result: dict[str, Any]) -> dict[str, float | None]:
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Make index, network and store, then train arms on them, and measure an end-to-end step beside them."""
-    rows = simulate.label_rows([pd.read_csv(path) for path in options.labels])
+    tables = [pd.read_csv(path) for path in options.labels]
+    rows = simulate.label_rows(tables)
+    series = simulate.real_series(pd.read_csv(options.composition), pd.concat(tables)) if options.composition else []
     known = _real_lengths(options.headers) if options.headers else None
     lengths = store.series_lengths(options.slices, options.series, known)
-    made = simulate.simulate(lengths, rows)
+    made = simulate.simulate(lengths, rows, series=series)
     recipe = {"epochs": options.epochs, "batch_series": options.batch_series, "precision": options.precision}
     arms = {
         "slice-cnn": AVERAGE | {"kernel": 1},

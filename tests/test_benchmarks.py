@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+
+from ichpipe.common.classes import CLASSES
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -116,6 +119,35 @@ def test_sequence(tmp_path):
     assert result["end_to_end_epoch_over_cached_epoch"] > 0
     scores = {row["arm"]: row["weighted_log_loss"]["mean"] for row in result["compare"]["arms"]}
     assert set(scores) == {"slice-cnn", "moving-average", "paper"}
+
+
+def test_simulated_series_hold_the_rows_of_real_ones_in_runs():
+    simulate = load("simulate")
+    ids = [f"ID_{number}" for number in range(19)]
+    table = pd.DataFrame({"ID": ids, "series": ["A"] * 8 + ["B"] * 6 + ["C"] * 5}).sample(frac=1.0, random_state=0)
+    labels = pd.DataFrame(0, index=range(19), columns=list(CLASSES))
+    labels.iloc[range(14, 19), range(1, 6)] = 1  # C: each slice has every class
+    labels.loc[14:, "any"] = 1
+    labels.loc[[1, 4, 6], ["any", "subdural"]] = 1
+    labels.loc[2, ["any", "epidural"]] = 1
+    series = simulate.real_series(table, labels.assign(ID=ids))
+    assert [len(rows) for rows in series] == [8, 6, 5]
+    assert series[0].sum(axis=0).tolist() == [4, 1, 0, 0, 0, 3]
+    assert not series[1].any()
+    runs = set()
+    for seed in range(40):
+        arranged, shown = simulate.arrange(series[0], np.random.default_rng(seed))
+        assert sorted(map(tuple, arranged)) == sorted(map(tuple, series[0]))
+        assert ((shown > 0) == (arranged > 0)).all()
+        runs.add(int((np.diff(arranged[:, 0], prepend=0) == 1).sum()))
+        positive = arranged[arranged[:, 0] == 1]
+        assert int(np.argmax(positive[:, 1])) in {0, 3}  # rows alike stand together
+    assert runs == {1, 2}
+    drawn = simulate.simulate(np.ones(300, dtype=np.intp), labels.to_numpy(np.float32), series=series)
+    assert set(drawn.lengths.tolist()) == {5, 6, 8}
+    assert len(drawn.labels) == drawn.lengths.sum() == len(drawn.signal)
+    with pytest.raises(ValueError, match="19 slices"):
+        simulate.real_series(table, labels.assign(ID=[f"X{name}" for name in ids]))
 
 
 def test_simulated_neighbours_correlate_as_asked():
