@@ -45,6 +45,7 @@ def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baselin
     """Write ``compare/arms.json``, ``arms.md`` and ``arms.png``; return the markdown.
 
     ``runs`` are artifacts folders; none: this run's own. Of several, arms are named ``RUN/ARM``, as they were given.
+    Where the held-out slices come from several sources, each source is compared by itself, too (``sources``).
     """
     from ichpipe.report.figures import arms_figure
     from ichpipe.scoring.arm_comparison import compare_arms, comparison_text
@@ -59,10 +60,44 @@ def run(params: Params, artifacts: Artifacts, runs: Sequence[Path] = (), baselin
     for warning in comparison["warnings"]:
         log.warning("%s", warning)
     text = comparison_text(comparison)
+    comparison["sources"] = {}
+    for source, parts in by_source(arms, roots).items():
+        if baseline not in [arm.name for arm in parts]:
+            log.warning("source %s: the baseline %s was not scored on it, so it is not compared", source, baseline)
+            continue
+        of_source = compare_arms(parts, baseline, **params.evaluate.bootstrap())
+        comparison["sources"][source] = of_source
+        text += f"\n\n## Source {source}\n\n{comparison_text(of_source)}"
     write_json(artifacts.comparison / "arms.json", comparison)
     write_text(artifacts.comparison / "arms.md", text + "\n")
     write_bytes(artifacts.comparison / "arms.png", arms_figure(comparison))
     return text
+
+
+def by_source(arms: list[Arm], roots: Sequence[Path]) -> dict[str, list[Arm]]:
+    """Return the arms with the held-out slices of one source; nothing where all slices come from one source."""
+    from dataclasses import replace
+
+    import pandas as pd
+
+    from ichpipe.index.slice_index import read_index
+
+    indexes = [read_index(Artifacts(root).index) for root in roots if Artifacts(root).index.exists()]
+    if not indexes:
+        return {}
+    of_slice = pd.concat(indexes).drop_duplicates("sop_uid").set_index("sop_uid")["source"]
+    sources = [arm.table["sop_uid"].map(of_slice).to_numpy() for arm in arms]
+    names = sorted({name for values in sources for name in pd.unique(values) if isinstance(name, str)})
+    if len(names) < 2:
+        return {}
+    return {
+        name: [
+            replace(arm, table=arm.table[values == name].reset_index(drop=True))
+            for arm, values in zip(arms, sources, strict=True)
+            if (values == name).any()
+        ]
+        for name in names
+    }
 
 
 def read_arms(root: Path, names: list[str] | None = None, *, prefixed: bool = False) -> list[Arm]:

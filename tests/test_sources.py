@@ -164,6 +164,11 @@ def test_scores_are_given_by_source_and_together(archives, tmp_path):
         assert f"source {source}" in text
         assert "ci_low" in part["slice_cnn"]["auc"]["any"]
     assert sum(part["n_slices"] for part in metrics["sources"].values()) == metrics["n_slices"] == len(test)
+    compared = json.loads((artifacts.comparison / "arms.json").read_text(encoding="utf-8"))
+    assert {name: part["n_slices"] for name, part in compared["sources"].items()} == test[
+        "source"
+    ].value_counts().to_dict()
+    assert all(f"## Source {source}" in text for source in compared["sources"])
 
 
 def test_a_source_without_some_classes_trains_on_those_it_has(archives, tmp_path):
