@@ -211,7 +211,8 @@ def _assemble(section: SequenceParams, features: Features, weights: list[Weights
     members = [build_model(section, features) for _ in weights]
     for member, state in zip(members, weights, strict=True):
         member.load_state_dict(state)
-    if len(members) == 1 and not section.average.reversed:
+    average = section.average
+    if len(members) == 1 and not average.reversed and not average.smoothed:
         return members[0]
-    spec = members[0].spec.model_copy(update={"reversed": section.average.reversed})
+    spec = members[0].spec.model_copy(update={"reversed": average.reversed, "smoothed": average.smoothed})
     return SequenceEnsemble(spec, members)  # type: ignore[arg-type]

@@ -43,6 +43,7 @@ KINDS = {
     "average": {"cell": "average", "inputs": ("logits",)},
     "ensemble": {"cell": "lstm", "members": 2},
     "both orders": {"cell": "gru", "reversed": True, "inputs": ("embedding", "spacing")},
+    "smoothed": {"cell": "lstm", "smoothed": True},
 }
 
 
@@ -217,3 +218,13 @@ def test_skipped_logits_pass_as_they_are_at_the_start():
 def test_turning_padded_series_round_leaves_the_padding():
     padded = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7], [8, 0, 0, 0]])
     assert reverse(padded, torch.tensor([3, 4, 1])).tolist() == [[3, 2, 1, 0], [7, 6, 5, 4], [8, 0, 0, 0]]
+
+
+def test_smoothed_is_half_of_the_network_and_half_of_the_moving_average():
+    alone, joined = build("paper"), build("smoothed")
+    joined.members[0].load_state_dict(alone.state_dict())
+    sources = {name: values[None] for name, values in series_of(9).items()}
+    lengths = torch.tensor([9])
+    expected = (alone(sources, lengths) + build("average")(sources, lengths)) / 2
+    torch.testing.assert_close(joined(sources, lengths), expected.float(), rtol=0, atol=1e-6)
+    assert joined.spec.all_inputs == ("embedding", "logits")

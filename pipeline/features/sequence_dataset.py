@@ -244,7 +244,7 @@ def predict_batches(
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Yield logits (B, T, 6) in the given order, each with its batch; the mean probability over several sources."""
     model.eval()
-    names = stored_inputs(model.spec.inputs + model.spec.skip)
+    names = stored_inputs(model.spec.all_inputs)
     for start in range(0, len(series), size):
         part = series[start : start + size]
         views = min(len(item.sources) for item in part)

@@ -138,7 +138,14 @@ class SequenceSpec(_Spec):
     members: Annotated[int, Field(ge=1, le=1000)] = 1  # networks whose probabilities are averaged
     reversed: bool = False  # … over the slices in both orders
     mirrored: bool = False  # … over the images and their left-right mirror images
+    smoothed: bool = False  # mean of their log odds and those of the slice CNN's moving average over `kernel` slices
     classes: tuple[str, ...] = CLASSES
+
+    @property
+    def all_inputs(self) -> tuple[str, ...]:
+        """Every input that the model reads, each once."""
+        smoothed = ("logits",) if self.smoothed else ()
+        return tuple(dict.fromkeys((*self.inputs, *self.skip, *smoothed)))
 
     def width(self, inputs: tuple[str, ...]) -> int:
         """Return the features per slice of some inputs."""

@@ -181,6 +181,13 @@ def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
     return (summed / share).transpose(1, 2)
 
 
+def moving_average_logits(logits: Tensor, lengths: Tensor, kernel: int) -> Tensor:
+    """Return the log odds (B, T, 6) of the probabilities averaged over ``kernel`` neighbouring slices, in float64."""
+    exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
+    probabilities = torch.sigmoid(logits.float() if exported else logits.double())
+    return torch.logit(moving_average(probabilities, lengths, kernel), eps=1e-12)
+
+
 def _cell(spec: SequenceSpec, inputs: int, layers: int) -> nn.RNNBase:
     kind: Callable[..., nn.RNNBase] = {"lstm": nn.LSTM, "gru": nn.GRU}[spec.cell]
     dropout = spec.dropout if layers > 1 else 0.0
@@ -284,13 +291,14 @@ class MovingAverage(_SeriesNetwork):
 
     def forward(self, sources: Sources, lengths: Tensor) -> Tensor:
         """See SequenceModel."""
-        exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
-        probabilities = torch.sigmoid(sources["logits"].float() if exported else sources["logits"].double())
-        return torch.logit(moving_average(probabilities, lengths, self.spec.kernel), eps=1e-12)
+        return moving_average_logits(sources["logits"], lengths, self.spec.kernel)
 
 
 class SequenceEnsemble(_SeriesNetwork):
-    """Several trained networks as one: the mean of their probabilities, over both orders of slices if asked."""
+    """Several trained networks as one: the mean of their probabilities, over both orders of slices if asked.
+
+    With ``spec.smoothed`` the log odds are the mean of theirs and of the moving average's.
+    """
 
     def __init__(self, spec: SequenceSpec, members: Sequence[SequenceModel | MovingAverage]) -> None:
         super().__init__(spec.model_copy(update={"members": len(members)}))
@@ -303,7 +311,11 @@ class SequenceEnsemble(_SeriesNetwork):
             on_device = lengths.to(sources[POSITION].device)
             backwards = {name: reverse(values, on_device) for name, values in sources.items()}
             logits += [reverse(member(backwards, lengths), on_device) for member in self.members]
-        return mean_logits(torch.stack(logits))
+        joined = mean_logits(torch.stack(logits))
+        if not self.spec.smoothed:
+            return joined
+        smoothed = moving_average_logits(sources["logits"], lengths, self.spec.kernel)
+        return (joined + smoothed.to(joined.dtype)) / 2
 
     def add_derived(self, sources: Sources) -> Sources:
         """Add the components of the first member; all were trained on one store and share them."""
@@ -316,7 +328,7 @@ AnySequence = SequenceModel | MovingAverage | SequenceEnsemble
 def build_sequence(spec: SequenceSpec) -> AnySequence:
     """Build the network, or the ensemble, that a spec describes."""
     single = MovingAverage if spec.cell == "average" else SequenceModel
-    if spec.members == 1 and not spec.reversed:
+    if spec.members == 1 and not spec.reversed and not spec.smoothed:
         return single(spec)
     return SequenceEnsemble(spec, [single(spec) for _ in range(spec.members)])
 

@@ -213,6 +213,7 @@ class AverageParams(Section):
     seeds: bool = False  # all seeds of the arm as one model; false: the first one's
     reversed: bool = False  # the slices in both orders
     mirrored: bool = False  # images and their mirror images (extract.mirror)
+    smoothed: bool = False  # the arm's log odds, and those of the moving average of the slice CNN's probabilities
 
 
 class SequenceParams(Section):
@@ -247,8 +248,9 @@ class SequenceParams(Section):
 
     @property
     def all_inputs(self) -> tuple[Input, ...]:
-        """Every input that the network is given, each once."""
-        return tuple(dict.fromkeys(self.inputs + self.skip))
+        """Every input that the arm reads, each once."""
+        smoothed: tuple[Input, ...] = ("logits",) if self.average.smoothed else ()
+        return tuple(dict.fromkeys(self.inputs + self.skip + smoothed))
 
     @model_validator(mode="after")
     def _settings_fit_the_cell(self) -> SequenceParams:
