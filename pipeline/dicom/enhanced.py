@@ -17,13 +17,14 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
-from pydicom.uid import CTImageStorage
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 from ichpipe.dicom.archive import read_file, stamp_of
-from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
+from ichpipe.dicom.bounded_file import BoundedFile, inflate_file, parse_bounded
 from ichpipe.dicom.elements import Elements
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.stream_checks import EXPORT_AGAIN, describe_syntax, require_form, require_no_items
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,7 @@ def _read_once(path: str, _stamp: tuple[int, int]) -> FileDataset | None:
     if not any(uid.encode() in data[: 1 << 16] for uid in ENHANCED_CT):
         return None
     try:
+        data = inflate_file(data, MAX_BYTES) or data
         file = BoundedFile(data)
         file.left += min(len(data) // 32, MAX_READS)
         return parse_bounded(file)
@@ -129,6 +131,8 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
     slice_.file_meta = copy(source.file_meta)
     # Raw values are then written as they are: converting a text of 64,000 escape sequences takes a second.
     is_implicit, is_little = source.original_encoding
+    if "TransferSyntaxUID" not in slice_.file_meta and is_little:
+        slice_.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
     slice_.set_original_encoding(is_implicit, is_little, source.original_character_set)
     shared, own = source.get("SharedFunctionalGroupsSequence") or [], source.PerFrameFunctionalGroupsSequence
     groups = [*(shared[0] if shared else ()), *own[number - 1]]
@@ -144,17 +148,35 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
     if count > 1:
         _replace(slice_, SOPInstanceUID=f"{elements.required_text('SOPInstanceUID')}.{number}")
     _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
-    pixels = source.get("PixelData")
-    if pixels and source.file_meta.TransferSyntaxUID.is_encapsulated:
-        slice_.PixelData = encapsulate([get_frame(pixels, number - 1, number_of_frames=count)])
-    elif pixels:
-        size = source.Rows * source.Columns * source.BitsAllocated // 8
-        slice_.PixelData = pixels[(number - 1) * size : number * size]
-        if len(slice_.PixelData) < size:  # writing would add a byte where one is missing
-            raise UnreadableDicomError(f"truncated: frame {number} has {len(slice_.PixelData)} of {size} bytes")
-    if pixels:
+    if pixels := source.get("PixelData"):
+        slice_.PixelData = _frame_pixels(source, pixels, number, count)
         slice_["PixelData"].VR = "OW" if source.BitsAllocated > 8 else "OB"
     return slice_
+
+
+def _frame_pixels(source: FileDataset, pixels: bytes, number: int, count: int) -> bytes:
+    """Return PixelData of one frame. Raises UnreadableDicomError where the file holds less than its header says."""
+    if _is_encapsulated(source, pixels):
+        return encapsulate([get_frame(pixels, number - 1, number_of_frames=count)])
+    size = source.Rows * source.Columns * source.BitsAllocated // 8
+    frame = pixels[(number - 1) * size : number * size]
+    if len(frame) < size:  # writing would add a byte where one is missing
+        raise UnreadableDicomError(f"truncated: frame {number} has {len(frame)} of {size} bytes")
+    return frame
+
+
+def _is_encapsulated(source: FileDataset, pixels: bytes) -> bool:
+    """Whether PixelData is a list of items. Raises UnreadableDicomError unless it is what the transfer syntax says."""
+    syntax = UID(source.file_meta.get("TransferSyntaxUID", ""))
+    if not syntax:
+        require_no_items(pixels)
+        return False
+    try:
+        encapsulated = syntax.is_encapsulated
+    except ValueError:
+        raise UnreadableDicomError(f"{describe_syntax(syntax)}, which can't be read; {EXPORT_AGAIN}") from None
+    require_form(pixels, syntax, encapsulated=encapsulated)
+    return encapsulated
 
 
 def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Dataset]) -> None:
