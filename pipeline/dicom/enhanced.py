@@ -55,13 +55,37 @@ def read_slice_file(path: str, largest: int) -> bytes:
 
     Raises UnreadableDicomError as ``archive.read_file`` does, and EnhancedCtError for a file of over ``largest`` bytes.
     """
-    match = FRAME.fullmatch(path)
-    if match and not os.path.exists(path):  # noqa: PTH110
-        return _extract_frame(match[1], int(match[2]))
+    if frame := _split_frame(path):
+        return _extract_frame(*frame)
     try:
         return read_file(path, largest)
     except FileTooLargeError as error:
         raise EnhancedCtError(str(error)) from None
+
+
+def _split_frame(path: str) -> tuple[str, int] | None:
+    """Return the file and the number of a frame's path; None for any other path."""
+    match = FRAME.fullmatch(path)
+    return (match[1], int(match[2])) if match and not os.path.exists(path) else None  # noqa: PTH110
+
+
+def frame_uid(uid: str, number: int, count: int) -> str:
+    """Return the UID by which tables name a frame of a file: the file's own where that has one frame."""
+    return uid if count == 1 else f"{uid}.{number}"
+
+
+def image_of_frame(path: str) -> dict[str, str | int]:
+    """Return what a report names where ``path`` is a frame: class, UID and number of frames of its file; else nothing.
+
+    InstanceNumber (0020,0013) of a frame's slice is the number of the frame.
+    """
+    frame = _split_frame(path)
+    source = frame and _read_once(frame[0], stamp_of(frame[0]))
+    if not source:
+        return {}
+    elements = Elements(source)
+    uids: dict[str, str | int] = {name: elements.required_text(name) for name in ("SOPClassUID", "SOPInstanceUID")}
+    return uids | {"NumberOfFrames": elements.whole("NumberOfFrames") or 1}
 
 
 def list_frames(path: str) -> list[str]:
@@ -145,8 +169,7 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
             if vr != "SQ" and tag not in _DROPPED:
                 slice_[tag] = deepcopy(element)  # assigning to an attribute would change the shared element
     _replace(slice_, SOPClassUID=CTImageStorage, InstanceNumber=number)
-    if count > 1:
-        _replace(slice_, SOPInstanceUID=f"{elements.required_text('SOPInstanceUID')}.{number}")
+    _replace(slice_, SOPInstanceUID=frame_uid(elements.required_text("SOPInstanceUID"), number, count))
     _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
     if pixels := source.get("PixelData"):
         slice_.PixelData = _frame_pixels(source, pixels, number, count)
