@@ -14,6 +14,8 @@ def message_of(error: BaseException) -> str | None:  # noqa: PLR0911 - a line fo
     """Return the message for an error that the machine caused; None for any other error, a fault of this program."""
     if _is(error, "distributed", "scheduler", "KilledWorker"):
         return f"Dask workers were killed again and again, perhaps for want of memory; use fewer --workers; {KEPT}"
+    # torch 2 has classes for a full and for a lost GPU. Of cuBLAS, cuDNN, CPU memory, shared memory and workers it
+    # raises a plain RuntimeError: the text alone tells them apart.
     text = str(error)
     if _is(error, "torch", "OutOfMemoryError"):
         return (
@@ -25,7 +27,7 @@ def message_of(error: BaseException) -> str | None:  # noqa: PLR0911 - a line fo
         return f"the GPU failed ({first}); see nvidia-smi, or take another one with --gpu; {KEPT}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"there is not enough memory; run again with fewer --workers or a smaller batch_size; {KEPT}"
-    if isinstance(error, RuntimeError) and any(mark in text for mark in ("shared memory", "/torch_", "Bus error")):
+    if isinstance(error, RuntimeError) and any(mark in text for mark in ("shared memory", "</torch_", "Bus error")):
         cause = "there is not enough shared memory (/dev/shm) for decoding processes"
         return f"{cause}; give the container more (docker run --shm-size 2g), or use --workers 0; {KEPT}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):

@@ -143,6 +143,16 @@ def _log_remarks(result: dict[str, Any]) -> None:
         log.warning("no DeLong and no exact intervals of %d classes (%s: %s)", len(reasons), name, reason)
     if excluded := result.get("n_excluded"):
         log.warning("labels: %d slices left out: not all six labels are known", excluded)
+    _log_nulls(result)
+
+
+def _log_nulls(result: dict[str, Any]) -> None:
+    """Log why a figure is null."""
+    from ichpipe.scoring.metrics import describe_undefined_aucs
+
+    one_kind = {name: auc["n_positive"] for name, auc in result.get("auc", {}).items() if auc["value"] is None}
+    if undefined := describe_undefined_aucs(one_kind):
+        log.warning("%s", undefined)
     if result.get("weighted_log_loss", 0.0) is None:
         unknown = [name for name, value in result.get("log_loss", {}).items() if value is None]
         cause = f"no label is known of {', '.join(unknown)}" if unknown else "nothing has all six labels"

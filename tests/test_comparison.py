@@ -214,3 +214,12 @@ def test_one_patient_has_no_interval_and_no_verdict():
     assert row["verdict"] == "noise"
     assert row["gain"]["weighted_log_loss"]["ci_low"] is None
     comparison_text(compare_arms(arms, "base", **SETTINGS))
+
+
+@pytest.mark.parametrize(("label", "reason"), [(0, "no positive"), (1, "no negative")])
+def test_a_class_of_one_kind_is_warned_of(label, reason):
+    arms = [make_arm("base", 1.0, patients=3), make_arm("good", 3.0, patients=3)]
+    for arm in arms:
+        arm.table[LABELS[5]] = float(label)
+    (warning,) = compare_arms(arms, "base", **SETTINGS)["warnings"]
+    assert warning == f"AUC is not defined of {CLASSES[5]} ({reason}): it needs both"

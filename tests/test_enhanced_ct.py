@@ -1,11 +1,16 @@
 """Enhanced CT: every frame becomes a slice with the geometry and rescale of its functional groups."""
 
+import zlib
+
 import numpy as np
 import pydicom
 import pytest
 from conftest import AXIAL, compress, ct_dataset, save_dicom
 from pydicom.dataset import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from ichpipe.dicom import dataset as classic
+from ichpipe.dicom import enhanced
 from ichpipe.dicom.enhanced import ENHANCED_CT
 from ichpipe.dicom.hounsfield import read_hu, read_square_hu
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
@@ -154,3 +159,70 @@ def test_force_accepts_frames(tmp_path, frames):
     assert len(found.slices) == 4
     assert len(found.forced) == 1
     assert found.rejected.empty
+
+
+def restate(path, syntax):
+    """Name another transfer syntax of as many characters in the file; its bytes stay."""
+    data = path.read_bytes()
+    with quiet_pydicom():
+        old = str(pydicom.dcmread(path).file_meta.TransferSyntaxUID).encode()
+    assert len(old) == len(syntax)
+    path.write_bytes(data.replace(old, syntax.encode(), 1))
+
+
+@pytest.mark.parametrize(
+    ("compressed", "stated", "expected"),
+    [
+        (True, "1.2.840.10008.1.2.1", r"1\.2\.1 \(Explicit.*is a list of items.*; export"),
+        (False, "1.2.840.10008.1.2.5", r"1\.2\.5 \(RLE.*is not a list of items.*; export"),
+        (False, "1.2.840.10008.1.2.7", r"1\.2\.7 \(unknown.*can't be read; export"),
+    ],
+)
+def test_pixels_of_another_form_than_the_syntax_are_named_for_every_frame(
+    tmp_path, frames, compressed, stated, expected
+):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    restate(compress(path, "1.2.840.10008.1.2.5") if compressed else path, stated)
+    slices, rejected = scan([tmp_path])
+    assert (len(slices), len(rejected)) == (0, 4)
+    assert rejected["reason"].str.contains(f"enhanced CT: .*{expected}").all()
+
+
+def test_frames_of_a_file_without_meta_header_are_read(tmp_path, frames):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    data = path.read_bytes()
+    path.write_bytes(data[144 + int.from_bytes(data[140:144], "little") :])
+    slices, rejected = scan([tmp_path])
+    assert (len(slices), len(rejected)) == (4, 0)
+    assert np.array_equal(read_hu(slices["path"].iloc[2]), frames[2])
+
+
+def test_a_deflated_file_is_inflated_within_bounds(tmp_path, frames, monkeypatch):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(path)
+    slices, _ = scan([tmp_path])
+    assert [np.array_equal(read_hu(name), frame) for name, frame in zip(slices["path"], frames, strict=True)] == [
+        True
+    ] * 4
+    data = path.read_bytes()
+    start = 144 + int.from_bytes(data[140:144], "little")
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    block = packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    path.write_bytes(data[:start] + block * 64)  # 1 GiB
+    monkeypatch.setattr(enhanced, "MAX_BYTES", 2**27)  # the rule, without a gigabyte of memory
+    assert scan([tmp_path])[1]["reason"].tolist() == ["inflates to more than 134217728 bytes: too large"]
+    path.write_bytes(data[:-8])
+    assert "deflated data set is cut short" in scan([tmp_path])[1]["reason"].iloc[0]
+
+
+def test_a_deflated_file_may_be_larger_than_one_slice(tmp_path, frames, monkeypatch):
+    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+    with quiet_pydicom():
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(path)
+    monkeypatch.setattr(classic, "MAX_FILE_BYTES", path.stat().st_size + 10)
+    assert len(scan([tmp_path])[0]) == 4

@@ -15,6 +15,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import bounded_file, dataset
+from ichpipe.dicom.bounded_file import inflate
 from ichpipe.dicom.hounsfield import read_hu
 from ichpipe.dicom.slice_header import read_header
 
@@ -165,8 +166,8 @@ def test_any_length_inflates_to_itself(size, filling):
     body = (filling * size)[:size]
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     packed = packer.compress(body) + packer.flush()
-    assert dataset.inflate(packed) == body
-    assert dataset.inflate(packed + b"\0") == body  # a byte to make the length even
+    assert inflate(packed, len(body)) == body
+    assert inflate(packed + b"\0", len(body)) == body  # a byte to make the length even
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, None])

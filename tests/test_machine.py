@@ -149,6 +149,11 @@ def test_a_small_shared_memory_is_named(text):
     assert "--shm-size" in message_of(RuntimeError(text))
 
 
+def test_weights_that_share_memory_are_no_fault_of_the_machine():
+    text = "Some tensors share memory … https://huggingface.co/docs/safetensors/torch_shared_tensors"
+    assert message_of(RuntimeError(text)) is None
+
+
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), pytest.param(0o027, 0o640, marks=SOAK)])
 def test_files_follow_the_umask(tmp_path, mask, mode):
     code = (

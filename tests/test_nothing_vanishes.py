@@ -31,9 +31,9 @@ from ichpipe.index.series_selection import has_absurd_values, select_series
 from ichpipe.index.volume import read_series
 from ichpipe.inference.findings import format_nothing_left
 from ichpipe.inference.inputs import collect_inputs
-from ichpipe.params.schema import PrepareParams
+from ichpipe.params.schema import Params, PrepareParams
 from ichpipe.scoring.score_studies import read_studies, score_studies
-from ichpipe.stages import prepare
+from ichpipe.stages import prepare, score
 
 SELECTION = PrepareParams().selection
 
@@ -436,3 +436,42 @@ def test_scores_of_studies_name_identifiers_in_another_spelling(tmp_path):
     (tmp_path / "labels.csv").write_text("patient_id,any\n14,1\n")
     with pytest.raises(DataError, match="'0014' is '14' there"):
         score_studies(tmp_path / "studies.csv", read_labels("folder", tmp_path / "labels.csv"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("form", "predictions", "labels", "hint"),
+    [
+        ("rsna", "ID,Lable\n1_any,.5\n", "ID,Label\n1_any,1\n", "'Lable' may be 'Label'"),
+        ("rsna", "ID,Label\n1_any,.5\n", "IDs,Label\n1_any,1\n", "'IDs' may be 'ID'"),
+        ("rsna", "ID,ICH_probablity\n1_any,.5\n", "ID,Label\n1_any,1\n", "'ICH_probablity'"),
+        ("cq500", "name,ICH_probablity,IPH,IVH,SDH,EDH,SAH\n", "name\n", "'ICH_probablity'"),
+        ("cq500", "nmae,ICH,IPH,IVH,SDHs,EDH,SAH\n", "name\n", "'SDHs' may be 'SDH'"),
+        ("cq500", "name,ICH,IPH,IVH,SDH,EDH,SAH\n", "nam,R1:ICH\n", "'nam' may be 'name'"),
+        ("cq500", "name,ICH,IPH,IVH,SDH,EDH,SAH\n", "name,R1_ICHH,R1:IPH\n", "'R1_ICHH' may be 'R1:ICH'"),
+    ],
+)
+def test_a_misspelt_heading_of_any_form_is_named(tmp_path, form, predictions, labels, hint):
+    for name, text in (("p.csv", predictions), ("l.csv", labels)):
+        rows = [] if form == "rsna" else [",".join(["CQ500-CT-1", *["0"] * text.count(",")])]
+        (tmp_path / name).write_text(text + "".join(f"{row}\n" for row in rows))
+    with pytest.raises(DataError, match=f"{hint}.*: rename it"):
+        score.run(form, tmp_path / "p.csv", tmp_path / "l.csv", None, Params().evaluate)
+
+
+def test_rsna_labels_of_prepare_name_the_misspelt_heading(tmp_path):
+    (tmp_path / "l.csv").write_text("ID,Lable\n1_any,1\n")
+    with pytest.raises(DataError, match="'Lable' may be 'Label': rename it"):
+        read_labels("rsna", tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(("label", "reason"), [(0, "no positive"), (1, "no negative")])
+def test_a_class_of_one_kind_says_why_it_has_no_auc(tmp_path, caplog, label, reason):
+    header = "study_uid," + ",".join(CLASSES)
+    rows = [f"1.{number},{number % 2},0,0,0,0,{label if label == 0 else 1}" for number in range(4)]
+    rows = [row if label == 0 else f"{row.split(',')[0]},1,0,0,0,0,{int(row[2:3]) % 2}" for row in rows]
+    (tmp_path / "l.csv").write_text("\n".join([header, *rows]) + "\n")
+    (tmp_path / "p.csv").write_text("\n".join([header, *(f"1.{n}" + ",.5" * 6 for n in range(4))]) + "\n")
+    score.run("studies", tmp_path / "p.csv", tmp_path / "l.csv", None, Params().evaluate)
+    (line,) = [record.getMessage() for record in caplog.records if "AUC" in record.getMessage()]
+    assert line.startswith("AUC is not defined of ")
+    assert f"{'any' if label else 'epidural'} ({reason})" in line

@@ -175,6 +175,115 @@ def relabel(path, syntax):
     return path
 
 
+RLE, JPEG_BASELINE, JPEG_70, JPEG_LS, JPEG_2000 = (
+    "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.90",
+)  # fmt: skip
+KINDS = {RLE: "run length", JPEG_70: "lossless JPEG", JPEG_LS: "JPEG-LS", JPEG_2000: "JPEG 2000"}
+ITEM, END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0" + bytes(4)
+RAMP = np.arange(32 * 40, dtype=np.uint16).reshape(32, 40)
+
+
+def stream_of(kind):
+    """RAMP as a stream of a transfer syntax, of even length."""
+    if kind == RLE:
+        segments = [b"".join(b"\x00" + bytes([value]) for value in (RAMP >> shift & 255).ravel()) for shift in (8, 0)]
+        starts = np.array([2, 64, 64 + len(segments[0]), *[0] * 13], "<u4")
+        return starts.tobytes() + b"".join(segments)
+    codecs = pytest.importorskip("imagecodecs")
+    encode = {
+        JPEG_BASELINE: lambda: codecs.jpeg8_encode((RAMP >> 4).astype(np.uint8)),
+        JPEG_70: lambda: codecs.ljpeg_encode(RAMP, bitspersample=16),
+        JPEG_LS: lambda: codecs.jpegls_encode(RAMP),
+        JPEG_2000: lambda: codecs.jpeg2k_encode(RAMP, level=0, codecformat="j2k", bitspersample=16),
+    }
+    stream = encode[kind]()
+    return stream + b"\0" * (len(stream) % 2)
+
+
+def write_items(write_ct, syntax, *fragments, items=True, meta=True):
+    """A file of RAMP that states ``syntax``, with ``fragments`` as the items after an empty table of offsets.
+
+    Without ``items`` the fragments stand alone; without ``meta`` the file begins with its data set.
+    """
+    path = relabel(write_ct(pixels=RAMP, PixelData=None), syntax)
+    parts = [ITEM + len(part).to_bytes(4, "little") + part for part in (b"", *fragments)]
+    body, length = (b"".join(parts) + END, b"\xff" * 4) if items else (b"".join(fragments), None)
+    length = length or len(body).to_bytes(4, "little")
+    data = path.read_bytes() + b"\xe0\x7f\x10\x00OB\0\0" + length + body
+    path.write_bytes(data if meta else data[144 + int.from_bytes(data[140:144], "little") :])
+    return path
+
+
+@pytest.mark.parametrize("syntax", [*KINDS, "1.2.840.10008.1.2.4.57", JPEG_BASELINE, ENCAPSULATED])
+@pytest.mark.parametrize("kind", [*KINDS, JPEG_BASELINE])
+def test_a_stream_of_another_syntax_is_named(write_ct, syntax, kind):
+    path = write_items(write_ct, syntax, stream_of(kind))
+    if kind == syntax or (kind == JPEG_70 and syntax.endswith(".57")):
+        assert read_header(path).transfer_syntax == syntax
+        if kind != JPEG_BASELINE:
+            assert np.array_equal(read_hu(path), np.maximum(RAMP.astype(int) - 1024, -1024))
+        return
+    found = KINDS.get(kind, "JPEG baseline")
+    for read in (read_header, read_hu):
+        with pytest.raises(
+            UnreadableDicomError, match=rf"is {syntax} \(.*\), but .* holds {found}.*; export the image"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize("syntax", [*KINDS, JPEG_BASELINE, ENCAPSULATED])
+@pytest.mark.parametrize(
+    ("fragments", "expected"),
+    [
+        ((), "no fragment|no PixelData"),
+        ((b"",), "without a byte|hold 0 bytes"),
+        ((b"", b"", b""), "without a byte|hold 0"),
+    ],
+)
+def test_fragments_without_pixels_are_named(write_ct, syntax, fragments, expected):
+    path = write_items(write_ct, syntax, *fragments)
+    with pytest.raises(UnreadableDicomError, match=f"({syntax}.*)?({expected}).*; (copy or )?export") as caught:
+        read_header(path)
+    assert syntax in str(caught.value)
+
+
+@pytest.mark.parametrize("syntax", [*KINDS, ENCAPSULATED])
+def test_empty_fragments_among_others_change_nothing(write_ct, syntax):
+    stream = RAMP.tobytes() if syntax == ENCAPSULATED else stream_of(syntax)
+    path = write_items(write_ct, syntax, b"", stream, b"")
+    assert np.array_equal(read_hu(path), np.maximum(RAMP.astype(int) - 1024, -1024))
+
+
+@pytest.mark.parametrize("size", [-2, 2, 4000])
+def test_items_of_uncompressed_pixels_hold_the_image(write_ct, size):
+    pixels = np.random.default_rng(0).bytes(RAMP.nbytes + size)
+    with pytest.raises(
+        UnreadableDicomError, match=rf"{ENCAPSULATED} .*hold {len(pixels)} bytes.*{RAMP.nbytes}; export"
+    ):
+        read_header(write_items(write_ct, ENCAPSULATED, pixels))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_compressed_stream_without_items_is_named(write_ct, kind, meta):
+    noise = np.random.default_rng(0).bytes(2 * RAMP.nbytes)  # longer than the image, so that its length says nothing
+    path = write_items(write_ct, "1.2.840.10008.1.2.1", stream_of(kind) + noise, items=False, meta=meta)
+    with pytest.raises(UnreadableDicomError, match=rf"1\.2\.1 .*holds {KINDS[kind]}.*; export"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, JPEG_BASELINE])
+def test_items_in_a_file_without_a_transfer_syntax_are_named(write_ct, kind):
+    path = write_items(write_ct, "1.2.840.10008.1.2.1", stream_of(kind), meta=False)
+    found = KINDS.get(kind, "JPEG baseline")
+    for read in (read_header, read_hu):
+        with pytest.raises(
+            UnreadableDicomError, match=rf"no TransferSyntaxUID .*list of items \({found}.*export the im"
+        ):
+            read(path)
+
+
 def test_encapsulated_uncompressed_pixels_are_read(write_ct):
     pixels = np.arange(16, dtype=np.int16).reshape(4, 4)
     path = write_ct(pixels=pixels, PixelData=encapsulate([pixels.tobytes()]))

@@ -109,6 +109,43 @@ def test_a_slice_in_two_sources_takes_its_later_series_along(archives, tmp_path)
     )
 
 
+SHARED = {
+    "slice": ("SOPInstanceUID",),
+    "series": ("SOPInstanceUID", "SeriesInstanceUID"),
+    "study": ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"),
+}
+
+
+@pytest.mark.parametrize("level", SHARED)
+def test_what_two_sources_share_makes_their_patients_one(archives, tmp_path, level):
+    again = tmp_path / "again"
+    shutil.copytree(archives / "two", again)
+    pairs = zip(*(read_index_of(folder, tmp_path) for folder in (archives / "one", again)), strict=True)
+    shared = [pair for number, pair in enumerate(pairs) if number % 3 == 0]
+    for (original, _), (path, _) in shared:
+        with quiet_pydicom():
+            dataset, other = pydicom.dcmread(path), pydicom.dcmread(original)
+            for keyword in SHARED[level]:
+                setattr(dataset, keyword, other[keyword].value)
+            dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+            dataset.save_as(path)
+    given = sources(archives, dicom_dir=str(again / "dicom"), labels=None)
+    _, _, index = prepared(tmp_path, given)
+    assert "train" in set(index["split"])
+    for (_, patient), (_, other) in shared:
+        splits = set(index.loc[index["patient_id"].isin([f"one/{patient}", f"two/{other}"]), "split"])
+        assert len(splits) == 1
+        assert f"two/{other}" not in set(index["patient_id"])
+
+
+def read_index_of(folder, tmp_path):
+    """Path and patient of the first slice of each patient."""
+    from ichpipe.index.scan import scan
+
+    slices = scan([folder / "dicom"])[0]
+    return slices.drop_duplicates("patient_id").sort_values("patient_id")[["path", "patient_id"]].values.tolist()[:10]
+
+
 def test_slices_for_stage_one_are_trained_on_and_never_scored_nor_stored(archives, tmp_path):
     params, artifacts, index = prepared(tmp_path, sources(archives, use="slices"))
     alone = index[index["source"] == "two"]

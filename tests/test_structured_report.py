@@ -9,10 +9,13 @@ import pandas as pd
 import pydicom
 import pytest
 from conftest import save_dicom
+from test_enhanced_ct import write_enhanced
 
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
+from ichpipe.dicom.enhanced import ENHANCED_CT
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.index.scan import scan
 from ichpipe.inference.findings import PACKAGE_VERSION, Extent, Provenance
 from ichpipe.inference.structured_report import FINDINGS, make_report, read_source, write_report
 
@@ -284,3 +287,47 @@ def test_an_odd_value_costs_no_report(write_ct, tmp_path, keyword, text):
     report = make_report(sources, dict.fromkeys(CLASSES, 0.5), where, provenance)
     assert str(report[keyword].value or "") == ("Zhang^X=张^小" if keyword == "PatientName" else "")
     assert report.PatientID == dataset.PatientID
+
+
+@pytest.mark.parametrize("uid", sorted(ENHANCED_CT))
+@pytest.mark.parametrize(("files", "count"), [(1, 5), (5, 1), (2, 3)])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_frames_of_enhanced_ct_are_referred_to_by_number(tmp_path, uid, files, count, zipped):
+    folder, archive = tmp_path / "scan", tmp_path / "scan.zip"
+    pixels = np.zeros((count, 4, 6), np.int16)
+    for number in range(files):
+        sop_uid = f"1.2.3.{'9' * 55}.{number}"  # 63 characters: with the number of a frame it would be none
+        write_enhanced(
+            folder / f"{number}.dcm", pixels, intercepts=[0] * count, uid=uid, SOPInstanceUID=sop_uid,
+            PatientName="Jekyll^Henry",
+        )  # fmt: skip
+    if zipped:
+        shutil.make_archive(archive.with_suffix(""), "zip", folder)
+    slices, rejected = scan([archive if zipped else folder])
+    assert len(slices) == files * count
+    assert rejected.empty
+    slices = slices.sort_values("path")
+    paths, names = slices["path"].tolist(), slices["sop_uid"].tolist()
+    shown = names[1 : 1 + max(count - 2, 1)] if files == 1 else names[2:4]
+    where = {name: Extent(tuple(shown), None, None, names[0]) for name in CLASSES}
+    where["epidural"] = Extent((), None, None, names[0])
+    target = tmp_path / "report.dcm"
+    write_report(target, make_report(read_source(paths), dict.fromkeys(CLASSES, 0.9), where, PROVENANCE))
+    report, groups = groups_of(target)
+    assert report.PatientName == "Jekyll^Henry"
+    found = [
+        (image.referenced_sop_class_uid, f"{image.referenced_sop_instance_uid}{'' if count == 1 else f'.{frame}'}")
+        for image in groups["any"].get_measurements()[0].referenced_images
+        for frame in image.referenced_frame_numbers
+    ]
+    assert found == [(uid, name) for name in shown]
+    (first,) = groups["epidural"].get_measurements()[0].referenced_images
+    assert first.referenced_frame_numbers == [1]
+    evidence = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert {item.ReferencedSOPClassUID for item in evidence} == {uid}
+    assert {len(item.ReferencedSOPInstanceUID) for item in evidence} == {63}
+    assert len(evidence) == files
+    if shutil.which("dsrdump"):
+        done = subprocess.run(["dsrdump", "+Pc", str(target)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Enhanced CT" in done.stdout or "image" in done.stdout

@@ -54,6 +54,18 @@ def test_what_is_saved_comes_back_with_its_description(model, tmp_path):
     assert load_end_to_end(tmp_path / "load_end_to_end").sequence.spec == model.sequence.spec
 
 
+@pytest.mark.parametrize("name", ["coat_tiny", "coat_lite_tiny"])
+def test_a_network_that_uses_one_weight_twice_is_saved(tmp_path, name):
+    torch.manual_seed(0)
+    cnn = SliceCnn(spec_for(name, PAPER_WINDOWS, 32, 0.0)).eval()
+    save_model(tmp_path, cnn, {"index": "d1"})
+    loaded = load_slice_cnn(tmp_path)
+    assert same(loaded, cnn)
+    assert len(list(loaded.parameters())) == len(list(cnn.parameters()))
+    hu = torch.full((1, 1, 32, 32), 40.0)
+    assert torch.equal(loaded(hu)[1], cnn(hu)[1])
+
+
 def test_the_same_weights_give_the_same_bytes(model, tmp_path):
     contents = {save_model(tmp_path / str(n), model, {"a": "1", "b": "2"}).read_bytes() for n in range(3)}
     assert len(contents) == 1

@@ -26,7 +26,8 @@ TEMPORARY: Final = ".ichpipe-tmp"  # ends the names of temporary folders, which 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
-# Libraries that write through C++ or Rust give texts without an error number; torch does not even give the cause.
+# Libraries that write through C++ or Rust give texts without an error number. torch 2 raises a plain RuntimeError where
+# it writes to a path, which does not even give the cause; it has no class for it.
 _FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
 _TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
 

@@ -114,6 +114,17 @@ class Table:
         columns = ", ".join(self.names[:12]) + (", …" if len(self.names) > 12 else "")
         return DataError(f"{self.title} {complaint}; its columns: {columns}")
 
+    def near_misses(self, names: Iterable[str]) -> str:
+        """Return the end of a message: which absent ones of ``names`` the headings may mean; empty where none is near.
+
+        ``names`` are all that the table may have.
+        """
+        names = list(names)
+        absent = [name for name in names if name not in self.names]
+        pairs = ((heading, _find_near(heading, absent)) for heading in self.names if heading not in names)
+        meant = [f"{heading!r} may be {name!r}" for heading, name in pairs if name]
+        return f"; {', '.join(meant)}: rename it" if meant else ""
+
     def _name_row(self, row: int) -> str:
         if not self.is_csv:
             return f"row {row + 1}"
@@ -179,7 +190,8 @@ def _find_near(heading: str, names: list[str]) -> str | None:
         short = ABBREVIATIONS.get(name, name).casefold()
         if _SYNONYMS.get(plain) == name or {name, short} & set(words) or (len(name) > len(short) and name in plain):
             return name
-    return next(iter(difflib.get_close_matches(plain, names, n=1, cutoff=NEAR)), None)
+    by_plain = {_plain_name(name): name for name in reversed(names)}
+    return next((by_plain[key] for key in difflib.get_close_matches(plain, list(by_plain), n=1, cutoff=NEAR)), None)
 
 
 def _first_bytes(path: Path) -> bytes:

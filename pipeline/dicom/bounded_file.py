@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from io import BytesIO
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pydicom.filereader import read_partial
+from pydicom.filereader import data_element_generator, read_partial
 
-from ichpipe.common.errors import UnreadableDicomError
+from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
@@ -22,6 +23,9 @@ _PART_BYTES: Final = 8192  # pydicom reads values of unknown length in such piec
 MAX_CHARACTER_SET_BYTES: Final = 1024
 MAX_ZEROS: Final = 2**16  # some writers fill up a block
 _CHARACTER_SET: Final = 0x00080005
+_SYNTAX_TAG: Final = 0x00020010
+EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
+DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
 
 
 class TooManyElementsError(ValueError):
@@ -54,6 +58,35 @@ def parse_bounded(file: BoundedFile, kept_tags: list[BaseTag | int] | None = Non
     if (rest := len(file.getbuffer()) - file.tell()) > MAX_ZEROS:
         raise UnreadableDicomError(f"{rest} bytes follow zeros where an element should begin; export the image again")
     return dataset
+
+
+def inflate_file(data: bytes, largest: int) -> bytes | None:
+    """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound.
+
+    Raises as ``inflate`` does; for damage whatever pydicom or zlib raises.
+    """
+    if DEFLATED_LITTLE.encode() not in data:
+        return None
+    file = BoundedFile(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
+    syntax = next((element for element in meta if element.tag == _SYNTAX_TAG), None)
+    if syntax is None or (syntax.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
+        return None
+    end = syntax.value_tell + len(syntax.value)
+    explicit = EXPLICIT_LITTLE.encode().ljust(len(syntax.value), b"\0")
+    return data[: syntax.value_tell] + explicit + data[end : file.tell()] + inflate(data[file.tell() :], largest)
+
+
+def inflate(packed: bytes, largest: int) -> bytes:
+    """Inflate a deflated data set. Raises FileTooLargeError beyond ``largest`` bytes, UnreadableDicomError if cut."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(packed, largest + 1)
+    if len(body) > largest:
+        raise FileTooLargeError(f"inflates to more than {largest} bytes: too large")
+    if not inflater.eof:
+        raise UnreadableDicomError("its deflated data set is cut short")
+    return body
 
 
 def _stop(tag: BaseTag, _kind: str | None, length: int) -> bool:

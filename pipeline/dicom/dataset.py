@@ -5,19 +5,31 @@ Tags and their meaning: DICOM PS3.3, C.7.6.1 to C.7.6.3 (image, plane, pixels) a
 
 from __future__ import annotations
 
-import zlib
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pydicom.filereader import data_element_generator
 from pydicom.uid import UID
 
-from ichpipe.common.errors import UnreadableDicomError
-from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
+from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
+from ichpipe.dicom.bounded_file import DEFLATED_LITTLE, EXPLICIT_LITTLE, BoundedFile, inflate_file, parse_bounded
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import ENHANCED_CT, EnhancedCtError, read_slice_file
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
-from ichpipe.dicom.stream_checks import RUN_LENGTH, Claim, frame_bytes, require_complete, require_sound
+from ichpipe.dicom.stream_checks import (
+    ENCAPSULATED_LITTLE,
+    EXPORT_AGAIN,
+    RUN_LENGTH,
+    Claim,
+    WrongKindError,
+    describe_syntax,
+    frame_bytes,
+    name_stream,
+    require_complete,
+    require_form,
+    require_kind,
+    require_no_items,
+    require_sound,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +42,7 @@ MAX_SIDE_PX: Final = 4096  # no CT image is wider; decoding what a damaged heade
 MAX_FILE_BYTES: Final = 96 * 2**20  # the largest image, 64 MiB, and a long header; also of an inflated file
 _DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
-EXPLICIT_LITTLE: Final = "1.2.840.10008.1.2.1"
 EXPLICIT_BIG: Final = "1.2.840.10008.1.2.2"
-DEFLATED_LITTLE: Final = "1.2.840.10008.1.2.1.99"
-ENCAPSULATED_LITTLE: Final = "1.2.840.10008.1.2.1.98"  # items that hold uncompressed pixels
 UNCOMPRESSED: Final = frozenset({
     IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED_LITTLE, ENCAPSULATED_LITTLE
 })  # fmt: skip
@@ -64,14 +73,11 @@ _OTHER_FILES: Final = (
     (b"version https://git-lfs", 0, "a pointer of Git LFS; fetch the file: git lfs pull"),
     (b"/annex/objects/", 0, "a pointer of git-annex; fetch the file: git annex get"),
 )
-_SYNTAX_TAG: Final = 0x00020010
 SPACINGS_MM: Final = (0.05, 5.0)  # distances of pixels; a damaged one would ask for any amount of work
 SQUARE_WITHIN: Final = 0.01  # pixels whose sides differ by less count as square
-_EXPORT_AGAIN: Final = "export the image again as Explicit VR Little Endian (1.2.840.10008.1.2.1)"
 READABLE: Final = UNCOMPRESSED | {RUN_LENGTH} | frozenset(
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)
 )  # fmt: skip
-_FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 
 
 class PixelFacts(NamedTuple):
@@ -164,47 +170,23 @@ def parse(data: bytes, kept_tags: list[BaseTag | int]) -> Dataset:
         kind = next((f" but {words}" for mark, at, words in _OTHER_FILES if data.startswith(mark, at)), no_dicom)
         raise UnreadableDicomError(f"not a DICOM file{kind}")
     try:
-        inflated = _inflated(data)
+        inflated = inflate_file(data, MAX_FILE_BYTES)
         dataset = parse_bounded(BoundedFile(inflated or data), kept_tags)
         if inflated:
             dataset.file_meta.TransferSyntaxUID = UID(DEFLATED_LITTLE)
+    except FileTooLargeError as error:
+        raise EnhancedCtError(str(error)) from None
     except UnreadableDicomError:
         raise
     except Exception as error:  # hostile bytes make the parser raise almost anything
         reason = f"damaged or truncated: can't be parsed as DICOM ({type(error).__name__})"
         raise UnreadableDicomError(reason) from None  # nor in a traceback
-    kind = Elements(dataset.file_meta).text("MediaStorageSOPClassUID")
+    kind = Elements(dataset.file_meta).text("MediaStorageSOPClassUID") or Elements(dataset).text("SOPClassUID")
     if kind == _DIRECTORY_CLASS:
         raise UnreadableDicomError("a DICOMDIR: a table of contents, not an image")
     if kind in ENHANCED_CT:
         raise EnhancedCtError("enhanced CT: name one of its frames, FILE/frame-0001")
     return dataset
-
-
-def _inflated(data: bytes) -> bytes | None:
-    """Return a deflated file as an explicit little-endian one, None for another; pydicom inflates without bound."""
-    if DEFLATED_LITTLE.encode() not in data:
-        return None
-    file = BoundedFile(data)
-    file.seek(132 if data[128:132] == b"DICM" else 0)
-    meta: list[Any] = list(data_element_generator(file, False, True, lambda tag, _kind, _length: tag.group != 2))
-    syntax = next((element for element in meta if element.tag == _SYNTAX_TAG), None)
-    if syntax is None or (syntax.value or b"").strip(b" \0") != DEFLATED_LITTLE.encode():
-        return None
-    end = syntax.value_tell + len(syntax.value)
-    explicit = EXPLICIT_LITTLE.encode().ljust(len(syntax.value), b"\0")
-    return data[: syntax.value_tell] + explicit + data[end : file.tell()] + inflate(data[file.tell() :])
-
-
-def inflate(packed: bytes) -> bytes:
-    """Inflate a deflated data set, to MAX_FILE_BYTES at most. Raises UnreadableDicomError."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    body = inflater.decompress(packed, MAX_FILE_BYTES + 1)
-    if len(body) > MAX_FILE_BYTES:
-        raise UnreadableDicomError(f"inflates to more than {MAX_FILE_BYTES} bytes: too large for one CT slice")
-    if not inflater.eof:
-        raise UnreadableDicomError("its deflated data set is cut short")
-    return body
 
 
 def pixel_facts(elements: Elements, syntax: str) -> PixelFacts:
@@ -284,27 +266,34 @@ def require_pixels(elements: Elements, facts: PixelFacts) -> None:
     """Raise UnreadableDicomError unless PixelData (7FE0,0010) can hold the image that the header claims."""
     pixels, syntax = elements.value_bytes("PixelData"), facts.transfer_syntax
     if syntax not in READABLE:
-        raise UnreadableDicomError(f"{_describe_syntax(syntax)}, which can't be read; {_EXPORT_AGAIN}")
+        raise UnreadableDicomError(f"{describe_syntax(syntax)}, which can't be read; {EXPORT_AGAIN}")
     if not pixels:
         where = "; they lie on a server (0028,7FE0)" if elements.has("PixelDataProviderURL") else ""
-        raise UnreadableDicomError(f"no PixelData (7FE0,0010){where}")
-    is_list = pixels.startswith(_FIRST_ITEM)
-    if facts.encapsulated != is_list:
-        contrast = "is a list of items (compressed)" if is_list else "is not a list of items (uncompressed)"
-        raise UnreadableDicomError(f"{_describe_syntax(syntax)}, but PixelData (7FE0,0010) {contrast}; {_EXPORT_AGAIN}")
+        form = f"; {describe_syntax(syntax)}, so there should be items; {EXPORT_AGAIN}" if facts.encapsulated else ""
+        raise UnreadableDicomError(f"no PixelData (7FE0,0010){where or form}")
+    require_form(pixels, syntax, encapsulated=facts.encapsulated)
     if facts.compressed:
         require_stream(pixels, facts)
         return
-    held = frame_bytes(pixels) if facts.encapsulated else pixels
+    held = _unwrap(pixels, facts) if facts.encapsulated else pixels
+    if (kind := name_stream(held)) and len(held) != facts.size_bytes:
+        raise UnreadableDicomError(f"{describe_syntax(syntax)}, but PixelData (7FE0,0010) holds {kind}; {EXPORT_AGAIN}")
     if len(held) < facts.size_bytes:
         raise UnreadableDicomError(f"truncated: PixelData has {len(held)} of {facts.size_bytes} bytes")
 
 
-def _describe_syntax(syntax: str) -> str:
-    """Return the beginning of a message that states the transfer syntax, by UID and name."""
-    uid = UID(syntax)
-    name = "a maker's private one" if uid.is_private else "unknown to this version" if uid.name == syntax else uid.name
-    return f"TransferSyntaxUID (0002,0010) is {syntax} ({name})"
+def _unwrap(pixels: bytes, facts: PixelFacts) -> bytes:
+    """Return uncompressed pixels out of their items. Raises UnreadableDicomError where they can't be the pixels."""
+    try:
+        held = frame_bytes(pixels)
+    except UnreadableDicomError as error:
+        raise UnreadableDicomError(f"{describe_syntax(facts.transfer_syntax)}, but {error}; {EXPORT_AGAIN}") from None
+    if not name_stream(held) and len(held) not in {facts.size_bytes, facts.size_bytes + 1}:
+        raise UnreadableDicomError(  # a compressed stream that was not recognized may be shorter or longer
+            f"{describe_syntax(facts.transfer_syntax)}, but the items of PixelData (7FE0,0010) hold {len(held)} bytes, "
+            f"the image {facts.size_bytes}; {EXPORT_AGAIN}"
+        )
+    return held
 
 
 def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer] | None = None) -> None:
@@ -315,11 +304,17 @@ def require_stream(pixels: bytes, facts: PixelFacts, stored: NDArray[np.integer]
     try:
         frame = frame_bytes(pixels)
         if stored is None:
+            require_kind(frame, facts.transfer_syntax)
             require_sound(frame, facts.transfer_syntax, facts.claim)
         else:
             require_complete(frame, facts.transfer_syntax, facts.claim, stored)
+    except WrongKindError:
+        raise
     except UnreadableDicomError as error:
-        raise UnreadableDicomError(f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}") from error
+        reason = (
+            f"pixels of transfer syntax {facts.transfer_syntax} are damaged: {error}; copy or export the file again"
+        )
+        raise UnreadableDicomError(reason) from error
 
 
 def _rescale(elements: Elements) -> tuple[float, float]:
@@ -361,6 +356,8 @@ def transfer_syntax(dataset: Dataset) -> str:
     stated = Elements(dataset.file_meta).text("TransferSyntaxUID")
     if stated.strip("0123456789."):
         raise UnreadableDicomError("TransferSyntaxUID (0002,0010) is no UID")
+    if not stated:
+        require_no_items(Elements(dataset).value_bytes("PixelData"))
     is_implicit, is_little = dataset.original_encoding
     guess = IMPLICIT_LITTLE if is_implicit else EXPLICIT_LITTLE if is_little else EXPLICIT_BIG
     return stated or guess

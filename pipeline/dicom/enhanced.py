@@ -17,13 +17,14 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.tag import Tag
-from pydicom.uid import CTImageStorage
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 from ichpipe.dicom.archive import read_file, stamp_of
-from ichpipe.dicom.bounded_file import BoundedFile, parse_bounded
+from ichpipe.dicom.bounded_file import BoundedFile, inflate_file, parse_bounded
 from ichpipe.dicom.elements import Elements
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.dicom.stream_checks import EXPORT_AGAIN, describe_syntax, require_form, require_no_items
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,13 +55,37 @@ def read_slice_file(path: str, largest: int) -> bytes:
 
     Raises UnreadableDicomError as ``archive.read_file`` does, and EnhancedCtError for a file of over ``largest`` bytes.
     """
-    match = FRAME.fullmatch(path)
-    if match and not os.path.exists(path):  # noqa: PTH110
-        return _extract_frame(match[1], int(match[2]))
+    if frame := _split_frame(path):
+        return _extract_frame(*frame)
     try:
         return read_file(path, largest)
     except FileTooLargeError as error:
         raise EnhancedCtError(str(error)) from None
+
+
+def _split_frame(path: str) -> tuple[str, int] | None:
+    """Return the file and the number of a frame's path; None for any other path."""
+    match = FRAME.fullmatch(path)
+    return (match[1], int(match[2])) if match and not os.path.exists(path) else None  # noqa: PTH110
+
+
+def frame_uid(uid: str, number: int, count: int) -> str:
+    """Return the UID by which tables name a frame of a file: the file's own where that has one frame."""
+    return uid if count == 1 else f"{uid}.{number}"
+
+
+def image_of_frame(path: str) -> dict[str, str | int]:
+    """Return what a report names where ``path`` is a frame: class, UID and number of frames of its file; else nothing.
+
+    InstanceNumber (0020,0013) of a frame's slice is the number of the frame.
+    """
+    frame = _split_frame(path)
+    source = frame and _read_once(frame[0], stamp_of(frame[0]))
+    if not source:
+        return {}
+    elements = Elements(source)
+    uids: dict[str, str | int] = {name: elements.required_text(name) for name in ("SOPClassUID", "SOPInstanceUID")}
+    return uids | {"NumberOfFrames": elements.whole("NumberOfFrames") or 1}
 
 
 def list_frames(path: str) -> list[str]:
@@ -97,6 +122,7 @@ def _read_once(path: str, _stamp: tuple[int, int]) -> FileDataset | None:
     if not any(uid.encode() in data[: 1 << 16] for uid in ENHANCED_CT):
         return None
     try:
+        data = inflate_file(data, MAX_BYTES) or data
         file = BoundedFile(data)
         file.left += min(len(data) // 32, MAX_READS)
         return parse_bounded(file)
@@ -129,6 +155,8 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
     slice_.file_meta = copy(source.file_meta)
     # Raw values are then written as they are: converting a text of 64,000 escape sequences takes a second.
     is_implicit, is_little = source.original_encoding
+    if "TransferSyntaxUID" not in slice_.file_meta and is_little:
+        slice_.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
     slice_.set_original_encoding(is_implicit, is_little, source.original_character_set)
     shared, own = source.get("SharedFunctionalGroupsSequence") or [], source.PerFrameFunctionalGroupsSequence
     groups = [*(shared[0] if shared else ()), *own[number - 1]]
@@ -141,20 +169,37 @@ def _build_slice(source: FileDataset | None, number: int) -> Dataset:
             if vr != "SQ" and tag not in _DROPPED:
                 slice_[tag] = deepcopy(element)  # assigning to an attribute would change the shared element
     _replace(slice_, SOPClassUID=CTImageStorage, InstanceNumber=number)
-    if count > 1:
-        _replace(slice_, SOPInstanceUID=f"{elements.required_text('SOPInstanceUID')}.{number}")
+    _replace(slice_, SOPInstanceUID=frame_uid(elements.required_text("SOPInstanceUID"), number, count))
     _name_terms(slice_, source.get("ContrastBolusAgentSequence") or [], regions)
-    pixels = source.get("PixelData")
-    if pixels and source.file_meta.TransferSyntaxUID.is_encapsulated:
-        slice_.PixelData = encapsulate([get_frame(pixels, number - 1, number_of_frames=count)])
-    elif pixels:
-        size = source.Rows * source.Columns * source.BitsAllocated // 8
-        slice_.PixelData = pixels[(number - 1) * size : number * size]
-        if len(slice_.PixelData) < size:  # writing would add a byte where one is missing
-            raise UnreadableDicomError(f"truncated: frame {number} has {len(slice_.PixelData)} of {size} bytes")
-    if pixels:
+    if pixels := source.get("PixelData"):
+        slice_.PixelData = _frame_pixels(source, pixels, number, count)
         slice_["PixelData"].VR = "OW" if source.BitsAllocated > 8 else "OB"
     return slice_
+
+
+def _frame_pixels(source: FileDataset, pixels: bytes, number: int, count: int) -> bytes:
+    """Return PixelData of one frame. Raises UnreadableDicomError where the file holds less than its header says."""
+    if _is_encapsulated(source, pixels):
+        return encapsulate([get_frame(pixels, number - 1, number_of_frames=count)])
+    size = source.Rows * source.Columns * source.BitsAllocated // 8
+    frame = pixels[(number - 1) * size : number * size]
+    if len(frame) < size:  # writing would add a byte where one is missing
+        raise UnreadableDicomError(f"truncated: frame {number} has {len(frame)} of {size} bytes")
+    return frame
+
+
+def _is_encapsulated(source: FileDataset, pixels: bytes) -> bool:
+    """Whether PixelData is a list of items. Raises UnreadableDicomError unless it is what the transfer syntax says."""
+    syntax = UID(source.file_meta.get("TransferSyntaxUID", ""))
+    if not syntax:
+        require_no_items(pixels)
+        return False
+    try:
+        encapsulated = syntax.is_encapsulated
+    except ValueError:
+        raise UnreadableDicomError(f"{describe_syntax(syntax)}, which can't be read; {EXPORT_AGAIN}") from None
+    require_form(pixels, syntax, encapsulated=encapsulated)
+    return encapsulated
 
 
 def _name_terms(slice_: Dataset, agents: Sequence[Dataset], regions: Sequence[Dataset]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from pydicom.encaps import generate_fragments, parse_fragments
+from pydicom.uid import UID
 
 from ichpipe.common.errors import UnreadableDicomError
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _JPEG: Final = "1.2.840.10008.1.2.4."
 RUN_LENGTH: Final = "1.2.840.10008.1.2.5"
+ENCAPSULATED_LITTLE: Final = "1.2.840.10008.1.2.1.98"  # items that hold uncompressed pixels
+EXPORT_AGAIN: Final = "export the image again as Explicit VR Little Endian (1.2.840.10008.1.2.1)"
+FIRST_ITEM: Final = b"\xfe\xff\x00\xe0"  # item tag (FFFE,E000) that opens encapsulated pixel data
 JPEG_LOSSLESS: Final = frozenset({f"{_JPEG}57", f"{_JPEG}70"})
 _MAX_PADDING: Final = 16  # bytes after the end of a stream: one is usual, to make the length even
 # Frame headers (SOFn) that a transfer syntax allows: baseline 0, extended 1, lossless 3, JPEG-LS 55.
@@ -41,6 +45,13 @@ _RUNS: Final = [*((code + 1, code + 2) for code in range(128)), (0, 1), *((257 -
 _LINES_AT_ONCE: Final = 64  # the codes of an image of 4096 x 4096 would take half a gigabyte
 _MAX_CATEGORIES: Final = 17  # differences of up to 16 bits have 17 categories, T.81 table H.2
 _JPEG_2000: Final = frozenset(f"{_JPEG}{number}" for number in (90, 91, 201, 202, 203))
+_JPEG_KINDS: Final = {0xC0: "JPEG baseline", 0xC1: "JPEG extended", 0xC3: "lossless JPEG", 0xF7: "JPEG-LS"}
+_RUNS_KIND, _JPEG_2000_KIND = "run length (RLE)", "JPEG 2000"
+_KINDS: Final = {  # what name_stream may say of a stream of each transfer syntax
+    **{syntax: {_JPEG_KINDS[marker] for marker in markers} for syntax, markers in _FRAMES.items()},
+    **{syntax: {_JPEG_2000_KIND} for syntax in _JPEG_2000},
+    RUN_LENGTH: {_RUNS_KIND},
+}
 _MAX_TILES: Final = 4096  # 64 pixels a side in the largest image; each tile costs a decoder memory and time
 _MAX_LAYERS: Final = 256
 _MAX_BLOCKS: Final = 2**19  # precincts of all levels; a pixel each, as damage may claim, takes minutes
@@ -56,6 +67,63 @@ class Claim(NamedTuple):
     bits_stored: int = 0  # (0028,0101)
 
 
+class WrongKindError(UnreadableDicomError):
+    """Pixel data is in another form than its transfer syntax says."""
+
+
+def describe_syntax(syntax: str) -> str:
+    """Return the beginning of a message that states the transfer syntax, by UID and name."""
+    uid = UID(syntax)
+    name = "a maker's private one" if uid.is_private else "unknown to this version" if uid.name == syntax else uid.name
+    return f"TransferSyntaxUID (0002,0010) is {syntax} ({name})"
+
+
+def require_form(pixels: bytes, syntax: str, *, encapsulated: bool) -> None:
+    """Raise WrongKindError unless PixelData is a list of items where its syntax is ``encapsulated``, and only there."""
+    is_list = pixels.startswith(FIRST_ITEM)
+    if encapsulated != is_list:
+        contrast = "is a list of items (compressed)" if is_list else "is not a list of items (uncompressed)"
+        raise WrongKindError(f"{describe_syntax(syntax)}, but PixelData (7FE0,0010) {contrast}; {EXPORT_AGAIN}")
+
+
+def require_no_items(pixels: bytes) -> None:
+    """Raise WrongKindError where PixelData of a file that states no transfer syntax is a list of items."""
+    if pixels.startswith(FIRST_ITEM):
+        try:
+            kind = name_stream(frame_bytes(pixels)) or "compressed, of an unknown kind"
+        except UnreadableDicomError as error:
+            kind = f"compressed, but {error}"
+        raise WrongKindError(
+            f"no TransferSyntaxUID (0002,0010), and PixelData (7FE0,0010) is a list of items ({kind}); write the file "
+            f"with its meta header (group 0002), or {EXPORT_AGAIN}"
+        )
+
+
+def require_kind(frame: bytes, syntax: str) -> None:
+    """Raise WrongKindError where a frame out of items is empty, or begins as a stream of another syntax."""
+    kind = name_stream(frame) if frame else "fragments without a byte"
+    if kind and kind not in _KINDS.get(syntax, {kind}):
+        raise WrongKindError(f"{describe_syntax(syntax)}, but PixelData (7FE0,0010) holds {kind}; {EXPORT_AGAIN}")
+
+
+def name_stream(frame: bytes) -> str:
+    """Return what a compressed stream is, by how it begins; empty where that is open."""
+    if frame.startswith((b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  ")):
+        return _JPEG_2000_KIND
+    if frame.startswith(b"\xff\xd8\xff"):
+        try:
+            markers = [marker for marker, _ in _read_jpeg_segments(frame)[0]]
+        except UnreadableDicomError:
+            return ""  # damaged: the checks of its syntax say how
+        return next((_JPEG_KINDS.get(marker, "JPEG") for marker in markers if marker in _ANY_FRAME), "")
+    if len(frame) > 64:
+        count, *starts = struct.unpack_from("<16L", frame)
+        offsets, unused = starts[:count], starts[count:]
+        if 0 < count < 16 and offsets[0] == 64 and not any(unused) and offsets == sorted(offsets):
+            return _RUNS_KIND if offsets[-1] < len(frame) else ""
+    return ""
+
+
 def frame_bytes(pixels: bytes) -> bytes:
     """Join the fragments of encapsulated PixelData that holds one frame. Raises UnreadableDicomError."""
     try:
@@ -64,7 +132,7 @@ def frame_bytes(pixels: bytes) -> bytes:
     except ValueError:
         raise UnreadableDicomError("a fragment does not begin as an item, or has no length") from None
     if not fragments:
-        raise UnreadableDicomError("PixelData has no fragment")
+        raise UnreadableDicomError("PixelData has no fragment after its table of offsets")
     if len(offsets) not in {0, 4} or offsets.strip(b"\0"):
         raise UnreadableDicomError("its table of offsets is not that of one frame")
     if int.from_bytes(pixels[starts[-1] + 4 : starts[-1] + 8], "little") > len(fragments[-1]):

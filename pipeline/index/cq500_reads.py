@@ -63,7 +63,8 @@ def read_majority(path: Path) -> ScanTable:
     table = read_table(path, "label", ["name", *columns])
     absent = [name for name in ("name", *columns) if name not in table.names]
     if absent:
-        raise table.error(f"is no reads.csv of CQ500: it lacks {', '.join(absent[:6])}")
+        near = table.near_misses(["name", *columns])
+        raise table.error(f"is no reads.csv of CQ500: it lacks {', '.join(absent[:6])}{near}")
     reads = {name: table.numbers(name) for name in columns}
     for name, values in reads.items():
         table.refuse(~np.isin(values, (0.0, 1.0)), f"column {name} is neither 0 nor 1", values)

@@ -38,7 +38,7 @@ def read_rsna_labels(
     """
     table = read_table(path, "label", LONG_COLUMNS)
     if sorted(table.names) != LONG_COLUMNS:
-        raise table.error("must have exactly the columns ID,Label")
+        raise table.error(f"must have exactly the columns ID,Label{table.near_misses(LONG_COLUMNS)}")
     ids = table.text("ID")
     uids, classes = parse_ids(table, ids)
     text = pc.utf8_trim_whitespace(pc.cast(table.content["Label"].combine_chunks(), pa.string()))

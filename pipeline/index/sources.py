@@ -59,9 +59,9 @@ def read_archives(
 ) -> Scanned:
     """Scan every archive, choose its series, join its labels, and put all into one index.
 
-    With ``prepare.sources`` a PatientID becomes ``NAME/PatientID``. A study that stands in two sources makes its
-    patients one: the first source names the patient. A slice (SOPInstanceUID) that stands in two is kept once, of the
-    first. Raises NothingUsableError for an archive without a usable slice.
+    With ``prepare.sources`` a PatientID becomes ``NAME/PatientID``. A study, series or slice that stands in two
+    sources makes its patients one: the first source names the patient. Of a slice (SOPInstanceUID) that stands in
+    two, the first is kept. Raises NothingUsableError for an archive without a usable slice.
     """
     parts = []
     for source, table in zip(params.archives, tables, strict=True):
@@ -107,8 +107,8 @@ def _read_archive(
 def _join(indexes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return one index, sorted by series and slice, and the files that repeat a series of an earlier source.
 
-    Sources that share a study share its patients; without one name for both, one could be trained on and the other
-    scored.
+    Sources that share a study, a series or a slice share its patients; without one name for both, one could be trained
+    on and the other scored.
     """
     whole = pd.concat(indexes, ignore_index=True)
     earlier: dict[str, str] = {}  # name of a patient to the name that an earlier source gives
@@ -118,10 +118,13 @@ def _join(indexes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
             name = earlier[name]
         return name
 
-    for first, *others in whole.groupby("study_uid", sort=False)["patient_id"].unique():
-        for other in map(first_name, others):
-            if other != first_name(first):
-                earlier[other] = first_name(first)
+    for key in ("study_uid", "series_uid", "sop_uid"):
+        names = whole[[key, "patient_id"]].drop_duplicates()
+        shared = names[names.duplicated(key, keep=False)]
+        for first, *others in shared.groupby(key, sort=False)["patient_id"].unique():
+            for other in map(first_name, others):
+                if other != first_name(first):
+                    earlier[other] = first_name(first)
     whole["patient_id"] = whole["patient_id"].map({name: first_name(name) for name in whole["patient_id"].unique()})
     owners = [whole.groupby(key)["source"].transform("first") for key in ("series_uid", "sop_uid")]
     owner = owners[0].where(owners[0] != whole["source"], owners[1])

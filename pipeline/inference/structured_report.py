@@ -21,9 +21,8 @@ from pydicom.valuerep import DA, TM
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.errors import DataError
 from ichpipe.common.files import atomic_path
-from ichpipe.dicom.archive import read_file
 from ichpipe.dicom.dataset import MAX_FILE_BYTES
-from ichpipe.dicom.enhanced import FRAME
+from ichpipe.dicom.enhanced import ENHANCED_CT, frame_uid, image_of_frame, read_slice_file
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.inference.findings import PACKAGE_VERSION
 
@@ -72,6 +71,8 @@ _OF_OTHER_IDS: Final = ("PatientID", "IssuerOfPatientID", "TypeOfPatientID", "Is
 def read_source(paths: Sequence[str]) -> list[Dataset]:
     """Read the headers of a series' images, files or members of archives, without pixels.
 
+    The header of a frame has the class and the UID of its file, and the frame's number as its InstanceNumber.
+
     Text that the report need not repeat is removed: highdicom would copy names of physicians and the like. A date, time
     or sex that is none becomes empty, and a warning names the element.
     """
@@ -79,9 +80,10 @@ def read_source(paths: Sequence[str]) -> list[Dataset]:
     emptied: set[str] = set()
     with quiet_pydicom():
         for path in paths:
-            if FRAME.fullmatch(path):
-                raise DataError("enhanced CT: a report would have to name frames, which is not supported")
-            source = pydicom.dcmread(BytesIO(read_file(path, MAX_FILE_BYTES)), stop_before_pixels=True, force=True)
+            data = read_slice_file(path, MAX_FILE_BYTES)
+            source = pydicom.dcmread(BytesIO(data), stop_before_pixels=True, force=True)
+            for keyword, value in image_of_frame(path).items():
+                setattr(source, keyword, value)
             _remove_other_text(source)
             for keyword in _REQUIRED:
                 if keyword not in source:
@@ -124,6 +126,8 @@ def _empty_invalid(source: Dataset) -> set[str]:
 def _repair_character_set(source: Dataset) -> None:
     """Name the character set (0008,0005) as highdicom knows it; text under any other name becomes UTF-8.
 
+    ASCII without a name keeps none: it is the default set, and dcmtk 3.6.7 warns of UTF-8.
+
     An empty first value means the default set, ISO 2022 IR 6 (PS3.3 C.12.1.1.2): usual in Japan and Korea.
     """
     value = source.get("SpecificCharacterSet") or []
@@ -135,7 +139,10 @@ def _repair_character_set(source: Dataset) -> None:
                 source[keyword].value = str(source[keyword].value).replace(_ESCAPE_58, "")
     known = {name.value for name in hd.enum.SpecificCharacterSetValues} - {"ISO 2022 IR 58"}  # can't be written
     sound = known.issuperset(names) and all(name.startswith("ISO 2022") == (len(names) > 1) for name in names)
-    source.SpecificCharacterSet = names if names and sound else "ISO_IR 192"
+    if names and sound:
+        source.SpecificCharacterSet = names
+    elif names or not all(str(source.get(keyword, "")).isascii() for keyword in (*_REQUIRED, *_COPIED)):
+        source.SpecificCharacterSet = "ISO_IR 192"
 
 
 def require_reportable(sources: Sequence[Dataset]) -> None:
@@ -183,7 +190,7 @@ def _make_document(
     provenance: Provenance,
     forced: str,
 ) -> hd.sr.EnhancedSR:
-    by_uid = {str(source.SOPInstanceUID): source for source in sources}
+    by_uid = {_name_in_tables(source): source for source in sources}
     groups = [_make_group(name, float(probability[name]), where[name], by_uid, provenance, forced) for name in CLASSES]
     model = provenance.model_sha256
     uid = f"2.25.{int(model[:32], 16)}"  # one UID for one model (PS3.5 B.2)
@@ -221,13 +228,30 @@ def _make_document(
     return report
 
 
+def _name_in_tables(source: Dataset) -> str:
+    """Return the UID by which the tables name a slice."""
+    if source.get("SOPClassUID") not in ENHANCED_CT:
+        return str(source.SOPInstanceUID)
+    return frame_uid(str(source.SOPInstanceUID), int(source.InstanceNumber), int(source.NumberOfFrames))
+
+
+def _refer_to(sources: Sequence[Dataset]) -> list[hd.sr.SourceImageForMeasurement]:
+    """Refer to each image once; to one of several frames by their numbers (0008,1160)."""
+    images: dict[str, tuple[Dataset, list[int]]] = {}
+    for source in sources:
+        frames = images.setdefault(str(source.SOPInstanceUID), (source, []))[1]
+        if source.get("SOPClassUID") in ENHANCED_CT:
+            frames.append(int(source.InstanceNumber))
+    refer = hd.sr.SourceImageForMeasurement.from_source_image
+    return [refer(image, sorted(frames) or None) for image, frames in images.values()]
+
+
 def _make_group(
     name: str, probability: float, where: Extent, by_uid: Mapping[str, Dataset], provenance: Provenance, forced: str
 ) -> Any:
     """Make the group of TID 1501 for one class: finding, site, probability with its images, present or absent."""
     finding, site = FINDINGS[name]
-    uids = where.sop_uids or [where.highest]
-    images = [hd.sr.SourceImageForMeasurement.from_source_image(by_uid[uid]) for uid in uids]
+    images = _refer_to([by_uid[uid] for uid in where.sop_uids or [where.highest]])
     percent = float(f"{100 * probability:.6g}")
     measurement = hd.sr.Measurement(codes.DCM.Probability, percent, codes.UCUM.Percent, referenced_images=images)
     presence = codes.SCT.Present if probability >= provenance.threshold else codes.SCT.Absent

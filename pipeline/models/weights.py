@@ -68,6 +68,11 @@ def save_model(
         header["batch_norm"] = "kept"
     target = folder / MODEL_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    seen = set[int]()
+    for name, tensor in state.items():  # CoaT uses one weight under several names, which the format does not have
+        address = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
     with atomic_path(target) as temporary:
         save_file(state, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
     return target

@@ -18,7 +18,7 @@ from ichpipe.common.errors import DataError, did_you_mean
 from ichpipe.common.text_table import format_table
 from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
 from ichpipe.scoring.heldout_predictions import labels_and_probabilities
-from ichpipe.scoring.metrics import WEIGHTS, cross_entropies
+from ichpipe.scoring.metrics import WEIGHTS, cross_entropies, describe_undefined_aucs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +87,9 @@ def compare_arms(
     scored = [scores[name] for name in others]
     gains = _compare_paired(scores[baseline], scored, patients, bootstrap_samples, confidence, seed)
     verdicts = dict(zip(others, gains, strict=True)) | {baseline: ("baseline", {})}
-    warnings = []
+    of_class = {name: seeds[0] for name, seeds in zip(CLASSES, scores[baseline].rankings, strict=True)}
+    one_kind = {name: ranking.n_positive for name, ranking in of_class.items() if ranking.value is None}
+    warnings = [undefined] if (undefined := describe_undefined_aucs(one_kind)) else []
     if strangers := [name for name in names if name not in same]:
         warnings.append(f"scored on other slices than {baseline}, so not compared with it: {', '.join(strangers)}")
     if apart := [arm.name for arm in arms if arm.record.get("store") != base.record.get("store")]:

@@ -16,6 +16,8 @@ from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, group_sums, r
 from ichpipe.scoring.pooling import pool
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import ArrayLike, NDArray
 
     from ichpipe.scoring.pooling import StudyScore
@@ -99,6 +101,12 @@ def score(
         "n_slices": len(true),
         "n_excluded": int((~known).sum()),
     }
+
+
+def describe_undefined_aucs(positives: Mapping[str, int]) -> str:
+    """Say why classes have no AUC, of their numbers of positives by name; empty where there are none."""
+    names = ", ".join(f"{name} ({'no negative' if number else 'no positive'})" for name, number in positives.items())
+    return f"AUC is not defined of {names}: it needs both" if positives else ""
 
 
 def paired_difference(

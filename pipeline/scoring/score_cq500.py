@@ -32,7 +32,8 @@ def read_scans(path: Path, pool: str | None = None) -> ScanTable:
     forms = [form for form in (FINDINGS, {name: name for name in CLASSES}) if set(form.values()) <= set(table.names)]
     if len(forms) != 1:
         both = f"{', '.join(FINDINGS.values())} and {', '.join(CLASSES)}"
-        raise table.error(f"must have one whole set of columns of {both}, and has {len(forms)}")
+        near = "" if forms else table.near_misses([*_NAMES, *FINDINGS.values(), *CLASSES])
+        raise table.error(f"must have one whole set of columns of {both}, and has {len(forms)}{near}")
     values = np.column_stack([read_probabilities(table, forms[0][name]) for name in CLASSES])
     for name in _NAMES:  # the first column that names any scan
         texts = table.optional_text(name)

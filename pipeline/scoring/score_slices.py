@@ -112,7 +112,8 @@ def _read(table: Table, read_column: Callable[[Table, str], Floats], columns: tu
         key = next((name for name in _KEYS if name in table.names), None)
         absent = [name for name in columns if name not in table.names]
         if key is None or absent:
-            raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}")
+            near = table.near_misses([*LONG_COLUMNS, *_KEYS, *GROUPS, *columns])
+            raise table.error(f"lacks {', '.join(absent) or 'the slices'}; {_FORMS}{near}")
         names = pd.Series(table.text(key).to_pandas())
         values = np.column_stack([read_column(table, name) for name in columns])
         codes, unique = pd.factorize(pd.Index(names))
