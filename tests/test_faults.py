@@ -107,10 +107,15 @@ from ichpipe.common.errors import OutputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 big = {"a": torch.zeros(5000)}
+
+def save_checkpoint(path):  # as Trainer does
+    with path.open("wb") as file:
+        torch.save(big, file)
+
 writers = {
     "text": lambda path: path.write_text("x" * 5000),
     "safetensors": lambda path: save_file(big, path),
-    "checkpoint": lambda path: torch.save(big, path),
+    "checkpoint": save_checkpoint,
     "table": lambda path: pandas.DataFrame({"a": range(5000)}).to_parquet(path),
     "csv": lambda path: pandas.DataFrame({"a": range(5000)}).to_csv(path),
 }

@@ -26,10 +26,8 @@ TEMPORARY: Final = ".ichpipe-tmp"  # ends the names of temporary folders, which 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # full disk, exhausted quota, size limit
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})  # NFS, FUSE and the like without flock
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
-# Libraries that write through C++ or Rust give texts without an error number. torch 2 raises a plain RuntimeError where
-# it writes to a path, which does not even give the cause; it has no class for it.
+# Libraries that write through C++ or Rust (safetensors) give texts without an error number.
 _FULL_TEXTS: Final = ("No space left on device", "File too large", "Disk quota exceeded")
-_TORCH_TEXTS: Final = ("PytorchStreamWriter", "inline_container.cc")
 
 
 @contextmanager
@@ -83,8 +81,6 @@ def _disk_error(error: Exception) -> str | None:
         # An error of replace() has two file names; one with a single name may come from a file that the block reads.
         own = error.errno in FULL or error.errno == errno.EROFS or (error.errno in _REFUSED and error.filename2)
         return error.strerror if own else None
-    if any(text in str(error) for text in _TORCH_TEXTS):
-        return "torch could not write all of it: is the disk full?"
     return next((text for text in _FULL_TEXTS if text in str(error)), None)
 
 

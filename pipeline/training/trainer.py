@@ -291,8 +291,9 @@ class Trainer:
             "average": self._average.state_dict() if self._average else {},
             "position": self._position.state_dict() if self._position else None,
         }
-        with atomic_path(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        # torch opens no file itself: where it writes to a path, a full disk gives no error number.
+        with atomic_path(self.checkpoint) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
