@@ -30,12 +30,12 @@ from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
 from ichpipe.scoring.calibration import fit_calibration
-from ichpipe.scoring.heldout_predictions import CLASSES, ENSEMBLE, FINETUNED, LABELS, SLICE_COLUMNS
+from ichpipe.scoring.heldout_predictions import CLASSES, ENSEMBLE, FINETUNED, LABELS, SLICE_COLUMNS, own_predictions
 from ichpipe.scoring.metrics import WEIGHTS, calibration_error, cross_entropies, score
 from ichpipe.stages import cross_validate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from numpy.typing import NDArray
 
@@ -122,14 +122,19 @@ class Run:
         arms_only = section not in {"", "finetune"}
         cross_validate.run(params, artifacts, "cpu", arms_only=arms_only, only_folds=folds)
 
-    def arm(self, name: str) -> pd.DataFrame | None:
-        """Return the pooled test predictions of an arm, or of a final model; None where it is not complete."""
+    def arm(self, name: str, *, average_seeds: bool = False) -> pd.DataFrame | None:
+        """Return the pooled test predictions of an arm, or of a final model; None where it is not complete.
+
+        An arm of several seeds counts as its model does: the mean of all (``average.seeds``), or the first.
+        """
         path = self.pooled.sequence(name) / "predictions.parquet"
         if name in {FINETUNED, ENSEMBLE, BLEND}:
             path = self.pooled.predictions / f"{FINETUNED if name == FINETUNED else ENSEMBLE}.parquet"
         if not path.exists():
             return None
         table = pd.read_parquet(path)
+        if "seed" in table:
+            table = own_predictions(table, average_seeds=average_seeds)
         table = table[table["split"] == "test"].assign(seed=self.seed)
         if name == BLEND:
             fold = read_index(self.pooled.index).set_index("sop_uid")["fold"]
@@ -158,7 +163,8 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     pieces_here = pieces_of(base)
     runs = {piece: [Run(piece, seed, work) for seed in seeds] for piece in (BASE, *pieces_here)}
     last = (FINETUNED, *((ENSEMBLE, BLEND) if base.predict.ensemble else ()))
-    own = {name: _arm(runs[BASE], name, name) for name in (*base.sequence, *last)}
+    averaged = {name for name, section in base.sequence.items() if section.average.seeds}
+    own = {name: _arm(runs[BASE], name, name, averaged) for name in (*base.sequence, *last)}
     by_section: dict[str, list[Arm | None]] = {"fit-slices": [], "finetune": []}
     for piece, (section, _) in pieces_here.items():
         of_piece = FINETUNED if section == "finetune" else SLICE_CNN
@@ -186,8 +192,8 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     return found
 
 
-def _arm(runs: list[Run], name: str, called: str) -> Arm | None:
-    parts = [(run, table) for run in runs if (table := run.arm(name)) is not None]
+def _arm(runs: list[Run], name: str, called: str, averaged: Collection[str] = ()) -> Arm | None:
+    parts = [(run, table) for run in runs if (table := run.arm(name, average_seeds=name in averaged)) is not None]
     if not parts:
         return None
     path = parts[0][0].pooled.sequence(name) / RECORD_FILE

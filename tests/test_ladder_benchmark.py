@@ -84,6 +84,17 @@ def test_tables_hold_what_is_complete_with_intervals(ladder, base, tmp_path):
     assert "| slice-cnn | 2 | 0.6931 [0.6931, 0.6931] | 0.5000" in ladder.as_text(found)
 
 
+def test_an_arm_of_several_seeds_counts_as_its_model(ladder, base, tmp_path):
+    truth, run = np.array([0.0, 1.0] * 8), ladder.Run(ladder.BASE, 3, tmp_path)
+    parts = [predicted(probability, truth).assign(seed=seed) for seed, probability in ((3, 0.2), (4, 0.4))]
+    write_predictions(pd.concat(parts, ignore_index=True), run.pooled.sequence("bilstm"), POOLED)
+    for average, expected in ((True, 0.3), (False, 0.2)):
+        table = run.arm("bilstm", average_seeds=average)
+        assert len(table) == len(truth)
+        assert table["any"].tolist() == pytest.approx([expected] * len(truth))
+        assert set(table["seed"]) == {3}
+
+
 def test_a_piece_that_is_not_complete_has_no_scores_of_the_ladder_itself(ladder, base, tmp_path, monkeypatch):
     origin = Artifacts(ladder.Run(ladder.BASE, 0, tmp_path).folder / "cv")
     write_predictions(predicted(0.4, np.array([0.0, 1.0] * 8)), origin.sequence("bilstm"), POOLED)
