@@ -68,7 +68,7 @@ SMALL_PIECES: dict[str, tuple[str, Any]] = {
     ),
     "no average of weights": ("fit-slices", {"ema_decay": 0.0}),
     "no loss on the slice CNN": ("finetune", {"slice_loss": 0.0}),
-    "best epoch on validation": ("finetune", {"keep": "best"}),
+    "last epoch": ("finetune", {"keep": "last"}),
 }
 """The same for params/small.yaml, whose stage one begins with loose slices."""
 
