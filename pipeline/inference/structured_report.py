@@ -143,6 +143,8 @@ def _repair_character_set(source: Dataset) -> None:
         source.SpecificCharacterSet = names
     elif names or not all(str(source.get(keyword, "")).isascii() for keyword in (*_REQUIRED, *_COPIED)):
         source.SpecificCharacterSet = "ISO_IR 192"
+    elif "SpecificCharacterSet" in source:  # empty, which highdicom refuses
+        del source.SpecificCharacterSet
 
 
 def require_reportable(sources: Sequence[Dataset]) -> None:
