@@ -133,9 +133,10 @@ class Run:
         if not path.exists():
             return None
         table = pd.read_parquet(path)
-        if "seed" in table:
-            table = own_predictions(table, average_seeds=average_seeds)
-        table = table[table["split"] == "test"].assign(seed=self.seed)
+        own = (
+            own_predictions(table, average_seeds=average_seeds) if "seed" in table else table[table["split"] == "test"]
+        )
+        table = own.assign(seed=self.seed)
         if name == BLEND:
             fold = read_index(self.pooled.index).set_index("sop_uid")["fold"]
             return blend(table, table["sop_uid"].map(fold).to_numpy())

@@ -131,14 +131,19 @@ def arrange(rows: NDArray[np.float32], draw: np.random.Generator) -> tuple[Float
     runs = [run for run in (chain[:cut], chain[cut:]) if run]
     empty = len(rows) - len(chain)  # negative slices before, between and after the runs
     gaps = np.sort(draw.integers(empty + 1, size=len(runs)))
-    spread, done = np.sqrt(np.log1p(STRENGTH_VARIATION**2)), 0
+    done = 0
     for run, gap in zip(runs, gaps, strict=True):
         start = int(gap) + done
         labels[start : start + len(run)] = run
-        strength = np.exp(spread * draw.standard_normal() - spread**2 / 2)
-        shown[start : start + len(run)] = np.stack(run) * np.float32(strength)
+        shown[start : start + len(run)] = np.stack(run) * draw_strength(draw)
         done += len(run)
     return labels, shown
+
+
+def draw_strength(draw: np.random.Generator) -> np.float32:
+    """Draw how plain one run is: log-normal, with mean 1."""
+    spread = np.sqrt(np.log1p(STRENGTH_VARIATION**2))
+    return np.float32(np.exp(spread * draw.standard_normal() - spread**2 / 2))
 
 
 def draw_runs(lengths: NDArray[np.intp], rows: NDArray[np.float32], draw: np.random.Generator) -> tuple[Floats, Floats]:
@@ -149,7 +154,6 @@ def draw_runs(lengths: NDArray[np.intp], rows: NDArray[np.float32], draw: np.ran
     labels = np.zeros((int(offset[-1]), 6), dtype=np.float32)
     shown = np.zeros_like(labels)
     ill = draw.random(len(lengths)) < POSITIVE_STUDIES
-    spread = np.sqrt(np.log1p(STRENGTH_VARIATION**2))
     for number in np.flatnonzero(ill):
         first, last = int(offset[number]), int(offset[number + 1])
         wanted = draw.gamma(4, share * (last - first) / 4)
@@ -159,7 +163,7 @@ def draw_runs(lengths: NDArray[np.intp], rows: NDArray[np.float32], draw: np.ran
             start = first + int(draw.integers(last - first - size + 1))
             row = positive[draw.integers(len(positive))]
             labels[start : start + size] = row
-            shown[start : start + size] = row * np.float32(np.exp(spread * draw.standard_normal() - spread**2 / 2))
+            shown[start : start + size] = row * draw_strength(draw)
     return labels, shown
 
 

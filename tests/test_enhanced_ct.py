@@ -197,12 +197,17 @@ def test_frames_of_a_file_without_meta_header_are_read(tmp_path, frames):
     assert np.array_equal(read_hu(slices["path"].iloc[2]), frames[2])
 
 
-def test_a_deflated_file_is_inflated_within_bounds(tmp_path, frames, monkeypatch):
-    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
+def write_deflated(path, frames):
+    write_enhanced(path, frames, intercepts=[0] * 4)
     with quiet_pydicom():
         dataset = pydicom.dcmread(path)
         dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         dataset.save_as(path)
+    return path
+
+
+def test_a_deflated_file_is_inflated_within_bounds(tmp_path, frames, monkeypatch):
+    path = write_deflated(tmp_path / "a.dcm", frames)
     slices, _ = scan([tmp_path])
     assert [np.array_equal(read_hu(name), frame) for name, frame in zip(slices["path"], frames, strict=True)] == [
         True
@@ -219,10 +224,6 @@ def test_a_deflated_file_is_inflated_within_bounds(tmp_path, frames, monkeypatch
 
 
 def test_a_deflated_file_may_be_larger_than_one_slice(tmp_path, frames, monkeypatch):
-    path = write_enhanced(tmp_path / "a.dcm", frames, intercepts=[0] * 4)
-    with quiet_pydicom():
-        dataset = pydicom.dcmread(path)
-        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-        dataset.save_as(path)
+    path = write_deflated(tmp_path / "a.dcm", frames)
     monkeypatch.setattr(classic, "MAX_FILE_BYTES", path.stat().st_size + 10)
     assert len(scan([tmp_path])[0]) == 4
