@@ -22,15 +22,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ichpipe.common.artifacts import RECORD_FILE, Artifacts
-from ichpipe.common.files import read_json
+from ichpipe.common.files import digest_of_file, read_json
+from ichpipe.features.embedder import predict_held_out
 from ichpipe.index.slice_index import read_index
+from ichpipe.models.end_to_end import EndToEnd, Ensemble
+from ichpipe.models.header import fold_models
+from ichpipe.models.weights import load_sequence, load_slice_cnn
 from ichpipe.params.schema import Params, load_params
 from ichpipe.scoring.arm_comparison import Arm, compare_arms, comparison_text
 from ichpipe.scoring.bootstrap import Estimate, Ranking, estimate, resample, resampled_mean
 from ichpipe.scoring.calibration import fit_calibration
-from ichpipe.scoring.heldout_predictions import CLASSES, ENSEMBLE, FINETUNED, LABELS, SLICE_COLUMNS, own_predictions
+from ichpipe.scoring.heldout_predictions import (
+    CLASSES,
+    ENSEMBLE,
+    FINETUNED,
+    LABELS,
+    SLICE_COLUMNS,
+    known_slices,
+    make_table,
+    own_predictions,
+    write_table,
+)
 from ichpipe.scoring.metrics import WEIGHTS, calibration_error, cross_entropies, score
 from ichpipe.stages import cross_validate
 
@@ -62,17 +77,21 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
 SMALL_PIECES: dict[str, tuple[str, Any]] = {
     "adjacent slices": ("fit-slices", {"neighbours": 1}),
     "the whole image": ("prepare", {"crop": "none", "mm_per_px": None}),
+    "192 px": ("prepare", {"size_px": 192, "mm_per_px": 1.04167}),
     "the paper's windows": (
         "windows",
         [{"level_hu": level, "width_hu": width} for level, width in ((40.0, 80.0), (75.0, 215.0), (600.0, 2800.0))],
     ),
     "no average of weights": ("fit-slices", {"ema_decay": 0.0}),
     "no loss on the slice CNN": ("finetune", {"slice_loss": 0.0}),
-    "last epoch": ("finetune", {"keep": "last"}),
+    "on patients it has seen": ("finetune", {"out_of_fold": False}),
+    "one epoch": ("finetune", {"epochs": 1}),
 }
 """The same for params/small.yaml, whose stage one begins with loose slices."""
 
 BLEND = "ensemble with blend"
+OF_FOLDS = "mean of the folds' networks, before fine-tuning"
+"""What finetune.out_of_fold begins with."""
 
 
 def pieces_of(base: Params) -> dict[str, tuple[str, Any]]:
@@ -104,7 +123,8 @@ class Run:
         section, changes = pieces_of(base).get(self.piece, ("", {}))
         if section not in {"", "finetune"}:
             raw["sequence"] = {SLICE_CNN: raw["sequence"][SLICE_CNN]}  # networks out of fold would cost five times more
-            raw["finetune"]["arm"], raw["fit-slices"]["folds"], raw["predict"]["ensemble"] = SLICE_CNN, 0, False
+            raw["finetune"] |= {"arm": SLICE_CNN, "out_of_fold": False}
+            raw["fit-slices"]["folds"], raw["predict"]["ensemble"] = 0, False
         if section:
             raw[section] = raw[section] | changes if isinstance(changes, dict) else changes
         for part in (raw["fit-slices"], raw["finetune"], *raw["sequence"].values()):
@@ -121,6 +141,21 @@ class Run:
         params, artifacts = self.params(base), Artifacts(self.folder)
         arms_only = section not in {"", "finetune"}
         cross_validate.run(params, artifacts, "cpu", arms_only=arms_only, only_folds=folds)
+        if params.finetune.out_of_fold:
+            numbers = range(params.prepare.folds) if folds is None else folds
+            parts = [self._score_start(params, number) for number in numbers]
+            write_table(pd.concat(parts, ignore_index=True), self.pooled.predictions / f"{OF_FOLDS}.parquet")
+
+    def _score_start(self, params: Params, fold: int) -> pd.DataFrame:
+        """Return the test predictions of the networks that the last step of one fold of patients begins with."""
+        fitted = params.model_copy(update={"prepare": params.prepare.model_copy(update={"test_fold": fold})})
+        artifacts = Artifacts(self.pooled.root / f"fold-{fold}")
+        index = read_index(artifacts.index)
+        cnns = fold_models(artifacts, fitted, digest_of_file(artifacts.index)).values()
+        arm = artifacts.sequence(params.finetune.arm)
+        model = Ensemble([EndToEnd(load_slice_cnn(folder), load_sequence(arm)) for folder in cnns])
+        rows = known_slices(index, "test")
+        return make_table(rows, *predict_held_out(model, rows, torch.device("cpu")))
 
     def arm(self, name: str, *, average_seeds: bool = False) -> pd.DataFrame | None:
         """Return the pooled test predictions of an arm, or of a final model; None where it is not complete.
@@ -128,8 +163,8 @@ class Run:
         An arm of several seeds counts as its model does: the mean of all (``average.seeds``), or the first.
         """
         path = self.pooled.sequence(name) / "predictions.parquet"
-        if name in {FINETUNED, ENSEMBLE, BLEND}:
-            path = self.pooled.predictions / f"{FINETUNED if name == FINETUNED else ENSEMBLE}.parquet"
+        if name in {OF_FOLDS, FINETUNED, ENSEMBLE, BLEND}:
+            path = self.pooled.predictions / f"{ENSEMBLE if name == BLEND else name}.parquet"
         if not path.exists():
             return None
         table = pd.read_parquet(path)
@@ -163,7 +198,8 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     """Compare whatever is complete: four comparisons, each with its baseline."""
     pieces_here = pieces_of(base)
     runs = {piece: [Run(piece, seed, work) for seed in seeds] for piece in (BASE, *pieces_here)}
-    last = (FINETUNED, *((ENSEMBLE, BLEND) if base.predict.ensemble else ()))
+    first = (OF_FOLDS,) if base.finetune.out_of_fold else ()
+    last = (*first, FINETUNED, *((ENSEMBLE, BLEND) if base.predict.ensemble else ()))
     averaged = {name for name, section in base.sequence.items() if section.average.seeds}
     own = {name: _arm(runs[BASE], name, name, averaged) for name in (*base.sequence, *last)}
     by_section: dict[str, list[Arm | None]] = {"fit-slices": [], "finetune": []}
@@ -181,10 +217,10 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     }
     settings = base.evaluate.bootstrap()
     found = {}
-    for name, (first, *others) in wanted.items():
-        if first is not None:
-            arms = [first, *(arm for arm in others if arm is not None)]
-            found[name] = compare_arms(arms, first.name, **settings) | {
+    for name, (baseline, *others) in wanted.items():
+        if baseline is not None:
+            arms = [baseline, *(arm for arm in others if arm is not None)]
+            found[name] = compare_arms(arms, baseline.name, **settings) | {
                 "own": [own_scores(arm, settings) for arm in arms]
             }
             if name == "ladder":  # each rung against the one before

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def command(settings: Settings, gpu: str) -> str:
     """Join the trained networks into one model: the mean of their probabilities.
 
-    Its networks are the fine-tuned model, and the slice CNN of each fold with the same sequence model. Nothing is
-    trained. With predict.ensemble, finetune does this at its end, and predict, explain and export take the result.
+    Its networks are the fine-tuned model, and the slice CNN of each fold with the same sequence model; with
+    finetune.out_of_fold the fine-tuned networks of the folds. Nothing is trained. With predict.ensemble, finetune does
+    this at its end, and predict, explain and export take the result.
 
     \b
     Example:
@@ -91,8 +92,8 @@ def is_done(params: Params, artifacts: Artifacts) -> bool:
 
 def _load_member(member: Member, artifacts: Artifacts, params: Params) -> EndToEnd:
     from ichpipe.models.end_to_end import EndToEnd
-    from ichpipe.models.weights import load_end_to_end, load_sequence, load_slice_cnn
+    from ichpipe.models.weights import load_predictor, load_sequence, load_slice_cnn
 
     if "finetuned" in member.made_from:
-        return load_end_to_end(member.folder)
+        return load_predictor(member.folder).networks[member.number]
     return EndToEnd(load_slice_cnn(member.folder), load_sequence(artifacts.sequence(params.finetune.arm)))

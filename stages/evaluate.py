@@ -178,7 +178,7 @@ def write_scores(artifacts: Artifacts, metrics: dict[str, Any], tables: dict[str
 def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame, final: dict[str, Path]) -> None:
     """Refuse models of another split or of another network's embeddings; their scores would look valid."""
     from ichpipe.features.generations import describe_inputs
-    from ichpipe.models.header import ensemble_members, require_made_from, require_members
+    from ichpipe.models.header import ensemble_members, finetuned_from, require_made_from, require_members
     from ichpipe.scoring.heldout_predictions import ENSEMBLE, FINETUNED
 
     index = digest_of_file(artifacts.index)
@@ -187,9 +187,7 @@ def _require_one_run(params: Params, artifacts: Artifacts, slices: pd.DataFrame,
         made_from = {"index": index, "embeddings": digest_of(describe_inputs(params, artifacts, slices, section))}
         require_made_from(artifacts.sequence(arm), made_from, f"ichpipe fit-sequence --arm {arm}")
     if FINETUNED in final:
-        parts = {"slice_cnn": artifacts.slice_cnn, "sequence": artifacts.sequence(params.finetune.arm)}
-        digests = {name: digest_of_file(folder / MODEL_FILE) for name, folder in parts.items()}
-        require_made_from(artifacts.finetuned, {"index": index, **digests}, "ichpipe finetune")
+        require_made_from(artifacts.finetuned, finetuned_from(artifacts, params, index), "ichpipe finetune")
     if ENSEMBLE in final:
         require_members(artifacts.ensemble, ensemble_members(artifacts, params, index), index)
 

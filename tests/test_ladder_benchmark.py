@@ -100,9 +100,14 @@ def test_a_piece_that_is_not_complete_has_no_scores_of_the_ladder_itself(ladder,
     write_predictions(predicted(0.4, np.array([0.0, 1.0] * 8)), origin.sequence("bilstm"), POOLED)
     write_table(predicted(0.3, np.array([0.0, 1.0] * 8)), origin.predictions / f"{FINETUNED}.parquet")
     piece = next(name for name, (section, _) in ladder.pieces_of(base).items() if section == "finetune")
-    monkeypatch.setattr(ladder.cross_validate, "run", lambda *_args, **_options: None)  # stopped at once
+
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladder.cross_validate, "run", stopped)
     run = ladder.Run(piece, 0, tmp_path)
-    run.train(base)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(base)
     assert run.arm("bilstm") is not None
     assert run.arm(FINETUNED) is None
 

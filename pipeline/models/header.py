@@ -15,7 +15,7 @@ from ichpipe.common.artifacts import MODEL_FILE, RECORD_FILE
 from ichpipe.common.classes import CLASSES
 from ichpipe.common.constants import THICK_SLICE_MM
 from ichpipe.common.errors import IchpipeError, WeightsError
-from ichpipe.common.files import digest_of_file, read_json, require_file
+from ichpipe.common.files import digest_of, digest_of_file, read_json, require_file
 from ichpipe.params.schema import Fraction, Input, PositiveFloat, WindowParams
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _PARTS = {"slice-cnn": ("slice_cnn",), "sequence": ("sequence",), "end-to-end": 
 _PARTS["ensemble"] = ("slice_cnn", "sequence", "networks")
 SPACING = "spacing_mm"  # name in ``made_from`` of the distance of the slices that a model was trained on
 MEANING = {"index": "index (slices, labels or split)", "embeddings": "embedding store"}
-MEANING |= {"slice_cnn": "slice CNN", "sequence": "sequence model"}
+MEANING |= {"slice_cnn": "slice CNN", "sequence": "sequence model", "fold_cnns": "slice CNNs of the folds"}
 
 
 class _Spec(BaseModel):
@@ -281,19 +281,36 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
     return folders
 
 
+def finetuned_from(artifacts: Artifacts, params: Params, index_digest: str) -> dict[str, str]:
+    """Return the digests of what `finetune` begins with, by name."""
+    digests = {
+        "index": index_digest,
+        "slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE),
+        "sequence": digest_of_file(artifacts.sequence(params.finetune.arm) / MODEL_FILE),
+    }
+    if params.finetune.out_of_fold:
+        folders = fold_models(artifacts, params, index_digest)
+        digests["fold_cnns"] = digest_of(
+            {str(fold): digest_of_file(path / MODEL_FILE) for fold, path in folders.items()}
+        )
+    return digests
+
+
 class Member(NamedTuple):
     """One network of an ensemble."""
 
     folder: Path  # of the fine-tuned model, or of a slice CNN
     made_from: dict[str, str]  # SHA-256 of the model files; the fold that the slice CNN left out
+    number: int = 0  # among the networks of the fine-tuned model
 
 
 def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) -> list[Member]:
     """Return the networks of an ensemble, checked to have seen the train patients of this index alone.
 
     The first is the fine-tuned model, or without one the slice CNN with the arm of ``finetune.arm``. Then comes the
-    CNN of each fold with this arm. ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError or
-    WeightsError, which name the file and the remedy.
+    CNN of each fold with this arm. With ``finetune.out_of_fold`` the fine-tuned networks of the folds are all.
+    ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError or WeightsError, which name the file and
+    the remedy.
     """
     arm, split = params.finetune.arm, {"index": index_digest}
     require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
@@ -302,8 +319,15 @@ def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) ->
     plain = {"slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE), "sequence": sequence}
     members = [Member(artifacts.slice_cnn, plain)]
     if (artifacts.finetuned / MODEL_FILE).exists():
-        require_made_from(artifacts.finetuned, split | plain, "ichpipe finetune")
-        members = [Member(artifacts.finetuned, {"finetuned": digest_of_file(artifacts.finetuned / MODEL_FILE)})]
+        require_made_from(artifacts.finetuned, finetuned_from(artifacts, params, index_digest), "ichpipe finetune")
+        digest = {"finetuned": digest_of_file(artifacts.finetuned / MODEL_FILE)}
+        if params.finetune.out_of_fold:
+            folds = [network["learned_fold"] for network in read_header(artifacts.finetuned).networks]
+            return [
+                Member(artifacts.finetuned, digest | {"learned_fold": fold}, number)
+                for number, fold in enumerate(folds)
+            ]
+        members = [Member(artifacts.finetuned, digest)]
     for fold, folder in fold_models(artifacts, params, index_digest).items():
         digests = {"slice_cnn": digest_of_file(folder / MODEL_FILE), "sequence": sequence}
         members.append(Member(folder, digests | {"excluded_fold": str(fold)}))

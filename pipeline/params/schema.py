@@ -269,6 +269,7 @@ class FinetuneParams(Section):
     """Step three: slice CNN and one sequence arm, unfrozen, end to end on whole series."""
 
     arm: str = "paper"
+    out_of_fold: bool = False  # each network of fit-slices.folds learns from the patients it left out; their mean
     epochs: Positive = 2
     batch_series: Positive = 2  # series per batch
     batch_slices: Positive | None = None  # about so many slices per batch, in whole series; null: batch_series
@@ -371,6 +372,8 @@ class Params(Section):
         models, folds = self.fit_slices.folds, self.prepare.folds
         if models not in (0, folds):
             raise ValueError(f"fit-slices.folds is {models}, but prepare.folds is {folds}; write 0 (none) or {folds}")
+        if self.finetune.out_of_fold and not models:
+            raise ValueError(f"finetune.out_of_fold needs the networks of the folds; write fit-slices.folds: {folds}")
         return self
 
 
