@@ -170,9 +170,9 @@ def pretrain(
         raise TrainingError("fit-slices.pretrain_epochs: no source of use: slices has a slice with labels; write 0")
     content = rows[["sop_uid", "file_digest", *CLASSES]].to_csv(index=False)
     # The last epoch is kept, not the one that is best on validation. What comes later may change.
-    shorter = section.model_copy(
-        update={"epochs": section.pretrain_epochs, "source_weights": {}, "keep": "last", "folds": 0}
-    )
+    rate = section.pretrain_learning_rate or section.learning_rate
+    changes = {"epochs": section.pretrain_epochs, "learning_rate": rate, "pretrain_learning_rate": None}
+    shorter = section.model_copy(update=changes | {"source_weights": {}, "keep": "last", "folds": 0})
     identity = _identity(params.model_copy(update={"fit_slices": shorter}))  # later epochs may change
     made_from = {"slices": digest_of({"content": content})}
     key = digest_of({"params": identity, "made_from": made_from, "device": device.type})

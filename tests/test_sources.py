@@ -166,16 +166,19 @@ def test_slices_for_stage_one_are_trained_on_and_never_scored_nor_stored(archive
 
 
 def test_the_sources_for_stage_one_alone_may_come_first(archives, tmp_path):
-    settings = {"pretrain_epochs": 1, "source_weights": {"two": 0.0}, "epochs": 1}
+    settings = {"pretrain_epochs": 1, "source_weights": {"two": 0.0}, "epochs": 1, "pretrain_learning_rate": 4e-3}
     params, artifacts, index = prepared(tmp_path, sources(archives, use="slices"), fit_slices=settings)
     folder = tmp_path / "shared"
     fit_slices.run(params, artifacts, "cpu", pretrained=folder)
     (first,) = (path.parent for path in folder.glob("*/model.safetensors"))
     record = json.loads((first / "record.json").read_text(encoding="utf-8"))
     assert record["n_train_slices"] == int(index["slices_only"].sum())
+    assert record["params"]["fit-slices"]["learning_rate"] == 4e-3
     before = (first / "model.safetensors").stat().st_mtime_ns
     # Another split of the other source starts from the same network, and it alone decides what follows.
-    other = params.model_copy(update={"prepare": params.prepare.model_copy(update={"seed": 5})})
+    later = params.fit_slices.model_copy(update={"learning_rate": 5e-4})  # its own rate is another
+    split = params.prepare.model_copy(update={"seed": 5})
+    other = params.model_copy(update={"prepare": split, "fit_slices": later})
     again = Artifacts(tmp_path / "again")
     prepare.run(other.prepare, again.index_dir)
     fit_slices.run(other, again, "cpu", pretrained=folder)

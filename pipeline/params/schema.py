@@ -171,6 +171,7 @@ class SliceParams(Section):
         default={}
     )  # how often an epoch shows a slice of a source; absent: 1
     pretrain_epochs: Count = 0  # first on the sources of use: slices alone; all networks start from there
+    pretrain_learning_rate: PositiveFloat | None = None  # of these epochs; null: learning_rate
     folds: Count = 0  # further CNNs, each fitted without one fold of the train patients; 0 or prepare.folds
     seed: Count = 0
 
@@ -369,6 +370,8 @@ class Params(Section):
             raise ValueError(f"fit-slices.source_weights names {absent[0]}, but the sources are {', '.join(names)}")
         if self.fit_slices.pretrain_epochs and all(source.use == "all" for source in self.prepare.archives):
             raise ValueError("fit-slices.pretrain_epochs needs a source of use: slices (prepare.sources); write 0")
+        if self.fit_slices.pretrain_learning_rate and not self.fit_slices.pretrain_epochs:
+            raise ValueError("fit-slices.pretrain_learning_rate changes nothing without pretrain_epochs; write null")
         models, folds = self.fit_slices.folds, self.prepare.folds
         if models not in (0, folds):
             raise ValueError(f"fit-slices.folds is {models}, but prepare.folds is {folds}; write 0 (none) or {folds}")
