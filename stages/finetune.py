@@ -76,10 +76,8 @@ def run(
     index = read_index(artifacts.index)
     made_from = _made_from(artifacts, params)
     embeddings = digest_of(describe_inputs(params, artifacts, index, params.sequence[section.arm]))
-    split = {"index": made_from["index"]}
-    require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
     remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
-    require_made_from(artifacts.sequence(section.arm), {**split, "embeddings": embeddings}, remedy)
+    require_made_from(artifacts.sequence(section.arm), {"index": made_from["index"], "embeddings": embeddings}, remedy)
     starts: list[tuple[int | None, Path]] = [(None, artifacts.slice_cnn)]
     if section.out_of_fold:
         starts = [*fold_models(artifacts, params, made_from["index"]).items()]

@@ -282,11 +282,17 @@ def fold_models(artifacts: Artifacts, params: Params, index_digest: str) -> dict
 
 
 def finetuned_from(artifacts: Artifacts, params: Params, index_digest: str) -> dict[str, str]:
-    """Return the digests of what `finetune` begins with, by name."""
-    digests = {
-        "index": index_digest,
+    """Return the digests of what `finetune` begins with, by name.
+
+    ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError where a model is absent, WeightsError
+    where one was trained on another index; both name the file and the remedy.
+    """
+    arm, index = params.finetune.arm, {"index": index_digest}
+    require_made_from(artifacts.slice_cnn, index, "ichpipe fit-slices")
+    require_made_from(artifacts.sequence(arm), index, f"ichpipe fit-sequence --arm {arm}")
+    digests = index | {
         "slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE),
-        "sequence": digest_of_file(artifacts.sequence(params.finetune.arm) / MODEL_FILE),
+        "sequence": digest_of_file(artifacts.sequence(arm) / MODEL_FILE),
     }
     if params.finetune.out_of_fold:
         folders = fold_models(artifacts, params, index_digest)
