@@ -77,7 +77,7 @@ def run(
     made_from = _made_from(artifacts, params)
     embeddings = digest_of(describe_inputs(params, artifacts, index, params.sequence[section.arm]))
     remedy = f"ichpipe extract, then: ichpipe fit-sequence --arm {section.arm}"
-    require_made_from(artifacts.sequence(section.arm), {"index": made_from["index"], "embeddings": embeddings}, remedy)
+    require_made_from(artifacts.sequence(section.arm), {"embeddings": embeddings}, remedy)
     starts: list[tuple[int | None, Path]] = [(None, artifacts.slice_cnn)]
     if section.out_of_fold:
         starts = [*fold_models(artifacts, params, made_from["index"]).items()]

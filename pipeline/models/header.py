@@ -318,14 +318,10 @@ def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) ->
     ``index_digest`` is the SHA-256 of the index file. Raises MissingFileError or WeightsError, which name the file and
     the remedy.
     """
-    arm, split = params.finetune.arm, {"index": index_digest}
-    require_made_from(artifacts.slice_cnn, split, "ichpipe fit-slices")
-    require_made_from(artifacts.sequence(arm), split, f"ichpipe fit-sequence --arm {arm}")
-    sequence = digest_of_file(artifacts.sequence(arm) / MODEL_FILE)
-    plain = {"slice_cnn": digest_of_file(artifacts.slice_cnn / MODEL_FILE), "sequence": sequence}
-    members = [Member(artifacts.slice_cnn, plain)]
+    starts = finetuned_from(artifacts, params, index_digest)
+    members = [Member(artifacts.slice_cnn, {name: starts[name] for name in ("slice_cnn", "sequence")})]
     if (artifacts.finetuned / MODEL_FILE).exists():
-        require_made_from(artifacts.finetuned, finetuned_from(artifacts, params, index_digest), "ichpipe finetune")
+        require_made_from(artifacts.finetuned, starts, "ichpipe finetune")
         digest = {"finetuned": digest_of_file(artifacts.finetuned / MODEL_FILE)}
         if params.finetune.out_of_fold:
             folds = [network["learned_fold"] for network in read_header(artifacts.finetuned).networks]
@@ -335,7 +331,7 @@ def ensemble_members(artifacts: Artifacts, params: Params, index_digest: str) ->
             ]
         members = [Member(artifacts.finetuned, digest)]
     for fold, folder in fold_models(artifacts, params, index_digest).items():
-        digests = {"slice_cnn": digest_of_file(folder / MODEL_FILE), "sequence": sequence}
+        digests = {"slice_cnn": digest_of_file(folder / MODEL_FILE), "sequence": starts["sequence"]}
         members.append(Member(folder, digests | {"excluded_fold": str(fold)}))
     return members
 
