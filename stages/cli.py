@@ -24,7 +24,7 @@ from ichpipe.stages.stopping import stop_cleanly
 
 COMMANDS = (
     "cache", "compare", "completion", "cross-validate", "ensemble", "evaluate", "explain", "export", "extract",
-    "finetune", "fit-sequence", "fit-slices", "phantom", "predict", "prepare", "report", "score",
+    "finetune", "fit-sequence", "fit-slices", "phantom", "predict", "prepare", "report", "run", "score",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from ichpipe.common.errors import ParamsError, WeightsError
+from ichpipe.models.folding import folded, keeps_batch_norm
 from ichpipe.models.slice_cnn import SliceCnn, require_size, spec_for
 from ichpipe.models.weights import load_pretrained
 from ichpipe.params.schema import Params
@@ -35,6 +36,16 @@ def test_backbones_take_another_size(name):
     assert all(torch.equal(before[key], value) for key, value in cnn.state_dict().items())
     assert torch.equal(random, torch.random.get_rng_state())
     assert cnn(torch.zeros(2, 1, 96, 96))[1].shape == (2, 6)
+
+
+@pytest.mark.parametrize("name", ["lambda_resnet26t", "resnet10t", "mobilenetv4_conv_small"])
+def test_what_folds_gives_the_same_features(name):
+    """lambda_resnet26t has weights of five dimensions (Conv3d) beside those that fold."""
+    cnn = build(name).eval()
+    hu = torch.randn(2, 1, 96, 96) * 40
+    assert not keeps_batch_norm(cnn)
+    with torch.no_grad():
+        assert torch.allclose(folded(cnn)(hu)[0], cnn(hu)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "own"), [("efficientformer_l1", 224), ("crossvit_tiny_240", 240)])

@@ -143,3 +143,18 @@ def test_a_changed_network_of_a_fold_is_noticed(after, tmp_path, capsys):
 def test_it_needs_networks_of_the_folds(branch, capsys):
     message = branch.error(capsys, "--set", "finetune.out_of_fold=true", "finetune")
     assert "write fit-slices.folds:" in message
+
+
+@pytest.mark.slow
+def test_without_epochs_the_model_is_the_mean_of_the_networks_of_the_folds(before, tmp_path):
+    none = (*SETTINGS, *ENSEMBLE, "--set", "finetune.epochs=0")
+    other = before.copy(tmp_path / "other").steps((*none, "finetune"), (*none, "evaluate"))
+    index, cpu = read_index(other.artifacts / "index" / "slices.parquet"), torch.device("cpu")
+    sequence = load_sequence(other.artifacts / "sequence" / "paper")
+    cnns = [load_slice_cnn(other.artifacts / "slice-cnn" / "folds" / f"fold-{fold}") for fold in (0, 1)]
+    alone = [predict_held_out(EndToEnd(cnn, sequence), held_out(index), cpu)[0] for cnn in cnns]
+    table = read_predictions(other.artifacts / "finetuned", "")
+    np.testing.assert_allclose(table[list(CLASSES)].to_numpy(), np.mean(alone, axis=0), atol=1e-6)
+    history = json.loads((other.artifacts / "finetuned" / "history.json").read_text())
+    assert [line["epoch"] for line in history] == [0]
+    assert json.loads(other.metrics())["ensemble"]["weighted_log_loss"] > 0

@@ -344,6 +344,34 @@ def test_predict_without_a_usable_file_is_an_error(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_one_command_gives_the_same_and_trains_nothing_twice(run, tmp_path):
+    folder = next(path for path in (run.data / "dicom").rglob("*.dcm")).parent
+    other, out = run.fresh(tmp_path / "one"), tmp_path / "out"
+    once = ("run", "--predict", folder, "--out", out)
+    printed = other(*once)
+    assert printed.exit_code == 0, printed.output
+    assert other.metrics() == run.metrics()
+    assert len(pd.read_csv(out / "studies.csv")) > 0
+    lost = other.artifacts / "sequence" / "gru-logits" / "model.safetensors"
+    lost.unlink()
+    others = list(other.artifacts.rglob("model.safetensors"))
+    times = [path.stat().st_mtime_ns for path in others]
+    other.steps("run")
+    assert lost.exists()
+    assert [path.stat().st_mtime_ns for path in others] == times
+    assert other.metrics() == run.metrics()
+
+
+def test_run_refuses_half_of_a_prediction_before_it_trains(branch, tmp_path):
+    half = branch("run", "--out", tmp_path / "out")
+    assert half.exit_code == 2
+    assert "--predict and --out belong together" in half.output
+    absent = branch("run", "--predict", tmp_path / "none", "--out", tmp_path / "out")
+    assert absent.exit_code == 2
+    assert "none does not exist" in absent.output
+
+
+@pytest.mark.slow
 def test_cross_validation_scores_every_patient_once_and_goes_on_where_it_was(run, index, tmp_path):
     small = set_options("fit-slices.epochs=1", "sequence.paper.epochs=1", "sequence.gru-logits.epochs=1")
     whole = (*small, "cross-validate")

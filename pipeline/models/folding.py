@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ichpipe.models.slice_cnn import put_channels_last
+
 if TYPE_CHECKING:
     from ichpipe.models.slice_cnn import SliceCnn
 
@@ -50,7 +52,8 @@ def folded(cnn: SliceCnn) -> SliceCnn:
     if not pairs or not features or not all(map(_is_near, features, expected)):
         log.debug("batch normalisation of %s stays as it is", cnn.spec.backbone)
         return cnn
-    return copied.to(memory_format=torch.channels_last)
+    put_channels_last(copied)
+    return copied
 
 
 def keeps_batch_norm(cnn: SliceCnn) -> bool:

@@ -42,6 +42,13 @@ class Windows(nn.Module):
         return (hu.float()[:, :, None] - self.low).div_(self.width).clamp_(0.0, 1.0).flatten(1, 2)
 
 
+def put_channels_last(module: nn.Module) -> None:
+    """Store the weights of 2D convolutions as their images are: several times faster (depthwise ones 6 times)."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:  # a weight of Conv3d has five, and `Module.to` refuses it
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 class SliceCnn(nn.Module):
     """A timm backbone by its features contract, and a linear classifier on the pooled embedding."""
 
@@ -57,10 +64,7 @@ class SliceCnn(nn.Module):
         self.classifier = nn.Linear(self.embedding_dim, len(spec.classes))
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
-        # Convolutions run several times faster so, on CPU (measured 6x for depthwise ones) and GPU alike.
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.dim() == 4:  # a weight of Conv3d has five
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        put_channels_last(self)
 
     def embed(self, hu: Tensor) -> Tensor:
         """Map HU (N, spec.slices, size, size) to embeddings (N, embedding_dim)."""

@@ -271,7 +271,7 @@ class FinetuneParams(Section):
 
     arm: str = "paper"
     out_of_fold: bool = False  # each network of fit-slices.folds learns from the patients it left out; their mean
-    epochs: Positive = 2
+    epochs: Count = 2  # 0: none; with out_of_fold the mean of the networks of the folds as they are
     batch_series: Positive = 2  # series per batch
     batch_slices: Positive | None = None  # about so many slices per batch, in whole series; null: batch_series
     accumulate: Positive = 1  # batches per optimiser step
