@@ -12,6 +12,7 @@ from ichpipe.models.slice_cnn import SliceCnn, spec_for
 from ichpipe.params.schema import PAPER_WINDOWS, AugmentParams, SliceParams
 from ichpipe.training import trainer
 from ichpipe.training.distributed import sum_gradients
+from ichpipe.training.norm_statistics import NormStatistics
 from ichpipe.training.slice_trainer import SliceFitting, Slices
 from ichpipe.training.trainer import Trainer, make_optimizer, make_schedule
 
@@ -80,6 +81,14 @@ def train_as_one_of_two(rank, folder):
         run()
     torch.distributed.barrier()
     facts["train_loss"] = run()[-1].train_loss
+
+    norm = torch.nn.BatchNorm2d(1).eval()
+    statistics = NormStatistics(norm, 0.5)
+    with statistics.collected(), torch.no_grad():
+        for value in (1.0, 3.0) if rank else ():  # the other process has no slice of this step
+            norm(torch.full((1, 1, 2, 2), value))
+    statistics.update()
+    facts["statistics"] = norm.running_mean.item(), norm.running_var.item()
 
     fitting = slice_fitting(backbone="test_resnet", batch_size=6, ema_decay=0.8, epochs=2)
     facts["history"] = fitting.trainer(folder / "slices.pt", "key").run(fitting.train_epoch, fitting.validate)

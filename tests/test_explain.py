@@ -194,7 +194,8 @@ def trained():
     labels = torch.from_numpy(np.concatenate([study.labels for study in studies])).float()
     model = small_model("tf_efficientnet_lite0", SIZE, hidden=32)
     load_pretrained(model.cnn.backbone, "tf_efficientnet_lite0", PRETRAINED)
-    _fit(model.cnn, hu, labels, epochs=3)
+    # After three epochs of 50 studies the share of heat was 1.3 to 1.7 times chance, by CPU and number of threads.
+    _fit(model.cnn, hu, labels, epochs=6)
     _fit_sequence(model, studies)
     return model.eval()
 

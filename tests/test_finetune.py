@@ -19,10 +19,10 @@ from tests.conftest import set_options
 from tests.test_models import sequence
 
 
-def fitting_of(lengths, *, dropout=0.0, unknown=0.0, **settings):
+def fitting_of(lengths, *, dropout=0.0, unknown=0.0, backbone="test_convnext", **settings):
     """Return the fitting of a small random network on random series; a share of the labels is unknown."""
     torch.manual_seed(0)
-    cnn = SliceCnn(spec_for("test_convnext", PAPER_WINDOWS, SIZE, dropout))
+    cnn = SliceCnn(spec_for(backbone, PAPER_WINDOWS, SIZE, dropout))
     model = EndToEnd(cnn, sequence(inputs=("embedding", "logits"), dim=cnn.embedding_dim, dropout=dropout))
     draw = np.random.default_rng(0)
     train = []
@@ -162,6 +162,23 @@ def test_without_a_known_label_nothing_is_learned():
     assert np.isnan(position.mean())
 
 
+# Statistics of batch norm
+
+
+def test_statistics_follow_after_the_step_and_the_gradient_stays_exact():
+    fitting = fitting_of([3, 20, 5], batch_slices=28, chunk_slices=4, backbone="test_resnet")
+    expected = plain_gradient(fitting, mean_over_slices)
+    assert_same_gradient(gradient_of_first_step(fitting), expected)
+    still = fitting_of([3, 20, 5], batch_slices=28, chunk_slices=4, backbone="test_resnet", norm_momentum=0.0)
+    for each in (fitting, still):
+        before = {name: buffer.clone() for name, buffer in each.model.named_buffers() if "running" in name}
+        assert before
+        each.train_epoch(1, new_position())
+        after = dict(each.model.named_buffers())
+        moved = [name for name in before if not after[name].equal(before[name])]
+        assert moved == (list(before) if each is fitting else [])
+
+
 # The auxiliary loss
 
 
@@ -247,13 +264,16 @@ def test_the_record_says_what_keeping_the_last_epoch_cost(run, tmp_path):
 # All together, and resumed
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
-def test_all_of_it_resumes_to_the_same_bytes(tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(
+    ("backbone", "stop_after"), [("test_convnext", 1), ("test_convnext", 3), ("test_convnext", 4), ("test_resnet", 2)]
+)
+def test_all_of_it_resumes_to_the_same_bytes(tmp_path, monkeypatch, backbone, stop_after):
     monkeypatch.setattr("ichpipe.training.trainer.SAVE_WITHIN_S", 0.0)
     lengths = [3, 9, 4, 5, 12, 3]
     settings = {
         "epochs": 2, "batch_slices": 12, "slice_loss": 0.3, "layer_decay": 0.7, "ema_decay": 0.9, "warmup_epochs": 0.5,
         "unfreeze_epochs": 1, "keep": "last", "dropout": 0.3, "learning_rate_cnn": 1e-3,
+        "backbone": backbone,
     }  # fmt: skip
 
     def train(folder, stop=None):

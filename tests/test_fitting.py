@@ -376,6 +376,10 @@ def test_processes_end_with_the_same_averaged_network(both):
         assert torch.equal(values, both[1]["weights"][name]), name
 
 
+def test_processes_move_statistics_by_the_slices_of_all(both):
+    assert both[0]["statistics"] == both[1]["statistics"] == (1.0, 1.0)  # half way from 0 and 1 to 2 and 1
+
+
 def assert_same_weights(one, other):
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()

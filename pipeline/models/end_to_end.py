@@ -37,9 +37,10 @@ class EndToEnd(nn.Module):
         return (False, True) if self.sequence.spec.mirrored else (False,)
 
     def train(self, mode: bool = True) -> EndToEnd:
-        """Switch mode; batch norm stays in evaluation mode, with the statistics of stage one.
+        """Switch mode; batch norm stays in evaluation mode.
 
-        The slices of a series are no fair batch, and frozen statistics make the chunked gradient equal to the full one.
+        The slices of a series are no fair batch, and with statistics that are fixed within a step the chunked gradient
+        equals the full one.
         """
         super().train(mode)
         for module in self.cnn.modules():
@@ -115,8 +116,8 @@ def backward_in_chunks(
 
     Pass one embeds all slices without a graph. The sequence model gives the loss and its gradient with respect to
     embeddings and slice logits. Pass two embeds each chunk again with a graph and backpropagates that gradient. This
-    equals plain backpropagation: nothing couples slices inside the CNN (batch norm is frozen), and dropout draws the
-    same numbers in both passes.
+    equals plain backpropagation: nothing couples slices inside the CNN (batch norm is in evaluation mode), and dropout
+    draws the same numbers in both passes.
 
     Parameters
     ----------

@@ -116,6 +116,13 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameter.grad = gradient.copy_(summed.view_as(gradient)) if exists else None
 
 
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the processes; all must call it at the same step."""
+    if count() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
 def average_statistics(model: torch.nn.Module) -> None:
     """Give all processes the mean of their running statistics (batch norm on a CPU keeps its own in each)."""
     if count() == 1:

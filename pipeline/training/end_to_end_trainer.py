@@ -22,6 +22,7 @@ from ichpipe.index.slice_index import neighbour_rows, slice_files
 from ichpipe.models.end_to_end import backward_in_chunks
 from ichpipe.models.slice_cnn import parts_of
 from ichpipe.training.distributed import all_sum, share
+from ichpipe.training.norm_statistics import NormStatistics
 from ichpipe.training.trainer import (
     Trainer,
     known_slices,
@@ -109,6 +110,7 @@ class EndToEndFitting:
         rates = [*self._cnn_rates(), (model.sequence, section.learning_rate_sequence)]
         self.optimizer = make_optimizer(rates, section.weight_decay, section.adam_eps)
         self.schedule = make_schedule(self.optimizer, len(self.steps(0)), section.epochs, section.warmup_epochs)
+        self.statistics = NormStatistics(model.cnn, section.norm_momentum)
 
     def trainer(self, checkpoint: Path, key: str) -> Trainer:
         """Return what runs the epochs."""
@@ -149,8 +151,10 @@ class EndToEndFitting:
         for batches in steps:
             of_all = sum(self.weight(batch) for batch in batches)
             losses = []
-            for batch in batches:
-                losses += self.backward(batch, next(pixels)[0], of_all) if batch.members else []
+            with self.statistics.collected():
+                for batch in batches:
+                    losses += self.backward(batch, next(pixels)[0], of_all) if batch.members else []
+            self.statistics.update()
             step(self.model, self.optimizer, self.schedule, self.scaler, self.section.max_grad_norm)
             weight = sum(weight for _, weight in losses)
             position.advance(sum(loss * weight for loss, weight in losses) / weight if losses else 0.0, weight)
