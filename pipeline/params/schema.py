@@ -282,7 +282,7 @@ class FinetuneParams(Section):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # rate of a part of the CNN over that of the next part
     learning_rate_sequence: PositiveFloat = 1e-4
     unfreeze_epochs: Count = 0  # the CNN's parts join from the last to the first, one every so many; 0: all at once
-    norm_momentum: Fraction = 0.1  # batch norm's statistics move so far to those of each step; 0: stage one's stay
+    norm_momentum: Fraction = 0.0  # batch norm's statistics move so far to those of each step; 0: stage one's stay
     weight_decay: NotNegative = 1e-2
     adam_eps: PositiveFloat = 1e-8
     warmup_epochs: NotNegative = 0.2
