@@ -74,7 +74,11 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Section and changed parameters; pieces of stage two are arms of the parameter file."""
 
+ALONE = "stage one alone"
+"""The piece that changes nothing: the slice CNN without the networks of the folds and without the last step."""
+
 SMALL_PIECES: dict[str, tuple[str, Any]] = {
+    ALONE: ("fit-slices", {}),
     "adjacent slices": ("fit-slices", {"neighbours": 1}),
     "the whole image": ("prepare", {"crop": "none", "mm_per_px": None}),
     "192 px": ("prepare", {"size_px": 192, "mm_per_px": 1.04167}),
@@ -211,7 +215,7 @@ def tables(base: Params, work: Path, seeds: Iterable[int]) -> dict[str, dict[str
     pieces = [name for name in base.sequence if name not in {SLICE_CNN, *rungs}]
     wanted = {
         "ladder": [own[SLICE_CNN], *(own[name] for name in rungs if name in own)],
-        "stage one": [own[SLICE_CNN], *by_section["fit-slices"]],
+        "stage one": by_section["fit-slices"] if ALONE in pieces_here else [own[SLICE_CNN], *by_section["fit-slices"]],
         "stage two": [own[base.finetune.arm], *(own[name] for name in pieces)],
         "end to end": [own[FINETUNED], *by_section["finetune"]],
     }
@@ -314,7 +318,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="resamples of patients for the tables")
     options = parser.parse_args()
     base = load_params(options.params, tuple(options.overrides), must_exist=True)
-    for piece in (BASE, *PIECES) if options.only is None else options.only:
+    for piece in (BASE, *pieces_of(base)) if options.only is None else options.only:
         for seed in options.seeds:
             Run(piece, seed, options.work).train(base, options.folds)
     base = base.model_copy(update={"evaluate": base.evaluate.model_copy(update={"bootstrap_samples": options.samples})})

@@ -136,10 +136,37 @@ def test_a_file_of_timm_s_names_loads_without_its_classifier(tmp_path, suffix):
     assert torch.equal(backbone.state_dict()["conv1.0.weight"], source.state_dict()["conv1.0.weight"])
 
 
-def test_weights_for_three_channels_do_not_fit_two_windows():
-    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0, in_chans=2)
-    with pytest.raises(WeightsError):
-        load_pretrained(backbone, "tf_efficientnet_lite0", LITE0)
+@pytest.mark.parametrize("windows", [1, 2, 4, 6, 7])
+def test_weights_for_rgb_are_spread_over_any_number_of_windows_as_timm_does(tmp_path, windows):
+    rgb = timm.create_model("resnet10t", num_classes=7)
+    torch.save(rgb.state_dict(), tmp_path / "rgb.pth")
+    own = {"state_dict": rgb.state_dict(), "num_classes": 7}
+    reference = timm.create_model(
+        "resnet10t", pretrained=True, pretrained_cfg_overlay=own, num_classes=0, in_chans=windows
+    ).state_dict()
+    for slices in (1, 3):
+        backbone = timm.create_model("resnet10t", num_classes=0, in_chans=windows * slices)
+        load_pretrained(backbone, "resnet10t", str(tmp_path / "rgb.pth"), slices)
+        weight = backbone.state_dict()["conv1.0.weight"]
+        torch.testing.assert_close(weight.unflatten(1, (slices, windows)).sum(1), reference["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_offline_weights_serve_any_number_of_windows(windows):
+    cnn = SliceCnn(spec_for("tf_efficientnet_lite0", PAPER_WINDOWS[:1] * windows, 64, 0.0)).eval()
+    load_pretrained(cnn.backbone, "tf_efficientnet_lite0", LITE0)
+    rgb = SliceCnn(spec_for("tf_efficientnet_lite0", PAPER_WINDOWS, 64, 0.0)).eval()
+    load_pretrained(rgb.backbone, "tf_efficientnet_lite0", LITE0)
+    ours, reference = cnn.backbone.state_dict(), rgb.backbone.state_dict()
+    assert [key for key in ours if not torch.equal(ours[key], reference[key])] == ["conv_stem.weight"]
+    share = reference["conv_stem.weight"].sum(1) if windows == 1 else reference["conv_stem.weight"][:, 0] * 3 / windows
+    torch.testing.assert_close(ours["conv_stem.weight"][:, 0], share)
+
+
+def test_weights_of_nine_channels_do_not_fit_three_windows(tmp_path):
+    torch.save(timm.create_model("resnet10t", in_chans=9).state_dict(), tmp_path / "nine.pth")
+    with pytest.raises(WeightsError, match="as many windows and neighbours as its weights"):
+        load_pretrained(timm.create_model("resnet10t", num_classes=0), "resnet10t", str(tmp_path / "nine.pth"))
 
 
 def test_nothing_is_unpickled(tmp_path):

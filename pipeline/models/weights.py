@@ -28,7 +28,7 @@ from ichpipe.models.sequence import AnySequence, build_sequence
 from ichpipe.models.slice_cnn import SliceCnn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from pydantic import BaseModel
     from torch import Tensor
@@ -120,7 +120,8 @@ def load_pretrained(backbone: nn.Module, name: str, source: str, slices: int = 1
         ``imagenet`` for timm's default weights (needs a network or a filled hub cache).
     slices
         How many slices the image holds. Weights for one are repeated for each and divided by their number: equal
-        slices give what one gives.
+        slices give what one gives. Weights for RGB, or for one channel, are likewise spread over any number of
+        windows, as timm does.
 
     """
     if source == "imagenet":
@@ -137,10 +138,7 @@ def load_pretrained(backbone: nn.Module, name: str, source: str, slices: int = 1
         state = _read_state(source)
     expected = backbone.state_dict()
     state = _strip_prefix(state, expected)
-    repeated = [key for key in _first_weights(backbone) if slices > 1 and key in expected]
-    if any(key in state and state[key].shape == expected[key].shape for key in repeated):
-        repeated = []  # weights of a network with neighbours
-    expected = expected | {key: expected[key][:, ::slices] for key in repeated}
+    first = [key for key in _first_weights(backbone) if key in expected]
     classifiers = backbone.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr, operator]
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     prefixes = tuple(f"{classifier}." for classifier in classifiers)
@@ -148,23 +146,33 @@ def load_pretrained(backbone: nn.Module, name: str, source: str, slices: int = 1
     if set(state) > set(expected):  # of a head with layers of its own
         state = {key: state[key] for key in expected}
     if set(state) != set(expected):
-        state = _match_by_order(state, expected, name, source)
+        state = _match_by_order(state, expected, name, source, first)
+    state |= {key: _spread(state[key], expected[key].shape[1], slices) for key in first}
     if any(value.shape != expected[key].shape for key, value in state.items()):
         state = _resample(state, backbone)
     for key, value in state.items():
         if value.shape != expected[key].shape:
+            wish = "as many windows and neighbours as" if key in first else "the prepare.size_px that"
             raise WeightsError(
                 f"fit-slices.pretrained {source}: tensor {key} has shape {tuple(value.shape)}, "
-                f"{name} wants {tuple(expected[key].shape)}; RGB weights want three windows, and this network may want "
-                "the prepare.size_px that its weights were trained with"
+                f"{name} wants {tuple(expected[key].shape)}; this network may want {wish} its weights were trained with"
             )
-    backbone.load_state_dict(state | {key: state[key].repeat(1, slices, 1, 1) / slices for key in repeated})
+    backbone.load_state_dict(state)
 
 
 def _first_weights(backbone: nn.Module) -> list[str]:
     """Return the names of the weights (out, channels, height, width) that see the image, as timm names their layers."""
     layers: Any = backbone.pretrained_cfg.get("first_conv") or ()  # type: ignore[union-attr, operator]
     return [f"{layer}.weight" for layer in ((layers,) if isinstance(layers, str) else layers)]
+
+
+def _spread(weight: Tensor, channels: int, slices: int) -> Tensor:
+    """Fit a first convolution (out, channels, height, width) for RGB or one channel to windows and slices, scaled."""
+    from timm.models import adapt_input_conv  # noqa: PLC0415 - slow to import
+
+    if weight.dim() != 4 or weight.shape[1] == channels or weight.shape[1] not in {1, 3}:
+        return weight  # where it does not fit, its shape is reported
+    return adapt_input_conv(channels // slices, weight, weight.shape[1]).repeat(1, slices, 1, 1) / slices
 
 
 def _resample(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
@@ -279,15 +287,21 @@ def _strip_prefix(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str
     return state
 
 
-def _match_by_order(state: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+def _match_by_order(
+    state: dict[str, Tensor], expected: dict[str, Tensor], name: str, source: str, first: Collection[str]
+) -> dict[str, Tensor]:
     """Match tensors by order and shape where the names come from another code base; for ``tf_`` models alone.
 
-    Models without the prefix have equal shapes and another padding, and would give wrong features silently.
+    Weights that see the image (``first``) may have another number of channels. Models without the prefix have equal
+    shapes and another padding, and would give wrong features silently.
     """
     keys = [key for key in expected if "num_batches_tracked" not in key]
     values = [value for key, value in state.items() if "num_batches_tracked" not in key]
     matched = dict(zip(keys, values, strict=False))  # the classifier comes last, and its name is unknown
-    fits = len(matched) == len(keys) and all(value.shape == expected[key].shape for key, value in matched.items())
+    fits = len(matched) == len(keys) and all(
+        value.shape == expected[key].shape or (key in first and value[:, :1].shape == expected[key][:, :1].shape)
+        for key, value in matched.items()
+    )
     if not fits or len(state) - len(expected) > 2:
         raise WeightsError(f"fit-slices.pretrained {source}: these are not the weights of {name}")
     if not name.startswith("tf_"):
