@@ -19,13 +19,21 @@ from ichpipe.cache.errors import StoreError
 from ichpipe.common.errors import IchpipeError
 from ichpipe.common.malloc import keep_freed_memory
 from ichpipe.stages.faults import message_of
-from ichpipe.stages.options import FILE, FOLDER, Settings, Verdict, complete_key
+from ichpipe.stages.options import FILE, FOLDER, Settings, Verdict, complete_key, find_params
 from ichpipe.stages.stopping import stop_cleanly
 
 COMMANDS = (
     "cache", "compare", "completion", "cross-validate", "ensemble", "evaluate", "explain", "export", "extract",
-    "finetune", "fit-sequence", "fit-slices", "phantom", "predict", "prepare", "report", "run", "score",
+    "finetune", "fit-sequence", "fit-slices", "init", "phantom", "predict", "prepare", "report", "run", "score",
 )  # fmt: skip
+
+
+OPTIONAL = frozenset(
+    {"dask", "distributed", "iterstrat", "jinja2", "markupsafe", "matplotlib", "PIL", "pytorch_grad_cam"}
+)
+"""Packages that the small core leaves out, by the name that is imported."""
+EXTRAS = {"explain": "explain", "report": "report"}
+"""The extra that a command needs, where it isn't ``train``."""
 
 
 class LazyGroup(click.Group):
@@ -49,6 +57,19 @@ class LazyGroup(click.Group):
         except NoSuchCommand as error:
             raise NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a package that an extra installs and that is missing becomes one message."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in OPTIONAL:
+                raise
+            name = ctx.invoked_subcommand or ""
+            extra = EXTRAS.get(name, "train")
+            message = f"{name} needs the package {package}; run: pip install 'ichpipe[{extra}]'"
+            raise IchpipeError(message) from error
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ichpipe")
@@ -56,7 +77,8 @@ class LazyGroup(click.Group):
     "--params",
     "params_file",
     type=FILE,
-    help="Parameter file; params.yaml in this folder if there is one, else the built-in defaults.",
+    help="Parameter file, or the name of one that is installed (paper, best, small); params.yaml in this folder if "
+    "there is one, else the built-in defaults.",
 )
 @click.option(
     "--set",
@@ -93,7 +115,8 @@ def cli(
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     if _without_colour():
         context.color = False
-    context.obj = Settings(params_file or Path("params.yaml"), params_file is not None, overrides, artifacts_root)
+    named = find_params(params_file) if params_file else Path("params.yaml")
+    context.obj = Settings(named, params_file is not None, overrides, artifacts_root)
 
 
 @cli.result_callback()

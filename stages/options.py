@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +46,20 @@ class Settings:
         from ichpipe.common.artifacts import Artifacts
 
         return Artifacts(self.artifacts_root)
+
+
+def find_params(path: Path) -> Path:
+    """Return the file of parameters that ``--params`` names: a user's own, or one that installs with the package.
+
+    Raises click.BadParameter for a name that is neither.
+    """
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    packaged = Path(str(files("ichpipe.recipes")))
+    if (packaged / f"{path}.yaml").is_file():
+        return packaged / f"{path}.yaml"
+    names = ", ".join(sorted(file.stem for file in packaged.glob("*.yaml")))
+    raise click.BadParameter(f"no file {path}; files that are installed go by these names: {names}")
 
 
 class Verdict(NamedTuple):
@@ -125,6 +140,6 @@ def _arms(context: click.Context) -> list[str]:
 
     params_file = context.find_root().params.get("params_file")
     try:
-        return list(load_params(params_file or Path("params.yaml")).sequence)
-    except IchpipeError:
+        return list(load_params(find_params(params_file) if params_file else Path("params.yaml")).sequence)
+    except (IchpipeError, click.BadParameter):
         return []  # a shell that completes shows no messages; the command itself reports the error

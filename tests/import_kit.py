@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"pipeline": "ichpipe", "stages": "ichpipe.stages", "cache": "ichpipe.cache"}
+PACKAGES = {"pipeline": "ichpipe", "stages": "ichpipe.stages", "cache": "ichpipe.cache", "params": "ichpipe.recipes"}
 
 
 def module_name(path, root=ROOT):

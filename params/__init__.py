@@ -1,0 +1,1 @@
+"""Parameter files that install with the package: ``ichpipe --params NAME`` and ``ichpipe init`` read them."""
