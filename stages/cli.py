@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> Any:
     if arguments is None:  # a process of our own
         _require_streams()
         keep_freed_memory()
+        # Threads that wait by spinning take the cores of every other process. Read once, when torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with stop_cleanly(leaving=arguments is None):
         words = sys.argv[1:] if arguments is None else arguments
         try:

@@ -234,3 +234,23 @@ def test_each_variable_counts_where_it_did(monkeypatch, command, variables, work
     params = cli.get_command(None, command).make_context(command, []).params
     assert params["workers"] == workers
     assert params.get("loaders") == loaders
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(own, policy):
+    """Spinning threads made training up to 11 times slower beside another process."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = """
+import os, sys
+from ichpipe.stages.cli import main
+sys.argv = ["ichpipe", "--version"]
+try:
+    main()
+finally:
+    print("policy", os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({"OMP_WAIT_POLICY": own} if own else {}), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"policy {policy} False" in done.stdout

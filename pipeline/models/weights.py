@@ -172,7 +172,9 @@ def _spread(weight: Tensor, channels: int, slices: int) -> Tensor:
 
     if weight.dim() != 4 or weight.shape[1] == channels or weight.shape[1] not in {1, 3}:
         return weight  # where it does not fit, its shape is reported
-    return adapt_input_conv(channels // slices, weight, weight.shape[1]).repeat(1, slices, 1, 1) / slices
+    windows = channels // slices
+    of_one = adapt_input_conv(windows, weight) if weight.shape[1] == 3 else weight.repeat(1, windows, 1, 1) / windows
+    return of_one.repeat(1, slices, 1, 1) / slices
 
 
 def _resample(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
