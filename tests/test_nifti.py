@@ -172,6 +172,12 @@ def test_pixels_that_are_not_square_are_read_as_those_of_dicom(tmp_path, write_h
     assert read_spaced_hu(of_nifti)[1] == pixel_mm
 
 
+@pytest.mark.parametrize("distance", [0.488281, 0.4882812, 0.35, 1.103516, 4.550569])
+def test_the_distance_of_pixels_is_that_which_was_written(tmp_path, distance):
+    path = write_nifti(tmp_path / "a.nii", head_hu(), affine_of(pixel_mm=(distance, distance)), mirrored=(0,))
+    assert ichpipe.read_series(path).pixel_mm == (distance, distance)  # an affine has single precision
+
+
 @pytest.mark.parametrize(("unit", "factor"), [("mm", 1.0), ("meter", 1e-3), ("micron", 1e3), ("unknown", 1.0)])
 def test_units_of_length_count(tmp_path, unit, factor):
     affine = affine_of()

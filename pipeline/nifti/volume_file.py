@@ -180,8 +180,9 @@ def _build_volume(header: Any, content: bytes) -> NiftiVolume:
             corner[axis] = shape[axis] - 1
     origin = affine[:, :3] @ corner + affine[:, 3]
     row, column = (affine[:, axis] * (-1 if mirrored[axis] else 1) for axis in (across, down))
-    # Single precision in the header: seven decimals give the distance that was written.
-    pixel_mm = round(float(np.linalg.norm(column)), 7), round(float(np.linalg.norm(row)), 7)
+    # The header has single precision: seven digits give the distance that was written.
+    between_rows, between_columns = (float(f"{np.linalg.norm(side):.7g}") for side in (column, row))
+    pixel_mm = between_rows, between_columns
     row, column = row / np.linalg.norm(row), column / np.linalg.norm(column)
     _require_plane(row, column, pixel_mm)
     hu = _to_hu(slices, *header.get_slope_inter())
