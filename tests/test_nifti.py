@@ -91,7 +91,7 @@ def assert_same_head(found, expected):
     assert np.array_equal(found.hu, expected.hu)
     assert found.position_mm == pytest.approx(expected.position_mm, abs=1e-4)
     assert found.spacing_mm == pytest.approx(expected.spacing_mm, abs=1e-4)
-    assert found.pixel_mm == pytest.approx(expected.pixel_mm, abs=1e-6)
+    assert found.pixel_mm == pytest.approx(expected.pixel_mm, rel=1e-6)
 
 
 @pytest.mark.parametrize("form", ["sform", "qform"])
