@@ -18,11 +18,10 @@ from ichpipe.cache.errors import SeveralGenerationsError, StoreError
 from ichpipe.cache.reader import EmbeddingStore
 from ichpipe.common.artifacts import MODEL_FILE
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.constants import MAX_HU, MIN_HU
+from ichpipe.common.constants import MAX_HU, MIN_HU, SPACINGS_MM
 from ichpipe.common.device import choose_device
 from ichpipe.common.errors import DataError, StoreUnusableError, WeightsError
 from ichpipe.common.progress import track
-from ichpipe.dicom.dataset import SPACINGS_MM
 from ichpipe.features.embedder import classify_hu, embed_hu, to_probabilities
 from ichpipe.features.generations import GenerationSpec
 from ichpipe.images.framing import frame

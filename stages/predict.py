@@ -1,4 +1,4 @@
-"""``ichpipe predict``: DICOM to probabilities per slice and per study, with one model file alone."""
+"""``ichpipe predict``: DICOM or NIfTI to probabilities per slice and per study, with one model file alone."""
 
 from __future__ import annotations
 
@@ -96,9 +96,10 @@ def command(
 ) -> str:
     """Give each study and each of its slices six probabilities.
 
-    PATH is a folder, a zip archive, a DICOMDIR, a file, or @FILE: a list of them, one a line. One series is
-    taken per study; the table says which, and why. What is no plain head CT is refused, with the reason:
-    another modality or part of the body, localizers only, contrast by its header, too few slices.
+    PATH is a folder, a zip archive, a DICOMDIR, a file, or @FILE: a list of them, one a line. Files are DICOM
+    or NIfTI (.nii, .nii.gz). One series is taken per study; the table says which, and why. What is no plain
+    head CT is refused, with the reason: another modality or part of the body, localizers only, contrast by its
+    header, too few slices.
 
     \b
     With --out DIR, as CSV and as JSON:
@@ -109,7 +110,8 @@ def command(
     --json prints what predictions.json holds, for a pipe:
       ichpipe predict scan.zip --json | jq .studies[0].findings.any
 
-    Exit code 1 if nothing is left to predict. Of the patient, tables and JSON hold the PatientID alone.
+    Exit code 1 if nothing is left to predict. Of the patient, tables and JSON hold the PatientID alone, of
+    NIfTI the name of the file.
 
     \b
     Example:
@@ -174,6 +176,8 @@ def run(
         force=options.force,
         pseudonyms=read_pseudonyms(options.hash_patient_ids),
     )
+    if options.sr is not None:
+        _require_dicom(inputs.slices)
     slices, undecodable = predict_slices(model, inputs.slices, device, spacing, calibration)
     provenance = make_provenance(
         model_dir,
@@ -204,6 +208,18 @@ def run(
     if options.as_json:
         return json.dumps(document, indent=2, allow_nan=False)
     return _as_text(result, out, remarks)
+
+
+def _require_dicom(slices: pd.DataFrame) -> None:
+    """Raise DataError for NIfTI: a report repeats the identity of patient and study, which only DICOM holds."""
+    from ichpipe.nifti.volume_file import SYNTAX, split_slice
+
+    for path in slices.loc[slices["transfer_syntax"] == SYNTAX, "path"].iloc[:1]:
+        file, _ = split_slice(path) or (path, 0)
+        raise DataError(
+            f"--sr: {file} is NIfTI, which names no patient and no study to report on; leave --sr out, or name the "
+            "DICOM files"
+        )
 
 
 def _collect(

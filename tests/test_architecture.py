@@ -6,14 +6,15 @@ import pytest
 from import_kit import ROOT, imported_names, source_files
 
 # Each room and the rooms that it may import, as docs/architecture.md draws them. `top` is pipeline/ itself.
-INDEX = {"common", "params", "dicom"}
+INDEX = {"common", "params", "nifti", "dicom"}
 IMAGES = INDEX | {"index", "models"}
 FEATURES = IMAGES | {"images", "cache"}
 SCORING = INDEX | {"index"}
 ALLOWED = {
     "common": set(),
     "params": {"common"},
-    "dicom": {"common", "params"},
+    "nifti": {"common"},
+    "dicom": {"common", "params", "nifti"},
     "index": INDEX,
     "phantom": {"common"},
     "models": INDEX | {"index"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pydicom.uid import UID
 
+from ichpipe.common.constants import MAX_SIDE_PX, SPACINGS_MM, SQUARE_WITHIN
 from ichpipe.common.errors import FileTooLargeError, UnreadableDicomError
 from ichpipe.dicom.bounded_file import DEFLATED_LITTLE, EXPLICIT_LITTLE, BoundedFile, inflate_file, parse_bounded
 from ichpipe.dicom.coded_terms import PHOTOMETRIC, RESCALE_TYPES, shown
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom.dataset import Dataset
     from pydicom.tag import BaseTag
-MAX_SIDE_PX: Final = 4096  # no CT image is wider; decoding what a damaged header claims would fill the memory
 MAX_FILE_BYTES: Final = 96 * 2**20  # the largest image, 64 MiB, and a long header; also of an inflated file
 _DIRECTORY_CLASS: Final = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR
 IMPLICIT_LITTLE: Final = "1.2.840.10008.1.2"
@@ -73,8 +73,6 @@ _OTHER_FILES: Final = (
     (b"version https://git-lfs", 0, "a pointer of Git LFS; fetch the file: git lfs pull"),
     (b"/annex/objects/", 0, "a pointer of git-annex; fetch the file: git annex get"),
 )
-SPACINGS_MM: Final = (0.05, 5.0)  # distances of pixels; a damaged one would ask for any amount of work
-SQUARE_WITHIN: Final = 0.01  # pixels whose sides differ by less count as square
 READABLE: Final = UNCOMPRESSED | {RUN_LENGTH} | frozenset(
     f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)
 )  # fmt: skip

@@ -1,23 +1,18 @@
-"""Converts one DICOM file to Hounsfield units."""
+"""Reads one slice, of a DICOM file or a NIfTI volume, as Hounsfield units."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ichpipe.common.constants import MAX_HU, MIN_HU
+from ichpipe.common.constants import MAX_HU, MAX_SIDE_PX, MIN_HU, SPACINGS_MM, SQUARE_WITHIN
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.dicom import decode
-from ichpipe.dicom.dataset import (
-    EXPLICIT_BIG,
-    MAX_SIDE_PX,
-    PixelFacts,
-    PixelFile,
-    read_pixel_file,
-    require_stream,
-)
+from ichpipe.dicom.archive import read_file, stamp_of
+from ichpipe.dicom.dataset import EXPLICIT_BIG, PixelFacts, PixelFile, read_pixel_file, require_stream
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
+from ichpipe.nifti.volume_file import read_volume, split_slice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +28,7 @@ def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
     Parameters
     ----------
     path
-        The file, or a member of a zip archive.
+        The file, a member of a zip archive, a frame of an Enhanced CT, or a slice of a NIfTI volume.
     scanned
         ``scan`` has accepted the file: its compressed stream need not be checked again for completeness.
 
@@ -48,7 +43,7 @@ def read_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
         Names the file, and the transfer syntax where the codec failed.
 
     """
-    return _read(path, scanned=scanned)[0]
+    return _read(path, scanned=scanned).hu
 
 
 def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int16]:
@@ -57,8 +52,7 @@ def read_square_hu(path: Path | str, *, scanned: bool = False) -> NDArray[np.int
     Where PixelSpacing (0028,0030), or else PixelAspectRatio (0028,0034), says that they are not, rows or columns are
     interpolated, so that the coarser of the two gets the spacing of the finer.
     """
-    hu, facts = _read(path, scanned=scanned)
-    aspect = facts.aspect
+    hu, aspect, _ = _read(path, scanned=scanned)
     if aspect == 1:
         return hu
     axis, factor = (0, aspect) if aspect > 1 else (1, 1 / aspect)
@@ -81,21 +75,38 @@ def read_spaced_hu(path: Path | str, *, scanned: bool = False) -> tuple[NDArray[
 
     None where PixelSpacing (0028,0030) is not a pair of numbers within SPACINGS_MM.
     """
-    hu, facts = _read(path, scanned=scanned)
-    return hu, facts.spacing_mm
+    image = _read(path, scanned=scanned)
+    return image.hu, image.spacing_mm
 
 
-def _read(path: Path | str, *, scanned: bool) -> tuple[NDArray[np.int16], PixelFacts]:
-    """Return HU (rows, columns) and the facts of the pixels."""
+class _Image(NamedTuple):
+    hu: NDArray[np.int16]  # (rows, columns)
+    aspect: float  # distance of rows / distance of columns
+    spacing_mm: tuple[float, float] | None  # distance of rows and of columns
+
+
+def _read(path: Path | str, *, scanned: bool) -> _Image:
     try:
+        if nifti_slice := split_slice(path if isinstance(path, str) else path.as_posix()):
+            return _read_nifti(*nifti_slice)
         with quiet_pydicom():
             file = read_pixel_file(path)
             stored = stored_pixels(file)
             if file.facts.compressed and not scanned:
                 require_stream(file.pixel_data, file.facts, stored)
-            return stored_to_hu(stored, file.facts), file.facts
+            return _Image(stored_to_hu(stored, file.facts), file.facts.aspect, file.facts.spacing_mm)
     except UnreadableDicomError as error:
         raise UnreadableDicomError(f"{path}: {error}") from error
+
+
+def _read_nifti(path: str, number: int) -> _Image:
+    volume = read_volume(path, stamp_of(path), read_file)
+    if number >= len(volume.hu):
+        raise UnreadableDicomError(f"the file has {len(volume.hu)} slices, counted from 0")
+    (down, across), (low, high) = volume.pixel_mm, SPACINGS_MM
+    spacing_mm = volume.pixel_mm if low <= min(down, across) <= max(down, across) <= high else None
+    aspect = down / across if abs(down / across - 1) > SQUARE_WITHIN else 1.0
+    return _Image(volume.hu[number], aspect, spacing_mm)
 
 
 def stored_to_hu(stored: NDArray[np.integer], facts: PixelFacts) -> NDArray[np.int16]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from ichpipe import dicom
+from ichpipe import dicom, nifti
 from ichpipe.common.errors import NotOpenedError
 from ichpipe.common.files import atomic_path, installed_versions
 from ichpipe.dicom import archive
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from ichpipe.dicom.archive import ListedFile
 
-_ROOM: Final = Path(str(dicom.__file__)).parent
+_ROOMS: Final = [Path(str(room.__file__)).parent for room in (dicom, nifti)]
 _MAKER: Final = b"ichpipe.dicom.slice_header"
 _CODECS: Final = (
     "pydicom", "numpy", "imagecodecs", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "pylibjpeg-rle",
-    "python-gdcm", "pyjpegls",
+    "python-gdcm", "pyjpegls", "nibabel",
 )  # fmt: skip
 _PART: Final = "headers-{:06d}.parquet"
 _PARTS: Final = "headers-*.parquet"
@@ -42,7 +42,7 @@ class HeaderCache:
     def __init__(self, folder: Path | None, schema: pa.Schema, mark: str = "") -> None:
         """Read all parts; a damaged part, or one by other code or with another ``mark``, is deleted."""
         # What decides the content of a row: our reading code and the installed codecs.
-        maker = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_ROOM.glob("*.py"))))
+        maker = hashlib.sha256(b"".join(path.read_bytes() for room in _ROOMS for path in sorted(room.glob("*.py"))))
         versions = dict.fromkeys(_CODECS, "none") | installed_versions(_CODECS)
         maker.update("".join(f"{name} {version}\n" for name, version in versions.items()).encode())
         self._folder = folder

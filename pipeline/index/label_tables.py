@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,11 +24,13 @@ from ichpipe.common.files import require_file
 from ichpipe.common.user_tables import read_table
 from ichpipe.index.cq500_reads import read_majority, scan_name, scan_number
 from ichpipe.index.rsna_labels import LONG_COLUMNS, first_names, read_rsna_labels, resolve_labels
+from ichpipe.nifti.volume_file import is_nifti, slice_path, split_slice
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ichpipe.common.pseudonyms import Pseudonyms
+    from ichpipe.common.user_tables import Table
 
 KEYS: Final = {
     "sop_uid": ("sop_uid", "SOPInstanceUID", "ID"),
@@ -38,6 +40,7 @@ KEYS: Final = {
 }
 """Identifiers of a row, from narrow to wide, and their column names; the first match counts."""
 
+FILE, FILE_SLICE = "file", "file and slice"  # keys of NIfTI volumes and of their slices, in the column `file`
 SCAN: Final = "scan"  # key of CQ500's reads: the number in PatientID or in the name of a folder
 _ROUNDED: Final = re.compile(r"[0-9](?:\.[0-9]+)?e\+?[0-9]{1,2}", re.IGNORECASE)  # 2.019E+16
 _SPREADSHEET_DIGITS: Final = 15  # that a spreadsheet keeps of a number
@@ -48,13 +51,19 @@ STUDY_COLUMNS: Final = ["patient_id", "study_uid", "series_uid", "n_slices", *CL
 class LabelTable:
     """Labels by one kind of identifier."""
 
-    key: str  # of KEYS, or SCAN
+    key: str  # of KEYS, or SCAN, FILE, FILE_SLICE
     values: pd.DataFrame  # index: identifiers, unique, sorted; the columns of CLASSES, float32; 0, 1 or NaN
     report: dict[str, Any]
+    patients: pd.Series | None = None  # of NIfTI files by name, where the table has a column patient_id
 
     def hide_patients(self, pseudonyms: Pseudonyms | None) -> LabelTable:
         """Replace each PatientID by its pseudonym."""
-        if pseudonyms is None or self.key != "patient_id":
+        if pseudonyms is None:
+            return self
+        if self.patients is not None:
+            hidden = pd.Series(list(pseudonyms.of(self.patients)), self.patients.index, dtype=object)
+            return replace(self, patients=hidden)
+        if self.key != "patient_id":
             return self
         names = {key: pseudonyms.of(value) for key, value in self.report.items() if key.endswith("_names")}
         values = self.values.set_axis(pd.Index(pseudonyms.of(self.values.index), name=self.key)).sort_index()
@@ -77,19 +86,21 @@ def read_labels(dataset: str, path: Path) -> LabelTable:
 
 def _read_simple(path: Path) -> LabelTable:
     """Read a table with an identifier in each row and any of the six classes: 0, 1, or empty for unknown."""
-    keys = [*LONG_COLUMNS, *(name for names in KEYS.values() for name in names)]
+    keys = [*LONG_COLUMNS, *(name for names in KEYS.values() for name in names), "file", "slice"]
     table = read_table(path, "label", keys, CLASSES)
     if sorted(table.names) == LONG_COLUMNS:
         return LabelTable("sop_uid", *read_rsna_labels(path))
     columns = [(key, column) for key, names in KEYS.items() for column in names if column in table.names]
-    if not columns:
+    files = _read_file_names(table)
+    if files is None and not columns:
         first = ", ".join(names[0] for names in KEYS.values())
-        raise table.error(f"names no slice, series, study or patient: it needs one column of {first}")
+        raise table.error(
+            f"names no slice, series, study or patient: it needs one column of {first}, or of NIfTI files a column file"
+        )
     if not set(CLASSES) & set(table.names):
         raise table.error(f"has none of the columns {', '.join(CLASSES)}")
     absent = [name for name in CLASSES if name not in table.names]
-    key, column = columns[0]
-    names = table.text(column).to_pandas()
+    key, names = files or (columns[0][0], table.text(columns[0][1]).to_pandas())
     labels = pd.DataFrame(np.nan, index=pd.Index(names, name=key), columns=list(CLASSES))
     for name in [name for name in CLASSES if name in table.names]:
         cells = table.content[name].combine_chunks()
@@ -109,7 +120,93 @@ def _read_simple(path: Path) -> LabelTable:
     for kind, marked in (("contradictory", contradictory), ("inconsistent_any", odd_any)):
         report |= {kind: int(marked.sum()), f"{kind}_names": first_names(zeros.index[marked])}
     frame = pd.DataFrame(values.astype(np.float32), index=zeros.index, columns=list(CLASSES))
-    return LabelTable(key, frame, report)
+    return LabelTable(key, frame, report, None if files is None else _read_patients(table))
+
+
+def _read_file_names(table: Table) -> tuple[str, pd.Series] | None:
+    """Return the key and the identifiers (rows,) of a table of NIfTI files; None for any other table."""
+    names = _portable_names(table)
+    if names is None or not names.map(is_nifti).all():
+        return None
+    if "slice" not in table.names:
+        return FILE, names
+    numbers = table.numbers("slice")
+    table.refuse(~((numbers >= 0) & (numbers % 1 == 0)), "column slice is no whole number from 0", numbers)
+    return FILE_SLICE, pd.Series(
+        [slice_path(name, int(number)) for name, number in zip(names, numbers, strict=True)], dtype=object
+    )
+
+
+def _portable_names(table: Table) -> pd.Series | None:
+    names = table.optional_text("file")
+    return None if names is None else names.str.strip().str.replace("\\", "/").str.removeprefix("./").astype(object)
+
+
+def _read_patients(table: Table) -> pd.Series | None:
+    """Return the patient of each NIfTI file by its name; None where the table names none."""
+    files, patients = _portable_names(table), table.optional_text("patient_id")
+    if files is None or patients is None:
+        return None
+    of_file = patients.groupby(files)
+    table.refuse((of_file.transform("nunique") > 1).to_numpy(), "column patient_id differs within one file", files)
+    names: pd.Series = of_file.first()
+    return names
+
+
+def name_patients(slices: pd.DataFrame, labels: LabelTable | None) -> pd.DataFrame:
+    """Replace the patients of NIfTI slices by those that the label table names, where it does."""
+    if labels is None or labels.patients is None:
+        return slices
+    named = _name_files(slices["path"], labels.patients.index).map(labels.patients)
+    return slices.assign(patient_id=named.where(named.notna(), slices["patient_id"]))
+
+
+def _name_files(paths: pd.Series, names: pd.Index) -> pd.Series:
+    """Return which of ``names`` is the NIfTI file of each path (n,); its own name for none, empty for another path.
+
+    A name is the path below any folder. Raises DataError where one name stands for files in two folders.
+    """
+    known, matches, owners = set(names), dict[str, str](), dict[str, str]()
+    files = paths.map(_file_of)
+    for file in files.unique():
+        parts = file.split("/")
+        name = next((end for start in range(len(parts)) if (end := "/".join(parts[start:])) in known), parts[-1])
+        if name in known and owners.setdefault(name, file) != file:
+            raise DataError(
+                f"the label table's file {name!r} may be {owners[name]} or {file}: write the folder before the name, "
+                "as below prepare.dicom_dir"
+            )
+        matches[file] = name
+    return files.map(matches)
+
+
+def _file_of(path: str) -> str:
+    """Return the file of a NIfTI slice; an empty text for any other path."""
+    return (split_slice(path) or ("", 0))[0]
+
+
+def _name_nifti(index: pd.DataFrame, labels: LabelTable) -> pd.Series:
+    """Return the identifier of each row (n,) in a table of NIfTI files or slices; an empty one for other rows.
+
+    Raises DataError where the table counts slices from 1.
+    """
+    names = labels.values.index
+    if labels.key == FILE:
+        return _name_files(index["path"], names)
+    rows = pd.DataFrame([split_slice(name) for name in names], columns=["file", "slice"])
+    files = _name_files(index["path"], pd.Index(rows["file"].unique()))
+    numbers = index["instance_number"]
+    last = rows.groupby("file")["slice"].max() - numbers.groupby(files).max()
+    if rows["slice"].min() == 1 and (last == 1).any():
+        file = last.index[last == 1][0]
+        raise DataError(
+            f"{labels.report['file']}: column slice counts from 1 (the last slice of {file} is "
+            f"{rows.groupby('file')['slice'].max()[file]}); count from 0, as the voxels are stored"
+        )
+    texts = [
+        slice_path(file, int(number)) if file else "" for file, number in zip(files, numbers.fillna(0), strict=True)
+    ]
+    return pd.Series(texts, index=index.index)
 
 
 def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
@@ -121,8 +218,11 @@ def join(index: pd.DataFrame, labels: LabelTable | None) -> tuple[pd.DataFrame, 
     if labels is None:
         joined = index.assign(**dict.fromkeys(CLASSES, np.float32(np.nan)))
         return joined, _reduce_to_series(joined, joined[list(CLASSES)]), {}
-    of_slices = labels.key == "sop_uid"
-    names = index[labels.key] if labels.key != SCAN else _name_scans(index)
+    of_slices = labels.key in ("sop_uid", FILE_SLICE)
+    if labels.key in (FILE, FILE_SLICE):
+        names = _name_nifti(index, labels)
+    else:
+        names = index[labels.key] if labels.key != SCAN else _name_scans(index)
     matched = names.isin(labels.values.index)
     if not matched.any():
         count = f"{len(index)} slices" if of_slices else f"{index['study_uid'].nunique()} studies"

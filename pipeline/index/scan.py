@@ -1,9 +1,12 @@
-"""Reads the headers of DICOM files and orders the slices of each series; names a reason for every other file."""
+"""Reads the headers of DICOM and NIfTI files and orders the slices of each series; names why any other is rejected."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,16 +18,17 @@ from ichpipe.common.constants import TIE_MM
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.common.processes import process_pool
 from ichpipe.common.progress import Counter
-from ichpipe.dicom.archive import Listing, list_files, portable
+from ichpipe.dicom.archive import Listing, list_files, portable, read_file, stamp_of
 from ichpipe.dicom.dataset import UNCOMPRESSED
 from ichpipe.dicom.decode_sandbox import TrialDecoder
 from ichpipe.dicom.enhanced import FRAME, EnhancedCtError, list_frames
 from ichpipe.dicom.slice_header import read_header
 from ichpipe.index.header_cache import HeaderCache
 from ichpipe.index.slice_order import DIRECTIONS, POSITION, order_series
+from ichpipe.nifti.volume_file import SYNTAX, is_nifti, read_volume, slice_path, split_slice
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from concurrent.futures import Executor
     from contextlib import AbstractContextManager
     from pathlib import Path
@@ -77,12 +81,12 @@ def scan(
         names = {*only, *(match[1] for path in only if (match := FRAME.fullmatch(path)))}
         listing = Listing([file for file in listing.files if file.path in names], [])
     if force:
-        headers = _hide_patients(read_headers(listing.files, force=True), pseudonyms)
+        headers = _name_patients(read_headers(listing.files, force=True), roots, pseudonyms)
         if only is not None:
             headers = headers.filter(pc.is_in(headers["path"], pa.array(sorted(only), pa.string())))
     else:
         header_cache = HeaderCache(cache, HEADER_SCHEMA, pseudonyms.mark if pseudonyms else "")
-        headers = _read_all(listing.files, workers, header_cache, pseudonyms)
+        headers = _read_all(listing.files, workers, header_cache, lambda read: _name_patients(read, roots, pseudonyms))
     refused = pc.is_valid(headers["reason"])
     slices = headers.filter(pc.invert(refused)).drop_columns(["reason", "code", "size", "stamp"]).to_pandas()
     damaged = pd.DataFrame(listing.damaged, columns=REJECTED[:2], dtype=object).reindex(columns=REJECTED, fill_value="")
@@ -94,7 +98,9 @@ def scan(
     return slices, rejected.fillna("").reset_index(drop=True)
 
 
-def _read_all(files: list[ListedFile], workers: int, cache: HeaderCache, pseudonyms: Pseudonyms | None) -> pa.Table:
+def _read_all(
+    files: list[ListedFile], workers: int, cache: HeaderCache, name_patients: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
     cached, unread = cache.split(files)
     chunks = [unread[start : start + CHUNK_FILES] for start in range(0, len(unread), CHUNK_FILES)]
     parallel = workers > 1 and len(unread) >= PROCESSES_FROM
@@ -103,7 +109,7 @@ def _read_all(files: list[ListedFile], workers: int, cache: HeaderCache, pseudon
     try:
         with opening as pool:
             for headers in pool.map(read_headers, chunks) if pool else map(read_headers, chunks):
-                tables.append(_hide_patients(headers, pseudonyms))
+                tables.append(name_patients(headers))
                 cache.add(tables[-1])
                 if counter:
                     counter.add(len(headers))
@@ -119,14 +125,27 @@ def _read_all(files: list[ListedFile], workers: int, cache: HeaderCache, pseudon
     return whole
 
 
-def _hide_patients(headers: pa.Table, pseudonyms: Pseudonyms | None) -> pa.Table:
-    """Replace each PatientID of a slice by its pseudonym."""
-    if pseudonyms is None:
-        return headers
+def _name_patients(headers: pa.Table, roots: Sequence[Path], pseudonyms: Pseudonyms | None) -> pa.Table:
+    """Name the patients of NIfTI slices by their files; replace each PatientID of a slice by its pseudonym."""
     names = headers["patient_id"].to_pylist()
-    hidden = iter(pseudonyms.of(name for name in names if name is not None))
-    values = pa.array([None if name is None else next(hidden) for name in names], pa.string())
+    for row in np.flatnonzero(np.asarray(pc.fill_null(pc.equal(headers["transfer_syntax"], SYNTAX), False))).tolist():
+        names[row] = patient_of(headers["path"][row].as_py(), roots)
+    hidden = iter(pseudonyms.of(name for name in names if name is not None)) if pseudonyms else None
+    values = pa.array([next(hidden) if hidden and name is not None else name for name in names], pa.string())
     return headers.set_column(headers.schema.get_field_index("patient_id"), "patient_id", values)
+
+
+def patient_of(path: str, roots: Sequence[Path]) -> str:
+    """Return the patient of a NIfTI slice: the file below the first of ``roots`` that holds it, without ending.
+
+    A name of BIDS ends after its first ``sub-LABEL``: ``sub-01/ses-2/ct/sub-01_ses-2_ct.nii.gz`` is ``sub-01``.
+    """
+    file, _ = split_slice(path) or (path, 0)
+    folders = [f"{root.as_posix()}/" for root in roots if file.startswith(f"{root.as_posix()}/")]
+    name = file.removeprefix(folders[0]) if folders else PurePath(file).name
+    name = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+    subject = re.match(r"(?:.*?/)??sub-[A-Za-z0-9]+(?=[_/]|$)", name)
+    return subject[0] if subject else name
 
 
 def read_headers(files: Sequence[ListedFile], *, force: bool = False) -> pa.Table:
@@ -142,6 +161,8 @@ def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[st
     if path != file.path:
         reason = "file name is not UTF-8; rename the file"
         return [facts | dict(zip(REJECTED, (path, reason, "", "", "", ""), strict=True))]
+    if is_nifti(path):
+        return [facts | row for row in _read_nifti(path)]
     try:
         return [facts | _read_slice(path, trial, force=force)]
     except EnhancedCtError as error:
@@ -152,6 +173,26 @@ def _read(file: ListedFile, trial: TrialDecoder, *, force: bool) -> list[dict[st
         rows, reason = [], str(error)
     rows = [row | {"reason": f"enhanced CT: {row['reason']}"} if "reason" in row else row for row in rows]
     return rows or [facts | dict(zip(REJECTED, (path, reason, "", "", "", ""), strict=True))]
+
+
+def _read_nifti(path: str) -> list[dict[str, Any]]:
+    """Return the columns of each slice of a NIfTI volume, or its path and the reason why it is not used."""
+    try:
+        volume = read_volume(path, stamp_of(path), read_file)
+    except UnreadableDicomError as error:
+        return [dict(zip(REJECTED, (path, str(error), "", "", "", error.code), strict=True))]
+    count, rows, columns = volume.hu.shape
+    common: dict[str, Any] = dict.fromkeys(_TEXTS, "") | dict.fromkeys(_FLAGS, False)  # what no NIfTI tells
+    common |= {"study_uid": volume.uid, "series_uid": f"{volume.uid}.1", "transfer_syntax": SYNTAX}
+    common |= {"rows": rows, "columns": columns, "thickness_mm": np.nan}
+    common |= dict(zip(DIRECTIONS, (*volume.row_direction, *volume.column_direction), strict=True))
+    return [
+        common
+        | {"path": slice_path(path, number), "sop_uid": f"{volume.uid}.1.{number}", "instance_number": number}
+        | {"file_digest": hashlib.sha256(f"{volume.digest}/{number}".encode()).hexdigest()}
+        | dict(zip(POSITION, volume.origin_mm + number * volume.step_mm, strict=True))
+        for number in range(count)
+    ]
 
 
 def _read_slice(path: str, trial: TrialDecoder, *, force: bool) -> dict[str, Any]:

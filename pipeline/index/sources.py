@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from ichpipe.common.errors import DataError
-from ichpipe.index.label_tables import join, read_labels
+from ichpipe.index.label_tables import join, name_patients, read_labels
 from ichpipe.index.scan import REJECTED, scan
 from ichpipe.index.series_selection import select_series
 
@@ -91,6 +91,7 @@ def _read_archive(
         raise NothingUsableError(source.dicom_dir, rejected)
     per_study = params.selection.per_study
     one_per_study = source.dataset != "rsna" if per_study == "auto" else per_study == "one"
+    slices, rejected = name_patients(slices, table), name_patients(rejected, table)
     chosen = select_series(slices, rejected, params.selection, one_per_study=one_per_study)
     rejected = pd.concat([rejected, chosen.left_out]).sort_values("path", ignore_index=True)
     index, studies, matched = join(chosen.slices, table)

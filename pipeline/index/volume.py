@@ -12,12 +12,14 @@ import pandas as pd
 
 from ichpipe.common.errors import DataError, UnreadableDicomError
 from ichpipe.dicom import hounsfield
+from ichpipe.dicom.archive import read_file, stamp_of
 from ichpipe.dicom.dataset import MAX_FILE_BYTES, parse
 from ichpipe.dicom.elements import Elements, tags
 from ichpipe.dicom.enhanced import read_slice_file
 from ichpipe.dicom.pydicom_quiet import quiet_pydicom
 from ichpipe.index.scan import scan
 from ichpipe.index.series_selection import select_series
+from ichpipe.nifti.volume_file import read_volume, split_slice
 from ichpipe.params.schema import SelectionParams
 
 if TYPE_CHECKING:
@@ -35,15 +37,17 @@ class Volume:
     A row of ``hu`` runs from the patient's right to the left, its first row is in front, as DICOM stores axial slices.
     """
 
-    patient_id: str  # (0010,0020); the StudyInstanceUID where it is empty
+    patient_id: str  # (0010,0020), the StudyInstanceUID where it is empty; of NIfTI the name of the file
     study_uid: str  # (0020,000D)
     series_uid: str  # (0020,000E)
     sop_uids: tuple[str, ...]  # (0008,0018) of each slice
-    paths: tuple[str, ...]  # file of each slice; one in an archive as ARCHIVE.zip/FOLDER/FILE
+    paths: tuple[str, ...]  # file of each slice; in an archive ARCHIVE.zip/FOLDER/FILE, of NIfTI FILE.nii/slice-0000
     hu: NDArray[np.int16]  # (n, rows, columns), Hounsfield units, -1024 to 32767
     position_mm: NDArray[np.float64]  # (n,), along the slice normal, not falling; ImagePositionPatient (0020,0032)
     spacing_mm: NDArray[np.float64]  # (n,), to the slice before, of the first to the next; NaN for a single slice
-    pixel_mm: tuple[float, float]  # PixelSpacing (0028,0030): between rows, between columns; NaN where absent
+    pixel_mm: tuple[
+        float, float
+    ]  # PixelSpacing (0028,0030), or by the affine: between rows, between columns; NaN where absent
 
     def __len__(self) -> int:
         """Return the number of slices."""
@@ -150,12 +154,6 @@ def _read_volume(index: pd.DataFrame) -> Volume:
             f"series {index['series_uid'].iloc[0]} has slices of {sizes} pixels, which make no array; "
             "ichpipe.read_hu reads one file, Model.predict_folder takes such a series"
         )
-    with quiet_pydicom():
-        elements = Elements(parse(read_slice_file(paths[0], MAX_FILE_BYTES), tags("PixelSpacing")))
-        try:
-            between_rows, between_columns = elements.floats("PixelSpacing", 2)
-        except UnreadableDicomError:
-            between_rows = between_columns = math.nan
     return Volume(
         **{name: str(index[name].iloc[0]) for name in ("patient_id", "study_uid", "series_uid")},
         sop_uids=tuple(index["sop_uid"]),
@@ -163,5 +161,17 @@ def _read_volume(index: pd.DataFrame) -> Volume:
         hu=np.stack(slices),
         position_mm=index["position_mm"].to_numpy(np.float64),
         spacing_mm=index["spacing_mm"].to_numpy(np.float64),
-        pixel_mm=(between_rows, between_columns),
+        pixel_mm=_read_pixel_mm(paths[0]),
     )
+
+
+def _read_pixel_mm(path: str) -> tuple[float, float]:
+    if nifti := split_slice(path):
+        return read_volume(nifti[0], stamp_of(nifti[0]), read_file).pixel_mm
+    with quiet_pydicom():
+        elements = Elements(parse(read_slice_file(path, MAX_FILE_BYTES), tags("PixelSpacing")))
+        try:
+            between_rows, between_columns = elements.floats("PixelSpacing", 2)
+        except UnreadableDicomError:
+            return math.nan, math.nan
+    return between_rows, between_columns

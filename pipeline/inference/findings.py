@@ -211,7 +211,8 @@ def format_nothing_left(refused: pd.DataFrame, rejected: pd.DataFrame, n_files: 
     ``--force`` is named where it can help: a refused series has slices, or a rejected file is no CT by its header.
     """
     if refused.empty:
-        return f"none of {n_files} files is a usable CT slice; {remark}"
+        first = "".join(f"; the first is {row.path}: {row.reason}" for row in rejected.head(1).itertuples())
+        return f"none of {n_files} files is a usable CT slice{first}; {remark}"
     head = f"refused: {counted(len(refused), 'study', 'studies')}, and nothing else to predict"
     if (refused["n_slices"] > 0).any() or (rejected["code"] == NotCtError.code).any():
         remark = f"--force predicts what has CT pixels all the same, and marks the result; {remark}"

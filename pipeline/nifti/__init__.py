@@ -1,0 +1,1 @@
+"""One NIfTI file to the geometry and Hounsfield units of its slices."""
