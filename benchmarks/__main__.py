@@ -4,6 +4,7 @@ python -m benchmarks --out results                      # hours at full size
 python -m benchmarks --only store growth --out results
 python -m benchmarks --small                            # every one in seconds; shows that they run
 python -m benchmarks plot results --out docs            # PNG files from the JSON files
+python -m benchmarks gpu                                # for whoever has a GPU for ten minutes
 
 What has no baseline is run by itself: fuzz.py and guards.py, stage_kills.py (docs/reliability.md), ladder.py.
 """
@@ -29,6 +30,11 @@ def main(words: list[str]) -> int:
         import plot  # noqa: PLC0415 - matplotlib, for this command alone
 
         return int(plot.main(words[1:]))
+    if words[:1] == ["gpu"]:
+        sys.path.insert(0, str(FOLDER))
+        import gpu  # noqa: PLC0415 - says what a bare machine lacks
+
+        return int(gpu.main(words[1:]))
     there = names()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=there, default=there, metavar="NAME", help=", ".join(there))

@@ -105,8 +105,8 @@ def measure(kind: str, slices: int, options: argparse.Namespace) -> dict[str, An
     for _ in range(2):
         start = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds = time.perf_counter() - start
     return {"slices": slices, "peak_mb": round(peak(device) - before), "seconds": round(seconds, 2)}
 
@@ -136,16 +136,16 @@ def gradient(
 
 def held(device: torch.device) -> float:
     """Return the memory held now, MB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.memory_allocated() / 2**20
     return kit.status_mb()
 
 
 def peak(device: torch.device) -> float:
     """Return the most memory held so far, MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -233,13 +233,13 @@ def forward(cnn: SliceCnn, hu: torch.Tensor, batch: int, precision: str) -> None
     with autocast(hu.device, precision):
         for part in torch.split(hu, batch):
             cnn(part)
-    if hu.device.type == "cuda":
-        torch.cuda.synchronize()
+    if hu.device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def forward_as_extract(cnn: SliceCnn, hu: torch.Tensor, loaders: int, precision: str) -> None:
     """Run the network alone in the lanes of a CPU; on a GPU there is one way."""
-    if hu.device.type == "cuda":
+    if hu.device.type != "cpu":
         forward(cnn, hu, len(hu), precision)
         return
     lanes = Lanes(max(1, loaders))

@@ -108,8 +108,12 @@ def machine() -> dict[str, Any]:
     """Name the processor, the cores that this process may use, memory (GiB), GPU and threads a process may use."""
     import torch  # noqa: PLC0415 - the benchmarks of tables need none of it
 
+    from ichpipe.common.device import accelerator_type, device_name  # noqa: PLC0415
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    kind = accelerator_type()
+    count = 0 if kind is None else torch.accelerator.device_count()
+    gpus = [device_name(torch.device(str(kind), number)) for number in range(count)]
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

@@ -219,8 +219,8 @@ def end_to_end(options: argparse.Namespace, slices: int = 8, chunk: int = 4) -> 
         for _ in range(2):
             start = time.perf_counter()
             backward_in_chunks(model, parts, places, functools.partial(_loss, labels), context=context, seed=0)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds[precision] = (time.perf_counter() - start) / slices
     fastest = min(seconds.values())
     return {"slices": slices, "chunk_slices": chunk, "by_precision": seconds, "seconds_per_slice": fastest}

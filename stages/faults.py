@@ -5,8 +5,14 @@ Libraries raise these as their own errors. This module imports no library; it lo
 
 from __future__ import annotations
 
+import re
 import sys
 
+# PyTorch's two texts: of a Mac's GPU, and of any other kind.
+_LACKING = re.compile(
+    r"operator '(?P<name>[\w:.]+)' is not currently implemented for the MPS device"
+    r"|Could not run '(?P<other>[\w:.]+)' with arguments from the '(?P<kind>\w+)' backend"
+)
 KEPT = "what was finished is kept, and the same command goes on from there"
 
 
@@ -17,7 +23,12 @@ def message_of(error: BaseException) -> str | None:  # noqa: PLR0911 - a line fo
     # torch 2 has classes for a full and for a lost GPU. Of cuBLAS, cuDNN, CPU memory, shared memory and workers it
     # raises a plain RuntimeError: the text alone tells them apart.
     text = str(error)
-    if _is(error, "torch", "OutOfMemoryError"):
+    if isinstance(error, NotImplementedError) and (lacking := _LACKING.search(text)):
+        if lacking["name"]:
+            fallback = "set PYTORCH_ENABLE_MPS_FALLBACK=1, which computes it on the CPU, or use --gpu cpu"
+            return f"PyTorch has no {lacking['name']} for this GPU (MPS); {fallback}; {KEPT}"
+        return f"PyTorch has no {lacking['other']} for {lacking['kind']}; use --gpu cpu; {KEPT}"
+    if _is(error, "torch", "OutOfMemoryError") or "MPS backend out of memory" in text:
         return (
             "the GPU's memory is full; lower batch_size (with a higher accumulate), finetune.chunk_slices, or take "
             f"another GPU with --gpu; {KEPT}"

@@ -221,7 +221,7 @@ def _build(params: Params, device: torch.device) -> SliceCnn:
         load_pretrained(cnn.backbone, section.backbone, section.pretrained, cnn.spec.slices)
     cnn.to(device)
     require_size(cnn)
-    if distributed.count() > 1 and device.type == "cuda":  # on a CPU PyTorch has no such layer
+    if distributed.count() > 1 and device.type not in {"cpu", "mps"}:  # PyTorch has no such layer there
         from timm.layers.norm_act import convert_sync_batchnorm
 
         cnn = cast("SliceCnn", convert_sync_batchnorm(cnn))  # type: ignore[no-untyped-call] # timm has no types

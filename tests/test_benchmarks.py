@@ -229,3 +229,46 @@ def test_extract(tmp_path):
         assert one["slices"] == 130
         assert 0 < one["extract_over_forward"]["whole_call"] <= one["extract_over_forward"]["from_first_slice"]
         assert all(value > 0 for value in one["slices_per_second"].values())
+
+
+def test_without_a_gpu_the_benchmark_of_one_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
+    assert load("__main__").main(["gpu", "--out", str(tmp_path / "gpu.json")]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_bare_machine_is_told_what_to_install(tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    lacking = {"zarr", "dask", "pydicom"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find_spec(name))
+    assert load("gpu").main(["--tiny", "--out", str(tmp_path / "gpu.json")]) == 2
+    told = capsys.readouterr().err
+    assert f"install: {sys.executable} -m pip install -c constraints.txt pydicom zarr dask\n" in told
+    assert "pip download -c constraints.txt -d wheels pydicom zarr dask\n" in told
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu_and_says_what_had_no_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
+    out = tmp_path / "gpu.json"
+    assert load("gpu").main(["--tiny", "--only", "train", "finetune", "--out", str(out)]) == 0
+    assert "no GPU" in capsys.readouterr().err
+    written = json.loads(out.read_text())
+    assert (written["device"], written["tiny"], list(written["result"])) == ("cpu", True, ["train", "finetune"])
+    for part in written["result"].values():
+        for precision in ("auto", "bf16"):
+            assert part[precision]["steps"] == 2
+            assert part[precision]["slices_per_second"] > 0
+    assert load("gpu").main(["--tiny", "--minutes", "0", "--only", "extract", "--out", str(out)]) == 1
+    assert "no time was left" in json.loads(out.read_text())["result"]["extract"]["error"]
+
+
+@pytest.mark.soak
+def test_all_parts_of_the_benchmark_of_a_gpu_run_on_a_cpu(tmp_path):
+    assert load("gpu").main(["--tiny", "--out", str(tmp_path / "gpu.json")]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())["result"]
+    assert list(result) == ["tests", "extract", "train", "finetune", "sequence"]
+    assert "skipped" in result["tests"]["summary"] or "passed" in result["tests"]["summary"]
+    assert result["extract"]["result"]["encodings"]["uncompressed"]["slices"] == 130
+    assert len(result["sequence"]["result"]["arms"]["paper"]["epochs"]) == 1

@@ -404,7 +404,8 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 
 
 def test_several_gpus_for_a_command_that_uses_one_are_an_error(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     assert [str(device) for device in choose_devices("0,1")] == ["cuda:0", "cuda:1"]
     assert str(choose_device("1")) == "cuda:1"
     with pytest.raises(IchpipeError, match=r"--gpu 0,1: this command uses one device"):

@@ -313,7 +313,7 @@ def _classify(
 
 def to_probabilities(logits: torch.Tensor) -> NDArray[np.float64]:
     """Return the sigmoid of logits (n, 6), in float64."""
-    return torch.sigmoid(logits.double()).cpu().numpy()
+    return torch.sigmoid(logits.cpu().double()).numpy()
 
 
 def predict_held_out(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ichpipe.common.device import pins_memory
 from ichpipe.common.errors import UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent
 from ichpipe.images.slice_dataset import load_slices
@@ -81,7 +82,7 @@ class Loader:
             batch_size=None,
             sampler=self._todo,
             num_workers=count,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pins_memory(),
             multiprocessing_context="spawn" if count else None,
             worker_init_fn=follow_the_parent,
             persistent_workers=count > 0,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ichpipe.common.classes import CLASSES
-from ichpipe.common.device import derive_seed, generator
+from ichpipe.common.device import derive_seed, free_memory, generator
 from ichpipe.models.sequence import POSITION, mean_logits, stored_inputs
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def load_to_device(device: torch.device, series: list[LabelledSeries], names: tu
 
     A CPU gains nothing: the store is mapped, and the system keeps it in memory as far as possible.
     """
-    if device.type != "cuda" or not series:
+    if device.type == "cpu" or not series:
         return series
     slice_bytes = sum(series[0].sources[0][name][0].nbytes for name in names)
     total_bytes = slice_bytes * sum(len(item) * len(item.sources) for item in series)
-    if total_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+    if total_bytes > free_memory(device) // 2:
         return series
 
     return [
@@ -260,7 +260,7 @@ def predict_rows(
     result = np.full((n_rows, len(CLASSES)), np.nan)
     start = 0
     for logits, batch in predict_batches(model, series, device):
-        probabilities = torch.sigmoid(logits.double()).cpu().numpy()
+        probabilities = torch.sigmoid(logits.cpu().double()).numpy()
         for offset, length in enumerate(batch.lengths.tolist()):
             result[series[start + offset].rows] = probabilities[offset, :length]
         start += len(batch.lengths)

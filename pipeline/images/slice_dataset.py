@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ichpipe.common.device import pins_memory
 from ichpipe.common.errors import IchpipeError, UnreadableDicomError
 from ichpipe.common.processes import follow_the_parent, interrupts_stay_here
 from ichpipe.dicom import hounsfield
@@ -143,7 +144,7 @@ def batch_loader(
     loads = [[row for row in batch if held is None or row not in held] for batch in batches] if workers else []
     missing = [rows for rows in loads if rows]
     workers = workers if missing else 0
-    pinned = torch.cuda.is_available()
+    pinned = pins_memory()
     if not workers:
         return iter(DataLoader(dataset, batch_sampler=batches, pin_memory=pinned))  # type: ignore[arg-type]
     loader: DataLoader[Any] = DataLoader(

@@ -164,6 +164,7 @@ def backward_in_chunks(
 @contextmanager
 def repeat_random(seed: int, number: int, device: torch.device) -> Iterator[None]:
     """Draw the same numbers inside (dropout) whenever seed and number are the same; nothing changes outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    gpus = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=gpus, device_type=gpus[0].type if gpus else None):
         torch.manual_seed(derive_seed(seed, "chunk", number))
         yield

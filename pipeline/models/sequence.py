@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ichpipe.common.constants import THICK_SLICE_MM
+from ichpipe.common.device import double_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -184,7 +185,7 @@ def moving_average(values: Tensor, lengths: Tensor, kernel: int) -> Tensor:
 def moving_average_logits(logits: Tensor, lengths: Tensor, kernel: int) -> Tensor:
     """Return the log odds (B, T, 6) of the probabilities averaged over ``kernel`` neighbouring slices, in float64."""
     exported = torch.onnx.is_in_onnx_export()  # ONNX runtime has no pooling of float64
-    probabilities = torch.sigmoid(logits.float() if exported else logits.double())
+    probabilities = torch.sigmoid(logits.float() if exported else logits.to(double_type(logits.device)))
     return torch.logit(moving_average(probabilities, lengths, kernel), eps=1e-12)
 
 
@@ -225,7 +226,7 @@ class _SeriesNetwork(nn.Module):
         Logits (T, 6) in the order of CLASSES.
 
         """
-        sources = {"embedding": embedding, "logits": cnn_logits, POSITION: position_mm.to(embedding.device).float()}
+        sources = {"embedding": embedding, "logits": cnn_logits, POSITION: position_mm.float().to(embedding.device)}
         batch = {name: values.unsqueeze(0) for name, values in self.add_derived(sources).items()}
         length = torch.tensor([len(embedding)])
         if torch.onnx.is_in_onnx_export():  # a plain number would stay in an exported file

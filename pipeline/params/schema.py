@@ -163,7 +163,7 @@ class SliceParams(Section):
     keep: Literal["best", "last"] = "best"  # the epoch that is best on validation, or the last one
     dropout: Fraction = 0.0  # on the embedding, before the classifier
     max_grad_norm: PositiveFloat = 5.0
-    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on CUDA, bf16 on XPU, else fp32
     compile: bool = False  # torch.compile; pays on a GPU, not on a CPU
     augment: AugmentParams = AugmentParams()
     cutmix: CutMixParams = CutMixParams()
@@ -189,7 +189,7 @@ class ExtractParams(Section):
 
     chunk_rows: Annotated[int, Field(ge=1)] = 4096  # slices per Zarr chunk = per Dask task
     batch_size: Positive = 64  # slices per forward pass on a GPU; on a CPU 16 at most
-    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on CUDA, bf16 on XPU, else fp32
     views: ViewParams = ViewParams()
     mirror: bool = False  # also the left-right mirror image of every slice; an arm asks for it by `average.mirrored`
     pca: Positive | None = None  # principal components of the train slices, stored beside the embeddings (input pca)
@@ -243,7 +243,7 @@ class SequenceParams(Section):
     adam_eps: PositiveFloat = 1e-8
     warmup_epochs: NotNegative = 1.0
     max_grad_norm: PositiveFloat = 5.0
-    precision: Precision = "auto"  # auto: fp16 on a GPU, fp32 on a CPU
+    precision: Precision = "auto"  # auto: fp16 on CUDA, bf16 on XPU, else fp32
     seed: Count = 0
     seeds: Positive = 1  # trained with seed, seed + 1, …; `compare` shows their spread
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
+from ichpipe.common.device import accelerator_type, double_type
 from ichpipe.common.processes import launched_rank, signals_end_at_once
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def processes() -> Iterator[None]:
         yield
         return
     with signals_end_at_once():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group(distributed.get_default_backend_for_device(accelerator_type() or "cpu"))
     try:
         yield
     finally:
@@ -42,9 +43,14 @@ def processes() -> Iterator[None]:
 
 
 def local_gpu(gpu: str) -> str:
-    """Return the device of this process: under `torchrun`, ``auto`` is one GPU for each process."""
-    several = launched_rank()[1] > 1
-    return os.environ.get("LOCAL_RANK", gpu) if several and gpu == "auto" and torch.cuda.is_available() else gpu
+    """Return the device of this process: under `torchrun`, ``auto`` is one GPU for each process.
+
+    Processes can't share a Mac's GPU: PyTorch has no backend that sums tensors there. They train on the CPU.
+    """
+    kind = accelerator_type()
+    if launched_rank()[1] == 1 or gpu != "auto" or kind is None:
+        return gpu
+    return "cpu" if kind == "mps" else os.environ.get("LOCAL_RANK", gpu)
 
 
 def count() -> int:
@@ -78,8 +84,8 @@ def all_sum(*values: float) -> tuple[float, ...]:
     """Return sums over the processes."""
     if count() == 1:
         return values
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    device = _summing_device()
+    sums = torch.tensor(values, dtype=double_type(device), device=device)
     distributed.all_reduce(sums)
     return tuple(sums.tolist())
 
@@ -91,11 +97,16 @@ def mean_of_all(value: torch.Tensor | float, weight: float) -> tuple[torch.Tenso
     """
     if count() == 1:
         return value, weight
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    number = torch.as_tensor(value, dtype=torch.float64).detach().to(device)
+    device = _summing_device()
+    number = torch.as_tensor(value, dtype=double_type(device)).detach().to(device)
     parts = torch.stack([number * weight if weight else torch.zeros_like(number), torch.full_like(number, weight)])
     distributed.all_reduce(parts)
     return parts[0] / parts[1].clamp(min=1e-12), parts[1]
+
+
+def _summing_device() -> torch.device:
+    """Return the device of tensors that the processes can sum: gloo sums those of a CPU, other backends a GPU's."""
+    return torch.device("cpu" if distributed.get_backend() == "gloo" else accelerator_type() or "cpu")
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -173,6 +173,7 @@ class EndToEndFitting:
         ``of_all`` is the `weight` of all batches of the step.
         """
         batch_labels, size, losses = batch.labels(self.slices.labels), self.section.chunk_slices, []
+        loss_scale = float(self.scaler.scale(torch.ones((), device=self.device)))  # `get_scale` starts no scaler
         for rows, position_mm, seed in batch.members:
             labels = batch_labels[rows].to(self.device)
             if labels.isnan().all():  # a sample may hold no known label
@@ -186,7 +187,7 @@ class EndToEndFitting:
                 functools.partial(weighted_bce, labels=labels),
                 context=self.context,
                 seed=seed,
-                scale=float(self.scaler.get_scale()) * weight / of_all,
+                scale=loss_scale * weight / of_all,
                 slice_weight=self.section.slice_loss,
             )
             losses.append((loss, weight))

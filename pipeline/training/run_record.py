@@ -36,16 +36,14 @@ def write_record(
     folder: Path, *, stage: str, params: dict[str, Any], device: torch.device, seconds: float, facts: dict[str, Any]
 ) -> None:
     """Write ``record.json``; ``facts`` are the stage's own (counts, best epoch, …)."""
-    device_name, versions = device.type, {"python": platform.python_version()} | installed_versions(PACKAGES)
-    if device.type == "cuda":
-        import torch  # noqa: PLC0415 - already loaded where there is a device
+    from ichpipe.common.device import device_name  # noqa: PLC0415 - torch is already loaded where there is a device
 
-        device_name = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version()} | installed_versions(PACKAGES)
     commit: str | None = None  # of the working folder, where it is a git checkout
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)  # noqa: S607
         commit = done.stdout.strip()
-    record = {"stage": stage, "params": params, **facts, "device": device_name, "wall_seconds": seconds}
+    record = {"stage": stage, "params": params, **facts, "device": device_name(device), "wall_seconds": seconds}
     write_json(folder / RECORD_FILE, record | {"versions": versions, "commit": commit})
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from ichpipe.common.classes import METRIC_WEIGHTS
-from ichpipe.common.device import derive_seed
+from ichpipe.common.device import derive_seed, random_states, restore_random_states
 from ichpipe.common.errors import TrainingError
 from ichpipe.common.files import atomic_path
 from ichpipe.training.distributed import average_statistics, mean_of_all, rank, sum_gradients
@@ -129,10 +129,9 @@ class Position:
         """Restore the random state of a stopped epoch. Call it last: a DataLoader that starts draws a number."""
         if self._random is None:
             return
-        state, cuda_states = self._random
+        state, states_of_gpus = self._random
         torch.set_rng_state(state)
-        if len(cuda_states) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda_states)
+        restore_random_states(states_of_gpus)
 
     @property
     def step(self) -> int:
@@ -171,7 +170,7 @@ class Position:
             "losses": torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64),
             "weights": torch.tensor([float(weight) for weight in self.weights], dtype=torch.float64),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random_cuda": random_states(),  # the key of earlier checkpoints; of any GPU
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
