@@ -25,7 +25,8 @@ DOCS = ROOT / "docs"
 CHROMIUM = "/usr/bin/chromium"
 LINES = re.MULTILINE | re.DOTALL
 SECTION = r"^## (.*?)\n(.*?)(?=^## |\Z)"
-PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+ROOT_PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")]
+PAGES = sorted([*ROOT_PAGES, *DOCS.rglob("*.md")])
 WORKDAY = [page for page in PAGES if page.name != "log.md"]  # the lab book tells what was typed then
 
 
