@@ -83,12 +83,13 @@ def test_defaults_and_shared_min_slices_fit():
     assert len(faults("params", {"sequence": {"min_slices": 0}})) == 1
 
 
-def leaf(schema, words):
-    """The schema of one key, by the names on the way to it."""
+def section_of(schema, words):
+    """The schema of one section, by the names on the way to it; ARM is any arm."""
     node = schema
     for word in words:
-        node = node["properties"].get(word) or node["additionalProperties"] if "properties" in node else node
-        node = next((part for part in node.get("anyOf", [node]) if "$ref" in part), node)
+        properties = node.get("properties", {})
+        node = properties[word] if word in properties else node["additionalProperties"]
+        node = node.get("items", node)
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     return node
@@ -98,14 +99,14 @@ def test_every_key_is_there_with_range_meaning_and_unit():
     schema = committed("params")
     for key in known_keys():
         words = key.split(".")
-        assert words[-1] in leaf(schema, words[:-1])["properties"], key
-    decay = leaf(schema, ["finetune"])["properties"]["layer_decay"]
+        assert words[-1] in section_of(schema, words[:-1])["properties"], key
+    decay = section_of(schema, ["finetune"])["properties"]["layer_decay"]
     assert (decay["exclusiveMinimum"], decay["maximum"]) == (0, 1)
-    weights = leaf(schema, ["fit-slices"])["properties"]["source_weights"]
+    weights = section_of(schema, ["fit-slices"])["properties"]["source_weights"]
     assert "how often an epoch shows a slice" in weights["description"]
-    mm = leaf(schema, ["prepare"])["properties"]["mm_per_px"]
+    mm = section_of(schema, ["prepare"])["properties"]["mm_per_px"]
     assert "unit: mm per pixel" in mm["description"]
-    assert "unit: mm" in leaf(schema, ["prepare", "selection"])["properties"]["thickness_mm"]["description"]
+    assert "unit: mm" in section_of(schema, ["prepare", "selection"])["properties"]["thickness_mm"]["description"]
 
 
 @pytest.fixture(scope="module")
