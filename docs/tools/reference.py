@@ -6,11 +6,8 @@ MkDocs calls the functions whose names begin with ``on_`` (``hooks`` in mkdocs.y
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
 import re
-import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ import click
 
 import ichpipe.params.schema
 from ichpipe.stages.cli import cli
+from ichpipe.stages.schema import read_comments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +90,7 @@ def _cell(text: str) -> str:
 
 def parameters() -> str:
     """Return one table per section of ``params.yaml``, and one for each group of keys that sections share."""
-    comments = _comments()
+    comments = read_comments()
     pairs = list(sections(ichpipe.params.schema.Params, ""))
     parts = []
     for model in dict.fromkeys(model for _, model in pairs):
@@ -159,17 +157,3 @@ def _kind(schema: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
     return f"{kind} {', '.join(limits)}".strip()
-
-
-def _comments() -> dict[tuple[str, str], str]:
-    """Return the comment behind each field of schema.py, by class and field."""
-    source = inspect.getsource(ichpipe.params.schema)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    return {
-        (node.name, field.target.id): of_line[field.lineno]
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef)
-        for field in node.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.lineno in of_line
-    }
