@@ -11,7 +11,7 @@ FROM python:${PYTHON}-slim AS build
 # smaller, another serves ROCm. Empty: the build of pip's configured index, which on x86-64 runs on CPUs and NVIDIA GPUs.
 ARG TORCH_INDEX=
 # Extras of setup.cfg. DVC needs git, which is not in the image: the commands work without it.
-ARG EXTRAS=dicom-codecs,s3,sr
+ARG EXTRAS=dicom-codecs,explain,nifti,s3,sr,train
 
 WORKDIR /src
 RUN python -m venv /opt/ichpipe

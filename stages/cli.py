@@ -24,8 +24,8 @@ from ichpipe.stages.stopping import stop_cleanly
 
 COMMANDS = (
     "cache", "compare", "completion", "cross-validate", "ensemble", "evaluate", "explain", "export", "extract",
-    "finetune", "fit-sequence", "fit-slices", "info", "init", "phantom", "predict", "prepare", "report", "run", "schema",
-    "score",
+    "finetune", "fit-sequence", "fit-slices", "info", "init", "phantom", "predict", "prepare", "report", "run",
+    "schema", "score",
 )  # fmt: skip
 
 

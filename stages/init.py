@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _CONFIG: Final = """[core]
     analytics = false
+    check_update = false
     no_scm = true
 [cache]
     type = "hardlink,copy"

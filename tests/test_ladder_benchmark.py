@@ -42,9 +42,7 @@ def test_every_piece_changes_its_section_and_nothing_else(ladder, base, tmp_path
         if section == "windows":
             assert [window["width_hu"] for window in changed[section]] == [80.0, 215.0, 2800.0]
         else:
-            assert piece == ladder.ALONE or any(
-                changed[section][key] != plain[section][key] for key in changes
-            ), piece
+            assert piece == ladder.ALONE or any(changed[section][key] != plain[section][key] for key in changes), piece
             for key in changed[section].keys() - changes.keys() - {"folds"}:
                 assert changed[section][key] == plain[section][key], (piece, key)
         stage_one = {section, "fit-slices", "sequence", "finetune", "predict"}
