@@ -285,7 +285,7 @@ def _accelerators() -> dict[str, Any]:
 
 
 def _name_of(backend: Any, number: int) -> str:
-    """Return the name of an accelerator, as `torch.cuda` or `torch.xpu` gives it; `torch.mps` gives none."""
+    """Return the name of an accelerator, as the module of its kind in torch gives it; that of MPS gives none."""
     return str(backend.get_device_name(number)) if hasattr(backend, "get_device_name") else platform.processor()
 
 
