@@ -24,6 +24,7 @@ COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY pipeline pipeline
 COPY stages stages
 COPY cache cache
+COPY params params
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/ichpipe/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[$EXTRAS]"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def backward_in_chunks(
 @contextmanager
 def repeat_random(seed: int, number: int, device: torch.device) -> Iterator[None]:
     """Draw the same numbers inside (dropout) whenever seed and number are the same; nothing changes outside."""
-    gpus = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=gpus, device_type=gpus[0].type if gpus else None):
+    of_gpu: dict[str, Any] = {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**({"devices": []} if device.type == "cpu" else of_gpu)):
         torch.manual_seed(derive_seed(seed, "chunk", number))
         yield
