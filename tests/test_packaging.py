@@ -95,14 +95,25 @@ def test_wheel_from_sdist_holds_all_packages_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names} == {"ichpipe", names[-1].split("/")[0]}
     assert {str(Path(n).parent).replace("/", ".") for n in names if n.endswith("__init__.py")} == folders_as_packages()
     assert sum(n.endswith(".py") for n in names) == len(source_files())
+    rooms = {"pipeline": "ichpipe", "stages": "ichpipe/stages", "cache": "ichpipe/cache", "params": "ichpipe/recipes"}
+    for path in data_files():
+        room, *rest = path.relative_to(ROOT).parts
+        assert "/".join([rooms[room], *rest]) in names
     assert metadata["Name"] == "ichpipe"
     assert any("licenses/LICENSE" in name or name.endswith("/LICENSE") for name in names)
+
+
+def data_files():
+    """What stands in the packages' folders beside Python: parameter files, the recipe of `init`, templates."""
+    folders = [ROOT / name for name in ("pipeline", "stages", "cache", "params")]
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if path.suffix not in {".py", ".pyc"}]
 
 
 def copy_of_checkout(target):
     """The files that a build reads, apart, so that it leaves nothing behind in the checkout."""
     others = [ROOT / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")]
-    for path in filter(Path.exists, [*others, *source_files().values()]):
+    for path in filter(Path.exists, [*others, *source_files().values(), *data_files()]):
         copy = target / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
