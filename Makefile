@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 # Test processes; each computes with one thread, since threads that share a core wait for each other by spinning.
 WORKERS ?= 2
 
-.PHONY: env demo check test soak lint types audit docs clean
+.PHONY: env demo check test test-floors test-newest soak lint types audit docs clean
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -35,6 +35,21 @@ check: env lint types
 
 test: env lint types
 	$(PYTEST) --dist loadfile -m "not soak"
+
+# The same tests with the lowest versions that setup.cfg names, and with the newest that the index has, each in an
+# environment of its own below build/. Another Python: make test-newest PYTHON=python3.13. Warnings are no errors there.
+test-floors:
+	$(PYTHON) -m venv build/floors
+	build/floors/bin/python -m pip install --quiet --disable-pip-version-check uv
+	build/floors/bin/uv pip compile --quiet setup.cfg --all-extras --resolution lowest-direct -o build/floors.txt
+	build/floors/bin/uv pip install --quiet --python build/floors/bin/python -r build/floors.txt
+	build/floors/bin/uv pip install --quiet --python build/floors/bin/python --no-deps -e .
+	OMP_NUM_THREADS=1 build/floors/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not soak" -o filterwarnings=
+
+test-newest:
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not soak" -o filterwarnings=
 
 soak: env
 	$(PYTEST) --dist loadfile -m "soak"
